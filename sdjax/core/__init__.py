@@ -1,0 +1,1 @@
+"""Floor 0: trees and names, random keys, dtypes, errors."""
