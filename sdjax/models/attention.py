@@ -1,0 +1,204 @@
+"""Attention, with the kernel that suits the platform, and the transformer blocks of latent diffusion."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+from numpy.typing import DTypeLike
+
+from sdjax.models.layers import GroupNorm
+
+_platform: ContextVar[str | None] = ContextVar("attention_platform", default=None)
+QUERY_BLOCK = 512
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Traces attention for another platform ("cpu", "gpu", "tpu") than the default one, for ahead-of-time compiling."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def dot_product_attention(
+    q: Float[Array, "b q h d"],
+    k: Float[Array, "b k h d"],
+    v: Float[Array, "b k h d"],
+    *,
+    mask: Bool[Array, "b k"] | None = None,
+    causal: bool = False,
+) -> Float[Array, "b q h d"]:
+    """softmax(q k^T / sqrt(d)) v, the softmax in float32.
+
+    Args:
+        mask: which keys may be attended to.
+        causal: whether query i sees only keys up to i.
+    """
+    platform = _platform.get() or jax.default_backend()
+    plain = mask is None and not causal
+    if platform == "cpu":
+        return _blocked(q, k, v, mask, causal)
+    if platform == "gpu" and _cudnn_takes(q):
+        bias_mask = None if mask is None else mask[:, None, None, :]
+        return jax.nn.dot_product_attention(q, k, v, mask=bias_mask, is_causal=causal, implementation="cudnn")
+    if platform == "tpu" and plain and _flash_takes(q, k):
+        return _tpu_flash(q, k, v)
+    bias_mask = None if mask is None else mask[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=bias_mask, is_causal=causal, implementation="xla")
+
+
+def _cudnn_takes(q: Array) -> bool:
+    """cuDNN's fused kernel is for half precision and head sizes up to 128 that are multiples of 8."""
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+
+
+def _flash_takes(q: Array, k: Array) -> bool:
+    """The Pallas kernel wants whole blocks of 128 tokens, and pays only for long sequences."""
+    return q.shape[1] % 128 == 0 and k.shape[1] % 128 == 0 and q.shape[1] >= 1024
+
+
+def _tpu_flash(q: Array, k: Array, v: Array) -> Array:
+    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    return jnp.swapaxes(flash_attention(*heads_first, sm_scale=1 / math.sqrt(q.shape[-1])), 1, 2)
+
+
+def _blocked(q: Array, k: Array, v: Array, mask: Array | None, causal: bool) -> Array:
+    """Queries in blocks of 512: the scores of a 4096-token picture then stay in a CPU's cache."""
+    length = q.shape[1]
+    if length <= QUERY_BLOCK or length % QUERY_BLOCK:
+        return _attend(q, k, v, mask, 0 if causal else None)
+    blocks = jnp.moveaxis(q.reshape(q.shape[0], -1, QUERY_BLOCK, *q.shape[2:]), 1, 0)
+    starts = jnp.arange(len(blocks)) * QUERY_BLOCK
+
+    def one_head(head: tuple[Array, Array, Array]) -> Array:
+        hk, hv = (x[:, :, None] for x in head[1:])
+
+        def one_block(block: tuple[Array, Array]) -> Array:
+            rows, start = block
+            return _attend(rows[:, :, None], hk, hv, mask, start if causal else None)[:, :, 0]
+
+        return jax.lax.map(one_block, (head[0], starts))
+
+    by_head = (jnp.moveaxis(blocks, 3, 0), jnp.moveaxis(k, 2, 0), jnp.moveaxis(v, 2, 0))
+    out = jax.lax.map(one_head, by_head)  # [h, n, b, block, d]
+    return jnp.transpose(out, (2, 1, 3, 0, 4)).reshape(q.shape)
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array | None, first_row: int | Array | None) -> Array:
+    """One block of queries; `first_row` is the position of its first query where attention is causal."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)
+    if first_row is not None:
+        rows = first_row + jnp.arange(q.shape[1])
+        scores = jnp.where(rows[:, None] >= jnp.arange(k.shape[1]), scores, -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to a context, or to itself; output has x's width.
+
+    Attributes:
+        heads: the number of heads; their size is the inner width divided by it.
+        qkv_bias: CLIP and the autoencoder have biases on q, k and v; the UNet's transformers do not.
+    """
+
+    heads: int
+    qkv_bias: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b q c"],
+        context: Float[Array, "b k d"] | None = None,
+        mask: Bool[Array, "b k"] | None = None,
+        *,
+        causal: bool = False,
+    ) -> Float[Array, "b q c"]:
+        context = x if context is None else context
+        width = x.shape[-1]
+
+        def project(name: str, tokens: Array) -> Array:
+            out = nn.Dense(width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(tokens)
+            return out.reshape(*out.shape[:-1], self.heads, width // self.heads)
+
+        q, k, v = project("to_q", x), project("to_k", context), project("to_v", context)
+        out = dot_product_attention(q, k, v, mask=mask, causal=causal)
+        return nn.Dense(width, dtype=self.dtype, name="to_out")(out.reshape(x.shape))
+
+
+class GEGLU(nn.Module):
+    """Feed-forward with a gated GELU of the exact (erf) kind; four times as wide inside (Shazeer 2020)."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
+        width = x.shape[-1]
+        value, gate = jnp.split(nn.Dense(8 * width, dtype=self.dtype, name="proj_in")(x), 2, axis=-1)
+        return nn.Dense(width, dtype=self.dtype, name="proj_out")(value * nn.gelu(gate, approximate=False))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each on a LayerNorm and added (LDM, appendix E.2.1)."""
+
+    heads: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l c"],
+        context: Float[Array, "b k d"] | None,
+        mask: Bool[Array, "b k"] | None,
+    ) -> Float[Array, "b l c"]:
+        def norm(name: str, x: Array) -> Array:
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)(x)
+
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1", x))
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(norm("norm2", x), context, mask)
+        return x + GEGLU(dtype=self.dtype, name="ff")(norm("norm3", x))
+
+
+class SpatialTransformer(nn.Module):
+    """A picture's pixels as tokens, through `depth` transformer blocks, added back to the picture (LDM).
+
+    SD1's 1x1 convolutions and SD2's linear layers around the blocks are the same map: one Dense serves both,
+    and the difference lives in the conversion table.
+    """
+
+    heads: int
+    depth: int = 1
+    groups: int = 32
+    zero: bool = True
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        context: Float[Array, "b k d"] | None,
+        mask: Bool[Array, "b k"] | None,
+    ) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        tokens = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x).reshape(b, h * w, c)
+        tokens = nn.Dense(c, dtype=self.dtype, name="proj_in")(tokens)
+        block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
+        for i in range(self.depth):
+            tokens = block(self.heads, self.dtype, name=f"transformer_blocks_{i}")(tokens, context, mask)
+        init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
+        tokens = nn.Dense(c, kernel_init=init, dtype=self.dtype, name="proj_out")(tokens)
+        return x + tokens.reshape(b, h, w, c)

@@ -1,0 +1,162 @@
+"""The KL autoencoder of latent diffusion (LDM, section 3.1): pictures in [-1, 1] to a Gaussian over latents and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+from numpy.typing import DTypeLike
+
+from sdjax.models.attention import Attention
+from sdjax.models.layers import Conv, Downsample, GroupNorm, ResBlock, Upsample
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of an autoencoder; each level but the last halves height and width."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    latent_channels: int = 4
+    layers_per_block: int = 2
+    groups: int = 32
+    scaling_factor: float = 0.18215
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent stands for along each side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+VARIANTS = {
+    "sd": AutoencoderConfig(),  # 83,653,863 parameters; SD 1 and SD 2
+    "sdxl": AutoencoderConfig(scaling_factor=0.13025),
+    "x4_upscaler": AutoencoderConfig(channels=(128, 256, 512), scaling_factor=0.08333),  # 55,325,927
+    "kl_f4": AutoencoderConfig(channels=(128, 256, 512), latent_channels=3, scaling_factor=1.0),  # 55,312,063
+}
+
+
+class Posterior(NamedTuple):
+    """A diagonal Gaussian over latents."""
+
+    mean: Float[Array, "b h w z"]
+    logvar: Float[Array, "b h w z"]
+
+    def sample(self, key: PRNGKeyArray) -> Float[Array, "b h w z"]:
+        """One draw; with the key of a batch all pictures draw together."""
+        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Float[Array, " b"]:
+        """KL to a standard normal in nats, summed over a picture (LDM, appendix G)."""
+        terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
+        return 0.5 * terms.sum(axis=(1, 2, 3))
+
+
+def posterior(moments: Float[Array, "b h w 2*z"]) -> Posterior:
+    """Splits the encoder's output into mean and log-variance, the latter clamped to [-30, 20]."""
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all pixels."""
+
+    groups: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        tokens = GroupNorm(self.groups, EPS, self.dtype, name="group_norm")(x).reshape(b, h * w, c)
+        tokens = Attention(heads=1, qkv_bias=True, dtype=self.dtype, name="attention")(tokens)
+        return x + tokens.reshape(b, h, w, c)
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    groups: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        def res(name: str, x: Array) -> Array:
+            return ResBlock(x.shape[-1], self.groups, EPS, dtype=self.dtype, name=name)(x)
+
+        x = AttentionBlock(self.groups, self.dtype, name="attentions_0")(res("resnets_0", x))
+        return res("resnets_1", x)
+
+
+class Encoder(nn.Module):
+    """Pictures to the moments of their latents."""
+
+    config: AutoencoderConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b h w 2*z"]:
+        c, dtype = self.config, self.dtype
+        x = Conv(c.channels[0], dtype=dtype, name="conv_in")(x)
+        for i, features in enumerate(c.channels):
+            for j in range(c.layers_per_block):
+                x = ResBlock(features, c.groups, EPS, dtype=dtype, name=f"down_blocks_{i}_resnets_{j}")(x)
+            if i < len(c.channels) - 1:
+                x = Downsample("SAME", dtype, name=f"down_blocks_{i}_downsamplers_0")(x)
+        x = MidBlock(c.groups, dtype, name="mid_block")(x)
+        x = nn.silu(GroupNorm(c.groups, EPS, dtype, name="conv_norm_out")(x))
+        return Conv(2 * c.latent_channels, dtype=dtype, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Latents to pictures."""
+
+    config: AutoencoderConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
+        c, dtype = self.config, self.dtype
+        x = Conv(c.channels[-1], dtype=dtype, name="conv_in")(z)
+        x = MidBlock(c.groups, dtype, name="mid_block")(x)
+        for i, features in enumerate(reversed(c.channels)):
+            for j in range(c.layers_per_block + 1):
+                x = ResBlock(features, c.groups, EPS, dtype=dtype, name=f"up_blocks_{i}_resnets_{j}")(x)
+            if i < len(c.channels) - 1:
+                x = Upsample(dtype, name=f"up_blocks_{i}_upsamplers_0")(x)
+        x = nn.silu(GroupNorm(c.groups, EPS, dtype, name="conv_norm_out")(x))
+        return Conv(3, dtype=dtype, name="conv_out")(x)
+
+
+class Autoencoder(nn.Module):
+    """Encoder, decoder and the 1x1 convolutions between them and the latents.
+
+    Latents here are unscaled: multiplying by `config.scaling_factor` is the business of who diffuses them.
+    """
+
+    config: AutoencoderConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+        self.quant_conv = Conv(2 * self.config.latent_channels, kernel=1, dtype=self.dtype)
+        self.post_quant_conv = Conv(self.config.latent_channels, kernel=1, dtype=self.dtype)
+
+    def encode(self, x: Float[Array, "b H W 3"]) -> Posterior:
+        """The posterior over latents of pictures in [-1, 1]; sides must be multiples of `config.factor`."""
+        return posterior(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
+        """Pictures, nominally in [-1, 1], of unscaled latents."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def __call__(self, x: Float[Array, "b H W 3"], key: PRNGKeyArray) -> tuple[Float[Array, "b H W 3"], Posterior]:
+        """A reconstruction through one sampled latent, and the posterior: what training needs."""
+        latent = self.encode(x)
+        return self.decode(latent.sample(key)), latent

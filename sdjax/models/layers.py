@@ -1,0 +1,144 @@
+"""The pieces that autoencoders and UNets share: norms in float32, resampling, residual blocks, time embeddings."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from numpy.typing import DTypeLike
+
+# torch pads a strided convolution on both sides; XLA's SAME would pad only right and bottom.
+SYMMETRIC = ((1, 1), (1, 1))
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation in float32 whatever the compute type (ADM's GroupNorm32), channels last."""
+
+    groups: int = 32
+    eps: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *hw c"]) -> Float[Array, "b *hw c"]:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+        mean = grouped.mean(axis=(1, 3), keepdims=True)
+        centred = grouped - mean
+        variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
+        normed = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
+        return (normed * scale + bias).astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """A square convolution with torch's symmetric padding."""
+
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    zero: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+        half = self.kernel // 2
+        init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
+        conv = nn.Conv(
+            self.features,
+            (self.kernel, self.kernel),
+            strides=self.stride,
+            padding=((half, half), (half, half)),
+            kernel_init=init,
+            dtype=self.dtype,
+        )
+        nn.share_scope(self, conv)
+        return conv(x)
+
+
+def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
+    """Doubles height and width by repeating every pixel."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
+        return Conv(x.shape[-1], dtype=self.dtype, name="conv")(upsample_nearest(x))
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2.
+
+    Attributes:
+        padding: `SYMMETRIC` in UNets; "SAME" in autoencoders, which on an even size pads right and bottom only
+            (CompVis/latent-diffusion, ldm/modules/diffusionmodules/model.py).
+    """
+
+    padding: str | tuple[tuple[int, int], tuple[int, int]] = SYMMETRIC
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
+        return nn.Conv(x.shape[-1], (3, 3), strides=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; a time embedding, where given, is added between.
+
+    The second convolution starts at zero where `zero` says so, so that a fresh block is the identity (ADM).
+    """
+
+    features: int
+    groups: int = 32
+    eps: float = 1e-5
+    zero: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"] | None = None
+    ) -> Float[Array, "b h w f"]:
+        h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
+        h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
+        if temb is not None:
+            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
+            h = h + shift[:, None, None, :]
+        h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(h))
+        h = Conv(self.features, zero=self.zero, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, kernel=1, dtype=self.dtype, name="conv_shortcut")(x)
+        return x + h
+
+
+def timestep_embedding(t: Float[Array, " b"], width: int, max_period: float = 10000.0) -> Float[Array, "b w"]:
+    """Sinusoids of t, cosines first (DDPM; openai/guided-diffusion nn.py), in float32.
+
+    Args:
+        t: timesteps; fractional ones are allowed.
+        width: an even number of features.
+    """
+    half = width // 2
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class EmbeddingMLP(nn.Module):
+    """Dense, SiLU, Dense: what turns sinusoids or a condition vector into an embedding."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b v"]) -> Float[Array, "b f"]:
+        x = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x)
+        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))
