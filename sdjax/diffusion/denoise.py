@@ -1,0 +1,112 @@
+"""What a network predicts, and the one seam between networks and solvers: denoise(x, sigma, timestep) -> x0.
+
+Two coordinates. Networks see variance-preserving x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise; solvers keep k-diffusion's
+variance-exploding x = x0 + sigma noise = x_vp / sqrt(abar), with sigma = sqrt((1 - abar) / abar).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sdjax.core.errors import unknown
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+"""Noise, clean sample, or velocity sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans & Ho 2022): diffusers' names."""
+
+Network = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "b h w d"]]
+"""network(x_vp, timestep) -> raw prediction; d is c, or 2 c with a learned variance."""
+
+Denoise = Callable[..., Float[Array, "b h w c"]]
+"""denoise(x [b h w c], sigma [], timestep []) -> x0 [b h w c], x in variance-exploding coordinates."""
+
+
+def per_image(values: Array, like: Array) -> Array:
+    """Appends axes to `values` ([] or [b]) so that it multiplies `like` ([b ...])."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
+
+
+def target(
+    kind: str, x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], abar: Float[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """What a network of this kind should answer at x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise.
+
+    Raises:
+        UserError: the kind is not among PREDICTIONS.
+    """
+    check_prediction(kind)
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return x0
+    abar = per_image(abar, x0)
+    return jnp.sqrt(abar) * noise - jnp.sqrt(1.0 - abar) * x0
+
+
+def to_x0(
+    kind: str, output: Float[Array, "b h w c"], x: Float[Array, "b h w c"], sigma: Float[Array, "..."]
+) -> Float[Array, "b h w c"]:
+    """The clean sample that a raw prediction implies; x in variance-exploding coordinates (k-diffusion, external.py).
+
+    With v nothing cancels, so a level of sigma = 1e6 (zero terminal SNR) is as exact as any other.
+
+    Raises:
+        UserError: the kind is not among PREDICTIONS.
+    """
+    check_prediction(kind)
+    sigma = per_image(sigma, x)
+    if kind == "epsilon":
+        return x - sigma * output
+    if kind == "sample":
+        return output
+    return x / (sigma**2 + 1.0) - output * sigma / jnp.sqrt(sigma**2 + 1.0)
+
+
+def vp_to_x0(
+    kind: str, output: Float[Array, "b h w c"], x_vp: Float[Array, "b h w c"], abar: Float[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """As `to_x0`, for x in variance-preserving coordinates (DDPM eq. 15; Salimans & Ho 2022, appendix D).
+
+    Raises:
+        UserError: the kind is not among PREDICTIONS.
+    """
+    check_prediction(kind)
+    abar = per_image(abar, x_vp)
+    if kind == "epsilon":
+        return (x_vp - jnp.sqrt(1.0 - abar) * output) / jnp.sqrt(abar)
+    if kind == "sample":
+        return output
+    return jnp.sqrt(abar) * x_vp - jnp.sqrt(1.0 - abar) * output
+
+
+def make_denoise(network: Network, prediction: str) -> Denoise:
+    """Wraps a network so that solvers need not know what it predicts.
+
+    A network with 2 c output channels (learned variance, iDDPM) makes a denoiser that answers (x0, v): v [b h w c]
+    in [-1, 1] says where between the two bounds the log-variance lies.
+
+    Args:
+        network: network(x_vp, timestep [b]) -> raw prediction.
+        prediction: one of PREDICTIONS.
+
+    Raises:
+        UserError: the prediction is not among PREDICTIONS.
+    """
+    check_prediction(prediction)
+
+    def denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
+        output = network(x / jnp.sqrt(sigma**2 + 1.0), jnp.broadcast_to(timestep, x.shape[:1]))
+        output = output.astype(x.dtype)
+        channels = x.shape[-1]
+        x0 = to_x0(prediction, output[..., :channels], x, sigma)
+        return x0 if output.shape[-1] == channels else (x0, output[..., channels:])
+
+    return denoise
+
+
+def check_prediction(kind: str) -> None:
+    """Raises a UserError unless `kind` is among PREDICTIONS."""
+    if kind not in PREDICTIONS:
+        raise unknown("prediction type", kind, PREDICTIONS)
