@@ -1,0 +1,173 @@
+"""CLIP's tokenizer: byte-level BPE in `vocab.json` and `merges.txt`, trained here or loaded from a checkpoint.
+
+Text is NFC-normalised, its white space collapsed, lower-cased, and split into words, digits and runs of punctuation;
+each piece is then merged by byte-pair encoding with `</w>` at its end (openai/CLIP `simple_tokenizer.py`; Hugging Face
+`CLIPTokenizer`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+
+from sdjax.core.errors import UserError
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+LENGTH = 77
+WORD_END = "</w>"
+PIECES = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+class Tokenizer(NamedTuple):
+    """Text to ids: BOS, at most `length` - 2 tokens, EOS, then `pad` up to `length`."""
+
+    backend: Backend
+    bos: int
+    eos: int
+    pad: int
+    length: int
+    vocab_size: int
+
+    def encode(self, texts: Sequence[str]) -> Int[np.ndarray, "b l"]:
+        """The ids, int32 [b, length]; what does not fit is cut (see `truncated`)."""
+        ids = np.full((len(texts), self.length), self.pad, np.int32)
+        for row, encoding in zip(ids, self.backend.encode_batch(list(texts)), strict=True):
+            kept = [self.bos, *encoding.ids[: self.length - 2], self.eos]
+            row[: len(kept)] = kept
+        return ids
+
+    def truncated(self, texts: Sequence[str]) -> list[str]:
+        """For each text the end of it that `encode` cuts off, as the user wrote it; "" where all fits."""
+        encodings = self.backend.encode_batch(list(texts))
+        starts = [e.offsets[self.length - 2][0] if len(e.ids) > self.length - 2 else None for e in encodings]
+        return ["" if start is None else text[start:] for text, start in zip(texts, starts, strict=True)]
+
+
+def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint's folder; `length` overrides the folder's `model_max_length`.
+
+    The padding token is the folder's own: Stable Diffusion 1 pads with EOS, OpenCLIP's models with "!", which is id 0.
+
+    Raises:
+        UserError: a file is missing or is not a CLIP tokenizer's.
+    """
+    folder = Path(folder)
+    vocab, merges = _vocabulary(folder)
+    config = _read_json(folder / "tokenizer_config.json", {}) | _read_json(folder / "special_tokens_map.json", {})
+    bos, eos, pad = (
+        _content(config.get(f"{name}_token"), EOS if name != "bos" else BOS) for name in ("bos", "eos", "pad")
+    )
+    for token in (bos, eos, pad):
+        if token not in vocab:
+            raise UserError(f"the vocabulary in {folder} has no token {token!r}")
+    return Tokenizer(
+        backend=_backend(vocab, merges, [bos, eos, pad]),
+        bos=vocab[bos],
+        eos=vocab[eos],
+        pad=vocab[pad],
+        length=length or min(int(config.get("model_max_length", LENGTH)), LENGTH),
+        vocab_size=len(vocab),
+    )
+
+
+def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 2048) -> Tokenizer:
+    """Learns the merges of a byte-level BPE from `texts` and writes a CLIP tokenizer's four files into `folder`.
+
+    As in CLIP, ids are: 256 bytes, the same with `</w>`, the merges in the order learnt, BOS, EOS. So any text has an
+    encoding. The vocabulary is smaller than `vocab_size` when the texts hold too few different words.
+
+    Raises:
+        UserError: `vocab_size` leaves no room for a merge.
+    """
+    alphabet = _byte_characters()
+    room = vocab_size - 2 * len(alphabet) - 2
+    if room < 1:
+        raise UserError(f"vocab_size {vocab_size} is too small: bytes and specials alone take {vocab_size - room}")
+    merges = _learn_merges(texts, room)
+    units = [*alphabet, *(character + WORD_END for character in alphabet)]
+    tokens = [*units, *("".join(pair) for pair in merges), BOS, EOS]
+    # Two different pairs may join to the same token, which then has one id.
+    _write(Path(folder), {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges)
+    return load_tokenizer(folder)
+
+
+def _learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
+    learner = _backend({}, [], [])
+    # The trainer counts the characters it meets too: ask for as many more as there can be, and keep the first merges.
+    most_characters = 2 * len(_byte_characters())
+    trainer = trainers.BpeTrainer(vocab_size=most_characters + count, end_of_word_suffix=WORD_END, show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    return [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]][:count]
+
+
+def _backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], specials: Sequence[str]) -> Backend:
+    model = BPE(vocab=dict(vocab), merges=list(merges), end_of_word_suffix=WORD_END, continuing_subword_prefix="")
+    backend = Backend(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(specials)])
+    return backend
+
+
+def _byte_characters() -> list[str]:
+    """A printable character for each byte, in the order of CLIP's vocabulary: printable bytes first (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = 256 - len(printable)
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]
+
+
+def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
+        lines = _read_text(folder / "merges.txt").splitlines()
+        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        vocab = _read_json(folder / "vocab.json")
+    else:  # what transformers 5 writes
+        model = _read_json(folder / "tokenizer.json")["model"]
+        vocab, merges = model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    return vocab, merges
+
+
+def _content(token: Any, default: str) -> str:
+    return default if token is None else token["content"] if isinstance(token, dict) else token
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the tokenizer file {path}: {error}") from error
+
+
+def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    if default is not None and not path.exists():
+        return default
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def _write(folder: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    specials = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "do_lower_case": True, **specials}
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2) + "\n")
