@@ -1,0 +1,123 @@
+"""Batches for ever: shuffled anew each epoch, prefetched, split between processes, and resumable at any step.
+
+Global batch i is a pure function of (source, seed, i): neither the number of processes nor that of threads enters it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+
+from sdjax.core.errors import UserError
+from sdjax.data.sources import Source
+
+Transform = grain.transforms.Map | grain.transforms.RandomMap
+
+
+class Shard(NamedTuple):
+    """Which of the processes this is."""
+
+    index: int = 0
+    count: int = 1
+
+
+class Reading(NamedTuple):
+    """How batches are made ahead of time; with no workers, threads of this process make them."""
+
+    threads: int = 1
+    ahead: int = 2
+    workers: int = 0
+
+
+class Loader(Iterator[dict[str, Any]]):
+    """An endless iterator over this process's rows of the batches; made by `loader`."""
+
+    def __init__(self, batches: grain.MapDataset, shard: Shard, reading: Reading, identity: dict[str, int]):
+        """Starts at step 0. `batches` are those of all processes, in turn."""
+        self._batches, self._shard, self._reading, self._identity = batches, shard, reading, identity
+        self._start(0)
+
+    @property
+    def step(self) -> int:
+        """How many batches were taken since the beginning of the run."""
+        return self._step
+
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self._iterator)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> bytes:
+        """The position as JSON. It is the same in every process, and holds for any number of processes."""
+        return json.dumps({"step": self._step, **self._identity}).encode()
+
+    def set_state(self, state: bytes) -> None:
+        """Goes to where `get_state` was called: the next batch is the one that came next then.
+
+        Raises:
+            UserError: the state is that of another data set, batch size or seed.
+        """
+        saved = json.loads(state)
+        step = saved.pop("step")
+        if saved != self._identity:
+            raise UserError(f"the saved data position is for {saved}, and this run has {self._identity}")
+        self._start(step)
+
+    def _start(self, step: int) -> None:
+        threads, ahead, workers = self._reading
+        first = step * self._shard.count + self._shard.index
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        batches = self._batches[first :: self._shard.count].to_iter_dataset(options)
+        if workers:
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead))
+        self._step, self._iterator = step, iter(batches)
+
+
+def loader(
+    source: Source,
+    batch_size: int,
+    seed: int,
+    transforms: Sequence[Transform] = (),
+    shard: Shard = Shard(),  # noqa: B008  (an immutable tuple)
+    reading: Reading = Reading(),  # noqa: B008
+) -> Loader:
+    """Endless shuffled batches of `source`.
+
+    Args:
+        source: anything with a length and dictionaries by index.
+        batch_size: rows in a batch of all processes together; each gets its `shard.index`-th part of them.
+        seed: of the order, a new one each epoch, and of the random transforms.
+        transforms: applied to each example in turn.
+        shard: this process among all.
+        reading: threads and worker processes.
+
+    Raises:
+        UserError: the processes do not divide the batch, or the batch is larger than the data.
+    """
+    rows, rest = divmod(batch_size, shard.count)
+    if rest or rows < 1:
+        raise UserError(f"batch_size {batch_size} cannot be divided between {shard.count} processes")
+    if batch_size > len(source):
+        raise UserError(f"batch_size {batch_size} is more than the {len(source)} examples of the data set")
+    # Grain's own order of things: repeating after the shuffle makes each epoch a permutation of its own.
+    examples = _transformed(grain.MapDataset.source(source).seed(seed).shuffle().repeat(), transforms)
+    identity = {"examples": len(source), "batch_size": batch_size, "seed": seed}
+    return Loader(examples.batch(rows, drop_remainder=True), shard, reading, identity)
+
+
+def in_order(source: Source, batch_size: int, transforms: Sequence[Transform] = ()) -> Iterator[dict[str, Any]]:
+    """One pass over `source` in its own order, the last batch smaller: for evaluation and for caching latents."""
+    batches = _transformed(grain.MapDataset.source(source).seed(0), transforms).batch(batch_size)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def _transformed(examples: grain.MapDataset, transforms: Sequence[Transform]) -> grain.MapDataset:
+    for transform in transforms:
+        if isinstance(transform, grain.transforms.RandomMap):
+            examples = examples.random_map(transform)
+        else:
+            examples = examples.map(transform)
+    return examples

@@ -1,0 +1,56 @@
+"""Pictures from untrusted files or bytes to uint8 RGB arrays; what cannot be read is an error that names its place."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sdjax.core.errors import UserError
+
+# Pillow would also start helper programs (EPS) or parse rarely tested formats: a data folder needs none of them.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+MAX_PIXELS = 1 << 26
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+def read_picture(file: str | Path | bytes, place: str = "") -> UInt8[np.ndarray, "h w 3"]:
+    """The picture in a file, or in a file's bytes, upright (EXIF) and on white where it is transparent.
+
+    Args:
+        file: PNG, JPEG, WebP, BMP or GIF (its first frame), of at most 67 million pixels.
+        place: what an error shall name besides the file, e.g. "metadata.jsonl line 3".
+
+    Raises:
+        UserError: the file is missing, truncated, too large or no picture.
+    """
+    name = f"{'a record' if isinstance(file, bytes) else file}{f' ({place})' if place else ''}"
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(
+                    f"picture {name} has {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read"
+                )
+            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+    except UNREADABLE as error:
+        reason = "not a picture in " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"cannot read picture {name}: {reason}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
