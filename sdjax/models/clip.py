@@ -1,0 +1,121 @@
+"""CLIP's text encoder (Radford et al. 2021): OpenAI's ViT-L/14 and OpenCLIP's ViT-H/14 and ViT-bigG/14."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from numpy.typing import DTypeLike
+
+from sdjax.models.attention import Attention
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """Sizes of a text encoder.
+
+    Attributes:
+        activation: "quick_gelu" for OpenAI's weights, "gelu" (erf) for OpenCLIP's.
+        projection_dim: width of the pooled, projected output; None for models without a projection.
+        eos_token_id: marks the token whose state is the pooled one. 2 is what OpenAI's configs say by mistake: the
+            position is then that of the highest id (transformers does the same).
+    """
+
+    vocab_size: int = 49408
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    feed_forward: int = 3072
+    activation: str = "quick_gelu"
+    max_length: int = 77
+    projection_dim: int | None = None
+    eos_token_id: int = 2
+
+
+VARIANTS = {
+    "clip_l": CLIPTextConfig(),  # 123,060,480 parameters
+    "openclip_h": CLIPTextConfig(width=1024, layers=24, heads=16, feed_forward=4096, activation="gelu"),
+    "openclip_h_sd2": CLIPTextConfig(width=1024, layers=23, heads=16, feed_forward=4096, activation="gelu"),
+    "openclip_bigg": CLIPTextConfig(  # 694,659,840
+        width=1280, layers=32, heads=20, feed_forward=5120, activation="gelu", projection_dim=1280
+    ),
+}
+
+
+class CLIPTextOutput(NamedTuple):
+    """What a text encoder says of a prompt.
+
+    Attributes:
+        hidden: the embeddings and then every layer's output, `layers + 1` arrays; none is normalised.
+        last: the last layer's output after the final LayerNorm.
+        pooled: `last` at the end-of-text token, projected where the model has a projection.
+    """
+
+    hidden: tuple[Float[Array, "b l d"], ...]
+    last: Float[Array, "b l d"]
+    pooled: Float[Array, "b p"]
+
+
+class CLIPLayer(nn.Module):
+    """Causal self-attention and a feed-forward, each on a LayerNorm and added."""
+
+    config: CLIPTextConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        c = self.config
+        h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="layer_norm1")(x)
+        x = x + Attention(c.heads, qkv_bias=True, dtype=self.dtype, name="self_attn")(h, causal=True)
+        h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="layer_norm2")(x)
+        h = ACTIVATIONS[c.activation](nn.Dense(c.feed_forward, dtype=self.dtype, name="fc1")(h))
+        return x + nn.Dense(c.width, dtype=self.dtype, name="fc2")(h)
+
+
+class CLIPText(nn.Module):
+    """Token ids to states. The final LayerNorm is a method of its own: SD 2 applies it to an earlier layer."""
+
+    config: CLIPTextConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        self.token_embedding = nn.Embed(c.vocab_size, c.width, embedding_init=normal)
+        self.position_embedding = nn.Embed(c.max_length, c.width, embedding_init=nn.initializers.normal(0.01))
+        self.layers = [CLIPLayer(c, self.dtype, name=f"layers_{i}") for i in range(c.layers)]
+        self.final_layer_norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)
+        if c.projection_dim is not None:
+            self.text_projection = nn.Dense(c.projection_dim, use_bias=False, dtype=self.dtype)
+
+    def __call__(self, ids: Int[Array, "b l"]) -> CLIPTextOutput:
+        """All states of a batch of token ids; pads are ordinary tokens, as in Stable Diffusion."""
+        x = self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))
+        hidden = [x.astype(self.dtype)]
+        for layer in self.layers:
+            hidden.append(layer(hidden[-1]))
+        last = self.normalise(hidden[-1])
+        pooled = last[jnp.arange(len(ids)), eos_position(ids, self.config.eos_token_id)]
+        if self.config.projection_dim is not None:
+            pooled = self.text_projection(pooled)
+        return CLIPTextOutput(tuple(hidden), last, pooled)
+
+    def normalise(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        """The final LayerNorm."""
+        return self.final_layer_norm(hidden)
+
+
+def eos_position(ids: Int[Array, "b l"], eos_token_id: int) -> Int[Array, " b"]:
+    """Where each prompt ends: at the first end-of-text token."""
+    if eos_token_id == 2:
+        return jnp.argmax(ids, axis=-1)
+    return jnp.argmax(ids == eos_token_id, axis=-1)
