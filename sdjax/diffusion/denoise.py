@@ -1,7 +1,7 @@
 """What a network predicts, and the one seam between networks and solvers: denoise(x, sigma, timestep) -> x0.
 
-Two coordinates. Networks see variance-preserving x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise; solvers keep k-diffusion's
-variance-exploding x = x0 + sigma noise = x_vp / sqrt(abar), with sigma = sqrt((1 - abar) / abar).
+Two coordinates. Networks see variance-preserving x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise; solvers keep the
+variance-exploding x = x0 + sigma noise = x_vp / sqrt(abar) of k-diffusion, with sigma = sqrt((1 - abar) / abar).
 """
 
 from __future__ import annotations

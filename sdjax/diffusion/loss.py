@@ -199,7 +199,7 @@ def _normal_kl(mean_q: Array, log_q: Array, mean_p: Array, log_p: Array) -> Arra
 
 
 def _discrete_log_likelihood(x: Array, mean: Array, log_scale: Array) -> Array:
-    """log P(x) of 8-bit values on [-1, 1] under a normal: bins of half-width 1/255, the outer two open (DDPM, eq. 13)."""
+    """log P(x) of 8-bit values on [-1, 1] under a normal: bins of half-width 1/255, the outer open (DDPM, eq. 13)."""
     inverse = jnp.exp(-log_scale)
     # A bin in the upper tail is mirrored into the lower one, where the difference of two small numbers is exact.
     offset = -jnp.abs(x - mean)

@@ -74,7 +74,7 @@ def make_schedule(
 
 
 def rescale_zero_terminal_snr(schedule: Schedule) -> Schedule:
-    """Shifts and scales sqrt(abar) so that it ends at 0 and still begins where it did (Lin et al. 2024, algorithm 1)."""
+    """Shifts and scales sqrt(abar) so that it ends at 0 and begins where it did (Lin et al. 2024, algorithm 1)."""
     root = np.sqrt(schedule.alphas_cumprod)
     abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     betas = 1.0 - abar / np.concatenate([[1.0], abar[:-1]])

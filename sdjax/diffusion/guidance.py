@@ -1,0 +1,77 @@
+"""Guidance of a network's raw prediction, and thresholds for the clean sample.
+
+The combination of classifier-free guidance is the same for epsilon, v and x0 at one (x, sigma); the rescaling is not, so
+both act where PyTorch diffusers has them: on the raw prediction, below `make_denoise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sdjax.diffusion.denoise import Network
+
+NetworkPair = Callable[
+    [Float[Array, "b h w c"], Float[Array, " b"]], tuple[Float[Array, "b h w d"], Float[Array, "b h w d"]]
+]
+"""pair(x_vp, timestep) -> (conditional, unconditional) raw predictions."""
+
+Scalar = float | Float[Array, ""]
+
+
+def classifier_free(
+    cond: Float[Array, "b h w c"], uncond: Float[Array, "b h w c"], scale: Scalar
+) -> Float[Array, "b h w c"]:
+    """uncond + scale (cond - uncond): scale 1 is no guidance (Ho & Salimans 2022, eq. 6 with w = scale - 1)."""
+    return uncond + scale * (cond - uncond)
+
+
+def rescale_guidance(
+    guided_output: Float[Array, "b h w c"], cond: Float[Array, "b h w c"], phi: Scalar
+) -> Float[Array, "b h w c"]:
+    """Gives each guided prediction the conditional one's standard deviation, to the share phi (Lin et al. 2024, eq. 15)."""
+    axes = tuple(range(1, cond.ndim))
+    deviation = jnp.std(guided_output, axis=axes, keepdims=True)
+    ratio = jnp.std(cond, axis=axes, keepdims=True) / jnp.maximum(deviation, jnp.finfo(deviation.dtype).tiny)
+    return guided_output * (phi * ratio + (1.0 - phi))
+
+
+def guided(pair: NetworkPair, scale: Scalar, rescale: Scalar = 0.0) -> Network:
+    """A network whose prediction is guided; scale and rescale may be traced, so that changing them compiles nothing.
+
+    Channels beyond those of x (a learned variance) are the conditional network's own (diffusers, DeepFloyd IF).
+
+    Args:
+        pair: pair(x_vp, timestep) -> (conditional, unconditional).
+        scale: guidance scale, 1 for none.
+        rescale: phi of `rescale_guidance`, 0 for none.
+    """
+
+    def network(x: Float[Array, "b h w c"], timestep: Float[Array, " b"]) -> Float[Array, "b h w d"]:
+        cond, uncond = (output.astype(x.dtype) for output in pair(x, timestep))
+        channels = x.shape[-1]
+        mean = classifier_free(cond[..., :channels], uncond[..., :channels], scale)
+        mean = rescale_guidance(mean, cond[..., :channels], rescale)
+        return jnp.concatenate([mean, cond[..., channels:]], axis=-1)
+
+    return network
+
+
+def static_threshold(x0: Float[Array, "b h w c"], limit: Scalar = 1.0) -> Float[Array, "b h w c"]:
+    """Clips to [-limit, limit]."""
+    return jnp.clip(x0, -limit, limit)
+
+
+def dynamic_threshold(
+    x0: Float[Array, "b h w c"], ratio: Scalar = 0.995, sample_max_value: Scalar = 1.0
+) -> Float[Array, "b h w c"]:
+    """Clips each image to the quantile s of its own |x0| and divides by s (Imagen, section 2.3).
+
+    s is held in [1, sample_max_value] as in diffusers, whose default of 1 makes it a static threshold.
+    """
+    magnitudes = jnp.abs(x0).reshape(x0.shape[0], -1)
+    limit = jnp.clip(jnp.quantile(magnitudes, ratio, axis=1), 1.0, sample_max_value)
+    limit = limit.reshape((-1,) + (1,) * (x0.ndim - 1))
+    return jnp.clip(x0, -limit, limit) / limit

@@ -1,0 +1,105 @@
+"""Samplers as tables of coefficients, chosen by the names that users know, and the one scan that runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from sdjax.core.errors import UserError, unknown
+from sdjax.diffusion.samplers.ddpm import ddim, ddpm
+from sdjax.diffusion.samplers.euler import euler, euler_a
+from sdjax.diffusion.samplers.multistep import dpmpp_2m, lms
+from sdjax.diffusion.samplers.options import SamplerOptions, sampler_of, schedule_of
+from sdjax.diffusion.samplers.plms import plms
+from sdjax.diffusion.samplers.scan import first_noise, sample
+from sdjax.diffusion.samplers.second_order import dpm2, heun
+from sdjax.diffusion.samplers.table import Plan, Table, stack
+from sdjax.diffusion.schedule import Schedule
+
+__all__ = [
+    "SAMPLERS",
+    "SPACINGS",
+    "SamplerOptions",
+    "Table",
+    "first_noise",
+    "make_table",
+    "sample",
+    "sampler_of",
+    "schedule_of",
+    "start_of",
+]
+
+SAMPLERS: dict[str, Callable[[Schedule, int, SamplerOptions, int], Plan]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "plms": plms,
+    "euler": euler,
+    "euler_a": euler_a,
+    "heun": heun,
+    "dpm2": dpm2,
+    "lms": lms,
+    "dpmpp_2m": dpmpp_2m,
+}
+SPACINGS = ("leading", "linspace", "trailing", "karras")
+
+# Where a latent model's own scheduler config departs from the defaults of the classes.
+_LATENT = {"clip_sample": False, "skip_prk_steps": True}
+
+
+def make_table(
+    sampler: str,
+    schedule: Schedule,
+    steps: int,
+    options: SamplerOptions | None = None,
+    *,
+    spacing: str | None = None,
+    start: int = 0,
+    **changes: object,
+) -> Table:
+    """The table of a sampler, float64 on the host.
+
+    Args:
+        sampler: a key of SAMPLERS.
+        schedule: of the training.
+        steps: number of steps; Heun and DPM2 call the network 2 steps - 1 times, PLMS steps + 1.
+        options: None for the defaults of the sampler's class in diffusers, without clipping.
+        spacing: "leading", "linspace", "trailing" or "karras" in place of what the options say.
+        start: steps to leave out at the beginning (image to image); solvers warm up anew from there.
+        **changes: fields of SamplerOptions, e.g. eta=1.0, in place of what `options` says.
+
+    Raises:
+        UserError: an unknown sampler, spacing or option, a start or a number of steps out of range.
+    """
+    if sampler not in SAMPLERS:
+        raise unknown("sampler", sampler, SAMPLERS)
+    if options is None:
+        options = SamplerOptions.from_scheduler_config(_LATENT, sampler)
+    if spacing is not None:
+        changes |= _spacing(spacing)
+    for name in changes:
+        if name not in SamplerOptions.__dataclass_fields__:
+            raise unknown("sampler option", name, SamplerOptions.__dataclass_fields__)
+    options = dataclasses.replace(options, **changes)  # pyright: ignore[reportArgumentType]
+    if not 0 <= start < steps:
+        raise UserError(f"start {start}: choose 0 to {steps - 1}, below the number of steps")
+    plan = SAMPLERS[sampler](schedule, steps, options, start)
+    calls = len(plan.rows) * steps // (steps - start) + 2 if start else len(plan.rows)
+    return stack(plan, options.limits, calls)
+
+
+def start_of(steps: int, strength: float) -> int:
+    """The step at which image to image begins: int(strength steps) of them are left (SDEdit; diffusers).
+
+    Raises:
+        UserError: strength is not in (0, 1], or so small that no step is left.
+    """
+    left = min(int(steps * strength), steps)
+    if not 0.0 < strength <= 1.0 or left < 1:
+        raise UserError(f"strength {strength} with {steps} steps: choose more than {1 / steps:.3g}, at most 1")
+    return steps - left
+
+
+def _spacing(name: str) -> dict[str, object]:
+    if name not in SPACINGS:
+        raise unknown("schedule", name, SPACINGS)
+    return {"use_karras_sigmas": True} if name == "karras" else {"timestep_spacing": name, "use_karras_sigmas": False}

@@ -1,0 +1,65 @@
+"""Euler's method on the probability flow, plain, with churn, and ancestral."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sdjax.diffusion.samplers.options import SamplerOptions
+from sdjax.diffusion.samplers.spacing import Levels, first_noise_scale, sigma_levels
+from sdjax.diffusion.samplers.table import Plan, Row, weights
+from sdjax.diffusion.schedule import Schedule, sigma_to_timestep
+
+
+def euler(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+    """Euler (Karras et al. 2022, algorithm 2 without its correction; k-diffusion's sample_euler)."""
+    churned = churn(schedule, sigma_levels(schedule, steps, options), options, start)
+    rows = []
+    for i, (sigma, t) in enumerate(zip(churned.sigmas, churned.timesteps, strict=True)):
+        ratio = churned.targets[i] / sigma
+        next_x = weights(x=ratio, predictions=[1.0 - ratio], noise=churned.noise[i])
+        rows.append(Row(sigma, t, next_x))
+    return Plan(rows, churned.first_scale)
+
+
+def euler_a(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+    """Ancestral Euler: down to sigma_down, then fresh noise back up (k-diffusion's sample_euler_ancestral)."""
+    levels = sigma_levels(schedule, steps, options)
+    sigmas, timesteps = levels.sigmas[start:], levels.timesteps[start:]
+    rows = []
+    for sigma, target, t in zip(sigmas[:-1], sigmas[1:], timesteps, strict=True):
+        up = min(target, options.eta * np.sqrt(max(target**2 * (sigma**2 - target**2), 0.0)) / sigma)
+        ratio = np.sqrt(max(target**2 - up**2, 0.0)) / sigma
+        rows.append(Row(float(sigma), float(t), weights(x=ratio, predictions=[1.0 - ratio], noise=up)))
+    return Plan(rows, first_noise_scale(sigmas[0], options))
+
+
+class Churned:
+    """Levels at which the network is called once churn has raised them, and the noise that raises them.
+
+    The noise that lifts step i + 1 is added by step i, whose own step is deterministic; that of the first step is part
+    of the first noise's scale.
+
+    Attributes:
+        sigmas, timesteps: [n] raised levels and what the network is told there.
+        targets: [n] where each step ends, before the next one's noise.
+        noise: [n] deviation of the noise that each step adds at its end.
+        first_scale: of the noise at the beginning.
+    """
+
+    def __init__(self, levels: Levels, raised: np.ndarray, timesteps: np.ndarray, options: SamplerOptions) -> None:
+        extra = options.s_noise * np.sqrt(np.maximum(raised**2 - levels.sigmas[:-1] ** 2, 0.0))
+        self.sigmas, self.timesteps = raised.tolist(), timesteps.tolist()
+        self.targets = levels.sigmas[1:].tolist()
+        self.noise = [*extra[1:].tolist(), 0.0]
+        self.first_scale = float(np.hypot(first_noise_scale(levels.sigmas[0], options), extra[0]))
+
+
+def churn(schedule: Schedule, levels: Levels, options: SamplerOptions, start: int) -> Churned:
+    """Raises levels in [s_tmin, s_tmax] by the factor 1 + min(s_churn / n, sqrt(2) - 1) (Karras et al. 2022, alg. 2)."""
+    gamma = min(options.s_churn / len(levels.timesteps), np.sqrt(2.0) - 1.0)
+    tail = Levels(levels.sigmas[start:], levels.timesteps[start:])
+    sigmas = tail.sigmas[:-1]
+    chosen = (sigmas >= options.s_tmin) & (sigmas <= options.s_tmax) & (gamma > 0.0)
+    raised = np.where(chosen, sigmas * (1.0 + gamma), sigmas)
+    timesteps = np.where(chosen, sigma_to_timestep(raised, schedule.sigmas), tail.timesteps)
+    return Churned(tail, raised, timesteps, options)

@@ -1,0 +1,135 @@
+"""PLMS (pseudo linear multistep, PNDM): Adams-Bashforth on the raw prediction, with either of its two warm-ups."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sdjax.core.errors import UserError
+from sdjax.diffusion.samplers.ddpm import LEAST_ABAR, previous_abar
+from sdjax.diffusion.samplers.options import SamplerOptions
+from sdjax.diffusion.samplers.spacing import integer_timesteps
+from sdjax.diffusion.samplers.table import (
+    KEEP_X,
+    UNCHANGED,
+    Plan,
+    Row,
+    record_epsilon,
+    record_velocity,
+    weights,
+)
+from sdjax.diffusion.schedule import Schedule, abar_to_sigma
+
+# Adams-Bashforth by the number of predictions at hand (PNDM, eq. 12; the lower orders are PLMS's warm-up).
+_ADAMS = {
+    1: [1.0],
+    2: [3 / 2, -1 / 2],
+    3: [23 / 12, -16 / 12, 5 / 12],
+    4: [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+}
+
+
+class _Call(NamedTuple):
+    """A network call in variance-preserving coordinates; the anchor is kept in them as well."""
+
+    timestep: int
+    next_x: np.ndarray
+    next_anchor: np.ndarray = UNCHANGED
+    keep: bool = False
+
+
+def plms(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+    """PLMS as latent diffusion uses it (skip_prk_steps: the second call repeats the first step), or PNDM's F-PNDM with
+    three steps of its Runge-Kutta method first (PNDM, algorithm 2).
+
+    Raises:
+        UserError: fewer than four steps for the Runge-Kutta warm-up.
+    """
+    timesteps = integer_timesteps(schedule, steps, options)[start:]
+    if options.skip_prk_steps:
+        calls = _plms_calls(schedule, timesteps, schedule.num_timesteps // steps, options)
+    else:
+        calls = _runge_kutta_calls(schedule, timesteps, schedule.num_timesteps // steps, options)
+    return _plan(schedule, calls, options)
+
+
+def _plan(schedule: Schedule, calls: list[_Call], options: SamplerOptions) -> Plan:
+    """Rows in variance-exploding coordinates; the result stays in the network's."""
+    abar = np.maximum(schedule.alphas_cumprod[[call.timestep for call in calls]], LEAST_ABAR)
+    ends = np.append(abar[1:], 1.0)
+    record = record_velocity if options.prediction_type == "v_prediction" else record_epsilon
+    rows = []
+    for call, now, end in zip(calls, abar, ends, strict=True):
+        into = np.concatenate([[np.sqrt(now)], np.ones(len(UNCHANGED) - 1)])
+        sigma = float(abar_to_sigma(now))
+        rows.append(
+            Row(
+                sigma,
+                float(call.timestep),
+                call.next_x * into / np.sqrt(end),
+                call.next_anchor * into,
+                record(sigma),
+                call.keep,
+            )
+        )
+    return Plan(rows, float(np.sqrt(1.0 / abar[0])))
+
+
+def _transfer(schedule: Schedule, now: int, then: int, options: SamplerOptions) -> tuple[float, float]:
+    """Weights of x and of the prediction for the step from one timestep to another (PNDM, eq. 11; equals DDIM's)."""
+    a = float(np.maximum(schedule.alphas_cumprod[min(now, schedule.num_timesteps - 1)], LEAST_ABAR))
+    b = previous_abar(schedule, then, options)
+    of_x = np.sqrt(b / a)
+    of_noise = np.sqrt(1.0 - b) - np.sqrt(b * (1.0 - a) / a)
+    if options.prediction_type == "v_prediction":  # noise = sqrt(a) v + sqrt(1 - a) x
+        return float(of_x + of_noise * np.sqrt(1.0 - a)), float(of_noise * np.sqrt(a))
+    return float(of_x), float(of_noise)
+
+
+def _plms_calls(schedule: Schedule, timesteps: np.ndarray, stride: int, options: SamplerOptions) -> list[_Call]:
+    first = int(timesteps[0])
+    of_x, of_p = _transfer(schedule, first, first - stride, options)
+    calls = [_Call(first, weights(x=of_x, predictions=[of_p]), KEEP_X, keep=True)]
+    if len(timesteps) == 1:
+        return calls
+    # The second call repeats the first step from the anchor, with the mean of both ends' predictions.
+    second = int(timesteps[1])
+    of_x, of_p = _transfer(schedule, second + stride, second, options)
+    calls.append(_Call(second, weights(anchor=of_x, predictions=[of_p / 2, of_p / 2])))
+    return calls + _adams_calls(schedule, timesteps[1:], stride, options, kept=1)
+
+
+def _adams_calls(
+    schedule: Schedule, timesteps: np.ndarray, stride: int, options: SamplerOptions, kept: int
+) -> list[_Call]:
+    calls = []
+    for i, t in enumerate(timesteps.tolist()):
+        of_x, of_p = _transfer(schedule, t, t - stride, options)
+        predictions = [of_p * weight for weight in _ADAMS[min(kept + 1 + i, 4)]]
+        calls.append(_Call(t, weights(x=of_x, predictions=predictions), keep=True))
+    return calls
+
+
+def _runge_kutta_calls(schedule: Schedule, timesteps: np.ndarray, stride: int, options: SamplerOptions) -> list[_Call]:
+    if len(timesteps) < 4:
+        raise UserError(f"PNDM's Runge-Kutta warm-up needs at least 4 steps, got {len(timesteps)}")
+    calls = []
+    half = stride // 2
+    for begin, end in zip(timesteps[:3].tolist(), timesteps[1:4].tolist(), strict=True):
+        middle = begin - half
+        mid_x, mid_p = _transfer(schedule, begin, middle, options)
+        far_x, far_p = _transfer(schedule, begin, middle - half, options)
+        end_x, end_p = _transfer(schedule, begin, end, options)
+        calls.append(_Call(begin, weights(x=mid_x, predictions=[mid_p]), KEEP_X, keep=True))
+        calls.append(_Call(middle, weights(anchor=mid_x, predictions=[mid_p])))
+        # x is mid_x anchor + mid_p (second prediction): the anchor takes up the sum of the first three, from which the
+        # fourth call makes the step.
+        gathered = weights(
+            x=end_p / 3 / mid_p,
+            anchor=end_x - end_p / 3 * mid_x / mid_p,
+            predictions=[end_p / 3, end_p / 6],
+        )
+        calls.append(_Call(middle, weights(anchor=far_x, predictions=[far_p]), gathered))
+        calls.append(_Call(end, weights(anchor=1.0, predictions=[end_p / 6])))
+    return calls + _adams_calls(schedule, timesteps[3:], stride, options, kept=3)

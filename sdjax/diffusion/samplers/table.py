@@ -1,0 +1,144 @@
+"""A sampler is a table: one row a network call, each a fixed linear map of what is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sdjax.core.errors import UserError
+
+HISTORY = 4
+"""K: this call's prediction and the three that were kept before it."""
+
+LENGTHS = (16, 32, 64, 128, 256, 1024, 2048)
+"""Tables are padded to one of these, so that another number of steps seldom means another compilation."""
+
+RECORD_X0 = (0.0, 1.0, 0.0)
+UNCHANGED = np.array([0.0, 1.0] + [0.0] * (HISTORY + 1))
+"""Weights that leave the anchor as it is."""
+
+
+class Row(NamedTuple):
+    """One network call, in float64.
+
+    Attributes:
+        sigma: noise level of x, in variance-exploding coordinates, when the network is called.
+        timestep: what the network is told.
+        next_x: [2 + K + 1] weights on (x, anchor, prediction, the last K - 1 kept predictions newest first, noise).
+        next_anchor: the same, for the anchor.
+        record: weights on (x, x0, x0 before clipping) that make this call's prediction.
+        keep: whether the prediction joins the kept ones.
+        log_variance: bounds between which a learned variance lies, as a factor on the noise; (0, 0) without one.
+    """
+
+    sigma: float
+    timestep: float
+    next_x: np.ndarray
+    next_anchor: np.ndarray = UNCHANGED
+    record: tuple[float, float, float] = RECORD_X0
+    keep: bool = True
+    log_variance: tuple[float, float] = (0.0, 0.0)
+
+
+class Plan(NamedTuple):
+    """What a sampler returns: its rows, and what standard normal noise is multiplied by to begin at the first."""
+
+    rows: list[Row]
+    first_scale: float
+
+
+class Table(NamedTuple):
+    """Stacked rows, an argument of the compiled scan. n is one of LENGTHS; rows that are not active do nothing.
+
+    Attributes:
+        sigma, timestep: [n].
+        sigma_next: [n] level after the row: the next row's sigma, 0 after the last.
+        weights: [n, 2, 2 + K + 1], next_x then next_anchor.
+        record: [n, 3].
+        keep, active: [n] bool.
+        log_variance: [n, 2].
+        first_scale: [] noise times this is where sampling from nothing begins.
+        limits: [3] clip range, dynamic threshold's ratio and greatest value; (inf, 0, 1) is neither.
+    """
+
+    sigma: np.ndarray
+    timestep: np.ndarray
+    sigma_next: np.ndarray
+    weights: np.ndarray
+    record: np.ndarray
+    keep: np.ndarray
+    active: np.ndarray
+    log_variance: np.ndarray
+    first_scale: np.ndarray
+    limits: np.ndarray
+
+
+def weights(
+    *, x: float = 0.0, anchor: float = 0.0, predictions: Sequence[float] = (), noise: float = 0.0
+) -> np.ndarray:
+    """A row of weights [2 + K + 1]; `predictions` begins with this call's own."""
+    padded = [*predictions, *[0.0] * (HISTORY - len(predictions))]
+    return np.array([x, anchor, *padded, noise], np.float64)
+
+
+KEEP_X = weights(x=1.0)
+"""Weights that make x the anchor."""
+
+
+def record_epsilon(sigma: float) -> tuple[float, float, float]:
+    """The prediction as noise: (x - x0) / sigma."""
+    return (1.0 / sigma, -1.0 / sigma, 0.0)
+
+
+def record_velocity(sigma: float) -> tuple[float, float, float]:
+    """The prediction as v: (x / (sigma^2 + 1) - x0) sqrt(sigma^2 + 1) / sigma."""
+    root = np.sqrt(sigma**2 + 1.0)
+    return (1.0 / (sigma * root), -root / sigma, 0.0)
+
+
+def stack(plan: Plan, limits: tuple[float, float, float], rows_without_start: int) -> Table:
+    """Stacks and pads a plan's rows.
+
+    Args:
+        plan: at least one row.
+        limits: see `Table`.
+        rows_without_start: number of rows had the plan begun at its first step: it decides the padded length, so that
+            beginning later compiles nothing.
+
+    Raises:
+        UserError: more rows than the longest table holds.
+    """
+    rows = plan.rows
+    length = padded_length(max(rows_without_start, len(rows)))
+    sigma = np.array([row.sigma for row in rows])
+
+    def pad(values: object, dtype: type = np.float64) -> np.ndarray:
+        array = np.asarray(values, dtype)
+        return np.concatenate([array, np.zeros((length - len(rows), *array.shape[1:]), dtype)])
+
+    return Table(
+        sigma=pad(sigma),
+        timestep=pad([row.timestep for row in rows]),
+        sigma_next=pad([*sigma[1:], 0.0]),
+        weights=pad([np.stack([row.next_x, row.next_anchor]) for row in rows]),
+        record=pad([row.record for row in rows]),
+        keep=pad([row.keep for row in rows], bool),
+        active=pad(np.ones(len(rows)), bool),
+        log_variance=pad([row.log_variance for row in rows]),
+        first_scale=np.float64(plan.first_scale),
+        limits=np.array(limits, np.float64),
+    )
+
+
+def padded_length(rows: int) -> int:
+    """The least of LENGTHS that holds so many rows.
+
+    Raises:
+        UserError: none does.
+    """
+    for length in LENGTHS:
+        if rows <= length:
+            return length
+    raise UserError(f"too many sampling steps: {rows} network calls, the limit is {LENGTHS[-1]}")
