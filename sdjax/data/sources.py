@@ -63,13 +63,13 @@ def source(name: str, split: str = "train", data_dir: str | os.PathLike | None =
 class TfdsSource:
     """A prepared TensorFlow dataset with an image feature; the caption is a text, or else the name of the class."""
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+    def __init__(self, builder: Any, split: str):
         """Opens `split`.
 
         Raises:
             UserError: no such split, no picture or no caption among the features, or records without random access.
         """
-        features = builder.info.features
+        features: Any = builder.info.features
         self._image = _first(features, tfds.features.Image, "image", builder.name)
         kinds = (tfds.features.Text, tfds.features.ClassLabel)
         caption = next((key for key in ("caption", "text") if key in features), None)
@@ -78,7 +78,7 @@ class TfdsSource:
         self._class_name = label.int2str if isinstance(label, tfds.features.ClassLabel) else None
         decoders = {self._image: tfds.decode.SkipDecoding()}
         try:
-            self._records = builder.as_data_source(split=split, decoders=decoders)
+            self._records: Any = builder.as_data_source(split, decoders=decoders)
         except (ValueError, KeyError, NotImplementedError) as error:
             splits = ", ".join(builder.info.splits) or "none"
             raise UserError(f"cannot read split {split!r} of {builder.name} (splits: {splits}): {error}") from error

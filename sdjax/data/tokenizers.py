@@ -87,12 +87,11 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 
     Raises:
         UserError: `vocab_size` leaves no room for a merge.
     """
-    alphabet = _byte_characters()
-    room = vocab_size - 2 * len(alphabet) - 2
+    units = _units()
+    room = vocab_size - len(units) - 2
     if room < 1:
         raise UserError(f"vocab_size {vocab_size} is too small: bytes and specials alone take {vocab_size - room}")
     merges = _learn_merges(texts, room)
-    units = [*alphabet, *(character + WORD_END for character in alphabet)]
     tokens = [*units, *("".join(pair) for pair in merges), BOS, EOS]
     # Two different pairs may join to the same token, which then has one id.
     _write(Path(folder), {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges)
@@ -101,11 +100,14 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 
 
 def _learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
     learner = _backend({}, [], [])
-    # The trainer counts the characters it meets too: ask for as many more as there can be, and keep the first merges.
-    most_characters = 2 * len(_byte_characters())
-    trainer = trainers.BpeTrainer(vocab_size=most_characters + count, end_of_word_suffix=WORD_END, show_progress=False)
+    # The trainer settles ties between pairs by their ids, and numbers characters in the order of a hash table unless it
+    # is given them beforehand: so the same texts give the same merges in every process.
+    units = _units()
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(units) + count, special_tokens=units, end_of_word_suffix=WORD_END, show_progress=False
+    )
     learner.train_from_iterator(texts, trainer)
-    return [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]][:count]
+    return [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
 
 
 def _backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], specials: Sequence[str]) -> Backend:
@@ -124,22 +126,30 @@ def _backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], specia
     return backend
 
 
-def _byte_characters() -> list[str]:
-    """A printable character for each byte, in the order of CLIP's vocabulary: printable bytes first (GPT-2's table)."""
+def _units() -> list[str]:
+    """What every text is made of: a printable character for each byte (GPT-2's table), then the same ending a word.
+
+    In the order of CLIP's vocabulary: the bytes that are printable themselves come first.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = 256 - len(printable)
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]
+    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    return characters + [character + WORD_END for character in characters]
 
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
         lines = _read_text(folder / "merges.txt").splitlines()
-        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
         vocab = _read_json(folder / "vocab.json")
+        pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
     else:  # what transformers 5 writes
-        model = _read_json(folder / "tokenizer.json")["model"]
-        vocab, merges = model["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    return vocab, merges
+        model = _read_json(folder / "tokenizer.json").get("model", {})
+        vocab = model.get("vocab", {})
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    wrong = [pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocab]
+    if wrong or not vocab:
+        what = f"the merge {' '.join(wrong[0])!r} does not fit the vocabulary" if wrong else "there is no vocabulary"
+        raise UserError(f"{folder} does not hold a CLIP tokenizer: {what}")
+    return vocab, [(left, right) for left, right in pairs]
 
 
 def _content(token: Any, default: str) -> str:

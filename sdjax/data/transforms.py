@@ -9,7 +9,7 @@ from typing import Any
 import grain
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sdjax.data.tokenizers import Tokenizer
 
@@ -20,7 +20,11 @@ def square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s
     """The largest centred square, resampled to `size` pixels (Lanczos, antialiased)."""
     if image.shape[:2] == (size, size):
         return image
-    return np.asarray(ImageOps.fit(Image.fromarray(image), (size, size), Image.Resampling.LANCZOS))
+    height, width, _ = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    cut = np.ascontiguousarray(image[top : top + side, left : left + side])
+    return np.asarray(Image.fromarray(cut).resize((size, size), Image.Resampling.LANCZOS))
 
 
 def to_float(image: UInt8[np.ndarray, "*b h w c"]) -> Float[np.ndarray, "*b h w c"]:

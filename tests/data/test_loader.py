@@ -1,0 +1,136 @@
+"""The order of the data: each example once an epoch, the same after a restore, split without loss or overlap."""
+
+import itertools
+
+import grain
+import numpy as np
+import pytest
+
+from sdjax.core.errors import UserError
+from sdjax.data.loader import Reading, Shard, in_order, loader
+from sdjax.data.sources import ArraySource
+from sdjax.data.tokenizers import load_tokenizer
+from sdjax.data.transforms import Flip, Select, Square, ToFloat, Tokenize, square
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
+SOURCE = ArraySource({"id": np.arange(12), "image": PICTURES})
+
+
+def ids(batches, count):
+    return np.stack([batch["id"] for batch in itertools.islice(batches, count)])
+
+
+def test_each_example_once_an_epoch_in_a_new_order():
+    epochs = ids(loader(SOURCE, 4, seed=0), 9).reshape(3, 12)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(12))
+    assert len({tuple(epoch) for epoch in epochs} | {tuple(range(12))}) == 4
+
+
+def test_batch_that_does_not_divide_the_data_loses_nothing():
+    epochs = ids(loader(SOURCE, 5, seed=0), 12).reshape(5, 12)
+    assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 5
+
+
+def test_seed_is_the_order():
+    first, same, other = (ids(loader(SOURCE, 4, seed=seed), 3) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any()
+
+
+def flipped(count=6, **kwargs):
+    return loader(SOURCE, 4, 3, [Flip(), ToFloat()], **kwargs)
+
+
+@pytest.mark.parametrize("step", [0, 2, 5, 100])
+def test_restored_position_continues_the_same_pictures(step):
+    data = flipped()
+    for _ in range(step):
+        next(data)
+    state = data.get_state()
+    expected = [next(data) for _ in range(4)]
+    again = flipped()
+    next(again)
+    again.set_state(state)
+    assert again.step == step
+    for batch in expected:
+        np.testing.assert_equal(next(again), batch)
+    assert again.step == step + 4
+
+
+def test_state_of_other_data_is_refused():
+    state = loader(SOURCE, 4, seed=3).get_state()
+    for other in (
+        loader(SOURCE, 6, seed=3),
+        loader(SOURCE, 4, seed=4),
+        loader(ArraySource({"id": np.arange(9)}), 4, 3),
+    ):
+        with pytest.raises(UserError, match="saved data position is for"):
+            other.set_state(state)
+        assert other.step == 0
+
+
+def test_processes_partition_each_batch_of_one_process():
+    whole = flipped()
+    parts = [flipped(shard=Shard(index, 2)) for index in range(2)]
+    for _ in range(7):
+        both = [next(part) for part in parts]
+        joined = {name: np.concatenate([part[name] for part in both]) for name in both[0]}
+        np.testing.assert_equal(joined, next(whole))
+    whole.set_state(parts[1].get_state())  # another number of processes continues the run
+    np.testing.assert_equal(next(whole)["id"][2:], next(parts[1])["id"])
+
+
+def test_threads_do_not_change_the_order():
+    plain = ids(flipped(reading=Reading(threads=0, ahead=0)), 20)
+    np.testing.assert_array_equal(ids(flipped(reading=Reading(threads=4, ahead=8)), 20), plain)
+
+
+def test_flips_about_half_and_only_mirrors():
+    data, mirrored = loader(SOURCE, 12, 0, [Flip()]), 0
+    for _ in range(20):
+        batch = next(data)
+        for key, image in zip(batch["id"], batch["image"], strict=True):
+            is_mirror = (image == PICTURES[key][:, ::-1]).all()
+            assert is_mirror or (image == PICTURES[key]).all()
+            mirrored += is_mirror
+    assert 80 < mirrored < 160  # 240 coins: 120, standard deviation 8
+
+
+def test_square_takes_the_middle_and_keeps_flat_colours():
+    image = np.zeros((20, 60, 3), np.uint8)
+    image[:, 20:40] = (200, 100, 50)
+    np.testing.assert_array_equal(square(image, 10), np.full((10, 10, 3), (200, 100, 50), np.uint8))
+    np.testing.assert_array_equal(square(PICTURES[0], 4), PICTURES[0])
+
+
+def test_transforms_in_a_row():
+    source = [{"image": np.full((8, 8, 3), value, np.uint8), "caption": "red heart"} for value in (0, 255)]
+    tokenizer = load_tokenizer("checkpoints/openmoji/tokenizer")
+    steps = [Square(4), ToFloat(), Tokenize(tokenizer), Select(("image", "tokens"))]
+    (batch,) = in_order(source, 2, steps)
+    assert set(batch) == {"image", "tokens"}
+    assert batch["image"].dtype == np.float32
+    assert batch["image"].mean((1, 2, 3)).tolist() == [-1, 1]
+    np.testing.assert_array_equal(batch["tokens"], tokenizer.encode(["red heart"] * 2))
+
+
+def test_in_order_gives_all_once():
+    assert [len(batch["id"]) for batch in in_order(SOURCE, 5)] == [5, 5, 2]
+    assert np.concatenate([batch["id"] for batch in in_order(SOURCE, 5)]).tolist() == list(range(12))
+
+
+def test_error_in_a_picture_reaches_the_user_as_it_is():
+    class Broken(grain.transforms.Map):
+        def map(self, element):
+            raise UserError("cannot read picture x.png")
+
+    with pytest.raises(UserError, match=r"x\.png"):
+        next(loader(SOURCE, 4, 0, [Broken()]))
+
+
+def test_impossible_batches_are_refused():
+    with pytest.raises(UserError, match="batch_size 5 cannot be divided between 2 processes"):
+        loader(SOURCE, 5, 0, shard=Shard(0, 2))
+    with pytest.raises(UserError, match="batch_size 13 is more than the 12 examples"):
+        loader(SOURCE, 13, 0)
