@@ -19,8 +19,10 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 Network = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "b h w d"]]
 """network(x_vp, timestep) -> raw prediction; d is c, or 2 c with a learned variance."""
 
-Denoise = Callable[..., Float[Array, "b h w c"]]
-"""denoise(x [b h w c], sigma [], timestep []) -> x0 [b h w c], x in variance-exploding coordinates."""
+Denoise = Callable[..., Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]]
+"""denoise(x [b h w c], sigma [], timestep []) -> x0 [b h w c], x in variance-exploding coordinates.
+
+With a learned variance it answers (x0, v), see `make_denoise`."""
 
 
 def per_image(values: Array, like: Array) -> Array:

@@ -1,7 +1,7 @@
 """Guidance of a network's raw prediction, and thresholds for the clean sample.
 
-The combination of classifier-free guidance is the same for epsilon, v and x0 at one (x, sigma); the rescaling is not, so
-both act where PyTorch diffusers has them: on the raw prediction, below `make_denoise`.
+The combination of classifier-free guidance is the same for epsilon, v and x0 at one (x, sigma); the rescaling is not,
+so both act where PyTorch diffusers has them: on the raw prediction, below `make_denoise`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def classifier_free(
 def rescale_guidance(
     guided_output: Float[Array, "b h w c"], cond: Float[Array, "b h w c"], phi: Scalar
 ) -> Float[Array, "b h w c"]:
-    """Gives each guided prediction the conditional one's standard deviation, to the share phi (Lin et al. 2024, eq. 15)."""
+    """To the share phi, gives each image the conditional prediction's standard deviation (Lin et al. 2024, eq. 15)."""
     axes = tuple(range(1, cond.ndim))
     deviation = jnp.std(guided_output, axis=axes, keepdims=True)
     ratio = jnp.std(cond, axis=axes, keepdims=True) / jnp.maximum(deviation, jnp.finfo(deviation.dtype).tiny)

@@ -83,8 +83,8 @@ def make_table(
     if not 0 <= start < steps:
         raise UserError(f"start {start}: choose 0 to {steps - 1}, below the number of steps")
     plan = SAMPLERS[sampler](schedule, steps, options, start)
-    calls = len(plan.rows) * steps // (steps - start) + 2 if start else len(plan.rows)
-    return stack(plan, options.limits, calls)
+    from_scratch = SAMPLERS[sampler](schedule, steps, options, 0) if start else plan
+    return stack(plan, options.limits, len(from_scratch.rows))
 
 
 def start_of(steps: int, strength: float) -> int:

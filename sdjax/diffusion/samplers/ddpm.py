@@ -6,7 +6,7 @@ import numpy as np
 
 from sdjax.diffusion.samplers.options import SamplerOptions
 from sdjax.diffusion.samplers.spacing import integer_timesteps
-from sdjax.diffusion.samplers.table import RECORD_X0, Plan, Row, weights
+from sdjax.diffusion.samplers.table import Plan, Row, weights
 from sdjax.diffusion.schedule import Schedule, abar_to_sigma
 
 LEAST_ABAR = 2.0**-40
@@ -40,8 +40,8 @@ def _noise(variance: float, beta: float, then: float, kind: str) -> tuple[float,
 def ddim(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
     """DDIM (eq. 12 and 16), any eta.
 
-    As in diffusers the previous level is the one num_timesteps // steps earlier, which with linspace and trailing spacing
-    need not be where the next call is; and the direction keeps the noise from before x0 was clipped.
+    As in diffusers the previous level is the one num_timesteps // steps earlier, which with linspace and trailing
+    spacing need not be where the next call is; and the direction keeps the noise from before x0 was clipped.
     """
     timesteps = integer_timesteps(schedule, steps, options)[start:]
     abar = _levels(schedule, timesteps)
@@ -54,7 +54,7 @@ def ddim(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
         sigma = float(abar_to_sigma(now))
         direction = np.sqrt(max(1.0 - then - deviation**2, 0.0)) / sigma
         next_x = weights(x=direction / np.sqrt(end), predictions=[np.sqrt(then / end)], noise=deviation / np.sqrt(end))
-        record = (RECORD_X0[0], RECORD_X0[1], -float(direction / np.sqrt(then)))
+        record = (0.0, 1.0, -float(direction / np.sqrt(then)))
         rows.append(Row(sigma, float(t), next_x, record=record))
     return Plan(rows, float(np.sqrt(1.0 / abar[0])))
 

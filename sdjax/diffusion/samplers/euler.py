@@ -55,7 +55,7 @@ class Churned:
 
 
 def churn(schedule: Schedule, levels: Levels, options: SamplerOptions, start: int) -> Churned:
-    """Raises levels in [s_tmin, s_tmax] by the factor 1 + min(s_churn / n, sqrt(2) - 1) (Karras et al. 2022, alg. 2)."""
+    """Raises levels in [s_tmin, s_tmax] by the factor 1 + min(s_churn / n, sqrt(2) - 1) (Karras et al., alg. 2)."""
     gamma = min(options.s_churn / len(levels.timesteps), np.sqrt(2.0) - 1.0)
     tail = Levels(levels.sigmas[start:], levels.timesteps[start:])
     sigmas = tail.sigmas[:-1]

@@ -37,7 +37,7 @@ def lagrange_integrals(nodes: np.ndarray, lower: float, upper: float) -> list[fl
 
 
 def dpmpp_2m(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
-    """DPM-Solver++ (2M) (Lu et al. 2022, algorithm 2; diffusers' DPMSolverMultistepScheduler), first order at its ends."""
+    """DPM-Solver++ (2M), first order at its ends (Lu et al. 2022, algorithm 2; diffusers' DPMSolverMultistep)."""
     levels = solver_levels(schedule, steps, options)
     total = len(levels.timesteps)
     sigmas, timesteps = levels.sigmas[start:], levels.timesteps[start:]
@@ -60,7 +60,7 @@ def dpmpp_2m(schedule: Schedule, steps: int, options: SamplerOptions, start: int
 
 
 def _second_order(sigmas: np.ndarray, solver_type: str) -> list[float]:
-    """Weights of this x0 and the last for a step between the later two of three levels (DPM-Solver++, eq. 4.?)."""
+    """Weights of this x0 and the last for a step between the later two of three levels."""
     earlier, sigma, target = sigmas
     h = np.log(sigma / target)
     share = h / np.log(earlier / sigma)  # 1 / r

@@ -23,8 +23,8 @@ _CHOICES = {
 class SamplerOptions:
     """Settings of samplers; each reads its own and ignores the rest. Names are those of diffusers' scheduler configs.
 
-    eta is DDIM's (0 deterministic, 1 as random as DDPM) or the ancestral samplers' share of fresh noise. s_churn, s_tmin,
-    s_tmax and s_noise are the churn of Euler, Heun and DPM2 (Karras et al. 2022, algorithm 2).
+    eta is DDIM's (0 deterministic, 1 as random as DDPM) or the ancestral samplers' share of fresh noise. s_churn,
+    s_tmin, s_tmax and s_noise are the churn of Euler, Heun and DPM2 (Karras et al. 2022, algorithm 2).
 
     Raises:
         UserError: a name is not among its choices.
@@ -80,9 +80,9 @@ class SamplerOptions:
         sampler = sampler or sampler_of(config)
         if sampler not in _CLASSES:
             raise unknown("sampler", sampler, _CLASSES)
-        _, defaults, fields = _CLASSES[sampler]
+        class_name, defaults, fields = _CLASSES[sampler]
         known = {name: config[name] for name in (*_COMMON, *fields) if config.get(name) is not None}
-        if sampler_of(config, sampler) == sampler:
+        if config.get("_class_name") in (None, class_name):
             _check_supported(config)
         if "lambda_min_clipped" in known:
             known["lambda_min_clipped"] = float(known["lambda_min_clipped"])
@@ -141,19 +141,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-def sampler_of(config: Mapping[str, Any], default: str | None = None) -> str:
+def sampler_of(config: Mapping[str, Any]) -> str:
     """The name of the sampler that a scheduler_config.json asks for by its _class_name.
 
-    Args:
-        config: the parsed file.
-        default: taken when the file names no class.
-
     Raises:
-        UserError: a class that is not known, or none and no default.
+        UserError: a class that is not known, or none.
     """
     class_name = config.get("_class_name")
-    if class_name is None and default is not None:
-        return default
     names = {row[0]: sampler for sampler, row in _CLASSES.items()}
     if class_name not in names:
         raise unknown("scheduler class", class_name, names, "scheduler_config.json")

@@ -53,17 +53,16 @@ def sample(
         between: see `Between`; None for nothing.
         callback: called on the host with each row's number once it has run, in no certain order.
     """
-    table = jax.tree.map(
-        lambda a: jnp.asarray(a) if jnp.asarray(a).dtype == bool else jnp.asarray(a, jnp.float32), table
-    )
+    table = jax.tree.map(_to_device, table)
+    limits = jnp.asarray(table.limits)
     x_init = x_init.astype(jnp.float32)
     state = _State(x_init, x_init, jnp.zeros((HISTORY - 1, *x_init.shape), jnp.float32))
     per_row = table._replace(first_scale=None, limits=None)  # pyright: ignore[reportArgumentType]
 
     def active(state: _State, row: Table, index: Int[Array, ""]) -> _State:
-        state = _step(denoise, state, row, table.limits, _noise(keys, index, x_init.shape[1:]))
+        state = _step(denoise, state, row, limits, _noise(keys, index, x_init.shape[1:]))
         if between is not None:
-            state = state._replace(x=between(state.x, row.sigma_next, keys))
+            state = state._replace(x=between(state.x, jnp.asarray(row.sigma_next), keys))
         if callback is not None:
             jax.debug.callback(callback, index)
         return state
@@ -99,6 +98,10 @@ def _limit(x0: Array, limits: Array) -> Array:
         lambda x0: static_threshold(x0, clip),
         x0,
     )
+
+
+def _to_device(values: Array) -> Array:
+    return jnp.asarray(values, values.dtype if values.dtype == bool else jnp.float32)
 
 
 def _noise(keys: PRNGKeyArray, index: int | Int[Array, ""], shape: tuple[int, ...]) -> Array:

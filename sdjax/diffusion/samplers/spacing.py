@@ -83,9 +83,9 @@ def solver_levels(schedule: Schedule, steps: int, options: SamplerOptions) -> Le
     # Signal-to-noise below lambda_min_clipped is left out: the cosine schedule's end is beyond float32 (DPM-Solver++).
     clipped = int(np.sum(-np.log(schedule.sigmas) < options.lambda_min_clipped))
     last = schedule.num_timesteps - clipped
+    if not 1 <= steps < last:
+        raise UserError(f"steps {steps}: choose 1 to {last - 1}, below the number of training timesteps")
     if options.timestep_spacing == "trailing":
-        if not 1 <= steps <= last:
-            raise UserError(f"steps {steps}: choose 1 to {last}")
         timesteps = np.round(np.arange(last, 0, -schedule.num_timesteps / steps)) - 1.0
     else:
         timesteps = np.round(spaced_timesteps(options.timestep_spacing, steps + 1, last, options.steps_offset))[:-1]

@@ -127,7 +127,7 @@ def stack(plan: Plan, limits: tuple[float, float, float], rows_without_start: in
         keep=pad([row.keep for row in rows], bool),
         active=pad(np.ones(len(rows)), bool),
         log_variance=pad([row.log_variance for row in rows]),
-        first_scale=np.float64(plan.first_scale),
+        first_scale=np.array(plan.first_scale),
         limits=np.array(limits, np.float64),
     )
 
