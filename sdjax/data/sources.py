@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -29,6 +29,7 @@ class Example(TypedDict):
     id: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """What the loader reads: a length, and an example for each index below it."""
 

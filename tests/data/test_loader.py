@@ -1,6 +1,7 @@
 """The order of the data: each example once an epoch, the same after a restore, split without loss or overlap."""
 
 import itertools
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -12,6 +13,7 @@ from sdjax.data.sources import ArraySource
 from sdjax.data.tokenizers import load_tokenizer
 from sdjax.data.transforms import Flip, Select, Square, ToFloat, Tokenize, square
 
+SHIPPED = Path(__file__).parents[2] / "checkpoints/openmoji/tokenizer"
 PICTURES = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
 SOURCE = ArraySource({"id": np.arange(12), "image": PICTURES})
 
@@ -106,7 +108,7 @@ def test_square_takes_the_middle_and_keeps_flat_colours():
 
 def test_transforms_in_a_row():
     source = [{"image": np.full((8, 8, 3), value, np.uint8), "caption": "red heart"} for value in (0, 255)]
-    tokenizer = load_tokenizer("checkpoints/openmoji/tokenizer")
+    tokenizer = load_tokenizer(SHIPPED)
     steps = [Square(4), ToFloat(), Tokenize(tokenizer), Select(("image", "tokens"))]
     (batch,) = in_order(source, 2, steps)
     assert set(batch) == {"image", "tokens"}

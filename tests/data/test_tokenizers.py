@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from sdjax.core.errors import UserError
 from sdjax.data import openmoji
 from sdjax.data.tokenizers import load_tokenizer, train_tokenizer
 
+SHIPPED = Path(__file__).parents[2] / "checkpoints/openmoji/tokenizer"
 ODD = [
     "",
     "   ",
@@ -94,7 +96,7 @@ def test_truncation_is_reported(folder):
 
 
 def test_shipped_tokenizer_is_what_the_captions_give(folder):
-    shipped = load_tokenizer("checkpoints/openmoji/tokenizer")
+    shipped = load_tokenizer(SHIPPED)
     texts = [*openmoji.captions().values(), *ODD]
     np.testing.assert_array_equal(shipped.encode(texts), load_tokenizer(folder).encode(texts))
 
