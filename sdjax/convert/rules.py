@@ -1,0 +1,219 @@
+"""Conversion as data: a table pairs our parameter names with stored keys, and serves both directions.
+
+In the patterns of a table `*` stands for an integer, e.g. ("down_blocks_*_resnets_*/conv1/kernel",
+"down_blocks.*.resnets.*.conv1.weight", CONV). Which of the patterns' names exist is said by the model itself, through
+the shapes of its parameters; so nothing can be left over on either side unseen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import DTypeLike
+
+from sdjax.core.errors import UserError
+from sdjax.core.tree import Tree, flatten, unflatten
+
+SHOWN = 20
+
+
+class Kind(NamedTuple):
+    """How a leaf is stored: `inward` makes a stored array ours, `outward` is its inverse. Both are views."""
+
+    inward: Callable[[np.ndarray], np.ndarray]
+    outward: Callable[[np.ndarray], np.ndarray]
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape on disk of a parameter that has `shape` here."""
+        return self.outward(np.broadcast_to(np.float32(0), shape)).shape
+
+
+SAME = Kind(lambda x: x, lambda x: x)
+LINEAR = Kind(lambda w: w.T, lambda w: w.T)  # (out, in) to (in, out)
+CONV = Kind(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))  # OIHW to HWIO
+POINTWISE = Kind(lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None])  # a 1x1 convolution to a Dense
+
+
+class Row(NamedTuple):
+    """One pattern of parameter names, the pattern of stored keys, and how the array is stored."""
+
+    ours: str
+    theirs: str
+    kind: Kind
+
+
+class Table(NamedTuple):
+    """A bijection between parameter names and stored keys.
+
+    Attributes:
+        aliases: (regular expression, replacement) pairs: other spellings of stored keys that are read, never written.
+        ignored: regular expressions of stored keys that hold no parameter.
+    """
+
+    rows: tuple[Row, ...]
+    aliases: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+class Stored(Protocol):
+    """An array or a promise of one: `np.asarray` reads it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __array__(self) -> np.ndarray: ...
+
+
+def at(ours: str, theirs: str, rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows of a module, moved below a prefix on each side."""
+    return tuple(Row(f"{ours}/{row.ours}", f"{theirs}.{row.theirs}", row.kind) for row in rows)
+
+
+def layer(ours: str, theirs: str | None = None, kind: Kind = LINEAR) -> tuple[Row, ...]:
+    """Kernel and, where there is one, bias of a linear layer or a convolution."""
+    theirs = ours if theirs is None else theirs
+    return Row(f"{ours}/kernel", f"{theirs}.weight", kind), Row(f"{ours}/bias", f"{theirs}.bias", SAME)
+
+
+def conv(ours: str, theirs: str | None = None) -> tuple[Row, ...]:
+    """Kernel and bias of a convolution."""
+    return layer(ours, theirs, CONV)
+
+
+def norm(ours: str, theirs: str | None = None) -> tuple[Row, ...]:
+    """Scale and bias of a normalisation."""
+    theirs = ours if theirs is None else theirs
+    return Row(f"{ours}/scale", f"{theirs}.weight", SAME), Row(f"{ours}/bias", f"{theirs}.bias", SAME)
+
+
+def embedding(ours: str, theirs: str) -> tuple[Row, ...]:
+    """A table of embeddings, one row a token."""
+    return (Row(f"{ours}/embedding", f"{theirs}.weight", SAME),)
+
+
+class Place(NamedTuple):
+    """Where a parameter is stored."""
+
+    key: str
+    kind: Kind
+
+
+def places(table: Table, names: Iterable[str]) -> dict[str, Place]:
+    """The place of every parameter, in the order of `names`.
+
+    Raises:
+        UserError: no row speaks of a name, or two names share a key.
+    """
+    patterns = [(re.compile(re.escape(row.ours).replace(r"\*", r"(\d+)")), row) for row in table.rows]
+    found = {name: _place(patterns, name) for name in names}
+    unmatched = [name for name, place in found.items() if place is None]
+    if unmatched:
+        raise UserError(f"no rule of conversion for {len(unmatched)} parameters: {listed(unmatched)}")
+    matched = {name: place for name, place in found.items() if place is not None}
+    keys = [place.key for place in matched.values()]
+    twice = {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else set()
+    if twice:
+        raise UserError(f"several parameters would be stored under one key: {listed(sorted(twice))}")
+    return matched
+
+
+def _place(patterns: list[tuple[re.Pattern[str], Row]], name: str) -> Place | None:
+    for pattern, row in patterns:
+        if match := pattern.fullmatch(name):
+            return Place(row.theirs.replace("*", "{}").format(*match.groups()), row.kind)
+    return None
+
+
+def stored_shapes(table: Table, shapes: Tree) -> dict[str, tuple[int, ...]]:
+    """The keys that a checkpoint of parameters of these shapes has, and the shape of each."""
+    flat = flatten(shapes)
+    return {place.key: place.kind.stored_shape(flat[name].shape) for name, place in places(table, flat).items()}
+
+
+def read(table: Table, tensors: Mapping[str, Stored], shapes: Tree, dtype: DTypeLike, source: object) -> dict[str, Any]:
+    """Parameters as a nested dictionary of NumPy arrays of type `dtype`; nothing is read before all keys fit.
+
+    Args:
+        tensors: what is stored, by key.
+        shapes: the model's own parameters: a tree of arrays or `jax.ShapeDtypeStruct`s.
+        source: the file or folder, for messages.
+
+    Raises:
+        UserError: a key is missing, unexpected or given twice, a shape differs, or a value is not finite in `dtype`.
+    """
+    tensors = _canonical(table, tensors, source)
+    wanted = stored_shapes(table, shapes)
+    _check(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, source)
+    return unflatten(
+        {
+            name: finite(place.kind.inward(np.asarray(tensors[place.key])), dtype, f"{place.key} in {source}")
+            for name, place in places(table, flatten(shapes)).items()
+        }
+    )
+
+
+def export(table: Table, params: Tree, shapes: Tree, source: object) -> dict[str, np.ndarray]:
+    """The inverse of `read`: NumPy views of the parameters by stored key.
+
+    Raises:
+        UserError: the parameters are not those of the model that has `shapes`.
+    """
+    flat = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+    _check({name: leaf.shape for name, leaf in flatten(shapes).items()}, {n: a.shape for n, a in flat.items()}, source)
+    return {place.key: place.kind.outward(flat[name]) for name, place in places(table, flat).items()}
+
+
+def finite(array: np.ndarray, dtype: DTypeLike, what: str) -> np.ndarray:
+    """A copy of `array` in `dtype`.
+
+    Raises:
+        UserError: it holds NaN or infinite values there, e.g. because float16 ends at 65504.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        copy = np.array(array, dtype=dtype, order="C")
+    if jnp.issubdtype(copy.dtype, jnp.floating) and not np.isfinite(copy).all():
+        raise UserError(f"{what} holds values that are not finite in {copy.dtype}")
+    return copy
+
+
+def _canonical(table: Table, tensors: Mapping[str, Stored], source: object) -> dict[str, Stored]:
+    """The tensors under the keys that the table writes, without those that it ignores."""
+    renamed: dict[str, Stored] = {}
+    for key, tensor in tensors.items():
+        if any(re.fullmatch(pattern, key) for pattern in table.ignored):
+            continue
+        name = key
+        for pattern, replacement in table.aliases:
+            name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise UserError(f"{source} holds {name} twice, under an older and a newer name")
+        renamed[name] = tensor
+    return renamed
+
+
+def _check(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: object) -> None:
+    missing = [key for key in wanted if key not in found]
+    extra = [key for key in found if key not in wanted]
+    both = [key for key in wanted if key in found and wanted[key] != found[key]]
+    wrong = [f"{key} ({_times(found[key])}, not {_times(wanted[key])})" for key in both]
+    if missing or extra or wrong:
+        lines = [
+            f"\n  {len(keys)} {what}: {listed(keys)}"
+            for what, keys in (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
+            if keys
+        ]
+        raise UserError(f"{source} does not fit the model of its config:{''.join(lines)}")
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def listed(names: list[str]) -> str:
+    """At most 20 names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
