@@ -38,7 +38,7 @@ class Schedule(NamedTuple):
     @property
     def sigmas(self) -> np.ndarray:
         """[T] ascending noise levels sqrt((1 - abar) / abar) of k-diffusion; finite even with zero terminal SNR."""
-        return abar_to_sigma(np.maximum(self.alphas_cumprod, TERMINAL_ABAR))
+        return abar_to_sigma(np.where(self.alphas_cumprod > 0.0, self.alphas_cumprod, TERMINAL_ABAR))
 
 
 def make_schedule(

@@ -117,11 +117,11 @@ def _runge_kutta_calls(schedule: Schedule, timesteps: np.ndarray, stride: int, o
     calls = []
     half = stride // 2
     for begin, end in zip(timesteps[:3].tolist(), timesteps[1:4].tolist(), strict=True):
-        middle = begin - half
+        middle = end + half  # begin - half where the stride is even
+        near_x, near_p = _transfer(schedule, begin, begin - half, options)
         mid_x, mid_p = _transfer(schedule, begin, middle, options)
-        far_x, far_p = _transfer(schedule, begin, middle - half, options)
         end_x, end_p = _transfer(schedule, begin, end, options)
-        calls.append(_Call(begin, weights(x=mid_x, predictions=[mid_p]), KEEP_X, keep=True))
+        calls.append(_Call(begin, weights(x=near_x, predictions=[near_p]), KEEP_X, keep=True))
         calls.append(_Call(middle, weights(anchor=mid_x, predictions=[mid_p])))
         # x is mid_x anchor + mid_p (second prediction): the anchor takes up the sum of the first three, from which the
         # fourth call makes the step.
@@ -130,6 +130,6 @@ def _runge_kutta_calls(schedule: Schedule, timesteps: np.ndarray, stride: int, o
             anchor=end_x - end_p / 3 * mid_x / mid_p,
             predictions=[end_p / 3, end_p / 6],
         )
-        calls.append(_Call(middle, weights(anchor=far_x, predictions=[far_p]), gathered))
+        calls.append(_Call(middle, weights(anchor=end_x, predictions=[end_p]), gathered))
         calls.append(_Call(end, weights(anchor=1.0, predictions=[end_p / 6])))
     return calls + _adams_calls(schedule, timesteps[3:], stride, options, kept=3)

@@ -1,0 +1,64 @@
+"""Guidance and thresholds against PyTorch diffusers."""
+
+from __future__ import annotations
+
+import diffusers
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+from sdjax.diffusion.denoise import make_denoise
+from sdjax.diffusion.guidance import classifier_free, dynamic_threshold, guided, rescale_guidance, static_threshold
+
+RNG = np.random.default_rng(0)
+COND, UNCOND, X = (RNG.standard_normal((3, 4, 5, 2)).astype(np.float32) for _ in range(3))
+
+
+def to_torch(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
+def test_rescale(phi):
+    combined = UNCOND + 7.5 * (COND - UNCOND)
+    expected = rescale_noise_cfg(to_torch(combined), to_torch(COND), phi).permute(0, 2, 3, 1)
+    mine = classifier_free(jnp.asarray(COND), jnp.asarray(UNCOND), 7.5)
+    np.testing.assert_allclose(mine, combined, atol=1e-5)
+    np.testing.assert_allclose(rescale_guidance(mine, jnp.asarray(COND), phi), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_guiding_the_prediction_is_guiding_the_clean_sample(prediction):
+    """Without rescaling, one linear combination whatever is predicted."""
+    sigma, t, x = jnp.float32(1.7), jnp.float32(400.0), jnp.asarray(X)
+
+    def pair(x, t):
+        return jnp.asarray(COND), jnp.asarray(UNCOND)
+
+    x0 = make_denoise(guided(pair, 3.0), prediction)(x, sigma, t)
+    separate = [make_denoise(lambda x, t, i=i: pair(x, t)[i], prediction)(x, sigma, t) for i in range(2)]
+    np.testing.assert_allclose(x0, separate[1] + 3.0 * (separate[0] - separate[1]), atol=2e-5)
+
+
+def test_a_learned_variance_is_the_conditional_networks():
+    def pair(x, t):
+        return jnp.concatenate([COND, COND + 1], -1), jnp.concatenate([UNCOND, UNCOND - 1], -1)
+
+    output = guided(pair, 4.0, 0.5)(jnp.asarray(X), jnp.zeros(3))
+    np.testing.assert_array_equal(output[..., 2:], COND + 1)
+    alone = guided(lambda x, t: (jnp.asarray(COND), jnp.asarray(UNCOND)), 4.0, 0.5)(jnp.asarray(X), jnp.zeros(3))
+    np.testing.assert_allclose(output[..., :2], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize(("ratio", "greatest"), [(0.995, 1.0), (0.9, 3.0), (0.5, 10.0)])
+def test_dynamic_threshold(ratio, greatest):
+    scheduler = diffusers.DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=greatest)
+    x0 = 2.0 * COND * np.array([0.2, 1.0, 3.0], np.float32)[:, None, None, None]
+    expected = scheduler._threshold_sample(to_torch(x0)).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(dynamic_threshold(jnp.asarray(x0), ratio, greatest), expected, atol=2e-6)
+
+
+def test_static_threshold():
+    np.testing.assert_array_equal(static_threshold(jnp.asarray(3 * X), 1.5), np.clip(3 * X, -1.5, 1.5))
