@@ -1,0 +1,47 @@
+"""Pieces that configs share: every section with every key it may have, and the values that suit most."""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    """A config with the sections `model task data optim mesh train sample eval`; a system's file fills them in."""
+    return ConfigDict(
+        {
+            "model": {},
+            "task": {"name": ""},
+            "data": {"source": "", "size": 128},
+            "optim": {
+                "name": "adamw",
+                "learning_rate": 1e-4,
+                "schedule": "constant",
+                "warmup_steps": 1000,
+                "final_fraction": 0.0,
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.01,
+                "clip_norm": 1.0,
+                "ema_decay": 0.9999,
+            },
+            "mesh": {"data": -1, "fsdp": 1},
+            "train": {
+                "steps": 1000,
+                "batch_size": 16,
+                "accumulate": 1,
+                "remat": False,
+                "dtype": "float32",
+                "seed": 0,
+                "log_every": 50,
+                "sample_every": 1000,
+                "checkpoint_every": 1000,
+                "keep_checkpoints": 2,
+            },
+            "sample": {},
+            "eval": {},
+        }
+    )
+
+
+def locked(config: ConfigDict) -> ConfigDict:
+    """The config, to which no key can be added any more."""
+    return config.lock()

@@ -1,0 +1,103 @@
+"""A small Stable Diffusion on OpenMoji: 3,743 captioned pictures of 128 px, trained in hours on two CPU cores.
+
+    python train.py --config configs/openmoji.py --workdir runs/openmoji
+
+trains the autoencoder first (in runs/openmoji/first_stage, from `configs/openmoji.py:autoencoder`), then the UNet and
+the text encoder together. Results stand in checkpoints/openmoji/README.md. `:tiny` does both in a minute.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import base, locked
+
+CHECKPOINT = "checkpoints/openmoji"
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """arg: "" for the model, "autoencoder" for its first stage; "tiny" or "autoencoder_tiny" for the tests."""
+    makers = {
+        "": text_to_image,
+        "autoencoder": autoencoder,
+        "tiny": lambda: tiny(text_to_image()),
+        "autoencoder_tiny": lambda: tiny(autoencoder()),
+    }
+    if arg not in makers:
+        raise ValueError(f"unknown variant {arg!r} of configs/openmoji.py; choose one of: {', '.join(makers)}")
+    return locked(makers[arg]())
+
+
+def autoencoder() -> ConfigDict:
+    """128 px pictures to 16x16 latents of 16 channels."""
+    config = base()
+    config.model.autoencoder = {
+        "channels": (8, 16, 32, 64),
+        "latent_channels": 16,
+        "layers_per_block": 1,
+        "groups": 8,
+    }
+    config.task = {"name": "autoencoder", "reconstruction": "l2", "kl_weight": 1e-6, "crop": 64}
+    config.data.source = "openmoji"
+    config.optim.update(name="muon", learning_rate=0.03, schedule="cosine", warmup_steps=50, weight_decay=0.0, b2=0.99)
+    config.optim.ema_decay = 0.99
+    config.train.update(steps=4000, batch_size=16, sample_every=1000, checkpoint_every=500)
+    return config
+
+
+def text_to_image() -> ConfigDict:
+    """The UNet and the text encoder."""
+    config = base()
+    config.model.unet = {
+        "channels": (96, 192, 256),
+        "depths": (0, 1, 1),
+        "mid_depth": 1,
+        "heads": (3, 6, 8),
+        "layers_per_block": 1,
+    }
+    config.model.text_encoder = {"width": 192, "layers": 2, "heads": 4, "feed_forward": 768, "activation": "gelu"}
+    config.model.tokenizer = f"{CHECKPOINT}/tokenizer"
+    config.task = {
+        "name": "text_to_image",
+        "first_stage": "configs/openmoji.py:autoencoder",
+        "caption_dropout": 0.1,
+        "weighting": "simple",
+        "timesteps": "late",
+        "offset_noise": 0.0,
+        "export_dtype": "float16",
+        "scheduler": {
+            "_class_name": "DDIMScheduler",
+            "num_train_timesteps": 1000,
+            "beta_schedule": "squaredcos_cap_v2",
+            "prediction_type": "v_prediction",
+            "timestep_spacing": "trailing",
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+            "steps_offset": 0,
+        },
+    }
+    config.data.source = "openmoji"
+    config.optim.update(learning_rate=1e-3, schedule="cosine", warmup_steps=200, b2=0.99, ema_decay=0.999)
+    config.train.update(steps=8000, batch_size=32)
+    config.sample = {
+        "prompts": ("red heart", "grinning face", "woman firefighter: medium skin tone", "flag: Norway"),
+        "columns": 4,
+        "sampler": "ddim",
+        "steps": 25,
+        "guidance_scale": 2.5,
+    }
+    return config
+
+
+def tiny(config: ConfigDict) -> ConfigDict:
+    """The same system, small enough for a test."""
+    config.data.size = 32
+    config.train.update(steps=4, batch_size=8, sample_every=4, checkpoint_every=2, log_every=1)
+    config.optim.warmup_steps = 1
+    if config.task.name == "autoencoder":
+        config.model.autoencoder.update(channels=(8, 16), latent_channels=4)
+        config.task.crop = 16
+        return config
+    config.task.first_stage = "configs/openmoji.py:autoencoder_tiny"
+    config.model.unet.update(channels=(32, 64), depths=(0, 1), heads=(2, 2))
+    config.model.text_encoder.update(width=32, layers=1, heads=2, feed_forward=64)
+    config.sample.update(prompts=("red heart", "blue heart"), steps=2)
+    return config

@@ -1,0 +1,59 @@
+"""Finding tasks by name, and what several of them need."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
+
+import sdjax.tasks
+from sdjax.core.errors import unknown
+from sdjax.data.loader import Shard
+from sdjax.training.task import Task
+
+
+def task_names() -> list[str]:
+    """Every file of this folder that makes a task."""
+    return sorted(module.name for module in pkgutil.iter_modules(sdjax.tasks.__path__) if module.name != "base")
+
+
+def make_task(config: ConfigDict, mesh: Mesh) -> Task:
+    """The task that `config.task.name` asks for: `make(config, mesh)` of the file of that name.
+
+    Raises:
+        UserError: no such file.
+    """
+    name = config.task.name
+    if name not in task_names():
+        raise unknown("task", name, task_names(), "config.task.name")
+    return importlib.import_module(f"sdjax.tasks.{name}").make(config, mesh)
+
+
+def this_shard() -> Shard:
+    """The part of every batch that this process reads."""
+    return Shard(jax.process_index(), jax.process_count())
+
+
+def to_uint8(images: Float[np.ndarray, "*b h w 3"]) -> UInt8[np.ndarray, "*b h w 3"]:
+    """Pictures in [0, 1] to bytes, rounded."""
+    return (np.clip(np.asarray(images), 0.0, 1.0) * 255.0).round().astype(np.uint8)
+
+
+def tile(images: UInt8[np.ndarray, "n h w 3"], columns: int) -> UInt8[np.ndarray, "H W 3"]:
+    """A grid of pictures, row by row; what the last row lacks is white."""
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    missing = np.full((rows * columns - n, h, w, c), 255, np.uint8)
+    cells = np.concatenate([images, missing]).reshape(rows, columns, h, w, c)
+    return cells.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, c)
+
+
+def export_folder(workdir: Path) -> Path:
+    """Where a run leaves what it has learnt."""
+    return workdir / "export"

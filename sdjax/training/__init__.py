@@ -1,0 +1,1 @@
+"""Floor 2: what every training run shares, whatever it trains."""

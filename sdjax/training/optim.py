@@ -1,0 +1,83 @@
+"""The optimiser of a config's `optim` section: AdamW or Muon with warm-up, a schedule and clipping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+from ml_collections import ConfigDict
+
+from sdjax.core.errors import unknown
+
+SCHEDULES = ("constant", "cosine")
+
+
+def learning_rate(optim: ConfigDict, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0 to `optim.learning_rate`, then constant or a cosine to `optim.final_fraction` of it.
+
+    Raises:
+        UserError: `optim.schedule` is unknown.
+    """
+    peak, warmup = optim.learning_rate, optim.warmup_steps
+    if optim.schedule == "constant":
+        return optax.join_schedules(
+            [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup]
+        )
+    if optim.schedule == "cosine":
+        total = max(steps, warmup + 1)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total, peak * optim.final_fraction)
+    raise unknown("learning-rate schedule", optim.schedule, SCHEDULES, "config.optim.schedule")
+
+
+def make_optimizer(optim: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """Gradient clipping, then the optimiser called `optim.name`.
+
+    Raises:
+        UserError: `optim.name` is unknown.
+    """
+    if optim.name not in OPTIMIZERS:
+        raise unknown("optimizer", optim.name, OPTIMIZERS, "config.optim.name")
+    rate = learning_rate(optim, steps)
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), OPTIMIZERS[optim.name](optim, rate))
+
+
+def adamw(optim: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019); norms and biases do not decay."""
+    return optax.adamw(
+        rate, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, mask=_matrices
+    )
+
+
+def muon(optim: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for matrices and convolutions, AdamW at a tenth of its rate for the rest.
+
+    It takes more arithmetic a step and several times fewer steps: the better bargain where networks are small.
+    """
+    return optax.contrib.muon(
+        rate,
+        weight_decay=optim.weight_decay,
+        adam_b1=optim.b1,
+        adam_b2=optim.b2,
+        adam_learning_rate=lambda step: 0.1 * rate(step),
+        muon_weight_dimension_numbers=_inputs_to_outputs,
+    )
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
+
+
+def _matrices(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def _inputs_to_outputs(params: Any) -> Any:
+    """Kernels as matrices from all inputs (of a convolution: of all its taps) to outputs; embeddings are none."""
+
+    def dimensions(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        if leaf.ndim < 2 or path[-1].key != "kernel":
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,))
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
