@@ -3,6 +3,7 @@
 Numbers and settings: huggingface/diffusers tests/schedulers/* at commit 58eb52c0 (Apache-2.0), in the file that each
 row names; tolerance there and here: 1e-2 on the sum and 1e-3 on the mean of |x|. Rows with large norms hold to a
 relative 5e-6 instead, rows near zero to the scheduler classes themselves (test_parity.py) besides.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,7 +96,7 @@ def textbook_churn(sampler: str, table_sigmas: np.ndarray, gamma: float, window,
     def denoise(x, s):
         return 0.8 * np.tanh(x / np.sqrt(1.0 + s**2))
 
-    for i, (s, target) in enumerate(zip(table_sigmas[:-1], table_sigmas[1:], strict=True)):
+    for i, (s, target) in enumerate(itertools.pairwise(table_sigmas)):
         lifted = s * (1.0 + gamma) if s_tmin <= s <= s_tmax else s
         if lifted > s:
             x = x + noises[i] * s_noise * np.sqrt(lifted**2 - s**2)
