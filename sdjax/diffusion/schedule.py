@@ -83,12 +83,12 @@ def rescale_zero_terminal_snr(schedule: Schedule) -> Schedule:
 
 def abar_to_sigma(abar: np.ndarray | float) -> np.ndarray:
     """sqrt((1 - abar) / abar)."""
-    return np.sqrt((1.0 - np.asarray(abar)) / abar)
+    return np.asarray(np.sqrt((1.0 - np.asarray(abar)) / abar))
 
 
 def sigma_to_abar(sigma: np.ndarray | float) -> np.ndarray:
     """1 / (1 + sigma^2), the inverse of `abar_to_sigma`."""
-    return 1.0 / (1.0 + np.square(sigma))
+    return np.asarray(1.0 / (1.0 + np.square(sigma)))
 
 
 def timestep_to_sigma(timesteps: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ def timestep_to_sigma(timesteps: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
         timesteps: any shape, in [0, T - 1]; beyond it the end values are taken.
         sigmas: [T] ascending levels of the schedule.
     """
-    return np.interp(timesteps, np.arange(len(sigmas)), sigmas)
+    return np.asarray(np.interp(timesteps, np.arange(len(sigmas)), sigmas))
 
 
 def sigma_to_timestep(levels: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
@@ -108,7 +108,7 @@ def sigma_to_timestep(levels: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
         levels: any shape, positive; beyond the schedule the end timesteps are taken.
         sigmas: [T] ascending levels of the schedule.
     """
-    return np.interp(np.log(np.maximum(levels, 1e-10)), np.log(sigmas), np.arange(len(sigmas)))
+    return np.asarray(np.interp(np.log(np.maximum(levels, 1e-10)), np.log(sigmas), np.arange(len(sigmas))))
 
 
 def _linear(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:

@@ -67,7 +67,7 @@ def test_the_target_leads_back_to_the_clean_sample(kind):
             seen.update(x=x_vp, t=timestep)
             return goal[i : i + 1]
 
-        x0 = make_denoise(network, kind)(x[i : i + 1], sigma[i], t)
+        x0 = make_denoise(network, kind)(x[i : i + 1], sigma[i], t.astype(jnp.float32))
         np.testing.assert_allclose(x0, X0[i : i + 1], atol=2e-5)
         np.testing.assert_allclose(seen["x"], x_vp[i : i + 1], atol=2e-6)
         assert seen["t"].tolist() == [int(t)]
