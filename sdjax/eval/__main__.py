@@ -1,0 +1,85 @@
+"""Figures of a checkpoint on its data set: python -m sdjax.eval --config configs/openmoji.py [--checkpoint FOLDER].
+
+Prints, and with --output writes as JSON, the autoencoder's PSNR on held-out pictures, and retrieval: the share of
+sampled pictures whose nearest neighbour among all pictures of the data set is the prompt's own, for
+`config.eval.captions` training captions and for all held-out ones. Seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+import sdjax
+from sdjax.core.errors import UserError, run_or_exit
+from sdjax.core.flags import parse_flags
+from sdjax.data.sources import Source, source
+from sdjax.eval.reconstruction import reconstruction_psnr
+from sdjax.eval.retrieval import features, retrieval
+
+
+def main() -> None:
+    """Reads the command line, evaluates and prints."""
+    import sys
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "folder to evaluate", flag_values=values)
+    flags.DEFINE_string("output", None, "JSON file to write", flag_values=values)
+    parse_flags(values, sys.argv)
+    if values["config"].value is None:
+        raise UserError("--config is required")
+    config = values["config"].value
+    figures = evaluate(config, values["checkpoint"].value or config.sample.checkpoint)
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+    if values["output"].value:
+        Path(values["output"].value).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def evaluate(config: ConfigDict, checkpoint: str) -> dict[str, Any]:
+    """All figures of a checkpoint, by name: PSNR in decibels, retrieval as shares."""
+    pipe = sdjax.load(checkpoint)
+    train, held_out = source(config.data.source, "train"), source(config.data.source, config.eval.held_out)
+    figures: dict[str, Any] = {
+        "psnr_held_out_db": round(reconstruction_psnr(pipe.system.autoencoder, pipe.params["vae"], held_out), 2)
+    }
+    gallery, captions = _gallery(train, held_out)
+    chosen = np.random.default_rng(config.eval.seed).choice(
+        len(train), min(config.eval.captions, len(train)), replace=False
+    )
+    groups = {"train": np.sort(chosen), "held_out": np.arange(len(train), len(captions))}
+    for group, rows in groups.items():
+        sampled = _sample(pipe, [captions[row] for row in rows], config)
+        figures[f"prompts_{group}"] = len(rows)
+        for k, share in retrieval(sampled, rows, gallery)._asdict().items():
+            figures[f"{k}_{group}"] = round(share, 4)
+    return figures
+
+
+def _gallery(train: Source, held_out: Source) -> tuple[np.ndarray, list[str]]:
+    """Features and captions of all pictures, the held-out ones last."""
+    examples = [pictures[i] for pictures in (train, held_out) for i in range(len(pictures))]
+    return np.concatenate([features(example["image"][None]) for example in examples]), [
+        example["caption"] for example in examples
+    ]
+
+
+def _sample(pipe: Any, prompts: list[str], config: ConfigDict) -> np.ndarray:
+    """Features of one picture for each prompt, a batch at a time."""
+    found, size = [], config.eval.batch_size
+    for start in tqdm(range(0, len(prompts), size), unit="batch", desc="sampling"):
+        batch = prompts[start : start + size]
+        # Each picture has the noise of its own place in the list, whatever the batch size.
+        found.append(features(pipe(batch, seed=config.eval.seed, first_index=start)))
+    return np.concatenate(found)
+
+
+if __name__ == "__main__":
+    run_or_exit(main)

@@ -1,0 +1,29 @@
+"""How well an autoencoder gives back what it was given."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from sdjax.data.sources import Source
+from sdjax.models.autoencoder import Autoencoder
+from sdjax.tasks.autoencoder import reconstruct
+from sdjax.training.task import Params
+
+
+def psnr(a: Shaped[np.ndarray, "b h w c"], b: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, " b"]:
+    """Peak signal-to-noise ratio of each picture in decibels; pictures are in [0, 1]."""
+    error = np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean(axis=(1, 2, 3))
+    return -10.0 * np.log10(error)
+
+
+def reconstruction_psnr(model: Autoencoder, params: Params, pictures: Source, batch_size: int = 16) -> float:
+    """The mean over all pictures of the PSNR of their reconstruction from the posterior's mean."""
+    values: list[float] = []
+    for start in range(0, len(pictures), batch_size):
+        rows = range(start, min(start + batch_size, len(pictures)))
+        images = np.stack([pictures[i]["image"] for i in rows])
+        # The last batch is filled up, so that one compilation serves all.
+        padded = np.pad(images, [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)], mode="edge")
+        values.extend(psnr(reconstruct(model, params, padded)[: len(images)], images / 255.0))
+    return float(np.mean(values))
