@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.models.layers import GroupNorm, timestep_embedding
+
+
+def test_sinusoids_have_the_published_values():
+    """huggingface/diffusers tests/models/test_layers_utils.py, the Stable Diffusion case: cosines first, shift 0."""
+    table = timestep_embedding(jnp.arange(128.0), 64)
+    golden = [[0.3019, 0.2280, 0.1716], [0.3146, 0.2377, 0.1790], [0.3272, 0.2474, 0.1864]]
+    np.testing.assert_allclose(table[23:26, 47:50], golden, atol=1e-3)
+    np.testing.assert_array_equal(table[0], [1.0] * 32 + [0.0] * 32)
+
+
+def test_sinusoids_of_fractional_times_are_the_formula():
+    t = np.array([0.25, 500.5, 999.0])
+    angles = t[:, None] * 10000.0 ** (-np.arange(16) / 16)
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    np.testing.assert_allclose(timestep_embedding(jnp.asarray(t), 32), expected, atol=1e-4)
+
+
+def test_group_norm_is_computed_in_float32_whatever_the_type():
+    """A large mean over a small deviation is lost in bfloat16's eight bits unless the statistics are float32."""
+    x = jnp.asarray(np.random.default_rng(0).normal(100.0, 4.0, (2, 6, 6, 8)), jnp.bfloat16)
+    norm = GroupNorm(groups=2, dtype=jnp.bfloat16)
+    out = norm.apply(norm.init(jax.random.key(0), x), x)
+    wide = np.asarray(x, np.float64).reshape(2, 36, 2, 4)
+    mean, var = wide.mean((1, 3), keepdims=True), wide.var((1, 3), keepdims=True)
+    expected = ((wide - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=0.02)

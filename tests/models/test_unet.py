@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch_reference import channels_first, channels_last, randomised, translated
+
+from sdjax.convert import unet as conversion
+from sdjax.core.tree import size
+from sdjax.models.conditioning import Cond
+from sdjax.models.unet import VARIANTS, UNet, UNetConfig
+
+# Exact sizes of the published checkpoints' UNets.
+TOTALS = {
+    "sd1": 859_520_964,
+    "sd1_inpaint": 859_535_364,
+    "sd2": 865_910_724,
+    "sd2_depth": 865_913_604,
+    "sdxl": 2_567_463_684,
+    "sdxl_refiner": 2_259_526_660,
+}
+
+BLOCK = {False: ("DownBlock2D", "UpBlock2D"), True: ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")}
+
+
+def reference(crossed: tuple[bool, ...], **config: Any) -> UNet2DConditionModel:
+    return randomised(
+        UNet2DConditionModel(
+            down_block_types=tuple(BLOCK[here][0] for here in crossed),
+            up_block_types=tuple(BLOCK[here][1] for here in reversed(crossed)),
+            norm_num_groups=8,
+            **config,
+        )
+    )
+
+
+SHAPES = {
+    "sd1": {
+        "crossed": (True, False),
+        "block_out_channels": (32, 64),
+        "attention_head_dim": 4,
+        "cross_attention_dim": 24,
+        "in_channels": 5,
+    },
+    "sd2": {
+        "crossed": (True, False),
+        "block_out_channels": (32, 64),
+        "attention_head_dim": (2, 8),
+        "layers_per_block": 1,
+        "cross_attention_dim": 24,
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "crossed": (False, True, True),
+        "block_out_channels": (16, 32, 64),
+        "attention_head_dim": (2, 4, 8),
+        "cross_attention_dim": 24,
+        "transformer_layers_per_block": (1, 2, 3),
+        "use_linear_projection": True,
+        "layers_per_block": 1,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 6 * 256 + 20,
+    },
+    "refiner": {
+        "crossed": (False, True, True, False),
+        "block_out_channels": (16, 16, 32, 32),
+        "attention_head_dim": (1, 2, 4, 8),
+        "cross_attention_dim": 24,
+        "transformer_layers_per_block": 2,
+        "use_linear_projection": True,
+        "layers_per_block": 1,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 5 * 256 + 20,
+    },
+}
+
+
+class Case(NamedTuple):
+    """One batch for a network, and what torch makes of it."""
+
+    config: UNetConfig
+    params: dict[str, Any]
+    x: np.ndarray
+    t: np.ndarray
+    cond: Cond
+    expected: np.ndarray
+
+
+def case(name: str) -> Case:
+    torch_unet = reference(**SHAPES[name])
+    config = conversion.from_diffusers_config(torch_unet.config)
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2, 16, 24, config.in_channels), np.float32)
+    t = np.array([981.0, 3.5], np.float32)
+    context = rng.standard_normal((2, 7, config.context_dim), np.float32)
+    added, vector = {}, None
+    if config.vector_dim is not None:
+        text = rng.standard_normal((2, 20), np.float32)
+        ids = rng.integers(0, 1024, (2, (config.vector_dim - 20) // 256)).astype(np.float32)
+        added = {"added_cond_kwargs": {"text_embeds": torch.from_numpy(text), "time_ids": torch.from_numpy(ids)}}
+        sinusoids = torch_unet.add_time_proj(torch.from_numpy(ids).flatten()).numpy()
+        vector = np.concatenate([text, sinusoids.reshape(2, -1)], axis=1)
+    with torch.no_grad():
+        out = torch_unet(channels_first(x), torch.from_numpy(t), torch.from_numpy(context), **added).sample
+    params = translated(torch_unet, conversion.table(config), conversion.shapes(config))
+    return Case(config, params, x, t, Cond(context=context, vector=vector), channels_last(out))
+
+
+def test_parameter_totals_are_those_of_the_published_models():
+    assert {name: size(conversion.shapes(config)) for name, config in VARIANTS.items()} == TOTALS
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_output_agrees_with_diffusers_to_1e_4(name: str):
+    c = case(name)
+    out = jax.jit(UNet(c.config).apply)({"params": c.params}, c.x, c.t, c.cond)
+    assert np.abs(c.expected).std() > 0.1
+    np.testing.assert_allclose(out, c.expected, atol=1e-4, rtol=0)
+
+
+def test_concat_and_mask_mean_what_they_say():
+    """Channels given as `concat` are channels of the input; masked tokens might as well be absent."""
+    c = case("sd1")
+    context = c.cond.context
+    padded = np.concatenate([context, np.full((2, 3, context.shape[-1]), 9.0, np.float32)], axis=1)
+    cond = Cond(context=padded, mask=np.arange(10)[None] < np.array([7, 7])[:, None], concat=c.x[..., 4:])
+    out = jax.jit(UNet(c.config).apply)({"params": c.params}, c.x[..., :4], c.t, cond)
+    np.testing.assert_allclose(out, c.expected, atol=1e-4, rtol=0)
+
+
+def test_remat_changes_neither_output_nor_gradient_and_bfloat16_stays_close():
+    config = UNetConfig(channels=(16,), depths=(1,), heads=(2,), context_dim=6, layers_per_block=1, groups=4)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32) / np.sqrt(leaf.size / leaf.shape[-1]),
+        conversion.shapes(config),
+    )
+    x, context = rng.standard_normal((1, 8, 8, 4), np.float32), rng.standard_normal((1, 3, 6), np.float32)
+
+    def loss_and_output(params: dict, remat: bool) -> tuple[jax.Array, jax.Array]:
+        out = UNet(config, remat=remat).apply({"params": params}, x, np.float32([5.0]), Cond(context=context))
+        return jnp.square(out).mean(), out
+
+    grad = jax.jit(jax.value_and_grad(loss_and_output, has_aux=True), static_argnums=1)
+    (_, plain), plain_gradient = grad(params, False)
+    (_, recomputed), gradient = grad(params, True)
+    np.testing.assert_allclose(recomputed, plain, atol=1e-5, rtol=0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-3), gradient, plain_gradient)
+    traced = [jax.make_jaxpr(lambda p, r=remat: loss_and_output(p, r))(params).eqns for remat in (False, True)]
+    recomputed_blocks = [sum("prevent_cse" in equation.params for equation in equations) for equations in traced]
+    assert recomputed_blocks == [0, 9], "five residual and four transformer blocks are recomputed"
+
+    half = UNet(config, dtype=jnp.bfloat16)
+    found = jax.jit(half.apply)({"params": params}, x, np.float32([5.0]), Cond(context=context))
+    assert found.dtype == jnp.float32
+    error = np.sqrt(np.square(found - plain).mean()) / plain.std()
+    assert 1e-4 < error < 0.03, "bfloat16 has 8 bits: an error, and a small one"

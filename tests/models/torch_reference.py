@@ -1,0 +1,37 @@
+"""Small torch models with every parameter random, and the same parameters in our tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdjax.convert.rules import Table, read
+from sdjax.core.tree import Tree
+
+
+def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Kernels of unit gain, norms around 1, biases around 0: none is left at a value that hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            value = noise / parameter[0].numel() ** 0.5
+        else:
+            value = 0.2 * noise + (1.0 if name.endswith("weight") else 0.0)
+        parameter.data = value
+    return module.eval()
+
+
+def translated(module: torch.nn.Module, table: Table, shapes: Tree) -> dict[str, Any]:
+    """The module's parameters as ours, float32."""
+    return read(table, {name: tensor.numpy() for name, tensor in module.state_dict().items()}, shapes, np.float32, "")
+
+
+def channels_first(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+
+
+def channels_last(x: torch.Tensor) -> np.ndarray:
+    return np.moveaxis(x.detach().numpy(), 1, -1)
