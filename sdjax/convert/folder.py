@@ -18,6 +18,7 @@ from sdjax.core.tree import Tree
 
 INDEX = "model_index.json"
 WRITER = "_writer"  # diffusers keeps and passes over keys of the index that begin with an underscore
+DEFAULTS = "_sdjax"
 DIFFUSERS_VERSION = "0.42.0"  # the version whose layout this is
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 VOCABULARIES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
@@ -45,6 +46,7 @@ class Checkpoint:
     Attributes:
         scheduler_config: scheduler/scheduler_config.json; `_class_name` names the sampler.
         tokenizer: the folder with the tokenizer's files.
+        defaults: how the model is best sampled, e.g. {"steps": 25, "guidance_scale": 2.5}; diffusers passes over it.
     """
 
     unet: Component
@@ -52,6 +54,7 @@ class Checkpoint:
     text_encoder: Component
     scheduler_config: Mapping[str, Any]
     tokenizer: Path
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Format(NamedTuple):
@@ -98,10 +101,14 @@ def read_folder(path: str | Path, dtype: str = "float32") -> Checkpoint:
             f"{path / INDEX} lists {second[0]}; a folder of Stable Diffusion 1 or 2 is read, which has none"
         )
     _find_tokenizer(path / "tokenizer")
+    defaults = index.get(DEFAULTS, {})
+    if not isinstance(defaults, dict):
+        raise UserError(f"{DEFAULTS} in {path / INDEX} is no JSON object")
     return Checkpoint(
         **{name: read_component(path / name, name, dtype) for name in FORMATS},
         scheduler_config=read_json(path / "scheduler" / "scheduler_config.json"),
         tokenizer=path / "tokenizer",
+        defaults=defaults,
     )
 
 
@@ -135,7 +142,7 @@ def write_folder(path: str | Path, checkpoint: Checkpoint, dtype: str = "float32
     partial.mkdir(parents=True)
     try:
         for name in FORMATS:
-            _write_component(partial / name, name, getattr(checkpoint, name), dtype)
+            write_component(partial / name, name, getattr(checkpoint, name), dtype)
         _copy_tokenizer(checkpoint.tokenizer, partial / "tokenizer")
         (partial / "scheduler").mkdir()
         write_json(partial / "scheduler" / "scheduler_config.json", checkpoint.scheduler_config)
@@ -162,10 +169,15 @@ def _weights(path: Path, stem: str) -> dict[str, StoredTensor]:
     raise UserError(f"{path} holds no {stem}.safetensors, {stem}.fp16.safetensors or index of shards{pickled}")
 
 
-def _write_component(path: Path, name: str, component: Component, dtype: str) -> None:
-    form, config = FORMATS[name], component.config
+def write_component(path: str | Path, name: str, component: Component, dtype: str = "float32") -> None:
+    """Writes one network of the kind `name` into a folder of its own, which `read_component` reads.
+
+    Raises:
+        UserError: the parameters do not fit their config or are not finite in `dtype`.
+    """
+    path, form, config = Path(path), FORMATS[name], component.config
     arrays = export(form.table(config), component.params, form.shapes(config), f"the {name} to be written")
-    path.mkdir()
+    path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / f"{form.weights}.safetensors", arrays, dtype_named(dtype))
     # transformers 5 would build its model in the type that the config names
     stored = {"dtype": dtype} if name == "text_encoder" else {"_diffusers_version": DIFFUSERS_VERSION}
@@ -177,7 +189,9 @@ def _index(checkpoint: Checkpoint) -> dict[str, Any]:
     scheduler = checkpoint.scheduler_config.get("_class_name")
     if not isinstance(scheduler, str):
         raise UserError(f"the scheduler config has no _class_name; it has {', '.join(checkpoint.scheduler_config)}")
+    defaults = {DEFAULTS: dict(checkpoint.defaults)} if checkpoint.defaults else {}
     return {
+        **defaults,
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
         WRITER: "sdjax",

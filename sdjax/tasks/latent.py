@@ -84,8 +84,13 @@ def encode_image(system: System, params: Params, images: Float[Array, "b H W 3"]
 
 def decode(system: System, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
     """Pictures in [0, 1] of unscaled latents, in float32."""
+    return jnp.clip(decode_unclipped(system, params, latents), 0.0, 1.0)
+
+
+def decode_unclipped(system: System, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
+    """As `decode`, with what lies outside of [0, 1], infinities included."""
     images = system.autoencoder.apply({"params": params["vae"]}, latents, method="decode")
-    return jnp.clip(images.astype(jnp.float32) / 2.0 + 0.5, 0.0, 1.0)
+    return images.astype(jnp.float32) / 2.0 + 0.5
 
 
 def denoise_latents(
