@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch_reference import randomised, translated
+from torch_reference import GAINS, randomised, translated
 
 from sdjax.convert import clip as conversion
 from sdjax.core.tree import size
@@ -45,19 +45,21 @@ def test_parameter_totals_are_those_of_the_published_models():
 )
 def test_all_states_agree_with_transformers_to_1e_4(kind: str, activation: str, eos: int):
     torch_config = transformers.CLIPTextConfig(**SIZES, hidden_act=activation, eos_token_id=eos, projection_dim=12)
-    torch_clip = randomised(getattr(transformers, kind)(torch_config))
+    torch_clip = getattr(transformers, kind)(torch_config).eval()
     config = conversion.from_diffusers_config(torch_config.to_dict() | {"architectures": [kind]})
-    params = translated(torch_clip, conversion.TABLE, conversion.shapes(config))
-    with torch.no_grad():
-        expected = torch_clip(torch.from_numpy(IDS), output_hidden_states=True)
-    found = jax.jit(CLIPText(config).apply)({"params": params}, IDS)
-
-    pooled = expected.text_embeds if kind.endswith("Projection") else expected.pooler_output
-    assert len(found.hidden) == len(expected.hidden_states) == 4
-    for ours, theirs in zip(found.hidden[:-1], expected.hidden_states[:-1], strict=True):
-        np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4, rtol=0)
-    np.testing.assert_allclose(found.last, expected.last_hidden_state.numpy(), atol=1e-4, rtol=0)
-    np.testing.assert_allclose(found.pooled, pooled.numpy(), atol=1e-4, rtol=0)
+    apply, shapes = jax.jit(CLIPText(config).apply), conversion.shapes(config)
+    for gain in GAINS:
+        params = translated(randomised(torch_clip, gain), conversion.TABLE, shapes)
+        with torch.no_grad():
+            expected = torch_clip(torch.from_numpy(IDS), output_hidden_states=True)
+        found = apply({"params": params}, IDS)
+        pooled = expected.text_embeds if kind.endswith("Projection") else expected.pooler_output
+        # transformers' last entry is normalised, ours is not; the next test has it
+        assert len(found.hidden) == len(expected.hidden_states) == 4
+        for ours, theirs in zip(found.hidden[:-1], expected.hidden_states[:-1], strict=True):
+            np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4 * gain, rtol=0)
+        np.testing.assert_allclose(found.last, expected.last_hidden_state.numpy(), atol=1e-4, rtol=0)
+        np.testing.assert_allclose(found.pooled, pooled.numpy(), atol=1e-4, rtol=0)
 
 
 def test_normalising_the_last_state_gives_the_last_output():

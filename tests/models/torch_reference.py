@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,22 @@ import torch
 from sdjax.convert.rules import Table, read
 from sdjax.core.tree import Tree
 
+# What writes into a residual stream. With a gain of 0.003 the streams' variance is near 1e-5, where a norm's epsilon
+# (1e-5 here, 1e-6 there) decides the result; with 1 it hides.
+WRITERS = re.compile(r"conv_in|conv2|conv_shortcut|proj_in|proj_out|to_out|ff\.net\.2|_embedding\.weight|out_proj|fc2")
+GAINS = (1.0, 0.003)
 
-def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+
+def randomised(module: torch.nn.Module, gain: float = 1.0) -> torch.nn.Module:
     """Kernels of unit gain, norms around 1, biases around 0: none is left at a value that hides a mistake."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
             value = noise / parameter[0].numel() ** 0.5
         else:
             value = 0.2 * noise + (1.0 if name.endswith("weight") else 0.0)
-        parameter.data = value
+        parameter.data = gain * value if WRITERS.search(name) else value
     return module.eval()
 
 
