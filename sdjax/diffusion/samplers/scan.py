@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from sdjax.diffusion.denoise import Denoise
 from sdjax.diffusion.guidance import dynamic_threshold, static_threshold
 from sdjax.diffusion.samplers.table import HISTORY, Table
 
-Between = Callable[[Float[Array, "b h w c"], Float[Array, ""], PRNGKeyArray], Float[Array, "b h w c"]]
+Between = Callable[[Float[Array, "b h w c"], Float[Array, ""], Key[Array, " b"]], Float[Array, "b h w c"]]
 """between(x, sigma_next, keys) -> x: applied after every row, e.g. to blend in the known part of a picture."""
 
 _FIRST_NOISE = 2**31 - 1
@@ -25,7 +26,7 @@ class _State(NamedTuple):
     kept: Array  # [K - 1, b, h, w, c] newest first
 
 
-def first_noise(keys: PRNGKeyArray, shape: tuple[int, int, int]) -> Float[Array, "b h w c"]:
+def first_noise(keys: Key[Array, " b"], shape: tuple[int, int, int]) -> Float[Array, "b h w c"]:
     """Standard normal noise of each image, from its own key alone and apart from that of every row.
 
     Args:
@@ -39,7 +40,7 @@ def sample(
     denoise: Denoise,
     table: Table,
     x_init: Float[Array, "b h w c"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     between: Between | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> Float[Array, "b h w c"]:
@@ -100,9 +101,9 @@ def _limit(x0: Array, limits: Array) -> Array:
     )
 
 
-def _to_device(values: Array) -> Array:
+def _to_device(values: Array | np.ndarray) -> Array:
     return jnp.asarray(values, values.dtype if values.dtype == bool else jnp.float32)
 
 
-def _noise(keys: PRNGKeyArray, index: int | Int[Array, ""], shape: tuple[int, ...]) -> Array:
+def _noise(keys: Key[Array, " b"], index: int | Int[Array, ""], shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
