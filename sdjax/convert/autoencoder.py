@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,8 +65,9 @@ TABLE = Table(
 )
 
 
+@functools.cache
 def shapes(config: AutoencoderConfig) -> dict[str, Any]:
-    """The parameters as a tree of `jax.ShapeDtypeStruct`; nothing is computed."""
+    """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
 
     def init() -> Any:
         key = jax.random.key(0)

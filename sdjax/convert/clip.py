@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,8 +47,9 @@ TABLE = Table(
 )
 
 
+@functools.cache
 def shapes(config: CLIPTextConfig) -> dict[str, Any]:
-    """The parameters as a tree of `jax.ShapeDtypeStruct`; nothing is computed."""
+    """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
     return jax.eval_shape(lambda: CLIPText(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,8 +107,9 @@ def table(config: UNetConfig) -> Table:
     )
 
 
+@functools.cache
 def shapes(config: UNetConfig) -> dict[str, Any]:
-    """The parameters as a tree of `jax.ShapeDtypeStruct`; nothing is computed."""
+    """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
     side = 2 ** (len(config.channels) - 1)
     vector = None if config.vector_dim is None else jnp.zeros((1, config.vector_dim))
 
