@@ -1,1 +1,18 @@
 """sdjax: latent diffusion in JAX and Flax, from training on a pod to a picture on a laptop."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdjax.pipeline import Pipeline, load
+
+__all__ = ["Pipeline", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """The pipeline is imported when it is first asked for: `import sdjax` alone costs nothing."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("sdjax.pipeline"), name)

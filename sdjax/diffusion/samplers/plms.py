@@ -46,11 +46,14 @@ def plms(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
     Raises:
         UserError: fewer than four steps for the Runge-Kutta warm-up.
     """
-    timesteps = integer_timesteps(schedule, steps, options)[start:]
+    timesteps, stride = integer_timesteps(schedule, steps, options), schedule.num_timesteps // steps
     if options.skip_prk_steps:
-        calls = _plms_calls(schedule, timesteps, schedule.num_timesteps // steps, options)
+        # A later start counts calls, of which the second and the third are at one timestep: it begins a step earlier
+        # than other samplers and stops a step short of clean, as image to image with PNDM does in diffusers.
+        called = np.concatenate([timesteps[:2], timesteps[1:]])[start:]
+        calls = _plms_calls(schedule, called, stride, options)
     else:
-        calls = _runge_kutta_calls(schedule, timesteps, schedule.num_timesteps // steps, options)
+        calls = _runge_kutta_calls(schedule, timesteps[start:], stride, options)
     return _plan(schedule, calls, options)
 
 
@@ -87,17 +90,17 @@ def _transfer(schedule: Schedule, now: int, then: int, options: SamplerOptions) 
     return float(of_x), float(of_noise)
 
 
-def _plms_calls(schedule: Schedule, timesteps: np.ndarray, stride: int, options: SamplerOptions) -> list[_Call]:
-    first = int(timesteps[0])
+def _plms_calls(schedule: Schedule, called: np.ndarray, stride: int, options: SamplerOptions) -> list[_Call]:
+    first = int(called[0])
     of_x, of_p = _transfer(schedule, first, first - stride, options)
     calls = [_Call(first, weights(x=of_x, predictions=[of_p]), KEEP_X, keep=True)]
-    if len(timesteps) == 1:
+    if len(called) == 1:
         return calls
     # The second call repeats the first step from the anchor, with the mean of both ends' predictions.
-    second = int(timesteps[1])
+    second = int(called[1])
     of_x, of_p = _transfer(schedule, second + stride, second, options)
     calls.append(_Call(second, weights(anchor=of_x, predictions=[of_p / 2, of_p / 2])))
-    return calls + _adams_calls(schedule, timesteps[1:], stride, options, kept=1)
+    return calls + _adams_calls(schedule, called[2:], stride, options, kept=1)
 
 
 def _adams_calls(

@@ -1,0 +1,128 @@
+"""The compiled stages of a call. Each also answers whether all it computed is finite.
+
+Whatever a user changes between two calls (prompts, seed, guidance, sampler, schedule, strength, pictures) is an
+argument of these functions, so that it compiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from sdjax.core.prng import image_keys
+from sdjax.diffusion.samplers import Table, first_noise
+from sdjax.models.conditioning import Cond
+from sdjax.tasks.latent import Guidance, Start, System, decode_unclipped, denoise_latents, encode_image, encode_text
+from sdjax.training.task import Params
+
+Finite = Bool[Array, ""]
+_listeners: list[Callable[[int], None]] = []
+
+
+@jax.jit(static_argnums=0)
+def text_stage(
+    system: System, params: Params, tokens: Int[Array, "b l"], negatives: Int[Array, "b l"]
+) -> tuple[tuple[Cond, Cond], Finite]:
+    """The conditions of prompts and of negative prompts, through the text encoder as one batch."""
+    both = encode_text(system, params, jnp.concatenate([tokens, negatives]))
+    halves = (jax.tree.map(lambda x: x[: len(tokens)], both), jax.tree.map(lambda x: x[len(tokens) :], both))
+    return halves, all_finite(both)
+
+
+@jax.jit(static_argnums=0)
+def image_stage(
+    system: System, params: Params, images: Float[Array, "b H W 3"]
+) -> tuple[Float[Array, "b h w z"], Finite]:
+    """Scaled latents of pictures in [-1, 1]."""
+    latents = encode_image(system, params, images).astype(jnp.float32)
+    return latents, all_finite(latents)
+
+
+@jax.jit(static_argnums=2)
+def noise_stage(
+    seed: Int[Array, ""], indices: Int[Array, " b"], shape: tuple[int, int, int]
+) -> tuple[PRNGKeyArray, Float[Array, "b h w z"]]:
+    """The key and the first noise of each image."""
+    keys = image_keys(seed, indices)
+    return keys, first_noise(keys, shape)
+
+
+@jax.jit(static_argnames=("system", "watched"))
+def sampling_stage(
+    system: System,
+    params: Params,
+    table: Table,
+    conditions: tuple[Cond, Cond],
+    guidance: Guidance,
+    start: Start,
+    keys: PRNGKeyArray,
+    *,
+    watched: bool = False,
+) -> tuple[Float[Array, "b h w z"], Finite]:
+    """Unscaled latents; with `watched`, every row's number is told to whoever listens (see `listening`)."""
+    latents = denoise_latents(system, params, table, conditions, guidance, start, keys, _tell if watched else None)
+    return latents, all_finite(latents)
+
+
+@jax.jit
+def start_stage(
+    table: Table, noise: Float[Array, "b h w z"], known: Float[Array, "b h w z"], mask: Array, fresh: Float[Array, ""]
+) -> Start:
+    """Pure noise where `fresh` is 1; where it is 0, the known latents with noise up to the table's first level."""
+    scale, sigma = jnp.asarray(table.first_scale), jnp.asarray(table.sigma[0])
+    x = fresh * scale * noise + (1.0 - fresh) * (known + sigma * noise)
+    return Start(x, known, noise, mask)
+
+
+@jax.jit(static_argnums=0)
+def decode_stage(
+    system: System, params: Params, latents: Float[Array, "b h w z"]
+) -> tuple[Float[Array, "b H W 3"], Finite]:
+    """Pictures in [0, 1] of unscaled latents."""
+    images = decode_unclipped(system, params, latents)
+    return jnp.clip(images, 0.0, 1.0), all_finite(images)
+
+
+def all_finite(tree: object) -> Finite:
+    """Whether no array of a tree holds NaN or an infinity."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+def rows_of(table: Table) -> int:
+    """How many network calls a table makes."""
+    return int(np.sum(table.active))
+
+
+def first_bad_row(finite_after: Callable[[Table], bool], table: Table) -> int:
+    """The row after which a run is no longer finite, by bisection: the same compiled scan with fewer active rows."""
+    good, bad = 0, rows_of(table)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        shorter = table._replace(active=np.arange(len(table.active)) < middle)
+        good, bad = (middle, bad) if finite_after(shorter) else (good, middle)
+    return good
+
+
+@contextmanager
+def listening(listener: Callable[[int], None] | None) -> Iterator[None]:
+    """Calls `listener` with the number of each row that has run, while the context is open."""
+    if listener is None:
+        yield
+        return
+    _listeners.append(listener)
+    try:
+        yield
+        jax.effects_barrier()
+    finally:
+        _listeners.remove(listener)
+
+
+def _tell(row: int) -> None:
+    # One function for all calls: a compiled scan holds the function it was traced with.
+    for listener in tuple(_listeners):
+        listener(int(row))
