@@ -39,7 +39,7 @@ def autoencoder() -> ConfigDict:
     config.data.source = "openmoji"
     config.optim.update(name="muon", learning_rate=0.03, schedule="cosine", warmup_steps=50, weight_decay=0.0, b2=0.99)
     config.optim.ema_decay = 0.99
-    config.train.update(steps=4000, batch_size=16, sample_every=1000, checkpoint_every=500)
+    config.train.update(steps=2500, batch_size=16, sample_every=500, checkpoint_every=500)
     return config
 
 
@@ -47,10 +47,10 @@ def text_to_image() -> ConfigDict:
     """The UNet and the text encoder."""
     config = base()
     config.model.unet = {
-        "channels": (96, 192, 256),
+        "channels": (64, 160, 224),
         "depths": (0, 1, 1),
         "mid_depth": 1,
-        "heads": (3, 6, 8),
+        "heads": (2, 5, 7),
         "layers_per_block": 1,
     }
     config.model.text_encoder = {"width": 192, "layers": 2, "heads": 4, "feed_forward": 768, "activation": "gelu"}
@@ -78,6 +78,7 @@ def text_to_image() -> ConfigDict:
     config.optim.update(learning_rate=1e-3, schedule="cosine", warmup_steps=200, b2=0.99, ema_decay=0.999)
     config.train.update(steps=8000, batch_size=32)
     config.sample = {
+        "checkpoint": CHECKPOINT,
         "prompts": ("red heart", "grinning face", "woman firefighter: medium skin tone", "flag: Norway"),
         "columns": 4,
         "sampler": "ddim",
