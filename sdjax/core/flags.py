@@ -28,19 +28,18 @@ def parse(usage: str | None, *required: str) -> tuple[ConfigDict, ...]:
     config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
     for name in required:
         flags.DEFINE_string(name, None, "required", flag_values=values)
-    flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
-    if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
-        print(usage)
-        sys.exit(0)
-    parse_flags(values, sys.argv)
+    parse_flags(values, sys.argv, usage)
     missing = [name for name in ("config", *required) if values[name].value is None]
     if missing:
         raise UserError(f"--{missing[0]} is required")
     return (values["config"].value, *(values[name].value for name in required))
 
 
-def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
-    """Parses, and turns whatever is wrong with a flag or a config into a UserError."""
+def parse_flags(values: flags.FlagValues, argv: list[str], usage: str | None = None) -> None:
+    """Parses, and turns whatever is wrong with a flag or a config into a UserError; --help prints usage and exits."""
+    if usage and ("--help" in argv[1:] or "-h" in argv[1:]):
+        print(usage)
+        sys.exit(0)
     try:
         left = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:

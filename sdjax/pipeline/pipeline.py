@@ -212,7 +212,7 @@ class Pipeline:
         total = rows * -(-count // batch)
         for first in range(0, count, batch):
             chosen = np.minimum(np.arange(first, first + batch), count - 1)
-            part = _Job(*(None if values is None else values[chosen] for values in job))
+            part = jax.tree.map(lambda values: values[chosen], job)
             listener = None if progress is None else _Counter(progress, rows * (first // batch), total)
             latents = self._sample(part, settings, table, listener)
             parts.append(self._decode(latents) if decoded else np.asarray(self._everywhere(latents)))
@@ -231,8 +231,7 @@ class Pipeline:
             noise = self._put(job.noise)
         start = self._start(job, settings, table, noise)
         # 1 or less is none, as in diffusers; so is 0 for models distilled to need none.
-        guidance = Guidance(np.float32(max(settings.guidance_scale, 1.0)), np.float32(settings.guidance_rescale))
-        guidance = self._whole(guidance)
+        guidance = self._whole(Guidance(max(settings.guidance_scale, 1.0), settings.guidance_rescale))
 
         def run(table: Table, watched: bool) -> tuple[jax.Array, jax.Array]:
             return stages.sampling_stage(

@@ -140,7 +140,7 @@ def real(name: str, value: Any, least: float, most: float = math.inf) -> float:
 
 
 def _range(least: float, most: float) -> str:
-    return f"at least {least:g}" if math.isinf(most) else f"{least:g} to {most:,g}".replace(",", "")
+    return f"at least {least}" if math.isinf(most) else f"{least} to {most}"
 
 
 def _side(name: str, value: Any, multiple: int) -> int:

@@ -1,0 +1,225 @@
+"""What a call promises besides parity: no second compilation, no dependence on batches, plain errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny_diffusers import LATENT, SIZE
+
+import sdjax
+from sdjax.convert.folder import read_folder, write_folder
+from sdjax.core.errors import UserError
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.pipeline.stages import first_bad_row, rows_of
+
+FAST = {"steps": 3, "guidance_scale": 3.0}
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows with every program that XLA compiles."""
+    compiled = []
+
+    def listener(event: str, seconds: float, **kwargs: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_changing_what_a_user_changes_compiles_nothing(theirs, compilations):
+    jax.clear_caches()
+    pipe = sdjax.load(theirs.folder)
+    picture, mask = np.zeros((SIZE, SIZE, 3), np.uint8), np.eye(SIZE, dtype=bool)
+    calls = []
+    calls.append(pipe(["a", "b"], batch_size=2, **FAST))
+    pipe(["a", "b"], batch_size=2, init_image=picture, **FAST)
+    assert compilations, "the listener hears nothing"
+    compilations.clear()
+    again = {"batch_size": 2}
+    calls.append(pipe("red heart", **again, **FAST))
+    calls.append(pipe(["x", "y", "z"], **again, **FAST))
+    calls.append(pipe(["a", "b"], "ugly", **again, **FAST))
+    calls.append(pipe(["a", "b"], seed=7, **again, **FAST))
+    calls.append(pipe(["a", "b"], steps=9, guidance_scale=9.0, guidance_rescale=0.5, eta=1.0, **again))
+    calls.append(pipe(["a", "b"], sampler="ddpm", steps=6, **again))  # in as many steps it is euler_a, bit for bit
+    for sampler in ("plms", "euler", "euler_a", "lms", "dpmpp_2m", "heun", "dpm2"):
+        calls.append(pipe(["a", "b"], sampler=sampler, steps=5, **again))
+    calls.append(pipe(["a", "b"], sampler="euler", schedule="karras", **again, **FAST))
+    calls.append(pipe(["a", "b"], sampler="ddim", schedule="trailing", **again, **FAST))
+    calls.append(pipe(["a", "b"], init_image=picture, strength=0.4, **again, **FAST))
+    calls.append(pipe(["a", "b"], init_image=picture, mask=mask, **again, **FAST))
+    calls.append(pipe(["a", "b"], latents=np.ones((2, LATENT, LATENT, 4), np.float32), **again, **FAST))
+    assert not compilations
+    pairs = [images[:2] for images in calls if len(images) > 1]
+    different = {images.tobytes() for images in pairs}
+    assert len(different) == len(pairs), "an argument that changes nothing would not need compiling either"
+
+
+def test_a_picture_depends_on_its_index_and_not_on_its_batch(ours):
+    prompts = ["red heart", "blue cat", "flag"]
+    together = ours(prompts, sampler="euler_a", num_images=2, batch_size=8, seed=5, **FAST)
+    one_by_one = ours(prompts, sampler="euler_a", num_images=2, batch_size=1, seed=5, **FAST)
+    np.testing.assert_allclose(one_by_one, together, atol=1e-5)
+    alone = ours("blue cat", sampler="euler_a", first_index=3, seed=5, **FAST)
+    np.testing.assert_allclose(alone[0], together[3], atol=1e-5)
+    assert np.abs(together[2] - together[3]).max() > 0.05, "two images of one prompt have noise of their own"
+    other = ours("blue cat", sampler="euler_a", first_index=3, seed=2**32 - 1, **FAST)
+    assert np.abs(other[0] - alone[0]).max() > 0.05
+
+
+def test_what_a_mask_keeps_is_kept(ours):
+    picture = np.random.default_rng(0).random((SIZE, SIZE, 3)).astype(np.float32)
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[:, SIZE // 2 :] = True
+    given = {"init_image": picture, "output": "latent", **FAST}
+    known = ours("", mask=np.zeros_like(mask), **given)
+    painted = ours("red heart", mask=mask, **given)
+    half = LATENT // 2
+    np.testing.assert_allclose(painted[:, :, :half], known[:, :, :half], atol=1e-5)
+    assert np.abs(painted[:, :, half:] - known[:, :, half:]).min(axis=-1).mean() > 0.01
+    everything = ours("red heart", mask=np.ones_like(mask), strength=0.5, **given)
+    np.testing.assert_array_equal(everything, ours("red heart", strength=0.5, **given))
+
+
+@pytest.mark.parametrize(
+    ("component", "path", "message"),
+    [
+        ("text_encoder", "final_layer_norm", "text encoder's output is not finite"),
+        ("unet", "conv_out", "UNet's output at network call 1 of 3 .timestep 667"),
+        ("vae", "encoder", "autoencoder's encoding of the given picture"),
+        ("vae", "decoder", "autoencoder's decoded picture is not finite"),
+    ],
+)
+def test_values_that_are_not_finite_name_their_stage(component, path, message, theirs):
+    pipe = sdjax.load(theirs.folder)
+    broken = jax.tree.map(lambda x: np.full(x.shape, np.inf, x.dtype), pipe.params[component][path])
+    pipe.params = {**pipe.params, component: {**pipe.params[component], path: broken}}
+    with pytest.raises(UserError, match=message):
+        pipe("red heart", init_image=np.zeros((SIZE, SIZE, 3), np.uint8), strength=1.0, **FAST)
+
+
+def test_the_network_call_at_which_values_overflow_is_named(theirs):
+    """A weight on cos(t) that overflows at timesteps where it is of the other sign than at the first."""
+    pipe = sdjax.load(theirs.folder)
+    timesteps = pipe.settings(steps=15).table(pipe.scheduler_config).timestep[:15]
+    signs = np.sign(np.cos(timesteps))
+    row = int(np.argmax(signs != signs[0]))
+    embedding = pipe.params["unet"]["time_embedding"]
+    first = {**embedding["linear_1"], "kernel": embedding["linear_1"]["kernel"].at[0].set(-3e38 * signs[0])}
+    unet = {**pipe.params["unet"], "time_embedding": {**embedding, "linear_1": first}}
+    pipe.params = {**pipe.params, "unet": unet}
+    with pytest.raises(UserError, match=rf"at network call {row + 1} of 15 \(timestep {timesteps[row]:g}, .* finite"):
+        pipe("red heart", steps=15)
+    assert row > 0
+
+
+def test_bisection_finds_every_row(ours):
+    table = ours.settings(steps=15).table(ours.scheduler_config)
+    for row in range(15):
+        assert first_bad_row(lambda shorter, row=row: rows_of(shorter) <= row, table) == row
+
+
+def test_a_prompt_that_is_cut_is_named(ours, caplog):
+    prompt = "red heart " * 60
+    with caplog.at_level("WARNING", "sdjax"):
+        long = ours([prompt, "flag"], **FAST)
+    (record,) = caplog.records
+    assert "too long" in record.message
+    assert record.message.count("heart") >= 2
+    np.testing.assert_array_equal(long, ours([prompt + "never read", "flag"], **FAST))
+
+
+def test_progress_counts_network_calls(ours):
+    told = []
+    ours(["a", "b", "c"], batch_size=2, sampler="heun", progress=lambda done, total: told.append((done, total)), **FAST)
+    assert told[-1] == (10, 10)  # two passes of 2 * 3 - 1
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+
+def test_the_checkpoints_own_defaults(theirs, tmp_path):
+    checkpoint = dataclasses.replace(read_folder(theirs.folder), defaults={"steps": 7, "guidance_scale": 2.5})
+    write_folder(tmp_path / "run" / "export", checkpoint)
+    pipe = sdjax.load(tmp_path / "run")  # as train.py leaves it
+    assert pipe.name == "run"
+    assert (pipe.settings().steps, pipe.settings().guidance_scale) == (7, 2.5)
+    assert pipe.settings(steps=9).steps == 9
+    pipe.save(tmp_path / "copy")
+    assert sdjax.load(tmp_path / "copy").settings().steps == 7
+    assert type(theirs).from_pretrained(tmp_path / "copy").scheduler.config.steps_offset == 1
+
+
+def test_half_precision_is_near(theirs, ours):
+    pipe = sdjax.load(theirs.folder, "bfloat16")
+    assert pipe.params["unet"]["conv_in"]["kernel"].dtype == jax.numpy.bfloat16
+    assert pipe.params["vae"]["quant_conv"]["kernel"].dtype == jax.numpy.float32
+    difference = np.abs(pipe("red heart", **FAST) - ours("red heart", **FAST))
+    assert 1e-6 < difference.mean() < 0.03
+
+
+def test_import_is_light():
+    code = "import sys, sdjax; assert 'jax' not in sys.modules; sdjax.load; assert 'jax' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+BAD = {
+    "no prompts": ({"prompts": []}, "no prompts"),
+    "number for a prompt": ({"prompts": [3]}, "must be text, not 3"),
+    "negatives": ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1"),
+    "steps": ({"steps": 0}, "steps 0"),
+    "steps type": ({"steps": 2.5}, r"steps 2\.5"),
+    "too many steps": ({"steps": 1001}, "1 to 1000"),
+    "sampler": ({"sampler": "eular"}, "unknown sampler 'eular'.*euler"),
+    "schedule": ({"schedule": "linear"}, "unknown schedule 'linear'.*trailing"),
+    "karras ddim": ({"sampler": "ddim", "schedule": "karras"}, "karras"),
+    "width": ({"width": 33}, "width 33 is not a multiple of 4.*32, 36"),
+    "height": ({"height": -4}, "height -4"),
+    "guidance": ({"guidance_scale": float("nan")}, "guidance_scale nan"),
+    "seed": ({"seed": -1}, "seed -1.*0 to 4294967295"),
+    "num_images": ({"num_images": 0}, "num_images 0"),
+    "latents": ({"latents": np.zeros((1, 4, 16, 16), np.float32)}, r"\[1, 4, 16, 16\].*\[1, 4, 16, 4\], NHWC"),
+    "mask alone": ({"mask": np.zeros((4, 4), bool)}, "init_image"),
+    "strength": ({"init_image": np.zeros((4, 4, 3), np.uint8), "strength": 1.5}, r"strength 1\.5"),
+    "no strength": ({"init_image": np.zeros((4, 4, 3), np.uint8), "strength": 0.0}, r"strength 0\.0"),
+    "picture": ({"init_image": "nowhere.png"}, "nowhere.png"),
+    "shape": ({"init_image": np.zeros((4, 4, 7), np.uint8)}, r"\[4, 4, 7\]"),
+    "output": ({"output": "pil"}, "unknown output 'pil'.*latent"),
+    "batch": ({"batch_size": 0}, "batch_size 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case, ours: Pipeline):
+    arguments, message = BAD[case]
+    with pytest.raises(UserError, match=message):
+        ours(**{"prompts": "red heart", **FAST, **arguments})
+
+
+def test_sources_that_are_none(theirs, tmp_path):
+    for source, message in {
+        tmp_path / "missing": "does not exist; give a diffusers folder",
+        tmp_path: "no model_index.json",
+        "model.safetensors": "single file",
+        "runwayml/stable-diffusion-v1-5": "there is no checkpoint 'runwayml/stable-diffusion-v1-5'",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            sdjax.load(source)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="workdir without export"):
+        sdjax.load(tmp_path)
+    with pytest.raises(UserError, match="unknown dtype 'float31'"):
+        sdjax.load(theirs.folder, "float31")
+
+
+def test_save_leaves_other_peoples_files(ours, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="left as it is"):
+        ours.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
