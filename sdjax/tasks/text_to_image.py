@@ -126,8 +126,8 @@ def uniform(key: PRNGKeyArray, batch: int, steps: int) -> Int[Array, " b"]:
 
 
 def late(key: PRNGKeyArray, batch: int, steps: int) -> Int[Array, " b"]:
-    """The density rises linearly with t: where the prompt decides what the picture is, there is most to learn."""
-    return (jnp.sqrt(jax.random.uniform(key, (batch,))) * steps).astype(jnp.int32)
+    """The density rises with t^2: where the prompt decides what the picture is, there is most to learn."""
+    return (jnp.cbrt(jax.random.uniform(key, (batch,))) * steps).astype(jnp.int32)
 
 
 TIMESTEPS = {"uniform": uniform, "late": late}
