@@ -42,7 +42,7 @@ GRID_PIXELS = 2**25
 def main() -> None:
     """Reads the command line, samples, and says where the pictures are."""
     config, flag = read_command_line(sys.argv)
-    print(f"{sample(config, flag)}")
+    print(sample(config, flag))
 
 
 def read_command_line(argv: list[str]) -> tuple[ConfigDict, dict[str, Any]]:
@@ -99,9 +99,8 @@ def sample(config: ConfigDict, flag: dict[str, Any]) -> Path:
     first_index = flag["first_index"]
     outdir = None if flag["outdir"] is None else Path(flag["outdir"])
     if outdir is not None:
-        files = [outdir / f"{first_index + i:05d}{end}" for i in range(len(prompts)) for end in (".png", ".json")]
-        files += [outdir / "grid.png"] * (len(prompts) > 1)
-        check_free(files, "choose another --outdir")
+        files = [f"{first_index + i:05d}.{end}" for i in range(len(prompts)) for end in ("png", "json")]
+        check_free(outdir, files + ["grid.png"] * (len(prompts) > 1), "choose another --outdir")
 
     # ---- a pass at a time; what is made is on disk before the next begins ----
     made: list[np.ndarray] = []

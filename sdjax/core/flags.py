@@ -43,9 +43,28 @@ def parse_flags(values: flags.FlagValues, argv: list[str], usage: str | None = N
     try:
         left = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UserError(_reason(error)) from error
     if len(left) > 1:
         raise UserError(f"unexpected argument {left[1]!r}; flags begin with --")
+    if "config" in values:
+        _check_config(values["config"])
+
+
+def _reason(error: Exception) -> str:
+    """One line; of an error that holds a config file's whole traceback, what that ends with."""
+    text = str(error).strip()
+    if "Traceback" in text:
+        return f"--config: {text.splitlines()[-1].strip().removeprefix('ValueError: ')}"
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _check_config(flag: flags.Flag) -> None:
+    """A config file that could not be run says so when it is first read; this reads it."""
+    try:
+        assert flag.value is None or flag.value.keys() is not None
+    except OSError as error:
+        *_, reason = str(error).strip().splitlines()
+        raise UserError(f"cannot read the config file {flag.config_filename}: {reason.strip()}") from error
 
 
 def load_config(name: str) -> ConfigDict:

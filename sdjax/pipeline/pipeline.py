@@ -45,6 +45,9 @@ class _Job(NamedTuple):
     pictures: Float[np.ndarray, "n H W 3"] | None
     mask: Float[np.ndarray, "n h w 1"] | None
 
+    def rows(self, chosen: Int[np.ndarray, " b"]) -> _Job:
+        return jax.tree.map(lambda values: values[chosen], self)
+
 
 class Pipeline:
     """A latent diffusion model and how to sample it; made by `sdjax.load`.
@@ -212,7 +215,7 @@ class Pipeline:
         total = rows * -(-count // batch)
         for first in range(0, count, batch):
             chosen = np.minimum(np.arange(first, first + batch), count - 1)
-            part = jax.tree.map(lambda values: values[chosen], job)
+            part = job.rows(chosen)
             listener = None if progress is None else _Counter(progress, rows * (first // batch), total)
             latents = self._sample(part, settings, table, listener)
             parts.append(self._decode(latents) if decoded else np.asarray(self._everywhere(latents)))

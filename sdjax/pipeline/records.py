@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,13 @@ def write_grid(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
     _write_png(path, image, PngInfo())
 
 
-def check_free(paths: list[Path], advice: str) -> None:
-    """Raises a UserError that names the first of the files that is there already, and gives the advice."""
-    for path in paths:
-        if path.exists():
-            raise UserError(f"{path} exists and is left as it is; {advice}")
+def check_free(folder: Path, names: Iterable[str], advice: str) -> None:
+    """Raises a UserError if the folder is a file, or holds one of the names already; its end is the advice."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, not a folder; {advice}")
+    for name in names:
+        if (folder / name).exists():
+            raise UserError(f"{folder / name} exists and is left as it is; {advice}")
 
 
 def fresh_folder(parent: Path) -> Path:

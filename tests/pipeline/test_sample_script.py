@@ -1,0 +1,204 @@
+"""sample.py: the files it leaves, and what it says to bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdjax.core.errors import run_or_exit
+
+ROOT = Path(__file__).parents[2]
+FAST = ("--steps=2", "--guidance_scale=2")
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script, theirs, tmp_path, monkeypatch, capsys):
+    """run(*flags) -> (exit code, stdout, stderr), in this process and a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+
+    def call(*flags: str, config: str = "configs/openmoji.py:tiny", checkpoint: object = theirs.folder):
+        argv = ["sample.py", f"--config={ROOT / config}", f"--checkpoint={checkpoint}", *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        code = 0
+        try:
+            run_or_exit(script.main)
+        except SystemExit as error:
+            code = error.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_files_of_a_run(run, ours, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red heart\n\n  flag: 旗 \n", encoding="utf-8")
+    flags = ("--negative_prompt=ugly, bad", "--sampler=euler", "--schedule=karras", "--seed=5", "--num_images=2")
+    code, out, err = run(f"--from_file={prompts}", *flags, *FAST, "--outdir=made")
+    assert code == 0, err
+    assert out.strip() == "made"
+    pictures = [f"{i:05d}" for i in range(4)]
+    assert names(tmp_path / "made") == sorted(
+        [f"{n}.{end}" for n in pictures for end in ("png", "json")] + ["grid.png"]
+    )
+    expected = ours(
+        ["red heart", "flag: 旗"],
+        "ugly, bad",
+        sampler="euler",
+        schedule="karras",
+        seed=5,
+        num_images=2,
+        steps=2,
+        guidance_scale=2,
+        progress=lambda done, total: None,
+    )
+    images = [Image.open(tmp_path / "made" / f"{name}.png") for name in pictures]
+    for image, theirs in zip(images, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(image) / 255.0, theirs, atol=0.51 / 255.0)
+    assert images[3].text["parameters"] == (
+        "flag: 旗\nNegative prompt: ugly, bad\n"
+        "Steps: 2, Sampler: Euler, Schedule type: Karras, CFG scale: 2, Seed: 5, Image index: 3, Size: 32x32, "
+        "Model: tiny"
+    )
+    cell = np.asarray(Image.open(tmp_path / "made" / "grid.png"))[32:, :32]
+    np.testing.assert_array_equal(cell, np.asarray(images[2]))
+
+
+def test_a_picture_can_be_had_again_from_its_json(run, tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    picture.save(tmp_path / "given.png")
+    prompts = [f"--prompt={text}" for text in ("red heart", "flag", "blue cat")]
+    given = ("--init_image=given.png", "--mask=given.png", "--strength=0.6")
+    assert run(*prompts, *given, "--sampler=euler_a", "--steps=5", "--outdir=all")[0] == 0
+    record = json.loads((tmp_path / "all" / "00001.json").read_text())
+    flags = [f"--{key}={value}" for key, value in record.items() if value is not None and key in FLAGS]
+    assert run(f"--first_index={record['index']}", "--outdir=again", *flags, checkpoint=record["checkpoint"])[0] == 0
+    first, again = (np.asarray(Image.open(tmp_path / name / "00001.png"), int) for name in ("all", "again"))
+    assert np.abs(first - again).max() <= 1
+    assert names(tmp_path / "again") == ["00001.json", "00001.png"]
+
+
+FLAGS = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "sampler", "schedule", "width", "height")
+FLAGS += ("init_image", "mask", "strength")
+
+
+def test_without_outdir_every_run_has_its_own_folder(run, tmp_path):
+    for number in range(2):
+        code, out, err = run("--prompt=red heart", *FAST)
+        assert code == 0, err
+        assert out.strip() == f"outputs/tiny/{number:04d}"
+        assert names(tmp_path / out.strip()) == ["00000.json", "00000.png"]
+        assert "2/2" in err, "a bar counts network calls"
+
+
+def test_the_config_says_what_the_flags_do_not(run, tmp_path):
+    code, _, err = run("--prompt=x", "--outdir=o", "--config.sample.steps=3", "--config.sample.sampler=lms")
+    assert code == 0, err
+    record = json.loads((tmp_path / "o" / "00000.json").read_text())
+    assert (record["steps"], record["sampler"], record["guidance_scale"]) == (3, "lms", 2.5)
+
+
+def corrupt(folder: Path, theirs: Path) -> Path:
+    shutil.copytree(theirs, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return folder
+
+
+P = "--prompt=red heart"
+BAD = {
+    "config key": ([P, "--config.sample.stepz=3"], "stepz"),
+    "flag": ([P, "--guidance=3"], "guidance"),
+    "argument": ([P, "heart"], "unexpected argument 'heart'"),
+    "neither": ([], "either --prompt or --from_file"),
+    "both": ([P, "--from_file=x"], "either --prompt or --from_file"),
+    "no file": (["--from_file=missing.txt"], "missing.txt: No such file"),
+    "empty file": (["--from_file=empty.txt"], "empty.txt holds no prompt"),
+    "binary file": (["--from_file=broken.png"], "broken.png: it is not UTF-8"),
+    "sampler": ([P, "--sampler=nope"], "unknown sampler 'nope'; choose one of: ddim"),
+    "schedule": ([P, "--schedule=nope"], "unknown schedule 'nope'; choose one of: karras"),
+    "width": ([P, "--width=30"], "width 30 is not a multiple of 4.*nearest: 28, 32"),
+    "steps": ([P, "--steps=0"], "steps 0: choose an integer of at least 1"),
+    "steps type": ([P, "--steps=many"], "steps=many"),
+    "num_images": ([P, "--num_images=0"], "num_images 0"),
+    "strength": ([P, "--init_image=fine.png", "--strength=1.5"], r"strength 1\.5"),
+    "little strength": ([P, "--init_image=fine.png", "--strength=0.1", "--steps=5"], r"strength 0\.1 with 5 steps"),
+    "picture": ([P, "--init_image=broken.png"], "cannot read picture broken.png"),
+    "no picture": ([P, "--init_image=nowhere.png"], "nowhere.png"),
+    "mask": ([P, "--mask=fine.png"], "--mask needs an --init_image"),
+    "existing": ([P, "--outdir=taken"], "taken/00000.png exists and is left as it is; choose another --outdir"),
+    "folder is a file": (
+        [P, "--outdir=fine.png", "--steps=1"],
+        "fine.png is a file, not a folder; choose another --outdir",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, run, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    Image.new("RGB", (32, 32)).save(tmp_path / "fine.png")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "00000.png").write_text("mine")
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    flags, message = BAD[case]
+    check_error(*run(*flags), message)
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+
+
+def test_bad_checkpoints(run, theirs, tmp_path):
+    check_error(*run(P, checkpoint="missing"), "there is no checkpoint 'missing'")
+    check_error(*run(P, checkpoint=corrupt(tmp_path / "cut", theirs.folder)), "cut/unet/.*safetensors is truncated")
+    check_error(*run(P, config="configs/nope.py"), "cannot read the config file .*nope.py: .*No such file")
+    check_error(*run(P, config="configs/openmoji.py:huge"), "unknown variant 'huge'.*tiny")
+    assert names(tmp_path / "cut")
+    assert not (tmp_path / "outputs").exists()
+
+
+def check_error(code: int, out: str, err: str, message: str) -> None:
+    lines = [line for line in err.strip().splitlines() if "call/s" not in line]
+    assert code == 2, err
+    assert out == ""
+    assert len(lines) == 1, err
+    assert re.search(rf"^error: .*{message}", lines[0]), lines[0]
+
+
+def test_as_a_command(theirs, tmp_path):
+    command = [sys.executable, str(ROOT / "sample.py"), f"--config={ROOT / 'configs/openmoji.py'}"]
+    command += [f"--checkpoint={theirs.folder}", *FAST]
+    made = subprocess.run([*command, P], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert names(tmp_path) == ["outputs/tiny/0000/00000.json", "outputs/tiny/0000/00000.png"]
+    bad = subprocess.run([*command, P, "--sampler=nope"], cwd=tmp_path, capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("error: unknown sampler 'nope'")
+    assert bad.stderr.count("\n") == 1
+
+
+def test_help(run):
+    code, out, err = run("--help")
+    assert (code, err) == (0, "")
+    assert "python sample.py --config" in out
