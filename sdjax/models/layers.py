@@ -26,12 +26,18 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
-        mean = grouped.mean(axis=(1, 3), keepdims=True)
-        centred = grouped - mean
-        variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
-        normed = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
-        return (normed * scale + bias).astype(self.dtype)
+        pixels = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+        centred = pixels - self._group_mean(pixels)
+        variance = self._group_mean(jnp.square(centred))
+        normed = centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias
+        return normed.reshape(x.shape).astype(self.dtype)
+
+    def _group_mean(self, pixels: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
+        """Each channel gets its group's mean. Pixels are summed first, all channels at once: a sum over the two or
+        three channels of a group inside the large array would be twenty times slower on a CPU."""
+        batch, _, channels = pixels.shape
+        means = pixels.mean(axis=1).reshape(batch, self.groups, -1).mean(axis=-1)
+        return jnp.repeat(means, channels // self.groups, axis=-1)[:, None]
 
 
 class Conv(nn.Module):
