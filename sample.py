@@ -18,7 +18,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -63,7 +63,7 @@ def read_command_line(argv: list[str]) -> tuple[ConfigDict, dict[str, Any]]:
     for name, default in (("guidance_scale", None), ("strength", 0.75)):
         flags.DEFINE_float(name, default, "", flag_values=values)
     parse_flags(values, argv, __doc__)
-    flag = {name: values[name].value for name in values}
+    flag: dict[str, Any] = {name: values[name].value for name in values}
     config = flag.pop("config")
     if config is None:
         raise UserError("--config is required")
@@ -83,49 +83,39 @@ def sample(config: ConfigDict, flag: dict[str, Any]) -> Path:
         UserError: a flag, a file or the checkpoint is not what it should be; nothing has been overwritten.
     """
     # ---- what to paint, with which model ----
+    defaults, axes = cast(Any, config.sample), cast(Any, config.mesh)
     prompts = flag["prompt"] or read_prompts(Path(flag["from_file"]))
     prompts = [prompt for prompt in prompts for _ in range(flag["num_images"])]
-    source = flag["checkpoint"] or shipped(config)
-    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
-    pipe = sdjax.load(source, config.sample.get("dtype", "float32"), mesh)
+    source = flag["checkpoint"] or shipped(defaults)
+    mesh = make_mesh(axes) if jax.device_count() > 1 else None
+    pipe = sdjax.load(source, defaults.get("dtype", "float32"), mesh)
 
     # ---- how: the flags, then the config, then the checkpoint ----
     names = ("steps", "guidance_scale", "sampler", "schedule", "width", "height")
-    chosen = {name: config.sample.get(name) if flag[name] is None else flag[name] for name in names}
+    chosen = {name: defaults.get(name) if flag[name] is None else flag[name] for name in names}
     chosen |= {"seed": flag["seed"]}
-    given = {name: flag[name] for name in ("init_image", "mask")}
-    strength = flag["strength"] if flag["init_image"] else None
-    settings = pipe.settings(**chosen, strength=strength)
-    first_index = flag["first_index"]
+    settings = pipe.settings(**chosen, strength=flag["strength"] if flag["init_image"] else None)
+    given = {name: flag[name] for name in ("negative_prompt", "init_image", "mask")}
+    record = {**dataclasses.asdict(settings), **given, "model": pipe.name, "checkpoint": str(source)}
     outdir = None if flag["outdir"] is None else Path(flag["outdir"])
     if outdir is not None:
-        files = [f"{first_index + i:05d}.{end}" for i in range(len(prompts)) for end in ("png", "json")]
+        files = [f"{flag['first_index'] + i:05d}.{end}" for i in range(len(prompts)) for end in ("png", "json")]
         check_free(outdir, files + ["grid.png"] * (len(prompts) > 1), "choose another --outdir")
 
     # ---- a pass at a time; what is made is on disk before the next begins ----
     made: list[np.ndarray] = []
+    given["strength"] = flag["strength"]
     batch = pipe.batch_size(len(prompts), settings.height, settings.width)
     with tqdm(desc="compiling", unit="call", dynamic_ncols=True) as bar:
         for first in range(0, len(prompts), batch):
-            part = prompts[first : first + batch]
-            images = pipe(
-                part,
-                flag["negative_prompt"],
-                **chosen,
-                **given,
-                strength=flag["strength"],
-                first_index=first_index + first,
-                batch_size=batch,
-                progress=advance(bar, first // batch, math.ceil(len(prompts) / batch)),
-            )
+            part, index = prompts[first : first + batch], flag["first_index"] + first
+            progress = advance(bar, first // batch, math.ceil(len(prompts) / batch))
+            images = pipe(part, **chosen, **given, first_index=index, batch_size=batch, progress=progress)
             outdir = outdir or fresh_folder(Path("outputs") / pipe.name)
-            for i, (prompt, image) in enumerate(zip(part, to_uint8(images), strict=True)):
-                index = first_index + first + i
-                record = {"prompt": prompt, "negative_prompt": flag["negative_prompt"] or "", "index": index}
-                record |= {**dataclasses.asdict(settings), **given, "model": pipe.name, "checkpoint": str(source)}
-                write_picture(outdir / f"{index:05d}.png", image, record)
+            for i, (prompt, image) in enumerate(zip(part, to_uint8(images), strict=True), index):
+                write_picture(outdir / f"{i:05d}.png", image, {"prompt": prompt, "index": i, **record})
                 made.append(image)
-    assert outdir is not None
+    assert outdir is not None, "there is at least one prompt"
     if len(made) > 1:
         write_grid(outdir / "grid.png", grid(made))
     return outdir
@@ -149,13 +139,13 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def shipped(config: ConfigDict) -> str:
+def shipped(defaults: Any) -> str:
     """The checkpoint that the config names, which may be given relative to this script.
 
     Raises:
         UserError: it names none.
     """
-    source = config.sample.get("checkpoint")
+    source = defaults.get("checkpoint")
     if not source:
         raise UserError("this config has no sample.checkpoint; give --checkpoint")
     beside = Path(__file__).parent / source

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 
 import jax
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Int, Key, PRNGKeyArray
 
 
 def stream(seed: int | Int[Array, ""], *path: str | int | Int[Array, ""]) -> PRNGKeyArray:
@@ -19,6 +19,6 @@ def stream(seed: int | Int[Array, ""], *path: str | int | Int[Array, ""]) -> PRN
     return key
 
 
-def image_keys(seed: int | Int[Array, ""], indices: Int[Array, " b"]) -> PRNGKeyArray:
+def image_keys(seed: int | Int[Array, ""], indices: Int[Array, " b"]) -> Key[Array, " b"]:
     """One key for each picture, [b]: neither batch size nor device count enters it."""
     return jax.vmap(lambda index: stream(seed, "image", index))(indices)

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -131,7 +131,7 @@ class Pipeline:
         init_image: Pictures | None = None,
         strength: Number = 0.75,
         mask: Pictures | None = None,
-        output: Literal["image", "latent"] = "image",
+        output: str = "image",
         guidance_rescale: Number = 0.0,
         eta: Number | None = None,
         first_index: int = 0,

@@ -117,7 +117,7 @@ def resolve(
     )
 
 
-def whole(name: str, value: Any, least: int = 1, most: float = math.inf) -> int:
+def whole(name: str, value: Any, least: int = 1, most: Number = math.inf) -> int:
     """An integer in a range.
 
     Raises:
@@ -128,7 +128,7 @@ def whole(name: str, value: Any, least: int = 1, most: float = math.inf) -> int:
     return int(value)
 
 
-def real(name: str, value: Any, least: float, most: float = math.inf) -> float:
+def real(name: str, value: Any, least: Number, most: Number = math.inf) -> float:
     """A finite number in a range.
 
     Raises:
@@ -139,7 +139,7 @@ def real(name: str, value: Any, least: float, most: float = math.inf) -> float:
     return float(value)
 
 
-def _range(least: float, most: float) -> str:
+def _range(least: Number, most: Number) -> str:
     return f"at least {least}" if math.isinf(most) else f"{least} to {most}"
 
 
@@ -160,14 +160,11 @@ def texts(
     """Prompt and negative prompt of every image: all images of the first prompt come first.
 
     Raises:
-        UserError: no prompts, something that is no text, or another number of negative prompts than of prompts.
+        UserError: no prompts, or another number of negative prompts than of prompts.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     negatives = "" if negative_prompt is None else negative_prompt
     negatives = [negatives] * len(prompts) if isinstance(negatives, str) else list(negatives)
-    for text in (*prompts, *negatives):
-        if not isinstance(text, str):
-            raise UserError(f"a prompt must be text, not {text!r}")
     if not prompts:
         raise UserError("there are no prompts")
     if len(negatives) != len(prompts):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sdjax.core.prng import image_keys
 from sdjax.diffusion.samplers import Table, first_noise
@@ -46,7 +47,7 @@ def image_stage(
 @jax.jit(static_argnums=2)
 def noise_stage(
     seed: Int[Array, ""], indices: Int[Array, " b"], shape: tuple[int, int, int]
-) -> tuple[PRNGKeyArray, Float[Array, "b h w z"]]:
+) -> tuple[Key[Array, " b"], Float[Array, "b h w z"]]:
     """The key and the first noise of each image."""
     keys = image_keys(seed, indices)
     return keys, first_noise(keys, shape)
@@ -60,7 +61,7 @@ def sampling_stage(
     conditions: tuple[Cond, Cond],
     guidance: Guidance,
     start: Start,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     *,
     watched: bool = False,
 ) -> tuple[Float[Array, "b h w z"], Finite]:
@@ -122,7 +123,7 @@ def listening(listener: Callable[[int], None] | None) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def _tell(row: int) -> None:
+def _tell(row: Any) -> None:
     # One function for all calls: a compiled scan holds the function it was traced with.
     for listener in tuple(_listeners):
         listener(int(row))

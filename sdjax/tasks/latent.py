@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from sdjax.diffusion.denoise import make_denoise
 from sdjax.diffusion.guidance import guided
@@ -100,7 +100,7 @@ def denoise_latents(
     conditions: tuple[Cond, Cond],
     guidance: Guidance,
     start: Start,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     callback: Callable[[int], None] | None = None,
 ) -> Float[Array, "b h w z"]:
     """Runs a sampler; the result is unscaled latents.
@@ -122,7 +122,7 @@ def denoise_latents(
         cond, uncond = jnp.split(output, 2)  # pyright: ignore[reportArgumentType]
         return cond, uncond
 
-    def keep_known(x: Array, sigma: Array, keys: PRNGKeyArray) -> Array:
+    def keep_known(x: Array, sigma: Array, keys: Key[Array, " b"]) -> Array:
         del keys
         return start.mask * x + (1.0 - start.mask) * (start.known + sigma * start.noise)
 
