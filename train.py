@@ -69,12 +69,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Path:
     start = int(state.step)
 
     # ---- the loop ----
-    step_fn = make_step(
-        task, optimizer, seed, decay=config.optim.ema_decay, accumulate=config.train.accumulate
-    )
-    log = Metrics(
-        workdir, start=start, steps=steps, batch_size=config.train.batch_size, every=config.train.log_every
-    )
+    step_fn = make_step(task, optimizer, seed, decay=config.optim.ema_decay, accumulate=config.train.accumulate)
+    log = Metrics(workdir, start=start, steps=steps, batch_size=config.train.batch_size, every=config.train.log_every)
     stop = StopSignal()
     try:
         for step in range(start + 1, steps + 1):

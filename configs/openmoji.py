@@ -85,6 +85,7 @@ def text_to_image() -> ConfigDict:
         "steps": 25,
         "guidance_scale": 2.5,
     }
+    config.eval = {"held_out": "held_out", "captions": 512, "batch_size": 64, "seed": 0}
     return config
 
 

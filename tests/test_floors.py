@@ -21,7 +21,7 @@ FLOORS = {
     "eval": 5,
 }
 FOREIGN = {"torch", "tensorflow", "diffusers", "torchvision"}
-MODULES = sorted((ROOT / "sdjax").rglob("*.py")) + [ROOT / "train.py", ROOT / "sample.py"]
+MODULES = [*sorted((ROOT / "sdjax").rglob("*.py")), ROOT / "train.py", ROOT / "sample.py"]
 
 
 def imported(path: Path) -> set[str]:

@@ -8,6 +8,7 @@ sampled pictures whose nearest neighbour among all pictures of the data set is t
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,11 @@ from sdjax.eval.retrieval import features, retrieval
 
 def main() -> None:
     """Reads the command line, evaluates and prints."""
-    import sys
-
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, flag_values=values)
     flags.DEFINE_string("checkpoint", None, "folder to evaluate", flag_values=values)
     flags.DEFINE_string("output", None, "JSON file to write", flag_values=values)
-    parse_flags(values, sys.argv)
+    parse_flags(values, sys.argv, __doc__)
     if values["config"].value is None:
         raise UserError("--config is required")
     config = values["config"].value
@@ -56,7 +55,7 @@ def evaluate(config: ConfigDict, checkpoint: str) -> dict[str, Any]:
     )
     groups = {"train": np.sort(chosen), "held_out": np.arange(len(train), len(captions))}
     for group, rows in groups.items():
-        sampled = _sample(pipe, [captions[row] for row in rows], config)
+        sampled = _sample(pipe, [captions[row] for row in rows], config, group)
         figures[f"prompts_{group}"] = len(rows)
         for k, share in retrieval(sampled, rows, gallery)._asdict().items():
             figures[f"{k}_{group}"] = round(share, 4)
@@ -71,14 +70,15 @@ def _gallery(train: Source, held_out: Source) -> tuple[np.ndarray, list[str]]:
     ]
 
 
-def _sample(pipe: Any, prompts: list[str], config: ConfigDict) -> np.ndarray:
-    """Features of one picture for each prompt, a batch at a time."""
-    found, size = [], config.eval.batch_size
-    for start in tqdm(range(0, len(prompts), size), unit="batch", desc="sampling"):
-        batch = prompts[start : start + size]
-        # Each picture has the noise of its own place in the list, whatever the batch size.
-        found.append(features(pipe(batch, seed=config.eval.seed, first_index=start)))
-    return np.concatenate(found)
+def _sample(pipe: Any, prompts: list[str], config: ConfigDict, name: str) -> np.ndarray:
+    """Features of one picture for each prompt; each has the noise of its own place in the list."""
+    with tqdm(desc=name, unit="call") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return features(pipe(prompts, seed=config.eval.seed, batch_size=config.eval.batch_size, progress=progress))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The KL autoencoder of latent diffusion (LDM, section 3.1): pictures in [-1, 1] to a Gaussian over latents and back."""
+"""The KL autoencoder of latent diffusion (LDM, section 3.1): pictures to a Gaussian over latents, and back."""
 
 from __future__ import annotations
 

@@ -71,14 +71,24 @@ def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
+def resize_nearest(x: Float[Array, "b h w c"], height: int, width: int) -> Float[Array, "b H W c"]:
+    """Pixel (i, j) is that at (floor(i h / H), floor(j w / W)): torch's nearest interpolation."""
+    h, w = x.shape[1:3]
+    if (height, width) == (2 * h, 2 * w):
+        return upsample_nearest(x)
+    return x[:, jnp.arange(height) * h // height][:, :, jnp.arange(width) * w // width]
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 convolution."""
 
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-        return Conv(x.shape[-1], dtype=self.dtype, name="conv")(upsample_nearest(x))
+    def __call__(self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None) -> Float[Array, "b H W c"]:
+        """Args: `size` is the height and width to reach, where it is not the double: that of an odd level."""
+        height, width = size or (2 * x.shape[1], 2 * x.shape[2])
+        return Conv(x.shape[-1], dtype=self.dtype, name="conv")(resize_nearest(x, height, width))
 
 
 class Downsample(nn.Module):
@@ -110,9 +120,7 @@ class ResBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"] | None = None
-    ) -> Float[Array, "b h w f"]:
+    def __call__(self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"] | None = None) -> Float[Array, "b h w f"]:
         h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
         if temb is not None:

@@ -1,4 +1,4 @@
-"""The conditional UNet of latent diffusion (LDM; CompVis/latent-diffusion openaimodel.py), for SD 1, 2, XL and the refiner.
+"""The conditional UNet of latent diffusion (LDM; CompVis/latent-diffusion openaimodel.py), Stable Diffusion's too.
 
 Module names follow PyTorch diffusers' `UNet2DConditionModel`, with `_` where its checkpoints have `.` before a number.
 """
@@ -70,6 +70,9 @@ VARIANTS = {
 }
 
 
+UNCONDITIONAL = Cond()
+
+
 class UNet(nn.Module):
     """Predicts noise, velocity or the clean latents from noisy ones.
 
@@ -85,7 +88,7 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Cond = Cond()
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Cond = UNCONDITIONAL
     ) -> Float[Array, "b h w o"]:
         """The raw output of the network, in float32.
 
@@ -158,5 +161,5 @@ class UNet(nn.Module):
                 x = self._res(f"up_blocks_{i}_resnets_{j}", features, jnp.concatenate([x, skips.pop()], -1), temb)
                 x = self._attend(f"up_blocks_{i}_attentions_{j}", level, x, cond, c.depths[level])
             if level:
-                x = Upsample(self.dtype, name=f"up_blocks_{i}_upsamplers_0")(x)
+                x = Upsample(self.dtype, name=f"up_blocks_{i}_upsamplers_0")(x, skips[-1].shape[1:3])
         return x

@@ -74,7 +74,6 @@ class Pipeline:
         self.scheduler_config, self.dtype = checkpoint.scheduler_config, dtype
         self.shape = Shape(
             factor=system.autoencoder.config.factor,
-            levels=len(system.unet.config.channels),
             channels=system.autoencoder.config.latent_channels,
             default=_default_size(checkpoint, system.autoencoder.config.factor),
         )
@@ -150,7 +149,7 @@ class Pipeline:
             schedule: one of its SPACINGS: leading, linspace, trailing, karras.
             guidance_scale: of classifier-free guidance; 1 or less is none.
             seed: 0 to 2^32 - 1; with an image's index it decides all its noise, whatever the batch and the devices.
-            width: in pixels; a multiple of `shape.multiple`.
+            width: in pixels; a multiple of `shape.factor`.
             height: in pixels, likewise.
             num_images: of each prompt.
             latents: standard normal first noise of all images, before any scaling; by itself it decides the size.

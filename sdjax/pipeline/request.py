@@ -65,21 +65,14 @@ class Shape:
     """What sizes a model can make.
 
     Attributes:
-        factor: pixels a latent stands for along each side.
-        levels: of the UNet, each but the last of which halves the latents.
+        factor: pixels a latent stands for along each side; widths and heights are multiples of it.
         channels: of the latents.
         default: height and width in pixels of the pictures it was trained on.
     """
 
     factor: int
-    levels: int
     channels: int
     default: tuple[int, int]
-
-    @property
-    def multiple(self) -> int:
-        """Widths and heights are multiples of it."""
-        return self.factor * 2 ** (self.levels - 1)
 
     def latents(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, z) of a picture's latents."""
@@ -111,8 +104,8 @@ def resolve(
         guidance_rescale=real("guidance_rescale", chosen.get("guidance_rescale", 0.0), 0.0, 1.0),
         eta=None if eta is None else real("eta", eta, 0.0, 1.0),
         seed=whole("seed", chosen.get("seed", 0), 0, MAX_SEED),
-        width=_side("width", chosen.get("width", shape.default[1]), shape.multiple),
-        height=_side("height", chosen.get("height", shape.default[0]), shape.multiple),
+        width=_side("width", chosen.get("width", shape.default[1]), shape.factor),
+        height=_side("height", chosen.get("height", shape.default[0]), shape.factor),
         strength=None if strength is None else real("strength", strength, 0.0, 1.0),
     )
 

@@ -91,6 +91,7 @@ def make(config: ConfigDict, mesh: Mesh) -> Task:
             text_encoder=Component(system.text_encoder.config, params["text_encoder"], _token_ids(tokenizer)),
             scheduler_config=config.task.scheduler.to_dict(),
             tokenizer=Path(config.model.tokenizer),
+            defaults={name: config.sample[name] for name in ("steps", "guidance_scale")},
         )
         write_folder(folder, checkpoint, config.task.export_dtype)
 

@@ -22,9 +22,7 @@ def learning_rate(optim: ConfigDict, steps: int) -> optax.Schedule:
     """
     peak, warmup = optim.learning_rate, optim.warmup_steps
     if optim.schedule == "constant":
-        return optax.join_schedules(
-            [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup]
-        )
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup])
     if optim.schedule == "cosine":
         total = max(steps, warmup + 1)
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total, peak * optim.final_fraction)
@@ -45,9 +43,7 @@ def make_optimizer(optim: ConfigDict, steps: int) -> optax.GradientTransformatio
 
 def adamw(optim: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019); norms and biases do not decay."""
-    return optax.adamw(
-        rate, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, mask=_matrices
-    )
+    return optax.adamw(rate, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, mask=_matrices)
 
 
 def muon(optim: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:

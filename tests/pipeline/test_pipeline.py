@@ -176,7 +176,7 @@ BAD = {
     "sampler": ({"sampler": "eular"}, "unknown sampler 'eular'.*euler"),
     "schedule": ({"schedule": "linear"}, "unknown schedule 'linear'.*trailing"),
     "karras ddim": ({"sampler": "ddim", "schedule": "karras"}, "karras"),
-    "width": ({"width": 33}, "width 33 is not a multiple of 4.*32, 36"),
+    "width": ({"width": 33}, "width 33 is not a multiple of 2.*32, 34"),
     "height": ({"height": -4}, "height -4"),
     "guidance": ({"guidance_scale": float("nan")}, "guidance_scale nan"),
     "seed": ({"seed": -1}, "seed -1.*0 to 4294967295"),

@@ -139,7 +139,7 @@ BAD = {
     "binary file": (["--from_file=broken.png"], "broken.png: it is not UTF-8"),
     "sampler": ([P, "--sampler=nope"], "unknown sampler 'nope'; choose one of: ddim"),
     "schedule": ([P, "--schedule=nope"], "unknown schedule 'nope'; choose one of: karras"),
-    "width": ([P, "--width=30"], "width 30 is not a multiple of 4.*nearest: 28, 32"),
+    "width": ([P, "--width=31"], "width 31 is not a multiple of 2.*nearest: 30, 32"),
     "steps": ([P, "--steps=0"], "steps 0: choose an integer of at least 1"),
     "steps type": ([P, "--steps=many"], "steps=many"),
     "num_images": ([P, "--num_images=0"], "num_images 0"),
