@@ -23,11 +23,12 @@ from typing import Any, cast
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from PIL import Image
 from tqdm import tqdm
 
 import sdjax
+from sdjax.core.config import Config
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
 from sdjax.parallel.mesh import make_mesh
@@ -45,7 +46,7 @@ def main() -> None:
     print(sample(config, flag))
 
 
-def read_command_line(argv: list[str]) -> tuple[ConfigDict, dict[str, Any]]:
+def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
     """The config, and the flags by name; None where one was not given.
 
     Raises:
@@ -76,7 +77,7 @@ def read_command_line(argv: list[str]) -> tuple[ConfigDict, dict[str, Any]]:
     return config, flag
 
 
-def sample(config: ConfigDict, flag: dict[str, Any]) -> Path:
+def sample(config: Config, flag: dict[str, Any]) -> Path:
     """Makes and writes all pictures; returns their folder.
 
     Raises:

@@ -10,14 +10,14 @@ from pathlib import Path
 from types import FrameType
 
 import jax
-from ml_collections import ConfigDict
 
+from sdjax.core.config import Config
 from sdjax.core.errors import run_or_exit
 from sdjax.core.flags import load_config, parse
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import check_batch, put_batch, tree_shardings
 from sdjax.tasks.base import export_folder, make_task
-from sdjax.training.checkpoint import Checkpoints, claim_workdir
+from sdjax.training.checkpoint import Checkpoints, check_owner, claim
 from sdjax.training.metrics import Metrics
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import init_state, make_step
@@ -25,7 +25,7 @@ from sdjax.training.step import init_state, make_step
 FIRST_STAGE = "first_stage"
 # What may change between two runs in one workdir: how long, how often to tell, and on which devices.
 FREE = ("train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep_checkpoints")
-FREE += ("mesh", "sample", "eval", f"task.{FIRST_STAGE}", "optim.schedule", "optim.learning_rate")
+FREE += ("mesh", "sample", "eval", f"task.{FIRST_STAGE}")
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     train_and_evaluate(config, Path(workdir))
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path) -> Path:
+def train_and_evaluate(config: Config, workdir: Path) -> Path:
     """Trains, its first stage before it where there is one; returns the folder of what was exported.
 
     Raises:
@@ -46,47 +46,41 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Path:
     if ".py" in first:
         config.task[FIRST_STAGE] = str(train_and_evaluate(load_config(first), workdir / FIRST_STAGE))
 
-    # ---- what is trained, and where ----
+    # ---- what is trained, on which devices, in whose folder ----
+    options, folder = config.train, export_folder(workdir)
     mesh = make_mesh(config.mesh)
-    check_batch(config.train.batch_size // config.train.accumulate, mesh, "train.batch_size / train.accumulate")
-    claim_workdir(workdir, config.to_dict(), FREE)
-    steps, seed = config.train.steps, config.train.seed
-    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    folder = export_folder(workdir)
-    if checkpoints.latest is not None and checkpoints.latest >= steps and folder.exists():
-        checkpoints.close()
-        return folder
+    check_batch(options.batch_size // options.accumulate, mesh, "train.batch_size / train.accumulate")
+    check_owner(workdir, config.to_dict(), FREE)
     task = make_task(config, mesh)
-    optimizer = make_optimizer(config.optim, steps)
-    frozen = jax.device_put(task.frozen, tree_shardings(task.frozen, mesh))
+    optimizer = make_optimizer(config.optim, options.steps)
+    step_fn = make_step(task, optimizer, options.seed, decay=config.optim.ema_decay, accumulate=options.accumulate)
 
-    # ---- restore or begin ----
-    state = init_state(task, optimizer, seed, mesh)
-    batches = task.batch({**frozen, **state.params})
-    if checkpoints.latest is not None:
-        state, position = checkpoints.restore(state)
-        batches.set_state(position)
-    start = int(state.step)
+    with Checkpoints(workdir, options.keep_checkpoints) as checkpoints:
+        # ---- restore, or begin ----
+        start = checkpoints.latest or 0
+        if start >= options.steps and folder.exists():
+            return folder
+        frozen = jax.device_put(task.frozen, tree_shardings(task.frozen, mesh))
+        state = init_state(task, optimizer, options.seed, mesh)
+        batches = task.batch({**frozen, **state.params})
+        claim(workdir, config.to_dict())
+        if start:
+            state, position = checkpoints.restore(state)
+            batches.set_state(position)
 
-    # ---- the loop ----
-    step_fn = make_step(task, optimizer, seed, decay=config.optim.ema_decay, accumulate=config.train.accumulate)
-    log = Metrics(workdir, start=start, steps=steps, batch_size=config.train.batch_size, every=config.train.log_every)
-    stop = StopSignal()
-    try:
-        for step in range(start + 1, steps + 1):
-            state, metrics = step_fn(state, frozen, put_batch(next(batches), mesh))
-            log.report(step, metrics)
-            if step % config.train.sample_every == 0 or step == steps:
-                log.picture(step, "samples", task.sample({**frozen, **state.ema}))
-            if step % config.train.checkpoint_every == 0 or step == steps or stop.asked:
-                log.flush()  # a loss that is not finite must stop the run before its parameters are kept
-                checkpoints.save(state, batches.get_state())
-            if stop.asked:
-                raise SystemExit(0)
-        log.flush()
-    finally:
-        log.close()
-        checkpoints.close()
+        # ---- train ----
+        with Metrics(workdir, start, options) as log, StopSignal() as stop:
+            for step in range(start + 1, options.steps + 1):
+                state, metrics = step_fn(state, frozen, put_batch(next(batches), mesh))
+                log.report(step, metrics)
+                last = step == options.steps
+                if last or stop.asked or step % options.checkpoint_every == 0:
+                    log.flush()  # a loss that is not finite must stop the run before its parameters are kept
+                    checkpoints.save(state, batches.get_state())
+                if stop.asked:
+                    raise SystemExit(0)
+                if last or step % options.sample_every == 0:
+                    log.picture(step, "samples", task.sample({**frozen, **state.ema}))
 
     # ---- what others can load ----
     task.export({**frozen, **state.ema}, folder)
@@ -94,12 +88,17 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Path:
 
 
 class StopSignal:
-    """Turns SIGTERM into a wish that the loop grants between two steps."""
+    """While it is entered, SIGTERM is a wish that the loop grants between two steps."""
 
-    def __init__(self) -> None:
-        """Takes over the signal."""
+    def __enter__(self) -> StopSignal:
+        """Takes the signal over."""
         self.asked = False
-        signal.signal(signal.SIGTERM, self._ask)
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Gives it back."""
+        signal.signal(signal.SIGTERM, self._before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del number, frame

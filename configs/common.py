@@ -2,8 +2,10 @@
 
 from ml_collections import ConfigDict
 
+from sdjax.core.config import Config
 
-def base() -> ConfigDict:
+
+def base() -> Config:
     """A config with the sections `model task data optim mesh train sample eval`; a system's file fills them in."""
     return ConfigDict(
         {
@@ -42,6 +44,6 @@ def base() -> ConfigDict:
     )
 
 
-def locked(config: ConfigDict) -> ConfigDict:
+def locked(config: Config) -> Config:
     """The config, to which no key can be added any more."""
     return config.lock()

@@ -6,14 +6,13 @@ trains the autoencoder first (in runs/openmoji/first_stage, from `configs/openmo
 the text encoder together. Results stand in checkpoints/openmoji/README.md. `:tiny` does both in a minute.
 """
 
-from ml_collections import ConfigDict
-
 from configs.common import base, locked
+from sdjax.core.config import Config
 
 CHECKPOINT = "checkpoints/openmoji"
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(arg: str = "") -> Config:
     """arg: "" for the model, "autoencoder" for its first stage; "tiny" or "autoencoder_tiny" for the tests."""
     makers = {
         "": text_to_image,
@@ -26,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return locked(makers[arg]())
 
 
-def autoencoder() -> ConfigDict:
+def autoencoder() -> Config:
     """128 px pictures to 16x16 latents of 16 channels."""
     config = base()
     config.model.autoencoder = {
@@ -43,7 +42,7 @@ def autoencoder() -> ConfigDict:
     return config
 
 
-def text_to_image() -> ConfigDict:
+def text_to_image() -> Config:
     """The UNet and the text encoder."""
     config = base()
     config.model.unet = {
@@ -89,7 +88,7 @@ def text_to_image() -> ConfigDict:
     return config
 
 
-def tiny(config: ConfigDict) -> ConfigDict:
+def tiny(config: Config) -> Config:
     """The same system, small enough for a test."""
     config.data.size = 32
     config.train.update(steps=4, batch_size=8, sample_every=4, checkpoint_every=2, log_every=1)

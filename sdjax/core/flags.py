@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
+from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 
 
-def parse(usage: str | None, *required: str) -> tuple[ConfigDict, ...]:
+def parse(usage: str | None, *required: str) -> tuple[Config, ...]:
     """Reads the command line of a script whose flags are a config and some required strings.
 
     Args:
@@ -64,10 +65,10 @@ def _check_config(flag: flags.Flag) -> None:
         assert flag.value is None or flag.value.keys() is not None
     except OSError as error:
         *_, reason = str(error).strip().splitlines()
-        raise UserError(f"cannot read the config file {flag.config_filename}: {reason.strip()}") from error
+        raise UserError(f"cannot read the config file {getattr(flag, "config_filename", "")}: {reason.strip()}") from error
 
 
-def load_config(name: str) -> ConfigDict:
+def load_config(name: str) -> Config:
     """The config of `FILE.py` or `FILE.py:variant`.
 
     Raises:

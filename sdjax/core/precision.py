@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from sdjax.core.errors import unknown
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from tqdm import tqdm
 
 import sdjax
+from sdjax.core.config import Config
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
 from sdjax.data.sources import Source, source
@@ -42,7 +43,7 @@ def main() -> None:
         Path(values["output"].value).write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def evaluate(config: ConfigDict, checkpoint: str) -> dict[str, Any]:
+def evaluate(config: Config, checkpoint: str) -> dict[str, Any]:
     """All figures of a checkpoint, by name: PSNR in decibels, retrieval as shares."""
     pipe = sdjax.load(checkpoint)
     train, held_out = source(config.data.source, "train"), source(config.data.source, config.eval.held_out)
@@ -70,7 +71,7 @@ def _gallery(train: Source, held_out: Source) -> tuple[np.ndarray, list[str]]:
     ]
 
 
-def _sample(pipe: Any, prompts: list[str], config: ConfigDict, name: str) -> np.ndarray:
+def _sample(pipe: Any, prompts: list[str], config: Config, name: str) -> np.ndarray:
     """Features of one picture for each prompt; each has the noise of its own place in the list."""
     with tqdm(desc=name, unit="call") as bar:
 

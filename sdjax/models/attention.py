@@ -10,8 +10,8 @@ from contextvars import ContextVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
-from numpy.typing import DTypeLike
 
 from sdjax.models.layers import GroupNorm
 

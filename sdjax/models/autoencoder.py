@@ -8,8 +8,8 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
-from numpy.typing import DTypeLike
 
 from sdjax.models.attention import Attention
 from sdjax.models.layers import Conv, Downsample, GroupNorm, ResBlock, Upsample

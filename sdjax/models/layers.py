@@ -7,8 +7,8 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-from numpy.typing import DTypeLike
 
 # torch pads a strided convolution on both sides; XLA's SAME would pad only right and bottom.
 SYMMETRIC = ((1, 1), (1, 1))
@@ -85,7 +85,7 @@ class Upsample(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None) -> Float[Array, "b H W c"]:
+    def __call__(self, x: Float[Array, "b h w c"], size: tuple[int, ...] | None = None) -> Float[Array, "b H W c"]:
         """Args: `size` is the height and width to reach, where it is not the double: that of an odd level."""
         height, width = size or (2 * x.shape[1], 2 * x.shape[2])
         return Conv(x.shape[-1], dtype=self.dtype, name="conv")(resize_nearest(x, height, width))

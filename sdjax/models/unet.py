@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-from numpy.typing import DTypeLike
 
 from sdjax.models.attention import SpatialTransformer
 from sdjax.models.conditioning import Cond

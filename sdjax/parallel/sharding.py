@@ -43,7 +43,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(batch_size: int, mesh: Mesh, place: str) -> None:
-    """Raises a UserError unless the devices of the batch axes divide the batch."""
+    """Raises a UserError unless the devices of the batch axes divide the batch, which has a row at least."""
+    if batch_size < 1:
+        raise UserError(f"{place}={batch_size}: a batch has at least one row")
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     if batch_size % shards:
         nearest = sorted({max(shards, batch_size // shards * shards), -(-batch_size // shards) * shards})

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
-from ml_collections import ConfigDict
 
 from sdjax.convert.folder import Component, write_component
+from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream
 from sdjax.data import loader, sources, transforms
 from sdjax.models.autoencoder import Autoencoder, AutoencoderConfig
-from sdjax.tasks.base import this_shard, tile, to_uint8
+from sdjax.tasks.base import apply, this_shard, tile, to_uint8
 from sdjax.training.task import Metrics, Params, Task
 
 ERRORS = {"l1": jnp.abs, "l2": jnp.square}
@@ -32,7 +32,7 @@ FIRST_LOGVAR = -8.0
 SHOWN = 8
 
 
-def make(config: ConfigDict, mesh: Mesh) -> Task:
+def make(config: Config, mesh: Mesh) -> Task:
     """The task of a config whose `task.name` is "autoencoder"."""
     del mesh
     size, error = config.data.size, ERRORS.get(config.task.reconstruction)
@@ -46,13 +46,13 @@ def make(config: ConfigDict, mesh: Mesh) -> Task:
 
     def init(key: PRNGKeyArray) -> Params:
         dummy = jnp.zeros((1, config.task.crop, config.task.crop, 3))
-        return {"vae": _nearly_noiseless(model.init(key, dummy, key)["params"])}
+        return {"vae": _nearly_noiseless(dict(model.init(key, dummy, key)["params"]))}
 
     def loss(params: Params, batch: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
         crop_key, latent_key = jax.random.split(key)
         x = random_crops(crop_key, batch["image"], config.task.crop, sizes.factor)
         x = x.astype(jnp.float32) / 127.5 - 1.0
-        reconstruction, latent = model.apply({"params": params["vae"]}, x, latent_key)
+        reconstruction, latent = apply(model, params["vae"], x, latent_key)
         difference = error(x - reconstruction.astype(jnp.float32)).mean()
         # LDM sums over a picture and weighs the KL by 1e-6; the mean over its values keeps that proportion.
         kl = latent.kl().mean() / x[0].size
@@ -76,7 +76,7 @@ def make(config: ConfigDict, mesh: Mesh) -> Task:
     return Task(init, {}, loss, sample, batch, export)
 
 
-def _pictures(config: ConfigDict, split: str) -> sources.Source:
+def _pictures(config: Config, split: str) -> sources.Source:
     pictures = grain.MapDataset.source(sources.source(config.data.source, split))
     return sources.CachedSource(pictures.map(transforms.Square(config.data.size)))
 
@@ -110,10 +110,9 @@ def reconstruct(
 
 @jax.jit(static_argnums=0)
 def _reconstruct(model: Autoencoder, params: Params, images: Array) -> Array:
-    variables = {"params": params}
     x = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
-    mean = model.apply(variables, x, method="encode").mean
-    return model.apply(variables, mean, method="decode").astype(jnp.float32)
+    mean = apply(model, params, x, method="encode").mean
+    return apply(model, params, mean, method="decode").astype(jnp.float32)
 
 
 def latent_std(model: Autoencoder, params: Params, pictures: sources.Source, most: int = 1024) -> float:
@@ -131,4 +130,4 @@ def latent_std(model: Autoencoder, params: Params, pictures: sources.Source, mos
 @jax.jit(static_argnums=0)
 def _sample_latents(model: Autoencoder, params: Params, images: Array, key: PRNGKeyArray) -> Array:
     x = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
-    return model.apply({"params": params}, x, method="encode").sample(key)
+    return apply(model, params, x, method="encode").sample(key)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
-from ml_collections import ConfigDict
 
 import sdjax.tasks
+from sdjax.core.config import Config
 from sdjax.core.errors import unknown
 from sdjax.data.loader import Shard
-from sdjax.training.task import Task
+from sdjax.training.task import Params, Task
 
 
 def task_names() -> list[str]:
@@ -23,7 +25,7 @@ def task_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(sdjax.tasks.__path__) if module.name != "base")
 
 
-def make_task(config: ConfigDict, mesh: Mesh) -> Task:
+def make_task(config: Config, mesh: Mesh) -> Task:
     """The task that `config.task.name` asks for: `make(config, mesh)` of the file of that name.
 
     Raises:
@@ -33,6 +35,11 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
     if name not in task_names():
         raise unknown("task", name, task_names(), "config.task.name")
     return importlib.import_module(f"sdjax.tasks.{name}").make(config, mesh)
+
+
+def apply(module: nn.Module, params: Params, *inputs: Any, method: str | None = None) -> Any:
+    """What a module, or a method of it, answers: all its variables are parameters, and none changes."""
+    return module.apply({"params": params}, *inputs, method=method)
 
 
 def this_shard() -> Shard:

@@ -21,6 +21,7 @@ from sdjax.models.autoencoder import Autoencoder
 from sdjax.models.clip import CLIPText
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet
+from sdjax.tasks.base import apply
 from sdjax.training.task import Params
 
 
@@ -73,13 +74,13 @@ class Start(NamedTuple):
 
 def encode_text(system: System, params: Params, tokens: Int[Array, "b l"]) -> Cond:
     """What the UNet is told of prompts."""
-    output = system.text_encoder.apply({"params": params["text_encoder"]}, tokens)
-    return Cond(context=output.last)  # pyright: ignore[reportAttributeAccessIssue]
+    output = apply(system.text_encoder, params["text_encoder"], tokens)
+    return Cond(context=output.last)
 
 
 def encode_image(system: System, params: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w z"]:
     """Scaled latents, the posterior's mean, of pictures in [-1, 1]."""
-    return system.autoencoder.apply({"params": params["vae"]}, images, method="encode").mean * system.scale
+    return apply(system.autoencoder, params["vae"], images, method="encode").mean * system.scale
 
 
 def decode(system: System, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
@@ -89,7 +90,7 @@ def decode(system: System, params: Params, latents: Float[Array, "b h w z"]) -> 
 
 def decode_unclipped(system: System, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
     """As `decode`, with what lies outside of [0, 1], infinities included."""
-    images = system.autoencoder.apply({"params": params["vae"]}, latents, method="decode")
+    images = apply(system.autoencoder, params["vae"], latents, method="decode")
     return images.astype(jnp.float32) / 2.0 + 0.5
 
 
@@ -118,8 +119,8 @@ def denoise_latents(
     both = jax.tree.map(lambda cond, uncond: jnp.concatenate([cond, uncond]), *conditions)
 
     def pair(x: Array, t: Array) -> tuple[Array, Array]:
-        output = system.unet.apply({"params": params["unet"]}, jnp.tile(x, (2, 1, 1, 1)), jnp.tile(t, 2), both)
-        cond, uncond = jnp.split(output, 2)  # pyright: ignore[reportArgumentType]
+        output = apply(system.unet, params["unet"], jnp.tile(x, (2, 1, 1, 1)), jnp.tile(t, 2), both)
+        cond, uncond = jnp.split(output, 2)
         return cond, uncond
 
     def keep_known(x: Array, sigma: Array, keys: Key[Array, " b"]) -> Array:

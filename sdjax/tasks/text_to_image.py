@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
-from ml_collections import ConfigDict
 
 from sdjax.convert.folder import Checkpoint, Component, read_component, write_folder
+from sdjax.core.config import Config
 from sdjax.core.errors import unknown
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import image_keys
@@ -29,12 +29,12 @@ from sdjax.models.autoencoder import Autoencoder, posterior
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet, UNetConfig
-from sdjax.tasks.base import this_shard, tile, to_uint8
+from sdjax.tasks.base import apply, this_shard, tile, to_uint8
 from sdjax.tasks.latent import Guidance, Start, System, decode, denoise_latents, encode_text
 from sdjax.training.task import Metrics, Params, Task
 
 
-def make(config: ConfigDict, mesh: Mesh) -> Task:
+def make(config: Config, mesh: Mesh) -> Task:
     """The task of a config whose `task.name` is "text_to_image".
 
     Raises:
@@ -70,7 +70,7 @@ def make(config: ConfigDict, mesh: Mesh) -> Task:
         abar = gather(schedule.alphas_cumprod, t)
         dropped = jax.random.bernoulli(drop_key, config.task.caption_dropout, (len(x0), 1))
         cond = encode_text(system, params, jnp.where(dropped, empty, batch["tokens"]))
-        output = system.unet.apply({"params": params["unet"]}, q_sample(x0, noise, abar), t, cond)
+        output = apply(system.unet, params["unet"], q_sample(x0, noise, abar), t, cond)
         losses = diffusion_loss(output, x0, noise, abar, system.prediction, config.task.weighting)
         return losses.mean(), {"latent_std": x0.std()}
 
@@ -82,7 +82,7 @@ def make(config: ConfigDict, mesh: Mesh) -> Task:
 
     def sample(params: Params) -> UInt8[np.ndarray, "h w 3"]:
         images = sample_prompts(config, system, params, tokenizer, (side, side, first_stage.latent_channels))
-        return tile(to_uint8(images), config.sample.columns)
+        return tile(to_uint8(np.asarray(images)), config.sample.columns)
 
     def export(params: Params, folder: Path) -> None:
         checkpoint = Checkpoint(
@@ -98,7 +98,7 @@ def make(config: ConfigDict, mesh: Mesh) -> Task:
     return Task(init, {"vae": jax.tree.map(jnp.asarray, vae)}, loss, sample, batch, export)
 
 
-def make_system(config: ConfigDict, first_stage: Any, tokenizer: Tokenizer) -> System:
+def make_system(config: Config, first_stage: Any, tokenizer: Tokenizer) -> System:
     """The networks that a config describes; the text encoder's vocabulary is the tokenizer's."""
     dtype = dtype_named(config.train.dtype, "config.train.dtype")
     text = CLIPTextConfig(
@@ -142,7 +142,7 @@ def cache_latents(
     @jax.jit
     def encode(params: Params, images: Array) -> Array:
         x = images.astype(jnp.float32) / 127.5 - 1.0
-        latent = autoencoder.apply({"params": params}, x, method="encode")
+        latent = apply(autoencoder, params, x, method="encode")
         return jnp.concatenate([latent.mean, latent.logvar], axis=-1)
 
     moments, captions, size = [], [], 64
@@ -156,7 +156,7 @@ def cache_latents(
 
 
 def sample_prompts(
-    config: ConfigDict, system: System, params: Params, tokenizer: Tokenizer, shape: tuple[int, int, int]
+    config: Config, system: System, params: Params, tokenizer: Tokenizer, shape: tuple[int, int, int]
 ) -> Float[Array, "n h w 3"]:
     """Pictures of `config.sample.prompts`, in [0, 1], always from the same noise."""
     prompts, scheduler = list(config.sample.prompts), config.task.scheduler.to_dict()

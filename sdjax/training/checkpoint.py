@@ -12,13 +12,16 @@ import orbax.checkpoint as ocp
 from sdjax.core.errors import UserError
 from sdjax.training.step import TrainState
 
+OWNER = "config.json"
+FOLDER = "checkpoints"
+
 
 class Checkpoints:
     """The checkpoints of a workdir, written in the background, the newest `keep` of them retained."""
 
     def __init__(self, workdir: Path, keep: int):
         """Opens workdir/checkpoints, making it if need be."""
-        self._folder = workdir / "checkpoints"
+        self._folder = workdir / FOLDER
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
 
@@ -59,14 +62,18 @@ class Checkpoints:
             raise UserError(f"cannot restore {self._folder / str(step)}: {reason}") from error
         return TrainState(**restored["state"]), json.dumps(restored["data"]).encode()
 
-    def close(self) -> None:
+    def __enter__(self) -> Checkpoints:
+        """For `with`."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
-def claim_workdir(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) -> None:
-    """Makes a workdir this config's own, or checks that it is.
+def check_owner(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) -> None:
+    """Checks that a workdir is new, or this config's own.
 
     Args:
         workdir: the folder; config.json in it says whose it is.
@@ -76,12 +83,10 @@ def claim_workdir(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) 
     Raises:
         UserError: the folder belongs to another config; the message names the first key that differs.
     """
-    path = workdir / "config.json"
+    path = workdir / OWNER
     if not path.exists():
-        if workdir.is_dir() and (workdir / "checkpoints").exists():
-            raise UserError(f"{workdir} has checkpoints but no config.json to say whose they are")
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        if any(entry.name.isdigit() for entry in (workdir / FOLDER).glob("*")):
+            raise UserError(f"{workdir} has checkpoints but no {OWNER} that says whose they are")
         return
     try:
         owner = _dotted(json.loads(path.read_text()))
@@ -95,6 +100,13 @@ def claim_workdir(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) 
                 f"{workdir} belongs to another config: {key} is {owner.get(key)!r} there and {mine.get(key)!r} here; "
                 "choose another --workdir"
             )
+
+
+def claim(workdir: Path, config: dict[str, Any]) -> None:
+    """Makes a new workdir this config's own."""
+    path = workdir / OWNER
+    if not path.exists():
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

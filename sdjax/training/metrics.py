@@ -12,17 +12,20 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 
 
 class Metrics:
     """Reports one step behind the device, so that it never waits for the host."""
 
-    def __init__(self, workdir: Path, *, start: int, steps: int, batch_size: int, every: int):
-        """Opens workdir/tensorboard and a bar that begins at `start`; scalars are written every `every` steps."""
-        self._workdir, self._every, self._batch_size = workdir, every, batch_size
+    def __init__(self, workdir: Path, start: int, options: Config):
+        """Opens workdir/tensorboard and a bar; `options` is the `train` section of a config."""
+        self._workdir, self._every, self._batch_size = workdir, options.log_every, options.batch_size
         self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, desc=workdir.name or "train")
+        self._bar = tqdm(
+            total=options.steps, initial=start, unit="step", dynamic_ncols=True, desc=workdir.name or "train"
+        )
         self._pending: tuple[int, dict[str, Any]] | None = None
 
     def report(self, step: int, metrics: dict[str, Any]) -> None:
@@ -60,7 +63,15 @@ class Metrics:
         Image.fromarray(image).save(folder / f"{name}_{step:07d}.png")
         self._writer.add_image(name, image, step, dataformats="HWC")
 
-    def close(self) -> None:
-        """Ends the bar and writes what is buffered."""
-        self._bar.close()
-        self._writer.close()
+    def __enter__(self) -> Metrics:
+        """For `with`."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Shows what is pending, ends the bar and writes what is buffered."""
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self._bar.close()
+            self._writer.close()

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import optax
 import optax.contrib
-from ml_collections import ConfigDict
 
+from sdjax.core.config import Config
 from sdjax.core.errors import unknown
 
 SCHEDULES = ("constant", "cosine")
 
 
-def learning_rate(optim: ConfigDict, steps: int) -> optax.Schedule:
+def learning_rate(optim: Config, steps: int) -> optax.Schedule:
     """Linear warm-up from 0 to `optim.learning_rate`, then constant or a cosine to `optim.final_fraction` of it.
 
     Raises:
@@ -29,7 +29,7 @@ def learning_rate(optim: ConfigDict, steps: int) -> optax.Schedule:
     raise unknown("learning-rate schedule", optim.schedule, SCHEDULES, "config.optim.schedule")
 
 
-def make_optimizer(optim: ConfigDict, steps: int) -> optax.GradientTransformation:
+def make_optimizer(optim: Config, steps: int) -> optax.GradientTransformation:
     """Gradient clipping, then the optimiser called `optim.name`.
 
     Raises:
@@ -41,12 +41,12 @@ def make_optimizer(optim: ConfigDict, steps: int) -> optax.GradientTransformatio
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), OPTIMIZERS[optim.name](optim, rate))
 
 
-def adamw(optim: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+def adamw(optim: Config, rate: optax.Schedule) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019); norms and biases do not decay."""
     return optax.adamw(rate, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, mask=_matrices)
 
 
-def muon(optim: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+def muon(optim: Config, rate: optax.Schedule) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for matrices and convolutions, AdamW at a tenth of its rate for the rest.
 
     It takes more arithmetic a step and several times fewer steps: the better bargain where networks are small.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ def make_step(
         kept = ema_decay(state.step, decay)
         ema = jax.tree.map(lambda average, new: average * kept + new * (1.0 - kept), state.ema, params)
         metrics["grad_norm"] = optax.global_norm(grads)
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        return TrainState(state.step + 1, cast(Params, params), ema, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
 

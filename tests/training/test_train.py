@@ -1,0 +1,165 @@
+"""Whole runs of train.py's loop on tiny models: they resume bit for bit, and stop rather than go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file
+
+import train
+from sdjax.core.errors import UserError, run_or_exit
+
+ROOT = Path(train.__file__).parent
+
+
+def state_of(workdir: Path, step: int) -> dict:
+    """Everything in a checkpoint's state, as NumPy arrays."""
+    restored = ocp.StandardCheckpointer().restore((workdir / "checkpoints" / str(step) / "state").absolute())
+    return jax.tree.map(np.asarray, restored)
+
+
+def assert_same_bits(a: dict, b: dict) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), a, b)
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory, pictures) -> Path:
+    from configs import openmoji
+
+    config = openmoji.get_config("autoencoder_tiny")
+    config.data.source = f"folder:{pictures}"
+    return train.train_and_evaluate(config, tmp_path_factory.mktemp("first_stage") / "run")
+
+
+def test_two_halves_are_the_whole(make_config, first_stage, tmp_path):
+    """2 + 2 steps leave the state of 4, to the bit: parameters, average, optimiser, order of the data, all noise."""
+    for name, lengths in {"whole": (4,), "halves": (2, 4)}.items():
+        for steps in lengths:
+            config = make_config("tiny", steps)
+            config.task.first_stage = str(first_stage)
+            folder = train.train_and_evaluate(config, tmp_path / name)
+            assert (folder / "model_index.json").is_file()
+    whole, halves = (state_of(tmp_path / name, 4) for name in ("whole", "halves"))
+    assert whole["step"] == 4
+    assert_same_bits(whole, halves)
+    position = [json.loads((tmp_path / n / "checkpoints/4/data/metadata").read_text()) for n in ("whole", "halves")]
+    assert position[0] == position[1]
+    assert position[0]["step"] == 4
+
+
+def run_script(config: str, workdir: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *overrides]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | cache, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()  # pyright: ignore[reportOptionalMemberAccess]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def test_killed_runs_go_on_as_if_nothing_had_happened(make_config, pictures, tmp_path):
+    """SIGTERM leaves a checkpoint and exit code 0; SIGKILL leaves the last one; the end is that of a quiet run."""
+    steps, workdir = 60, tmp_path / "killed"
+    overrides = [f"--config.data.source=folder:{pictures}", "--config.optim.schedule=constant"]
+    overrides += [f"--config.train.steps={steps}", "--config.train.checkpoint_every=10"]
+    overrides += ["--config.train.sample_every=100"]
+    for number, (wish, seen) in enumerate([(signal.SIGTERM, 10), (signal.SIGKILL, 30)]):
+        process = run_script("configs/openmoji.py:autoencoder_tiny", workdir, *overrides)
+        wait_for(workdir / "checkpoints" / str(seen) / "commit_success.txt", process)
+        process.send_signal(wish)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == (0 if number == 0 else -signal.SIGKILL), errors
+        assert "Traceback" not in errors
+
+    def quiet():
+        config = make_config("autoencoder_tiny", steps)
+        config.train.update(checkpoint_every=10, sample_every=100)
+        return config
+
+    train.train_and_evaluate(quiet(), workdir)
+    train.train_and_evaluate(quiet(), tmp_path / "quiet")
+    assert_same_bits(state_of(workdir, steps), state_of(tmp_path / "quiet", steps))
+    exported = [
+        load_file(path / "export/vae/diffusion_pytorch_model.safetensors") for path in (workdir, tmp_path / "quiet")
+    ]
+    assert_same_bits(*exported)
+
+
+def test_a_checkpoint_that_cannot_be_read_stops_the_run(make_config, tmp_path):
+    train.train_and_evaluate(make_config("autoencoder_tiny", 2), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/2/state/d")
+    before = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    with pytest.raises(UserError, match=r"cannot restore .*checkpoints/2: ."):
+        train.train_and_evaluate(make_config("autoencoder_tiny", 4), tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == before
+
+
+def test_a_workdir_of_another_config_is_refused(make_config, tmp_path):
+    train.train_and_evaluate(make_config("autoencoder_tiny", 2), tmp_path / "run")
+    config = make_config("autoencoder_tiny", 4)
+    config.optim.learning_rate = 0.5
+    with pytest.raises(UserError, match=r"belongs to another config: optim.learning_rate is 0.03 there and 0.5 here"):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints/4").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(make_config, tmp_path):
+    config = make_config("autoencoder_tiny", 4)
+    config.optim.update(name="adamw", learning_rate=1e38, warmup_steps=1)
+    config.train.checkpoint_every = 1
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step 3"):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()] == ["1", "2"]
+
+
+BAD = {
+    "key": (["--config.optim.learning_rat=1"], "learning_rat"),
+    "section": (["--config.optimizer.b1=1"], "optimizer"),
+    "value": (["--config.train.steps=many"], "many"),
+    "mesh": (["--config.mesh.data=3"], "does not cover the 1 devices"),
+    "batch": (["--config.train.batch_size=0"], "a batch has at least one row"),
+    "source": (["--config.data.source=imagenet"], "unknown data source 'imagenet'; choose one of"),
+    "crop": (["--config.task.crop=17"], "multiples of 2"),
+    "reconstruction": (["--config.task.reconstruction=l3"], "unknown reconstruction loss 'l3'"),
+    "optimizer": (["--config.optim.name=sgd"], "unknown optimizer 'sgd'"),
+    "dtype": (["--config.train.dtype=fp8"], "unknown dtype 'fp8'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
+    flags, message = BAD[case]
+    config = "--config=configs/openmoji.py:autoencoder_tiny"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", config, f"--workdir={tmp_path / 'run'}", *flags])
+    with pytest.raises(SystemExit) as exit_:
+        run_or_exit(train.main)
+    assert exit_.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_an_unreadable_picture_is_named(make_config, pictures, tmp_path):
+    broken = tmp_path / "pictures"
+    shutil.copytree(pictures, broken)
+    (broken / "3.png").write_bytes((broken / "3.png").read_bytes()[:60])
+    config = make_config("autoencoder_tiny")
+    config.data.source = f"folder:{broken}"
+    with pytest.raises(UserError, match=r"3\.png"):
+        train.train_and_evaluate(config, tmp_path / "run")
