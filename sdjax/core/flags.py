@@ -65,7 +65,8 @@ def _check_config(flag: flags.Flag) -> None:
         assert flag.value is None or flag.value.keys() is not None
     except OSError as error:
         *_, reason = str(error).strip().splitlines()
-        raise UserError(f"cannot read the config file {getattr(flag, "config_filename", "")}: {reason.strip()}") from error
+        name = getattr(flag, "config_filename", "")
+        raise UserError(f"cannot read the config file {name}: {reason.strip()}") from error
 
 
 def load_config(name: str) -> Config:
