@@ -60,7 +60,7 @@ def run(optimizer, steps: int = 5, **options):
 
 
 def test_adamw_follows_torch(optim):
-    """Warm-up, clipping, decoupled decay: five steps against torch.optim.AdamW to 1e-6."""
+    """Warm-up, clipping, decoupled decay: torch.optim.AdamW to 1e-5 (torch adds 1e-6 to the norm it clips by)."""
     optim.update(learning_rate=0.1, warmup_steps=3, weight_decay=0.1, clip_norm=0.5)
     first, state, _ = run(make_optimizer(optim, 5))
     weight = torch.tensor(first, requires_grad=True)
@@ -71,7 +71,7 @@ def test_adamw_follows_torch(optim):
         ((torch.tensor(batch["x"]) @ weight + 1.0 - torch.tensor(batch["y"])) ** 2).mean().backward()
         torch.nn.utils.clip_grad_norm_([weight], 0.5)
         reference.step()
-    np.testing.assert_allclose(state.params["model"]["kernel"], weight.detach().numpy(), atol=1e-6)
+    np.testing.assert_allclose(state.params["model"]["kernel"], weight.detach().numpy(), atol=1e-5)
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
