@@ -75,7 +75,7 @@ def text_to_image() -> Config:
     }
     config.data.source = "openmoji"
     config.optim.update(learning_rate=1e-3, schedule="cosine", warmup_steps=200, b2=0.99, ema_decay=0.999)
-    config.train.update(steps=3600, batch_size=32, sample_every=500, checkpoint_every=250)
+    config.train.update(steps=12000, batch_size=32, sample_every=500, checkpoint_every=250)
     config.sample = {
         "checkpoint": CHECKPOINT,
         "prompts": ("red heart", "grinning face", "woman firefighter: medium skin tone", "flag: Norway"),
