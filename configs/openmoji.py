@@ -1,9 +1,10 @@
-"""A small Stable Diffusion on OpenMoji: 3,743 captioned pictures of 128 px, trained in hours on two CPU cores.
+"""A small Stable Diffusion on OpenMoji: 3,743 captioned pictures of 128 px, sized for two CPU cores.
 
     python train.py --config configs/openmoji.py --workdir runs/openmoji
 
 trains the autoencoder first (in runs/openmoji/first_stage, from `configs/openmoji.py:autoencoder`), then the UNet and
-the text encoder together. Results stand in checkpoints/openmoji/README.md. `:tiny` does both in a minute.
+the text encoder together. A step of the second stage takes about
+a second there. Results of an early checkpoint stand in checkpoints/openmoji/README.md. `:tiny` is for the tests.
 """
 
 from configs.common import base, locked

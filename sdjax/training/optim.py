@@ -49,7 +49,7 @@ def adamw(optim: Config, rate: optax.Schedule) -> optax.GradientTransformation:
 def muon(optim: Config, rate: optax.Schedule) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for matrices and convolutions, AdamW at a tenth of its rate for the rest.
 
-    It takes more arithmetic a step and several times fewer steps: the better bargain where networks are small.
+    It takes more arithmetic a step, which costs little where a network has few parameters for its activations.
     """
     return optax.contrib.muon(
         rate,
