@@ -8,7 +8,8 @@ each piece is then merged by byte-pair encoding with `</w>` at its end (openai/C
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,20 @@ WORD_END = "</w>"
 PIECES = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
+class Placeholder(NamedTuple):
+    """A word that stands for vectors of its own (textual inversion), one id each, beyond the vocabulary."""
+
+    word: str
+    ids: tuple[int, ...]
+
+
+class Token(NamedTuple):
+    """A token of a text, or a placeholder's ids, which belong together; `start` is where in the text it begins."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
 class Tokenizer(NamedTuple):
     """Text to ids: BOS, at most `length` - 2 tokens, EOS, then `pad` up to `length`."""
 
@@ -35,20 +50,78 @@ class Tokenizer(NamedTuple):
     pad: int
     length: int
     vocab_size: int
+    placeholders: tuple[Placeholder, ...] = ()
 
     def encode(self, texts: Sequence[str]) -> Int[np.ndarray, "b l"]:
         """The ids, int32 [b, length]; what does not fit is cut (see `truncated`)."""
-        ids = np.full((len(texts), self.length), self.pad, np.int32)
-        for row, encoding in zip(ids, self.backend.encode_batch(list(texts)), strict=True):
-            kept = [self.bos, *encoding.ids[: self.length - 2], self.eos]
-            row[: len(kept)] = kept
-        return ids
+        rows = [self.row([i for token in self.tokens(text) for i in token.ids][: self.length - 2]) for text in texts]
+        return np.array(rows, np.int32).reshape(len(texts), self.length)
+
+    def row(self, ids: Sequence[int]) -> list[int]:
+        """At most `length` - 2 ids between BOS and EOS, padded."""
+        return [self.bos, *ids, self.eos, *[self.pad] * (self.length - 2 - len(ids))]
 
     def truncated(self, texts: Sequence[str]) -> list[str]:
         """For each text the end of it that `encode` cuts off, as the user wrote it; "" where all fits."""
-        encodings = self.backend.encode_batch(list(texts))
-        starts = [e.offsets[self.length - 2][0] if len(e.ids) > self.length - 2 else None for e in encodings]
-        return ["" if start is None else text[start:] for text, start in zip(texts, starts, strict=True)]
+        starts = [[token.start for token in self.tokens(text) for _ in token.ids] for text in texts]
+        kept = self.length - 2
+        return ["" if len(s) <= kept else text[s[kept] :] for text, s in zip(texts, starts, strict=True)]
+
+    def tokens(self, text: str) -> list[Token]:
+        """All tokens of a text, without BOS, EOS and pads."""
+        tokens, end = [], 0
+        for match, ids in _placed(text, self.placeholders):
+            tokens += [*self._words(text[end : match.start()], end), Token(ids, match.start())]
+            end = match.end()
+        return tokens + self._words(text[end:], end)
+
+    def _words(self, text: str, start: int) -> list[Token]:
+        encoding = self.backend.encode(text)
+        return [Token((i,), start + first) for i, (first, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    @property
+    def comma(self) -> int | None:
+        """The id of a comma on its own."""
+        return self.backend.token_to_id("," + WORD_END)
+
+
+def with_placeholders(tokenizer: Tokenizer, counts: Mapping[str, int], first: int) -> Tokenizer:
+    """The tokenizer that reads each of the given words as as many consecutive ids as the word has vectors.
+
+    A placeholder is found in any case and only as a whole word: "cat-toy" is not in "cat-toys". It goes before the
+    vocabulary: a placeholder "cat" takes the word over.
+
+    Args:
+        counts: for each word its number of vectors.
+        first: the first new id: the rows that the text encoder's embedding table has so far.
+
+    Raises:
+        UserError: a word is empty or is a placeholder already, or has no vectors or more than fit in one chunk.
+    """
+    placeholders = list(tokenizer.placeholders)
+    for word, count in counts.items():
+        if not word.strip():
+            raise UserError("a textual inversion needs a word that stands for it in prompts")
+        if word.lower() in {known.word.lower() for known in placeholders}:
+            raise UserError(f"there are two textual inversions for the word {word!r}")
+        if not 0 < count <= tokenizer.length - 2:
+            raise UserError(f"textual inversion {word!r} has {count} vectors; 1 to {tokenizer.length - 2} fit a prompt")
+        placeholders.append(Placeholder(word, tuple(range(first, first + count))))
+        first += count
+    return tokenizer._replace(placeholders=tuple(placeholders))
+
+
+def _placed(text: str, placeholders: Sequence[Placeholder]) -> Iterator[tuple[re.Match[str], tuple[int, ...]]]:
+    """Where placeholders stand in a text, the longest word first."""
+    if placeholders:
+        words = sorted(placeholders, key=lambda known: -len(known.word))
+        for match in re.finditer("|".join(f"({_whole(known.word)})" for known in words), text, re.IGNORECASE):
+            yield match, words[(match.lastindex or 1) - 1].ids
+
+
+def _whole(word: str) -> str:
+    before = r"(?<!\w)" if re.match(r"\w", word[0]) else ""
+    return before + re.escape(word) + (r"(?!\w)" if re.match(r"\w", word[-1]) else "")
 
 
 def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
