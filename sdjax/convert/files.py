@@ -13,13 +13,13 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
-from sdjax.convert.rules import finite
+from sdjax.convert.rules import Stored, finite
 from sdjax.core.errors import UserError
 
 DTYPES: dict[str, np.dtype] = {
@@ -39,6 +39,13 @@ DTYPES: dict[str, np.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # what the reference reader accepts
 METADATA = {"format": "pt", "writer": "sdjax"}
+
+
+class Writable(Stored, Protocol):
+    """An array or a promise of one, whose type is known."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
 
 
 @dataclass(frozen=True)
@@ -104,21 +111,23 @@ def read_sharded(index: str | Path) -> dict[str, StoredTensor]:
     return {name: files[file][name] for name, file in weight_map.items()}
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray], dtype: DTypeLike) -> None:
+def write_safetensors(path: str | Path, tensors: Mapping[str, Writable], dtype: DTypeLike | None) -> None:
     """Writes all tensors as `dtype`, one at a time, into a temporary sibling that then takes the name.
+
+    A `dtype` of None keeps the type of each.
 
     Raises:
         UserError: `path` exists and was not written by this function, or a value is not finite in `dtype`.
     """
-    path, dtype = Path(path), np.dtype(dtype)
+    path, kind = Path(path), None if dtype is None else np.dtype(dtype)
     if path.exists() and _header(path)[0].get("__metadata__", {}).get("writer") != METADATA["writer"]:
         raise UserError(f"{path} exists and was not written by sdjax; it is left as it is")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(_packed_header(tensors, dtype))
+            file.write(_packed_header(tensors, kind))
             for name in sorted(tensors):
-                file.write(finite(tensors[name], dtype, name).tobytes())
+                file.write(finite(np.asarray(tensors[name]), kind, name).tobytes())
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -194,16 +203,16 @@ def _check_spans(spans: list[tuple[int, int]], size: int, path: Path) -> None:
         raise UserError(f"{path} has {size - end} bytes after its last tensor")
 
 
-def _packed_header(tensors: Mapping[str, np.ndarray], dtype: np.dtype) -> bytes:
+def _packed_header(tensors: Mapping[str, Writable], dtype: np.dtype | None) -> bytes:
     entries = {"__metadata__": METADATA, **dict(_entries(tensors, dtype))}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data are aligned
     return struct.pack("<Q", len(text)) + text
 
 
-def _entries(tensors: Mapping[str, np.ndarray], dtype: np.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
+def _entries(tensors: Mapping[str, Writable], dtype: np.dtype | None) -> Iterator[tuple[str, dict[str, Any]]]:
     end = 0
     for name in sorted(tensors):
-        first, end = end, end + math.prod(tensors[name].shape) * dtype.itemsize
-        shape = list(tensors[name].shape)
-        yield name, {"dtype": CODES[dtype], "shape": shape, "data_offsets": [first, end]}
+        kind, shape = dtype or tensors[name].dtype, list(tensors[name].shape)
+        first, end = end, end + math.prod(shape) * kind.itemsize
+        yield name, {"dtype": CODES[kind], "shape": shape, "data_offsets": [first, end]}

@@ -68,6 +68,9 @@ class Stored(Protocol):
     def __array__(self) -> np.ndarray: ...
 
 
+Placer = Callable[[np.ndarray, str], Any]
+
+
 def at(ours: str, theirs: str, rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows of a module, moved below a prefix on each side."""
     return tuple(Row(f"{ours}/{row.ours}", f"{theirs}.{row.theirs}", row.kind) for row in rows)
@@ -134,13 +137,25 @@ def stored_shapes(table: Table, shapes: Tree) -> dict[str, tuple[int, ...]]:
     return {place.key: place.kind.stored_shape(flat[name].shape) for name, place in places(table, flat).items()}
 
 
-def read(table: Table, tensors: Mapping[str, Stored], shapes: Tree, dtype: DTypeLike, source: object) -> dict[str, Any]:
+def read(
+    table: Table,
+    tensors: Mapping[str, Stored],
+    shapes: Tree,
+    dtype: DTypeLike | None,
+    source: object,
+    placer: Placer | None = None,
+) -> dict[str, Any]:
     """Parameters as a nested dictionary of NumPy arrays of type `dtype`; nothing is read before all keys fit.
+
+    One tensor is read, converted and handed to `placer` before the next, so at no time are more than two copies of one
+    of them in memory beside the tree that grows.
 
     Args:
         tensors: what is stored, by key.
         shapes: the model's own parameters: a tree of arrays or `jax.ShapeDtypeStruct`s.
+        dtype: None leaves each as it is stored.
         source: the file or folder, for messages.
+        placer: makes the leaf of the tree from an array and its name, e.g. puts it onto devices; None leaves arrays.
 
     Raises:
         UserError: a key is missing, unexpected or given twice, a shape differs, or a value is not finite in `dtype`.
@@ -148,12 +163,11 @@ def read(table: Table, tensors: Mapping[str, Stored], shapes: Tree, dtype: DType
     tensors = _canonical(table, tensors, source)
     wanted = stored_shapes(table, shapes)
     _check(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, source)
-    return unflatten(
-        {
-            name: finite(place.kind.inward(np.asarray(tensors[place.key])), dtype, f"{place.key} in {source}")
-            for name, place in places(table, flatten(shapes)).items()
-        }
-    )
+    leaves: dict[str, Any] = {}
+    for name, place in places(table, flatten(shapes)).items():
+        array = finite(place.kind.inward(np.asarray(tensors[place.key])), dtype, f"{place.key} in {source}")
+        leaves[name] = array if placer is None else placer(array, name)
+    return unflatten(leaves)
 
 
 def export(table: Table, params: Tree, shapes: Tree, source: object) -> dict[str, np.ndarray]:
@@ -167,8 +181,8 @@ def export(table: Table, params: Tree, shapes: Tree, source: object) -> dict[str
     return {place.key: place.kind.outward(flat[name]) for name, place in places(table, flat).items()}
 
 
-def finite(array: np.ndarray, dtype: DTypeLike, what: str) -> np.ndarray:
-    """A copy of `array` in `dtype`.
+def finite(array: np.ndarray, dtype: DTypeLike | None, what: str) -> np.ndarray:
+    """A copy of `array` in `dtype`, or in its own type where that is None.
 
     Raises:
         UserError: it holds NaN or infinite values there, e.g. because float16 ends at 65504.

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from tiny_checkpoints import random_params, write_tokenizer
 
 from sdjax.convert import autoencoder, clip, unet
 from sdjax.convert.folder import Checkpoint, Component, read_folder, write_folder
 from sdjax.core.errors import UserError
-from sdjax.core.tree import flatten, unflatten
+from sdjax.core.tree import flatten
 from sdjax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet, UNetConfig
 
-WORDS = ["a", "photo", "of", "red", "heart", "cat"]
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_schedule": "scaled_linear",
@@ -33,34 +33,6 @@ SCHEDULER = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-
-
-def write_tokenizer(folder: Path) -> int:
-    """A CLIP tokenizer of single letters and a few words; returns the size of its vocabulary."""
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    merges = [(word[:i], word[i] + "</w>" * (i == len(word) - 1)) for word in WORDS for i in range(1, len(word))]
-    units = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys([*units, "<|startoftext|>", "<|endoftext|>"]))}
-    specials = {"bos_token": "<|startoftext|>", **{f"{n}_token": "<|endoftext|>" for n in ("eos", "unk", "pad")}}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 12, **specials}
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "special_tokens_map.json").write_text(json.dumps(specials))
-    return len(vocab)
-
-
-def random_params(shapes: dict, seed: int) -> dict[str, Any]:
-    rng = np.random.default_rng(seed)
-
-    def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        noise = rng.standard_normal(shape, np.float32)
-        if len(shape) == 1:
-            return 0.2 * noise + name.endswith("scale")
-        return noise / np.sqrt(np.prod(shape[:-1]), dtype=np.float32)
-
-    return unflatten({name: value(name, leaf.shape) for name, leaf in flatten(shapes).items()})
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +162,9 @@ def edit_json(path: Path, **changes: Any) -> None:
     [
         (lambda f: shutil.rmtree(f), "no checkpoint folder"),
         (lambda f: (f / "model_index.json").unlink(), "cannot read .*model_index.json"),
-        (lambda f: edit_json(f / "model_index.json", text_encoder_2=["transformers", "X"]), "lists text_encoder_2"),
+        (lambda f: edit_json(f / "model_index.json", transformer=["diffusers", "X"]), "lists transformer .*XL, which"),
+        (lambda f: edit_json(f / "model_index.json", text_encoder_2=["transformers", "X"]), "tokenizer_2 holds no tok"),
+        (lambda f: edit_json(f / "model_index.json", text_encoder=[None, None]), "lists no text_encoder"),
         (lambda f: shutil.rmtree(f / "vae"), "cannot read .*vae/config.json"),
         (lambda f: (f / "unet/config.json").write_text("{"), "unet/config.json is not JSON"),
         (lambda f: edit_json(f / "unet/config.json", class_embed_type="timestep"), "class_embed_type = 'timestep'"),

@@ -1,0 +1,133 @@
+"""What a checkpoint is made of: its networks, and how each is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from sdjax.convert import autoencoder, clip, unet
+from sdjax.convert.rules import Placer, Stored, Table, read
+from sdjax.core.errors import UserError
+from sdjax.core.precision import dtype_named
+from sdjax.core.tree import Tree
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network of a checkpoint.
+
+    Attributes:
+        config: its sizes, e.g. a `UNetConfig`.
+        params: nested dictionary of arrays.
+        extra: what else its config.json says or shall say, e.g. {"sample_size": 64}; the sizes win over it.
+    """
+
+    config: Any
+    params: Tree
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A whole model: what a diffusers folder or a single file holds.
+
+    Stable Diffusion 1 and 2 have `text_encoder`, SDXL both, its refiner only `text_encoder_2`; each has its tokenizer.
+
+    Attributes:
+        scheduler_config: scheduler/scheduler_config.json; `_class_name` names the sampler.
+        low_res_scheduler_config: how an upscaler's low-resolution picture is noised; None for other models.
+        tokenizer: the folder with the files of the tokenizer of `text_encoder`; `tokenizer_2` likewise.
+        model_index: what model_index.json says beside its components, e.g. {"_class_name":
+            "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}.
+        defaults: how the model is best sampled, e.g. {"steps": 25, "guidance_scale": 2.5}; diffusers passes over it.
+    """
+
+    unet: Component
+    vae: Component
+    scheduler_config: Mapping[str, Any]
+    text_encoder: Component | None = None
+    text_encoder_2: Component | None = None
+    tokenizer: Path | None = None
+    tokenizer_2: Path | None = None
+    low_res_scheduler_config: Mapping[str, Any] | None = None
+    model_index: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def components(self) -> dict[str, Component]:
+        """The networks that are there, by name."""
+        found = {name: getattr(self, name) for name in FORMATS}
+        return {name: component for name, component in found.items() if component is not None}
+
+
+class Format(NamedTuple):
+    """How a network is stored: where, and how its config and parameters are translated."""
+
+    weights: str
+    from_config: Callable[[Mapping[str, Any], str], Any]
+    to_config: Callable[[Any], dict[str, Any]]
+    table: Callable[[Any], Table]
+    shapes: Callable[[Any], Tree]
+
+
+_TEXT = Format("model", clip.from_diffusers_config, clip.to_diffusers_config, lambda config: clip.TABLE, clip.shapes)
+FORMATS: dict[str, Format] = {
+    "unet": Format(
+        "diffusion_pytorch_model", unet.from_diffusers_config, unet.to_diffusers_config, unet.table, unet.shapes
+    ),
+    "vae": Format(
+        "diffusion_pytorch_model",
+        autoencoder.from_diffusers_config,
+        autoencoder.to_diffusers_config,
+        lambda config: autoencoder.TABLE,
+        autoencoder.shapes,
+    ),
+    "text_encoder": _TEXT,
+    "text_encoder_2": _TEXT,
+}
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+Dtypes: TypeAlias = str | Mapping[str, str | None] | None
+
+
+class Reading(NamedTuple):
+    """How parameters are read.
+
+    Attributes:
+        dtype: "float32", "bfloat16", "float16", or None for the type that each is stored in; or such a value a network.
+        place: called with each array, as soon as it is converted, and its path, e.g. "unet/conv_in/kernel"; what it
+            returns takes the array's place in the tree. None keeps NumPy arrays.
+    """
+
+    dtype: Dtypes = "float32"
+    place: Placer | None = None
+
+
+def read_params(name: str, config: Any, tensors: Mapping[str, Stored], source: object, how: Reading) -> dict[str, Any]:
+    """The parameters of the network `name` from tensors under diffusers' keys, one at a time.
+
+    Raises:
+        UserError: the tensors do not fit `config` or are not finite in the type asked for, or that type is unknown.
+    """
+    form = FORMATS[name]
+    kind = how.dtype if how.dtype is None or isinstance(how.dtype, str) else how.dtype.get(name)
+    dtype = None if kind is None else dtype_named(kind)
+    place = how.place
+    below = None if place is None else lambda array, path: place(array, f"{name}/{path}")
+    return read(form.table(config), tensors, form.shapes(config), dtype, source, below)
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint without a text encoder, or with one that lacks its tokenizer.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    encoders = [name for name in TOKENIZERS if getattr(checkpoint, name) is not None]
+    if not encoders:
+        raise UserError("the checkpoint has no text encoder")
+    for name in encoders:
+        if getattr(checkpoint, TOKENIZERS[name]) is None:
+            raise UserError(f"the checkpoint has a {name} without its {TOKENIZERS[name]}")
