@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,8 +91,20 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_sharded(index: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of all files that an `....safetensors.index.json` names.
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a safetensors file says of itself beside its tensors.
+
+    Raises:
+        UserError: as `read_safetensors`.
+    """
+    metadata = _header(Path(path))[0].get("__metadata__", {})
+    return {key: value for key, value in metadata.items() if isinstance(value, str)}
+
+
+def read_sharded(
+    index: str | Path, read: Callable[[Path], Mapping[str, Writable]] = read_safetensors
+) -> dict[str, Writable]:
+    """The tensors of all files that an `....safetensors.index.json` names; `read` opens one of them.
 
     Raises:
         UserError: the index or a file is missing or corrupt, or a file lacks a tensor that the index says is there.
@@ -104,7 +116,7 @@ def read_sharded(index: str | Path) -> dict[str, StoredTensor]:
     outside = [file for file in weight_map.values() if Path(file).name != file]
     if outside:
         raise UserError(f"{index} names a file outside its folder: {outside[0]}")
-    files = {file: read_safetensors(index.parent / file) for file in sorted(set(weight_map.values()))}
+    files = {file: read(index.parent / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in files[file]:
             raise UserError(f"{index.parent / file} lacks {name}, which {index.name} says it holds")

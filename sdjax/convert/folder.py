@@ -19,8 +19,9 @@ from sdjax.convert.components import (
     check_whole,
     read_params,
 )
-from sdjax.convert.files import StoredTensor, read_json, read_safetensors, read_sharded, write_json, write_safetensors
+from sdjax.convert.files import read_json, write_json, write_safetensors
 from sdjax.convert.rules import Placer, export
+from sdjax.convert.weights import find_weights
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 
@@ -117,7 +118,7 @@ def read_component(
 def _read_component(path: Path, name: str, how: Reading, variant: str | None) -> Component:
     extra = read_json(path / "config.json")
     config = FORMATS[name].from_config(extra, str(path / "config.json"))
-    tensors = _weights(path, FORMATS[name].weights, variant)
+    tensors = find_weights(path, FORMATS[name].weights, variant)
     return Component(config, read_params(name, config, tensors, path, how), extra)
 
 
@@ -146,20 +147,6 @@ def _is_setting(key: str, value: Any) -> bool:
 def _low_res(path: Path, index: Mapping[str, Any]) -> dict[str, Any] | None:
     name = "low_res_scheduler"
     return read_json(path / name / "scheduler_config.json") if _present(index, name) else None
-
-
-def _weights(path: Path, stem: str, variant: str | None) -> dict[str, StoredTensor]:
-    """The file of the variant asked for, else the plain one, else the half-precision one; whole or in shards."""
-    order = dict.fromkeys((*((f".{variant}",) if variant else ()), "", ".fp16"))
-    for infix in order:
-        whole = path / f"{stem}{infix}.safetensors"
-        if whole.exists():
-            return read_safetensors(whole)
-        for index in (f"{stem}.safetensors.index{infix}.json", f"{stem}{infix}.safetensors.index.json"):
-            if (path / index).exists():
-                return read_sharded(path / index)
-    pickled = f"; {stem}.bin is a pickle, which is not read" if (path / f"{stem}.bin").exists() else ""
-    raise UserError(f"{path} holds no {stem}.safetensors, {stem}.fp16.safetensors or index of shards{pickled}")
 
 
 def write_folder(path: str | Path, checkpoint: Checkpoint, dtype: str | None = "float32") -> None:

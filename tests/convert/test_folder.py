@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import random_params, write_tokenizer
 
 from sdjax.convert import autoencoder, clip, unet
@@ -142,14 +143,73 @@ def test_half_precision(checkpoint: Checkpoint, tmp_path: Path):
         read_folder(tmp_path / "half", "int8")
 
 
-def test_variant_files_are_found(copy: Path):
-    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+VAE_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def shard(source: Path, infix: str) -> None:
+    """The tensors of a file in two files and an index, as diffusers names them, in place of the file."""
+    tensors = load_file(source)
+    stem, names, weight_map = source.name.removesuffix(".safetensors"), sorted(tensors), {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"{stem}-{number:05}-of-00002{infix}.safetensors"
+        save_file({name: tensors[name] for name in part}, source.parent / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (source.parent / f"{source.name}.index{infix}.json").write_text(json.dumps({"weight_map": weight_map}))
+    source.unlink()
+
+
+def pickled(source: Path, name: str) -> None:
+    torch.save(load_file(source), source.with_name(name))
+    source.unlink()
+
+
+def as_diffusers_itself_shards(source: Path) -> None:
+    AutoencoderKL.from_pretrained(source.parent, local_files_only=True).save_pretrained(
+        source.parent, max_shard_size="20KB", variant="fp16"
+    )
+    assert len(list(source.parent.glob("*fp16*.safetensors"))) > 1
+    source.unlink()
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda file: file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors")),
+        lambda file: shard(file, ""),
+        lambda file: shard(file, ".fp16"),
+        as_diffusers_itself_shards,
+        lambda file: pickled(file, "diffusion_pytorch_model.bin"),
+        lambda file: pickled(file, "diffusion_pytorch_model.fp16.bin"),
+    ],
+    ids=["fp16", "shards", "fp16 shards", "diffusers' fp16 shards", "pickle", "fp16 pickle"],
+)
+def test_weights_are_found_wherever_diffusers_puts_them(copy: Path, move):
     expected = flatten(read_folder(copy).vae.params)
-    weights.rename(copy / "vae" / "diffusion_pytorch_model.fp16.safetensors")
-    assert all(np.array_equal(v, expected[k]) for k, v in flatten(read_folder(copy).vae.params).items())
-    (copy / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
-    (copy / "vae" / "diffusion_pytorch_model.bin").touch()
-    with pytest.raises(UserError, match=r"vae holds no diffusion_pytorch_model\.safetensors.*a pickle"):
+    move(copy / "vae" / VAE_FILE)
+    found = flatten(read_folder(copy).vae.params)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+
+
+def test_transformers_names_its_pickle_otherwise(copy: Path):
+    expected = flatten(read_folder(copy).text_encoder.params)
+    pickled(copy / "text_encoder" / "model.safetensors", "pytorch_model.bin")
+    found = flatten(read_folder(copy).text_encoder.params)
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+
+
+def test_the_variant_that_is_asked_for_comes_first(copy: Path):
+    """The half-precision file here holds other numbers, so that it can be told from the plain one."""
+    plain = copy / "vae" / VAE_FILE
+    doubled = {name: tensor * 2 for name, tensor in load_file(plain).items()}
+    save_file(doubled, plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    kernel = read_folder(copy).vae.params["quant_conv"]["kernel"]
+    half = read_folder(copy, variant="fp16")
+    np.testing.assert_array_equal(half.vae.params["quant_conv"]["kernel"], 2 * kernel)
+    assert half.unet.config == read_folder(copy).unet.config, "where there is no such file, the plain one is read"
+    plain.unlink()
+    plain.with_name("diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(UserError, match=r"vae holds no diffusion_pytorch_model\.safetensors"):
         read_folder(copy)
 
 
