@@ -1,0 +1,92 @@
+"""The layouts in which textual inversions are found, and how they are given to encoders."""
+
+import numpy as np
+import pytest
+import torch
+
+from sdjax.core.errors import UserError
+from sdjax.data.textual_inversion import Embedding, fit, read_embedding
+
+A, B = np.arange(8, dtype=np.float32).reshape(2, 4), -np.arange(12, dtype=np.float32).reshape(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "word", "vectors"),
+    [
+        ({"string_to_token": {"*": 265}, "string_to_param": {"*": A}, "name": "cat-500", "step": 9}, "stem", [A]),
+        ({"<cat-toy>": A}, "<cat-toy>", [A]),
+        ({"<cat-toy>": A[1]}, "<cat-toy>", [A[1:]]),
+        ({"emb_params": A}, "stem", [A]),
+        ({"emb_params": A, "step": np.zeros(())}, "stem", [A]),
+        ({"*": A}, "stem", [A]),
+        ({"clip_g": B, "clip_l": A}, "stem", [A, B]),
+        ({"clip_g": B}, "stem", [B]),
+        ({"clip_l": A.astype(np.float16)}, "stem", [A]),
+    ],
+)
+def test_every_layout_is_read(tensors, word, vectors):
+    embedding = read_embedding(tensors, "stem")
+    assert embedding.word == word
+    assert len(embedding.vectors) == len(vectors)
+    for found, expected in zip(embedding.vectors, vectors, strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_torchs_files_are_read_as_they_load(tmp_path):
+    trained = torch.nn.Parameter(torch.from_numpy(A).to(torch.bfloat16))  # with gradients, in a type NumPy lacks
+    for name, stored in (("a1111", {"string_to_param": {"*": trained}, "name": "x"}), ("diffusers", {"<x>": trained})):
+        torch.save(stored, tmp_path / f"{name}.pt")
+        loaded = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        np.testing.assert_array_equal(read_embedding(loaded, name).vectors[0], A)
+    old = {"string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.from_numpy(A))})}
+    np.testing.assert_array_equal(read_embedding(old, "old").vectors[0], A)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({}, "'stem' is no textual inversion: .* not nothing"),
+        ({"a": A, "b": A}, "not a, b"),
+        ({"string_to_param": {"*": A, "+": A}}, "no textual inversion"),
+        ({"string_to_param": A}, "no textual inversion"),
+        ({"clip_l": A, "clip_g": B[:1]}, "has 2 and 1 vectors"),
+        ({"x": np.zeros((2, 3, 4))}, r"its shape is \(2, 3, 4\)"),
+        ({"x": np.zeros((0, 4))}, r"its shape is \(0, 4\)"),
+        ({"x": A * np.nan}, "finite"),
+        ({"x": "words"}, "'x' in textual inversion 'stem' is not a tensor"),
+        ({"x": {"y": A}}, "is not a tensor"),
+    ],
+)
+def test_other_content_is_named(tensors, said):
+    with pytest.raises(UserError, match=said):
+        read_embedding(tensors, "stem")
+
+
+def test_each_encoder_gets_its_vectors_in_the_same_order():
+    embeddings = [Embedding("one", (A, B)), Embedding("two", (A[:1], B[:1]))]
+    fitted = fit(embeddings, [4, 6])
+    assert fitted.counts == {"one": 2, "two": 1}
+    np.testing.assert_array_equal(fitted.rows[0], [*A, A[0]])
+    np.testing.assert_array_equal(fitted.rows[1], [*B, B[0]])
+    (refiner,) = fit(embeddings, [6]).rows  # SDXL's refiner has the second encoder only
+    np.testing.assert_array_equal(refiner, fitted.rows[1])
+    assert [rows.shape for rows in fit([], [4, 6]).rows] == [(0, 4), (0, 6)]
+
+
+def test_encoders_of_one_width_take_the_vectors_in_turn():
+    first, second = fit([Embedding("one", (A, A + 1))], [4, 4]).rows
+    np.testing.assert_array_equal(second, first + 1)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "widths", "said"),
+    [
+        ([Embedding("one", (A,))], [6], "'one' was made for text encoders of width 4, not 6"),
+        ([Embedding("one", (A,))], [4, 6], "of width 4, not 4 and 6"),
+        ([Embedding("one", (A,)), Embedding("one", (A,))], [4], "two textual inversions for the word 'one'"),
+    ],
+)
+def test_what_does_not_fit_is_named(embeddings, widths, said):
+    with pytest.raises(UserError, match=said):
+        fit(embeddings, widths)
