@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from sdjax.core.errors import UserError
 from sdjax.models.attention import Attention
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -119,3 +121,88 @@ def eos_position(ids: Int[Array, "b l"], eos_token_id: int) -> Int[Array, " b"]:
     if eos_token_id == 2:
         return jnp.argmax(ids, axis=-1)
     return jnp.argmax(ids == eos_token_id, axis=-1)
+
+
+@dataclass(frozen=True)
+class TextLayer:
+    """Which layer of a text encoder a diffusion model was trained on.
+
+    Attributes:
+        back: counted from the end; 1 is the last.
+        normalised: whether the final LayerNorm is applied to it.
+    """
+
+    back: int
+    normalised: bool
+
+
+TEXT_LAYERS = {
+    "last": TextLayer(1, normalised=True),  # SD 1; SD 2 as published for diffusers, with 23 of 24 layers
+    "penultimate": TextLayer(2, normalised=True),  # SD 2 with all of ViT-H's 24 layers
+    "penultimate_raw": TextLayer(2, normalised=False),  # SDXL, both encoders
+}
+
+
+def layer_states(
+    output: CLIPTextOutput,
+    layer: TextLayer,
+    normalise: Callable[[Float[Array, "b l d"]], Float[Array, "b l d"]],
+    clip_skip: int = 0,
+) -> Float[Array, "b l d"]:
+    """The states that a diffusion model attends to; the pooled output is the last layer's whatever is skipped here.
+
+    Args:
+        output: what the encoder gave.
+        layer: see `TEXT_LAYERS`.
+        normalise: `CLIPText.normalise` with its parameters.
+        clip_skip: layers skipped beyond `layer`, as diffusers counts: SD 1's 1 is A1111's "clip skip 2".
+
+    Raises:
+        UserError: the encoder has no so early a layer.
+    """
+    most = len(output.hidden) - layer.back
+    if not 0 <= clip_skip <= most:
+        raise UserError(f"clip_skip {clip_skip} does not fit this text encoder; choose 0 to {most}")
+    if not layer.normalised:
+        return output.hidden[-(layer.back + clip_skip)]
+    return output.last if layer.back + clip_skip == 1 else normalise(output.hidden[-(layer.back + clip_skip)])
+
+
+def emphasise(states: Float[Array, "*b l d"], weights: Float[Array, "*b l"]) -> Float[Array, "*b l d"]:
+    """Weighs the states of tokens, then scales all to the mean that they had (A1111, sd_emphasis.py, "Original").
+
+    The mean is of one encoder's states of one chunk of one prompt, so that a prompt looks the same in any batch; A1111
+    takes it over all prompts of a batch, which is the same where there is one. Chunks whose weights are all 1 come back
+    bit for bit.
+    """
+    x = states.astype(jnp.float32)
+    weighted = x * weights[..., None]
+    before, after = (y.mean((-2, -1), keepdims=True) for y in (x, weighted))
+    restored = weighted * jnp.where(after == 0, 1.0, before / after)
+    untouched = (weights == 1).all(-1)[..., None, None]
+    return jnp.where(untouched, states, restored.astype(states.dtype))
+
+
+def extend_vocabulary(
+    config: CLIPTextConfig, params: dict[str, Any], rows: Float[Array | np.ndarray, "n d"], eos: int
+) -> tuple[CLIPTextConfig, dict[str, Any]]:
+    """The encoder whose new ids, from `config.vocab_size` on, have the given embeddings (textual inversion).
+
+    Args:
+        config, params: the encoder.
+        rows: a vector each new id.
+        eos: the tokenizer's end of text. The pooled state is looked for there: with the new ids, the end of a prompt
+            no longer has its highest id.
+
+    Raises:
+        UserError: the vectors are not as wide as the encoder.
+    """
+    if rows.shape[1] != config.width:
+        raise UserError(f"embeddings of {rows.shape[1]} numbers do not fit a text encoder of width {config.width}")
+    table = params["token_embedding"]["embedding"]
+    extended = jnp.concatenate([table, jnp.asarray(rows, table.dtype)])
+    eos_token_id = eos if config.eos_token_id == 2 else config.eos_token_id
+    return (
+        replace(config, vocab_size=len(extended), eos_token_id=eos_token_id),
+        {**params, "token_embedding": {"embedding": extended}},
+    )
