@@ -116,7 +116,7 @@ def test_unknown_tags_are_left_out():
 
 
 def test_a_short_prompt_without_syntax_is_what_the_tokenizer_says(tokenizer):
-    for text in ("", "red heart", "flag: a cat, a dog!", "cat " * ROOM):
+    for text in ("", "red heart", "flag: a cat, a dog!", "cat " * ROOM, "cat " * 60 + "," + " dog" * 14):
         for padded in (tokenizer, tokenizer._replace(pad=0)):  # Stable Diffusion 1 pads with EOS, 2 with id 0
             chunks, reports = chunk(padded, text)
             np.testing.assert_array_equal(chunks.ids, padded.encode([text]))
@@ -147,9 +147,15 @@ def test_a_chunk_ends_after_a_comma_nearby(tokenizer, before, after, first):
     assert rows[0] + rows[1] == ids_of(tokenizer, text)
 
 
-def test_a_comma_in_the_chunk_before_no_longer_counts(tokenizer):
-    text = "cat " * 60 + "," + " dog" * 14 + " dog" * ROOM + " hat"
-    assert [len(row) for row in tokens_of(tokenizer, chunk(tokenizer, text)[0].ids)] == [61, 75, 15]
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [
+        ("cat " * 60 + "," + " dog" * 14 + " dog" * ROOM + " hat", [61, 75, 15]),
+        ("cat " * 75 + "," + " dog" * 160 + " hat", [75, 75, 75, 12]),
+    ],
+)
+def test_a_comma_counts_for_one_chunk_only(tokenizer, text, lengths):
+    assert [len(row) for row in tokens_of(tokenizer, chunk(tokenizer, text)[0].ids)] == lengths
 
 
 def test_moved_tokens_keep_their_weights(tokenizer):
