@@ -58,6 +58,7 @@ def text_to_image() -> Config:
     config.task = {
         "name": "text_to_image",
         "first_stage": "configs/openmoji.py:autoencoder",
+        "initial": "",
         "caption_dropout": 0.1,
         "weighting": "simple",
         "timesteps": "late",
@@ -66,7 +67,9 @@ def text_to_image() -> Config:
         "scheduler": {
             "_class_name": "DDIMScheduler",
             "num_train_timesteps": 1000,
-            "beta_schedule": "squaredcos_cap_v2",
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
             "prediction_type": "v_prediction",
             "timestep_spacing": "trailing",
             "clip_sample": False,

@@ -1,7 +1,7 @@
 """Training of text-to-image latent diffusion: a UNet and its text encoder over a finished autoencoder's latents.
 
 Reads config.model (unet, text_encoder, tokenizer), config.data, config.sample, and of config.task: first_stage,
-schedule, prediction, weighting, timesteps and caption_dropout.
+initial, scheduler, weighting, timesteps, caption_dropout, offset_noise and export_dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from sdjax.convert.folder import Checkpoint, Component, read_component, write_folder
 from sdjax.core.config import Config
-from sdjax.core.errors import unknown
+from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import image_keys
 from sdjax.data import loader, sources, transforms
@@ -95,7 +95,23 @@ def make(config: Config, mesh: Mesh) -> Task:
         )
         write_folder(folder, checkpoint, config.task.export_dtype)
 
-    return Task(init, {"vae": jax.tree.map(jnp.asarray, vae)}, loss, sample, batch, export)
+    initial = read_initial(config.task.initial, system) if config.task.initial else None
+    return Task(init, {"vae": jax.tree.map(jnp.asarray, vae)}, loss, sample, batch, export, initial)
+
+
+def read_initial(folder: str, system: System) -> Params:
+    """The UNet and the text encoder of a diffusers folder, for a run that begins from them.
+
+    Raises:
+        UserError: they cannot be read, or their sizes are not the config's.
+    """
+    params = {}
+    for name, wanted in (("unet", system.unet.config), ("text_encoder", system.text_encoder.config)):
+        stored = read_component(Path(folder) / name, name)
+        if stored.config != wanted:
+            raise UserError(f"config.task.initial: {folder}/{name} is {stored.config}, the config describes {wanted}")
+        params[name] = stored.params
+    return params
 
 
 def make_system(config: Config, first_stage: Any, tokenizer: Tokenizer) -> System:

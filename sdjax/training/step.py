@@ -39,13 +39,14 @@ StepFn = Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]
 def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
     """A fresh state, every array made directly where it will live: nothing is whole on one device."""
 
-    def build(key: PRNGKeyArray) -> TrainState:
-        params = task.init(key)
+    def build(key: PRNGKeyArray, initial: Params) -> TrainState:
+        params = {**task.init(key), **initial}
         return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
 
-    key = stream(seed, "init")
-    shardings = tree_shardings(jax.eval_shape(build, key), mesh)
-    return jax.jit(build, out_shardings=shardings)(key)
+    key, initial = stream(seed, "init"), task.initial or {}
+    initial = jax.device_put(initial, tree_shardings(initial, mesh))
+    shardings = tree_shardings(jax.eval_shape(build, key, initial), mesh)
+    return jax.jit(build, out_shardings=shardings)(key, initial)
 
 
 def ema_decay(step: Int[Array, ""], decay: float) -> Array:

@@ -27,6 +27,8 @@ class Task(NamedTuple):
         sample: params -> a picture that shows what the run has learnt, uint8 [h w 3].
         batch: params -> the endless iterator over this process's rows of the batches.
         export: (params, folder) -> None; writes what `sdjax.load` reads.
+        initial: trained components that a run does not begin from random numbers, as arrays; they replace those of
+            `init`.
     """
 
     init: Callable[[PRNGKeyArray], Params]
@@ -35,3 +37,4 @@ class Task(NamedTuple):
     sample: Callable[[Params], UInt8[np.ndarray, "h w 3"]]
     batch: Callable[[Params], Loader]
     export: Callable[[Params, Path], None]
+    initial: Params | None = None

@@ -19,6 +19,10 @@ from safetensors.numpy import load_file
 
 import train
 from sdjax.core.errors import UserError, run_or_exit
+from sdjax.parallel.mesh import make_mesh
+from sdjax.tasks.base import make_task
+from sdjax.training.optim import make_optimizer
+from sdjax.training.step import init_state
 
 ROOT = Path(train.__file__).parent
 
@@ -56,6 +60,23 @@ def test_two_halves_are_the_whole(make_config, first_stage, tmp_path):
     position = [json.loads((tmp_path / n / "checkpoints/4/data/metadata").read_text()) for n in ("whole", "halves")]
     assert position[0] == position[1]
     assert position[0]["step"] == 4
+
+
+def test_a_run_begins_from_a_given_model(make_config, first_stage, tmp_path):
+    """With task.initial the first state is that model's: what was exported in float16, the average like the rest."""
+    config = make_config("tiny", 2)
+    config.task.first_stage = str(first_stage)
+    folder = train.train_and_evaluate(config, tmp_path / "before")
+    config.task.initial = str(folder)
+    mesh = make_mesh(config.mesh)
+    task = make_task(config, mesh)
+    state = init_state(task, make_optimizer(config.optim, 2), config.train.seed, mesh)
+    before = state_of(tmp_path / "before", 2)
+    for found in (state.params, state.ema):
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.float32(np.float16(y))), found, before["ema"])
+    config.model.unet.channels = (32, 96)
+    with pytest.raises(UserError, match=r"task\.initial"):
+        make_task(config, mesh)
 
 
 def run_script(config: str, workdir: Path, *overrides: str) -> subprocess.Popen:
