@@ -49,7 +49,7 @@ def walk(
         raw = to_x0(prediction, model(scaled, float(table.timestep[i])), x, sigma)
         x0 = limit(raw, table.limits)
         p = sum(w * a for w, a in zip(table.record[i], (x, x0, raw), strict=True))
-        needs_noise = noises is not None and table.weights[i, 0, -1] != 0.0
+        needs_noise = noises is not None and table.weights[i, :, -1].any()
         noise = noises(i) if needs_noise else np.zeros_like(x)
         terms = [x, anchor, p, *kept, noise]
         x, anchor = (sum(w * a for w, a in zip(row, terms, strict=True)) for row in table.weights[i])

@@ -1,7 +1,8 @@
 """Trajectories, timesteps and first noise against the scheduler classes of the installed PyTorch diffusers.
 
-Tolerance: 5e-5 of the trajectory's own size, because diffusers keeps sigmas and abar in float32 (at the first timestep
-1 - abar has lost four digits, which the mean squares out); 1e-9 where its tables can be replaced by float64 ones.
+Tolerance: 5e-5 of the trajectory's own size (1e-4 over all the settings), because diffusers keeps sigmas and abar in
+float32 (at the first timestep 1 - abar has lost four digits, which the mean squares out); 1e-9 where its tables can be
+replaced by float64 ones.
 """
 
 from __future__ import annotations
@@ -28,8 +29,20 @@ CLASSES = {
     "heun": "HeunDiscreteScheduler",
     "dpm2": "KDPM2DiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpm2_a": "KDPM2AncestralDiscreteScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "dpmpp_2s": "DPMSolverSinglestepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
 }
-VARIANCE_PRESERVING = ("ddpm", "ddim", "plms", "dpmpp_2m")
+VARIANCE_PRESERVING = (
+    *("ddpm", "ddim", "plms", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc", "deis"),
+    *("lcm", "tcd"),
+)
+SWITCHES = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
+ON_TIMESTEPS = ("ddpm", "ddim", "plms", "euler_a", "lcm", "tcd")
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 
 
@@ -43,20 +56,24 @@ def scheduler_of(config: dict):
     return getattr(diffusers, config["_class_name"]).from_config(accepted)
 
 
-def theirs(scheduler, steps: int, noise: np.ndarray, eta: float, x: np.ndarray | None = None, begin: int = 0):
-    """diffusers' own loop; x after every step."""
+def theirs(scheduler, steps: int, noise: np.ndarray, eta: float, x=None, begin: int = 0, told=None):
+    """diffusers' own loop; x after every step. told: timesteps for the network in place of the scheduler's."""
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     generator = torch.Generator().manual_seed(7)
     x = torch.from_numpy(noise) * scheduler.init_noise_sigma if x is None else torch.from_numpy(x)
-    extra = {"eta": eta} if type(scheduler).__name__ == "DDIMScheduler" else {}
-    if type(scheduler).__name__ in ("DDPMScheduler", "DDIMScheduler", "EulerAncestralDiscreteScheduler"):
+    accepted = inspect.signature(scheduler.step).parameters
+    extra = {"eta": eta} if "eta" in accepted else {}
+    if "generator" in accepted and "s_churn" not in accepted:
         extra["generator"] = generator
+    drawn = "variance_noise" in accepted and scheduler.config.get("algorithm_type", "").startswith("sde")
     out = []
-    for t in scheduler.timesteps[begin:]:
+    for i, t in enumerate(scheduler.timesteps[begin:]):
         scaled = scheduler.scale_model_input(x, t)
-        output = torch.from_numpy(model(scaled.double().numpy(), float(t)))
+        output = torch.from_numpy(model(scaled.double().numpy(), float(t if told is None else told[i])))
+        if drawn:  # left alone it would draw in float32
+            extra["variance_noise"] = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
         x = scheduler.step(output, t, x, **extra).prev_sample
         out.append(x.double().numpy())
     return out
@@ -65,7 +82,7 @@ def theirs(scheduler, steps: int, noise: np.ndarray, eta: float, x: np.ndarray |
 def ours(config: dict, steps: int, noise: np.ndarray, eta: float):
     sampler = sampler_of(config)
     options = SamplerOptions.from_scheduler_config(config)
-    changes = {"eta": eta} if sampler == "ddim" else {}
+    changes = {"eta": eta} if sampler in ("ddim", "tcd") else {}
     table = make_table(sampler, schedule_of(config), steps, options, **changes)
     generator = torch.Generator().manual_seed(7)
 
@@ -81,40 +98,55 @@ def ours(config: dict, steps: int, noise: np.ndarray, eta: float):
 def compare(config: dict, steps: int, eta: float = 0.0, tolerance: float = 5e-5):
     noise = np.random.default_rng(0).standard_normal(SHAPE)
     scheduler = scheduler_of(config)
-    expected = theirs(scheduler, steps, noise, eta)
     table, got = ours(config, steps, noise, eta)
     n = int(table.active.sum())
+    expected = theirs(scheduler, steps, noise, eta, told=table.timestep)
     assert n == len(scheduler.timesteps)
-    np.testing.assert_allclose(table.timestep[:n], scheduler.timesteps.double().numpy(), rtol=0, atol=2e-3)
+    wrong = np.abs(table.timestep[:n] - scheduler.timesteps.double().numpy())
+    if config.get("use_exponential_sigmas") or config.get("use_beta_sigmas"):
+        # diffusers truncates after rounding in float32: 999 may have become 998.
+        assert wrong[0] in (0.0, 1.0) or wrong[0] < 2e-3
+        wrong[0] = 0.0
+    assert wrong.max() < 2e-3
     if sampler_of(config) not in VARIANCE_PRESERVING:
         np.testing.assert_allclose(table.first_scale, float(scheduler.init_noise_sigma), rtol=1e-6)
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         error = np.abs(a - b).max() / np.abs(b).max()
-        assert error < tolerance, f"row {i} of {n}: relative error {error:.2g}"
+        # From 2.6 to 0.029 in one step of five under beta, float32 levels weigh a hundred times as much.
+        assert error < (3e-4 if config.get("use_beta_sigmas") else tolerance), (
+            f"row {i} of {n}: relative error {error:.2g}"
+        )
+
+
+def config_of(sampler: str, **settings) -> dict:
+    sde = {"algorithm_type": "sde-dpmsolver++"} if sampler == "dpmpp_2m_sde" else {}
+    return {"_class_name": CLASSES[sampler], **LATENT, **sde, **settings}
 
 
 def combinations():
     for sampler in CLASSES:
-        for spacing in ("leading", "linspace", "trailing", "karras"):
-            if spacing == "karras" and sampler in ("ddpm", "ddim", "plms", "euler_a"):
+        for spacing in ("leading", "linspace", "trailing", *SWITCHES):
+            if spacing in SWITCHES and sampler in ON_TIMESTEPS:
                 continue
             for prediction in ("epsilon", "v_prediction", "sample"):
-                if prediction == "sample" and sampler in ("plms", "euler_a", "dpm2"):
+                if prediction == "sample" and sampler in ("plms", "euler_a", "dpm2", "dpm2_a"):
                     continue  # diffusers has not implemented these
                 yield sampler, spacing, prediction
 
 
 @pytest.mark.parametrize(("sampler", "spacing", "prediction"), combinations())
 def test_trajectories(sampler, spacing, prediction):
-    config = {"_class_name": CLASSES[sampler], **LATENT, "prediction_type": prediction, "skip_prk_steps": True}
-    config |= {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
+    config = config_of(sampler, prediction_type=prediction, skip_prk_steps=True)
+    config |= {SWITCHES[spacing]: True} if spacing in SWITCHES else {"timestep_spacing": spacing}
     for steps, offset in ((5, 0), (20, 1)):
         compare({**config, "steps_offset": offset}, steps, eta=0.7)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "euler_a", "dpmpp_2m"])
+@pytest.mark.parametrize(
+    "sampler", ["ddpm", "ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm", "tcd"]
+)
 def test_zero_terminal_snr(sampler):
-    config = {"_class_name": CLASSES[sampler], **LATENT, "prediction_type": "v_prediction"}
+    config = config_of(sampler, prediction_type="v_prediction")
     compare({**config, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, 12)
 
 
@@ -137,13 +169,46 @@ def test_zero_terminal_snr(sampler):
         ("dpmpp_2m", {"solver_order": 1}),
         ("dpmpp_2m", {"thresholding": True, "sample_max_value": 2.0}),
         ("dpmpp_2m", {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1}),
+        ("dpmpp_2m", {"solver_order": 3}),
+        ("dpmpp_2m", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+        ("dpmpp_2m", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_type": "heun"}),
+        ("dpmpp_2m", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 3}),
+        ("dpmpp_2m_sde", {"solver_type": "heun", "lower_order_final": False}),
+        ("dpmpp_2m_sde", {"solver_order": 1, "use_karras_sigmas": True}),
+        ("dpmpp_2m_sde", {"final_sigmas_type": "sigma_min", "euler_at_final": True}),
+        ("dpmpp_2s", {"solver_type": "heun"}),
+        ("dpmpp_2s", {"solver_order": 3, "lower_order_final": True, "final_sigmas_type": "sigma_min"}),
+        ("dpmpp_2s", {"solver_order": 3, "solver_type": "heun", "final_sigmas_type": "sigma_min"}),
+        ("dpmpp_2s", {"solver_order": 1}),
+        ("dpmpp_2s", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+        ("dpmpp_2s", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 3}),
+        ("dpmpp_2s", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
+        ("dpmpp_2s", {"thresholding": True, "sample_max_value": 2.0}),
+        ("unipc", {"solver_order": 3, "use_karras_sigmas": True}),
+        (
+            "unipc",
+            {"solver_order": 3, "solver_type": "bh1", "lower_order_final": False, "final_sigmas_type": "sigma_min"},
+        ),
+        ("unipc", {"solver_order": 1}),
+        ("unipc", {"predict_x0": False, "final_sigmas_type": "sigma_min"}),
+        ("unipc", {"predict_x0": False, "final_sigmas_type": "sigma_min", "solver_order": 3}),
+        ("unipc", {"disable_corrector": [0, 1, 2]}),
+        ("unipc", {"thresholding": True, "sample_max_value": 2.0}),
+        ("unipc", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "sigma_max": 12.0}),
+        ("deis", {"solver_order": 3}),
+        ("deis", {"solver_order": 1}),
+        ("deis", {"solver_order": 3, "lower_order_final": False, "thresholding": True, "sample_max_value": 2.0}),
+        ("lcm", {"original_inference_steps": 100, "timestep_scaling": 3.0}),
+        ("lcm", {"clip_sample": True, "clip_sample_range": 0.8, "timestep_scaling": 0.003}),
+        ("lcm", {"thresholding": True, "sample_max_value": 2.0}),
+        ("tcd", {"original_inference_steps": 25}),
     ],
 )
 @pytest.mark.parametrize("steps", [10, 21])
 def test_settings_of_scheduler_configs(sampler, settings, steps):
     # With the cosine schedule the float32 tables of diffusers carry an abar of 2e-9.
-    tolerance = 2e-3 if settings.get("beta_schedule") == "squaredcos_cap_v2" else 5e-5
-    compare({"_class_name": CLASSES[sampler], **LATENT, **settings}, steps, eta=0.3, tolerance=tolerance)
+    tolerance = 2e-3 if settings.get("beta_schedule") == "squaredcos_cap_v2" else 1e-4
+    compare(config_of(sampler, **settings), steps, eta=0.3, tolerance=tolerance)
 
 
 def in_float64(scheduler, schedule):
@@ -181,7 +246,7 @@ def test_the_last_two_timesteps_of_ddpm_in_float64():
     np.testing.assert_allclose(got, expected[-1], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpm2", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpm2", "dpmpp_2m", "dpmpp_2s", "unipc", "deis"])
 def test_image_to_image_begins_where_diffusers_begins(sampler):
     config = {"_class_name": CLASSES[sampler], **LATENT, "steps_offset": 1}
     steps, start = 10, start_of(10, 0.55)
@@ -226,8 +291,11 @@ def test_another_sampler_keeps_what_the_file_says_and_its_own_defaults():
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"_class_name": "UniPCMultistepScheduler"}, "scheduler class 'UniPCMultistepScheduler'"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "algorithm_type 'dpmsolver'"),
+        ({"_class_name": "EDMEulerScheduler"}, "scheduler class 'EDMEulerScheduler'"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver"},
+            "algorithm_type 'sde-dpmsolver'",
+        ),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "sideways"}, "timestep_spacing 'sideways'"),
         ({"_class_name": "DDIMScheduler", "prediction_type": "score"}, "prediction type 'score'"),
     ],

@@ -69,7 +69,7 @@ def test_levels_of_stable_diffusion():
     whole = np.round(spaced_timesteps("linspace", 5, 1000))
     sigmas = timestep_to_sigma(whole, make_schedule().sigmas)
     np.testing.assert_allclose(sigmas, [14.61464, 4.08173, 1.61828, 0.6958, 0.02917], atol=6e-6)
-    karras = sigma_levels(make_schedule(), 10, SamplerOptions(use_karras_sigmas=True))
+    karras = sigma_levels(make_schedule(), 10, SamplerOptions(sigma_schedule="karras"))
     expected = [14.61464, 9.10293, 5.47839, 3.1686, 1.74942, 0.91407, 0.44692, 0.2014, 0.08191, 0.02917, 0.0]
     np.testing.assert_allclose(karras.sigmas, expected, atol=6e-6)
 

@@ -6,14 +6,20 @@ import dataclasses
 from collections.abc import Callable
 
 from sdjax.core.errors import UserError, unknown
+from sdjax.diffusion.samplers.ancestral import dpm2_a, dpmpp_2s_a, dpmpp_sde
+from sdjax.diffusion.samplers.consistency import lcm, tcd
 from sdjax.diffusion.samplers.ddpm import ddim, ddpm
+from sdjax.diffusion.samplers.deis import deis
+from sdjax.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m_sde
 from sdjax.diffusion.samplers.euler import euler, euler_a
-from sdjax.diffusion.samplers.multistep import dpmpp_2m, lms
-from sdjax.diffusion.samplers.options import SamplerOptions, sampler_of, schedule_of
+from sdjax.diffusion.samplers.lms import lms
+from sdjax.diffusion.samplers.noise_levels import SIGMA_SCHEDULES
+from sdjax.diffusion.samplers.options import TIMESTEP_SPACINGS, SamplerOptions, sampler_of, schedule_of
 from sdjax.diffusion.samplers.plms import plms
 from sdjax.diffusion.samplers.scan import first_noise, sample
 from sdjax.diffusion.samplers.second_order import dpm2, heun
 from sdjax.diffusion.samplers.table import Plan, Table, stack
+from sdjax.diffusion.samplers.unipc import unipc
 from sdjax.diffusion.schedule import Schedule
 
 __all__ = [
@@ -37,10 +43,23 @@ SAMPLERS: dict[str, Callable[[Schedule, int, SamplerOptions, int], Plan]] = {
     "euler_a": euler_a,
     "heun": heun,
     "dpm2": dpm2,
+    "dpm2_a": dpm2_a,
     "lms": lms,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "dpmpp_2s": dpmpp_2s,
+    "dpmpp_2s_a": dpmpp_2s_a,
+    "dpmpp_sde": dpmpp_sde,
+    "unipc": unipc,
+    "deis": deis,
+    "lcm": lcm,
+    "tcd": tcd,
 }
-SPACINGS = ("leading", "linspace", "trailing", "karras")
+SPACINGS = (*TIMESTEP_SPACINGS, *SIGMA_SCHEDULES)
+
+# Their timesteps are those of the distillation, whatever the spacing.
+_OWN_TIMESTEPS = ("lcm", "tcd")
 
 # Where a latent model's own scheduler config departs from the defaults of the classes.
 _LATENT = {"clip_sample": False, "skip_prk_steps": True}
@@ -61,21 +80,23 @@ def make_table(
     Args:
         sampler: a key of SAMPLERS.
         schedule: of the training.
-        steps: number of steps; Heun and DPM2 call the network 2 steps - 1 times, PLMS steps + 1.
+        steps: number of steps; Heun, DPM2, DPM2 a, DPM++ 2S a and DPM++ SDE call the network 2 steps - 1 times, PLMS
+            steps + 1.
         options: None for the defaults of the sampler's class in diffusers, without clipping.
-        spacing: "leading", "linspace", "trailing" or "karras" in place of what the options say.
+        spacing: one of SPACINGS in place of what the options say.
         start: steps to leave out at the beginning (image to image); solvers warm up anew from there.
         **changes: fields of SamplerOptions, e.g. eta=1.0, in place of what `options` says.
 
     Raises:
-        UserError: an unknown sampler, spacing or option, a start or a number of steps out of range.
+        UserError: an unknown sampler, spacing or option, a spacing that does not suit the sampler, a start or a number
+            of steps out of range.
     """
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
     if options is None:
         options = SamplerOptions.from_scheduler_config(_LATENT, sampler)
     if spacing is not None:
-        changes |= _spacing(spacing)
+        changes |= _spacing(spacing, sampler)
     for name in changes:
         if name not in SamplerOptions.__dataclass_fields__:
             raise unknown("sampler option", name, SamplerOptions.__dataclass_fields__)
@@ -99,7 +120,11 @@ def start_of(steps: int, strength: float) -> int:
     return steps - left
 
 
-def _spacing(name: str) -> dict[str, object]:
+def _spacing(name: str, sampler: str) -> dict[str, object]:
     if name not in SPACINGS:
         raise unknown("schedule", name, SPACINGS)
-    return {"use_karras_sigmas": True} if name == "karras" else {"timestep_spacing": name, "use_karras_sigmas": False}
+    if sampler in _OWN_TIMESTEPS:
+        raise UserError(f"schedule {name!r}: {sampler} has the timesteps of its distillation; leave the schedule out")
+    if name in TIMESTEP_SPACINGS:
+        return {"timestep_spacing": name, "sigma_schedule": None}
+    return {"sigma_schedule": name}

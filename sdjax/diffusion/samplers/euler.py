@@ -27,10 +27,16 @@ def euler_a(schedule: Schedule, steps: int, options: SamplerOptions, start: int)
     sigmas, timesteps = levels.sigmas[start:], levels.timesteps[start:]
     rows = []
     for sigma, target, t in zip(sigmas[:-1], sigmas[1:], timesteps, strict=True):
-        up = min(target, options.eta * np.sqrt(max(target**2 * (sigma**2 - target**2), 0.0)) / sigma)
-        ratio = np.sqrt(max(target**2 - up**2, 0.0)) / sigma
-        rows.append(Row(float(sigma), float(t), weights(x=ratio, predictions=[1.0 - ratio], noise=up)))
+        down, up = ancestral_split(sigma, target, options.eta)
+        next_x = weights(x=down / sigma, predictions=[1.0 - down / sigma], noise=up * options.s_noise)
+        rows.append(Row(float(sigma), float(t), next_x))
     return Plan(rows, first_noise_scale(sigmas[0], options))
+
+
+def ancestral_split(sigma: float, target: float, eta: float) -> tuple[float, float]:
+    """sigma_down, where a deterministic step from sigma ends, and sigma_up, the fresh noise that leads on to target."""
+    up = min(target, eta * np.sqrt(max(target**2 * (sigma**2 - target**2), 0.0)) / sigma)
+    return float(np.sqrt(max(target**2 - up**2, 0.0))), float(up)
 
 
 class Churned:

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdjax.core.errors import UserError, unknown
 from sdjax.diffusion.denoise import check_prediction
+from sdjax.diffusion.samplers.noise_levels import SIGMA_SCHEDULES
 from sdjax.diffusion.schedule import Schedule, make_schedule
 
-_CHOICES = {
-    "timestep_spacing": ("leading", "linspace", "trailing"),
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "timestep_spacing": TIMESTEP_SPACINGS,
+    "sigma_schedule": (None, *SIGMA_SCHEDULES),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"),
     "final_sigmas_type": ("zero", "sigma_min"),
-    "solver_type": ("midpoint", "heun"),
-    "solver_order": (1, 2),
+    "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"),
+    "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho"),
+    "solver_order": (1, 2, 3),
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SamplerOptions:
     """Settings of samplers; each reads its own and ignores the rest. Names are those of diffusers' scheduler configs.
 
-    eta is DDIM's (0 deterministic, 1 as random as DDPM) or the ancestral samplers' share of fresh noise. s_churn,
-    s_tmin, s_tmax and s_noise are the churn of Euler, Heun and DPM2 (Karras et al. 2022, algorithm 2).
+    sigma_schedule is the one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas that a file sets, or
+    another key of SIGMA_SCHEDULES; None for the levels of spaced timesteps. eta is DDIM's (0 deterministic, 1 as random
+    as DDPM), the ancestral and SDE samplers' share of fresh noise, or TCD's gamma. s_churn, s_tmin, s_tmax and s_noise
+    are the churn of Euler, Heun and DPM2 (Karras et al. 2022, algorithm 2); s_noise scales the fresh noise of the
+    ancestral and SDE samplers as well. timesteps are LCM's and TCD's own, in place of the spaced ones.
 
     Raises:
-        UserError: a name is not among its choices.
+        UserError: a name is not among its choices, or a value is of the wrong type.
     """
 
     prediction_type: str = "epsilon"
     timestep_spacing: str = "linspace"
     steps_offset: int = 0
-    use_karras_sigmas: bool = False
+    sigma_schedule: str | None = None
     sigma_min: float | None = None
     sigma_max: float | None = None
     final_sigmas_type: str = "zero"
@@ -45,12 +53,18 @@ class SamplerOptions:
     thresholding: bool = False
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
+    algorithm_type: str = "dpmsolver++"
     solver_order: int = 2
     solver_type: str = "midpoint"
     lower_order_final: bool = True
     euler_at_final: bool = False
+    predict_x0: bool = True
+    disable_corrector: tuple[int, ...] = ()
     lambda_min_clipped: float = -float("inf")
     beta_schedule: str = "linear"
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
+    timesteps: tuple[int, ...] | None = None
     eta: float = 0.0
     s_churn: float = 0.0
     s_tmin: float = 0.0
@@ -62,6 +76,8 @@ class SamplerOptions:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise unknown(name, getattr(self, name), map(str, choices))
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), field.default)
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any], sampler: str | None = None) -> SamplerOptions:
@@ -80,15 +96,20 @@ class SamplerOptions:
         sampler = sampler or sampler_of(config)
         if sampler not in _CLASSES:
             raise unknown("sampler", sampler, _CLASSES)
-        class_name, defaults, fields = _CLASSES[sampler]
-        known = {name: config[name] for name in (*_COMMON, *fields) if config.get(name) is not None}
-        if config.get("_class_name") in (None, class_name):
+        scheduler = _CLASSES[sampler]
+        known = {name: config[name] for name in scheduler.fields if config.get(name) is not None}
+        if config.get("_class_name") in (None, scheduler.name):
             _check_supported(config)
         if "lambda_min_clipped" in known:
-            known["lambda_min_clipped"] = float(known["lambda_min_clipped"])
-        if known.get("solver_type") in ("logrho", "bh1", "bh2"):
-            known["solver_type"] = "midpoint"
-        return cls(**{**defaults, **known})
+            known["lambda_min_clipped"] = _number(known["lambda_min_clipped"], "lambda_min_clipped")
+        if "solver_type" in known:
+            known["solver_type"] = _own_solver_type(known["solver_type"], scheduler)
+        if "disable_corrector" in known:
+            known["disable_corrector"] = tuple(known["disable_corrector"])
+        if known.get("algorithm_type") in scheduler.other_algorithms:
+            del known["algorithm_type"]
+        chosen = _sigma_schedule(known)
+        return cls(**{**scheduler.defaults, **known, **chosen})
 
     @property
     def limits(self) -> tuple[float, float, float]:
@@ -98,57 +119,116 @@ class SamplerOptions:
         return (self.clip_sample_range if self.clip_sample else float("inf"), 0.0, 1.0)
 
 
-_COMMON = ("prediction_type", "timestep_spacing", "steps_offset")
+class _Class(NamedTuple):
+    """A scheduler class of diffusers: its name (None where it has none), where its defaults differ from
+    SamplerOptions', the fields it knows, and algorithm types of its family that mean its own default."""
+
+    name: str | None
+    defaults: dict[str, Any]
+    fields: tuple[str, ...]
+    other_algorithms: tuple[str, ...] = ()
+
+
+_SPACED = ("prediction_type", "timestep_spacing", "steps_offset")
 _CLIP = ("clip_sample", "clip_sample_range")
 _THRESHOLD = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
-_SOLVER = ("solver_order", "solver_type", "lower_order_final", "euler_at_final", "lambda_min_clipped", "beta_schedule")
+_SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
+_SIGMA_FAMILY = (*_SPACED, *_SIGMAS)
+_ORDERS = ("solver_order", "solver_type", "lower_order_final", *_THRESHOLD, *_SIGMAS)
+_SOLVER = ("algorithm_type", "final_sigmas_type", "lambda_min_clipped", *_ORDERS)
+_MULTISTEP = (*_SPACED, *_SOLVER, "euler_at_final", "beta_schedule")
+_CONSISTENCY = ("prediction_type", "original_inference_steps", "timesteps")
 _LEADING: dict[str, Any] = {"timestep_spacing": "leading"}
+_ANCESTRAL: dict[str, Any] = {"eta": 1.0}
+_SDE = "sde-dpmsolver++"
 
-# Sampler: diffusers' class, where its defaults differ from SamplerOptions', and the further fields it knows.
-_CLASSES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "ddpm": ("DDPMScheduler", {**_LEADING, "clip_sample": True}, (*_CLIP, *_THRESHOLD, "variance_type")),
-    "ddim": (
+_CLASSES: dict[str, _Class] = {
+    "ddpm": _Class(
+        "DDPMScheduler", {**_LEADING, "clip_sample": True}, (*_SPACED, *_CLIP, *_THRESHOLD, "variance_type")
+    ),
+    "ddim": _Class(
         "DDIMScheduler",
         {**_LEADING, "clip_sample": True, "set_alpha_to_one": True},
-        (*_CLIP, *_THRESHOLD, "set_alpha_to_one"),
+        (*_SPACED, *_CLIP, *_THRESHOLD, "set_alpha_to_one"),
     ),
-    "plms": ("PNDMScheduler", _LEADING, ("skip_prk_steps", "set_alpha_to_one")),
-    "lms": ("LMSDiscreteScheduler", {}, ("use_karras_sigmas",)),
-    "euler": (
-        "EulerDiscreteScheduler",
-        {},
-        ("use_karras_sigmas", "sigma_min", "sigma_max", "final_sigmas_type"),
-    ),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {"eta": 1.0}, ()),
-    "heun": ("HeunDiscreteScheduler", {}, ("use_karras_sigmas", *_CLIP)),
-    "dpm2": ("KDPM2DiscreteScheduler", {}, ("use_karras_sigmas",)),
-    "dpmpp_2m": (
+    "plms": _Class("PNDMScheduler", _LEADING, (*_SPACED, "skip_prk_steps", "set_alpha_to_one")),
+    "lms": _Class("LMSDiscreteScheduler", {}, _SIGMA_FAMILY),
+    "euler": _Class("EulerDiscreteScheduler", {}, (*_SIGMA_FAMILY, "sigma_min", "sigma_max", "final_sigmas_type")),
+    "euler_a": _Class("EulerAncestralDiscreteScheduler", _ANCESTRAL, _SPACED),
+    "heun": _Class("HeunDiscreteScheduler", {}, (*_SIGMA_FAMILY, *_CLIP)),
+    "dpm2": _Class("KDPM2DiscreteScheduler", {}, _SIGMA_FAMILY),
+    "dpm2_a": _Class("KDPM2AncestralDiscreteScheduler", _ANCESTRAL, _SIGMA_FAMILY),
+    "dpmpp_2s_a": _Class(None, _ANCESTRAL, _SIGMA_FAMILY),
+    "dpmpp_sde": _Class("DPMSolverSDEScheduler", _ANCESTRAL, _SIGMA_FAMILY),
+    "dpmpp_2m": _Class("DPMSolverMultistepScheduler", {}, _MULTISTEP, ("deis", _SDE)),
+    "dpmpp_2m_sde": _Class(
         "DPMSolverMultistepScheduler",
-        {},
-        ("use_karras_sigmas", "final_sigmas_type", *_THRESHOLD, *_SOLVER),
+        {**_ANCESTRAL, "algorithm_type": _SDE},
+        _MULTISTEP,
+        ("deis", "dpmsolver", "dpmsolver++"),
     ),
+    # k-diffusion's own: its first steps and its last are not those of a config.
+    "dpmpp_3m_sde": _Class(
+        "DPMSolverMultistepScheduler",
+        {**_ANCESTRAL, "algorithm_type": _SDE, "solver_order": 3, "solver_type": "heun", "lower_order_final": False},
+        (*_SPACED, *_THRESHOLD, *_SIGMAS, "final_sigmas_type", "lambda_min_clipped", "beta_schedule"),
+    ),
+    "dpmpp_2s": _Class(
+        "DPMSolverSinglestepScheduler",
+        {**_ANCESTRAL, "lower_order_final": False},
+        ("prediction_type", *_SOLVER),
+        ("deis",),
+    ),
+    "unipc": _Class(
+        "UniPCMultistepScheduler",
+        {"solver_type": "bh2"},
+        (*_SPACED, *_ORDERS, "predict_x0", "disable_corrector", "final_sigmas_type", "sigma_min", "sigma_max"),
+    ),
+    "deis": _Class(
+        "DEISMultistepScheduler", {"solver_type": "logrho", "final_sigmas_type": "sigma_min"}, (*_SPACED, *_ORDERS)
+    ),
+    "lcm": _Class("LCMScheduler", {}, (*_CONSISTENCY, *_CLIP, *_THRESHOLD, "timestep_scaling")),
+    "tcd": _Class("TCDScheduler", {"eta": 0.3}, _CONSISTENCY),
 }
 
 # Settings whose other values change the picture and which no sampler here follows.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "algorithm_type": ("dpmsolver++", "deis"),
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
-    "use_exponential_sigmas": (False,),
-    "use_beta_sigmas": (False,),
     "use_lu_lambdas": (False,),
     "use_flow_sigmas": (False,),
+    "solver_p": (None,),
+}
+
+# Classes that follow rescale_betas_zero_snr; the others ignore it.
+_ZERO_SNR = (
+    *("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler"),
+)
+
+# beta_schedule, beta_start and beta_end where a class's defaults are not DDPM's.
+_BETAS = {
+    "HeunDiscreteScheduler": ("linear", 0.00085, 0.012),
+    "KDPM2DiscreteScheduler": ("linear", 0.00085, 0.012),
+    "KDPM2AncestralDiscreteScheduler": ("linear", 0.00085, 0.012),
+    "DPMSolverSDEScheduler": ("linear", 0.00085, 0.012),
+    "LCMScheduler": ("scaled_linear", 0.00085, 0.012),
+    "TCDScheduler": ("scaled_linear", 0.00085, 0.012),
 }
 
 
 def sampler_of(config: Mapping[str, Any]) -> str:
-    """The name of the sampler that a scheduler_config.json asks for by its _class_name.
+    """The name of the sampler that a scheduler_config.json asks for by its _class_name and, for DPM-Solver++, its SDE.
 
     Raises:
         UserError: a class that is not known, or none.
     """
     class_name = config.get("_class_name")
-    names = {row[0]: sampler for sampler, row in _CLASSES.items()}
+    if class_name == "DPMSolverMultistepScheduler":
+        if not str(config.get("algorithm_type")).startswith("sde-"):
+            return "dpmpp_2m"
+        return "dpmpp_3m_sde" if config.get("solver_order") == 3 else "dpmpp_2m_sde"
+    names = {row.name: sampler for sampler, row in _CLASSES.items() if row.name}
     if class_name not in names:
         raise unknown("scheduler class", class_name, names, "scheduler_config.json")
     return names[class_name]
@@ -162,13 +242,14 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
     """
     if config.get("trained_betas") is not None:
         raise UserError("scheduler_config.json: trained_betas is not supported; choose a beta_schedule")
-    second_order = config.get("_class_name") in ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler")
+    class_name = config.get("_class_name")
+    name, start, end = _BETAS.get(str(class_name), ("linear", 0.0001, 0.02))
     return make_schedule(
-        config.get("beta_schedule", "linear"),
+        config.get("beta_schedule", name),
         config.get("num_train_timesteps", 1000),
-        config.get("beta_start", 0.00085 if second_order else 0.0001),
-        config.get("beta_end", 0.012 if second_order else 0.02),
-        zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)),
+        config.get("beta_start", start),
+        config.get("beta_end", end),
+        zero_terminal_snr=bool(config.get("rescale_betas_zero_snr")) and class_name in (None, *_ZERO_SNR),
     )
 
 
@@ -176,3 +257,38 @@ def _check_supported(config: Mapping[str, Any]) -> None:
     for name, values in _ONLY.items():
         if config.get(name) is not None and config[name] not in values:
             raise unknown(name, config[name], map(str, values), "scheduler_config.json")
+    if config.get("algorithm_type") not in (None, "deis", *_CHOICES["algorithm_type"]):
+        raise unknown("algorithm_type", config["algorithm_type"], _CHOICES["algorithm_type"], "scheduler_config.json")
+
+
+def _sigma_schedule(known: dict[str, Any]) -> dict[str, str]:
+    """Takes the three switches out of `known`."""
+    asked = [name for name in _SIGMAS if known.pop(name, False)]
+    if len(asked) > 1:
+        raise UserError(f"scheduler_config.json: only one of {', '.join(asked)} can be true")
+    return {"sigma_schedule": _SIGMAS[asked[0]]} if asked else {}
+
+
+def _own_solver_type(name: str, scheduler: _Class) -> str:
+    """The class's own solver type where the file names another family's, as diffusers' constructors have it."""
+    own = scheduler.defaults.get("solver_type", "midpoint")
+    families = {"midpoint": ("midpoint", "heun"), "bh2": ("bh1", "bh2")}
+    foreign = name in _CHOICES["solver_type"] and name not in families.get(own, (own,))
+    return own if foreign else name
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"scheduler_config.json: {name} {value!r} is not a number") from None
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """A value of another kind than its default's, as a damaged file has it."""
+    wanted = type(default)
+    if wanted not in (bool, int, float, tuple):
+        return
+    numbers = (int, float) if wanted is float else wanted
+    if not isinstance(value, numbers) or (isinstance(value, bool) and wanted is not bool):
+        raise UserError(f"{name} {value!r}: must be of type {wanted.__name__}")

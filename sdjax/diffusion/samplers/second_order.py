@@ -18,7 +18,7 @@ def heun(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
     rows = []
     for i, (sigma, target) in enumerate(zip(churned.sigmas, churned.targets, strict=True)):
         if target == 0.0:
-            rows.append(_euler_row(sigma, churned.timesteps[i], target, churned.noise[i]))
+            rows.append(euler_row(sigma, churned.timesteps[i], target, churned.noise[i]))
             continue
         half = (target - sigma) / 2.0
         # x' = anchor + half ((anchor - first x0) / sigma + (x - second x0) / target)
@@ -28,7 +28,7 @@ def heun(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
             predictions=[-half / target, -half / sigma],
             noise=churned.noise[i],
         )
-        rows.append(_euler_row(sigma, churned.timesteps[i], target))
+        rows.append(euler_row(sigma, churned.timesteps[i], target))
         told = levels.timesteps[start + i + 1] if start + i + 1 < len(levels.timesteps) else 0.0
         rows.append(Row(target, float(told), corrected))
     return Plan(rows, churned.first_scale)
@@ -41,17 +41,17 @@ def dpm2(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
     rows = []
     for i, (sigma, target) in enumerate(zip(churned.sigmas, churned.targets, strict=True)):
         if target == 0.0:
-            rows.append(_euler_row(sigma, churned.timesteps[i], target, churned.noise[i]))
+            rows.append(euler_row(sigma, churned.timesteps[i], target, churned.noise[i]))
             continue
         middle = float(np.sqrt(sigma * target))
         slope = (target - sigma) / middle
         full = weights(x=slope, anchor=1.0, predictions=[-slope], noise=churned.noise[i])
-        rows.append(_euler_row(sigma, churned.timesteps[i], middle))
+        rows.append(euler_row(sigma, churned.timesteps[i], middle))
         rows.append(Row(middle, float(sigma_to_timestep(np.array(middle), schedule.sigmas)), full))
     return Plan(rows, churned.first_scale)
 
 
-def _euler_row(sigma: float, timestep: float, target: float, noise: float = 0.0) -> Row:
+def euler_row(sigma: float, timestep: float, target: float, noise: float = 0.0) -> Row:
     """An Euler step to `target` that leaves x in the anchor."""
     ratio = target / sigma
     return Row(sigma, timestep, weights(x=ratio, predictions=[1.0 - ratio], noise=noise), KEEP_X)

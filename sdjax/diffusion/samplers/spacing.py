@@ -7,10 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.diffusion.samplers.options import SamplerOptions
+from sdjax.diffusion.samplers.noise_levels import sigma_schedule
+from sdjax.diffusion.samplers.options import TIMESTEP_SPACINGS, SamplerOptions
 from sdjax.diffusion.schedule import Schedule, sigma_to_timestep, timestep_to_sigma
 
-RHO = 7.0
+# Schedules whose timesteps diffusers' DPM-Solver family cuts to whole numbers; karras is rounded before.
+_TRUNCATED = ("karras", "exponential", "beta")
 
 
 class Levels(NamedTuple):
@@ -34,68 +36,86 @@ def spaced_timesteps(spacing: str, steps: int, num_timesteps: int, steps_offset:
         return (np.arange(steps) * (num_timesteps // steps))[::-1] + float(steps_offset)
     if spacing == "trailing":
         return np.round(np.arange(num_timesteps, 0, -num_timesteps / steps)) - 1.0
-    raise unknown("timestep spacing", spacing, ("leading", "linspace", "trailing"))
+    raise unknown("timestep spacing", spacing, TIMESTEP_SPACINGS)
 
 
 def integer_timesteps(schedule: Schedule, steps: int, options: SamplerOptions) -> np.ndarray:
     """[steps] descending integers for DDPM, DDIM and PLMS.
 
     Raises:
-        UserError: see `spaced_timesteps`; or Karras levels were asked for, which lie between timesteps.
+        UserError: see `spaced_timesteps`; or a schedule was asked for whose levels lie between timesteps.
     """
-    if options.use_karras_sigmas:
+    if options.sigma_schedule is not None:
         raise UserError(
-            "schedule 'karras': this sampler steps on timesteps; choose one of: leading, linspace, trailing"
+            f"schedule {options.sigma_schedule!r}: this sampler steps on timesteps; "
+            f"choose one of: {', '.join(TIMESTEP_SPACINGS)}"
         )
     timesteps = spaced_timesteps(options.timestep_spacing, steps, schedule.num_timesteps, options.steps_offset)
     return np.minimum(np.round(timesteps).astype(np.int64), schedule.num_timesteps - 1)
 
 
 def sigma_levels(schedule: Schedule, steps: int, options: SamplerOptions, round_karras: bool = False) -> Levels:
-    """Levels of Euler, Heun, LMS and DPM2: sigmas between timesteps, Karras between the ends of the chosen ones.
+    """Levels of Euler, Heun, LMS, DPM2 and their kin: sigmas between timesteps, or a schedule between their ends.
 
     Args:
         schedule: of the training.
         steps: n.
-        options: spacing, offset, Karras, final level.
-        round_karras: tell the network whole timesteps under Karras (diffusers' KDPM2DiscreteScheduler does).
+        options: spacing, offset, sigma schedule, final level.
+        round_karras: tell the network whole timesteps under Karras (diffusers' KDPM2 schedulers do).
 
     Raises:
-        UserError: see `spaced_timesteps`.
+        UserError: see `spaced_timesteps` and `sigma_schedule`.
     """
     timesteps = spaced_timesteps(options.timestep_spacing, steps, schedule.num_timesteps, options.steps_offset)
     # The network is told timesteps in float32: the levels that belong to them are those of the rounded values.
     timesteps = timesteps.astype(np.float32).astype(np.float64)
     sigmas = timestep_to_sigma(timesteps, schedule.sigmas)
-    if options.use_karras_sigmas:
-        sigmas = karras(options.sigma_min or sigmas[-1], options.sigma_max or sigmas[0], steps)
+    if options.sigma_schedule is not None:
+        ends = (options.sigma_min or float(sigmas[-1]), options.sigma_max or float(sigmas[0]))
+        sigmas = sigma_schedule(options.sigma_schedule, schedule.sigmas, steps, ends)
         timesteps = sigma_to_timestep(sigmas, schedule.sigmas)
-        timesteps = np.round(timesteps) if round_karras else timesteps
+        if round_karras and options.sigma_schedule == "karras":
+            timesteps = np.round(timesteps)
     return Levels(np.append(sigmas, final_sigma(schedule, options)), timesteps)
 
 
-def solver_levels(schedule: Schedule, steps: int, options: SamplerOptions) -> Levels:
-    """Levels of the DPM-Solver family: whole timesteps, one more is spaced than used, Karras over the whole schedule.
+def solver_levels(schedule: Schedule, steps: int, options: SamplerOptions, repeat_last: bool = False) -> Levels:
+    """Levels of the DPM-Solver family: whole timesteps, one more is spaced than used; others over the whole schedule.
+
+    Args:
+        schedule: of the training.
+        steps: n.
+        options: spacing, offset, sigma schedule, final level, lambda_min_clipped.
+        repeat_last: under a sigma schedule, to end at sigma_min is to end at the last level (UniPC and DEIS).
 
     Raises:
-        UserError: see `spaced_timesteps`.
+        UserError: see `spaced_timesteps` and `sigma_schedule`.
     """
     # Signal-to-noise below lambda_min_clipped is left out: the cosine schedule's end is beyond float32 (DPM-Solver++).
     clipped = int(np.sum(-np.log(schedule.sigmas) < options.lambda_min_clipped))
     last = schedule.num_timesteps - clipped
     if not 1 <= steps < last:
         raise UserError(f"steps {steps}: choose 1 to {last - 1}, below the number of training timesteps")
+    final = final_sigma(schedule, options)
+    if options.sigma_schedule is not None:
+        ends = (options.sigma_min or float(schedule.sigmas[0]), options.sigma_max or float(schedule.sigmas[-1]))
+        sigmas = sigma_schedule(options.sigma_schedule, schedule.sigmas, steps, ends)
+        final = float(sigmas[-1]) if repeat_last and final else final
+        return Levels(np.append(sigmas, min(final, float(sigmas[-1]))), _told(schedule, sigmas, options))
     if options.timestep_spacing == "trailing":
         timesteps = np.round(np.arange(last, 0, -schedule.num_timesteps / steps)) - 1.0
     else:
         timesteps = np.round(spaced_timesteps(options.timestep_spacing, steps + 1, last, options.steps_offset))[:-1]
-    if options.use_karras_sigmas:
-        sigmas = karras(schedule.sigmas[0], schedule.sigmas[-1], steps)
-        timesteps = sigma_to_timestep(sigmas, schedule.sigmas)
-        timesteps = timesteps if options.beta_schedule == "squaredcos_cap_v2" else np.round(timesteps)
-    else:
-        sigmas = timestep_to_sigma(timesteps, schedule.sigmas)
-    return Levels(np.append(sigmas, final_sigma(schedule, options)), np.floor(timesteps))
+    return Levels(np.append(timestep_to_sigma(timesteps, schedule.sigmas), final), timesteps)
+
+
+def _told(schedule: Schedule, sigmas: np.ndarray, options: SamplerOptions) -> np.ndarray:
+    """What the DPM-Solver family tells the network at levels of a sigma schedule."""
+    timesteps = sigma_to_timestep(sigmas, schedule.sigmas)
+    if options.sigma_schedule == "karras" and options.beta_schedule != "squaredcos_cap_v2":
+        timesteps = np.round(timesteps)
+    # What rounding has put just below a whole number is that number.
+    return np.floor(timesteps + 1e-6) if options.sigma_schedule in _TRUNCATED else timesteps
 
 
 def final_sigma(schedule: Schedule, options: SamplerOptions) -> float:
@@ -103,13 +123,11 @@ def final_sigma(schedule: Schedule, options: SamplerOptions) -> float:
     return float(schedule.sigmas[0]) if options.final_sigmas_type == "sigma_min" else 0.0
 
 
-def karras(sigma_min: float, sigma_max: float, steps: int) -> np.ndarray:
-    """[steps] descending levels, evenly spaced in sigma^(1/7) (Karras et al. 2022, eq. 5)."""
-    ramp = np.linspace(0.0, 1.0, steps)
-    low, high = sigma_min ** (1.0 / RHO), sigma_max ** (1.0 / RHO)
-    return (high + ramp * (low - high)) ** RHO
-
-
 def first_noise_scale(sigma: float, options: SamplerOptions) -> float:
     """init_noise_sigma of Euler, Heun, LMS and DPM2: sigma, or sqrt(sigma^2 + 1) with leading spacing."""
     return float(np.sqrt(sigma**2 + 1.0)) if options.timestep_spacing == "leading" else float(sigma)
+
+
+def variance_preserving_scale(sigma: float) -> float:
+    """sqrt(sigma^2 + 1): the first noise of the samplers whose init_noise_sigma is 1 in diffusers."""
+    return float(np.sqrt(sigma**2 + 1.0))

@@ -98,6 +98,12 @@ def record_velocity(sigma: float) -> tuple[float, float, float]:
     return (1.0 / (sigma * root), -root / sigma, 0.0)
 
 
+def network_coordinates(rows: list[Row], sigma: float) -> list[Row]:
+    """The rows with their result in the network's coordinates, which differ from x's where sampling ends above 0."""
+    last = rows[-1]
+    return [*rows[:-1], last._replace(next_x=last.next_x / np.sqrt(1.0 + sigma**2))]
+
+
 def stack(plan: Plan, limits: tuple[float, float, float], rows_without_start: int) -> Table:
     """Stacks and pads a plan's rows.
 

@@ -1,0 +1,45 @@
+"""DEIS: the noise prediction as a polynomial in log rho, integrated exactly (Zhang & Chen 2023, log-rho AB-DEIS)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.polynomial import polynomial
+
+from sdjax.diffusion.samplers.dpm_solver import FEW_STEPS
+from sdjax.diffusion.samplers.options import SamplerOptions
+from sdjax.diffusion.samplers.spacing import solver_levels, variance_preserving_scale
+from sdjax.diffusion.samplers.table import Plan, Row, network_coordinates, record_epsilon, weights
+from sdjax.diffusion.schedule import Schedule
+
+
+def deis(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+    """DEIS of order up to 3, lower at both ends; ends at the schedule's least level (diffusers' DEISMultistep)."""
+    levels = solver_levels(schedule, steps, options, repeat_last=True)
+    total = len(levels.timesteps)
+    few = options.lower_order_final and total < FEW_STEPS
+    rows = []
+    for i in range(start, total):
+        order = min(options.solver_order, i - start + 1, total - i if few else 3)
+        order = 1 if levels.sigmas[i + 1] == 0.0 else order
+        nodes = levels.sigmas[i + 1 - order : i + 1][::-1]
+        next_x = weights(x=1.0, predictions=log_lagrange_integrals(nodes, float(levels.sigmas[i + 1])))
+        sigma = float(levels.sigmas[i])
+        rows.append(Row(sigma, float(levels.timesteps[i]), next_x, record=record_epsilon(sigma)))
+    return Plan(network_coordinates(rows, levels.sigmas[-1]), variance_preserving_scale(levels.sigmas[start]))
+
+
+def log_lagrange_integrals(nodes: np.ndarray, target: float) -> list[float]:
+    """Integrals over rho from nodes[0] to target of the Lagrange basis in log rho on `nodes`."""
+    begin = float(nodes[0])
+    if len(nodes) == 1:
+        return [target - begin]
+    places = np.log(nodes / begin)
+    end = np.log(target / begin)
+    integrals = []
+    for i, place in enumerate(places):
+        others = np.delete(places, i)
+        basis = polynomial.polyfromroots(others) / np.prod(place - others)
+        # d rho = rho d log rho, and p - p' + p'' - ... is what times exp has p exp for derivative.
+        inner = sum((-1.0) ** k * np.pad(polynomial.polyder(basis, k), (0, k)) for k in range(len(basis)))
+        integrals.append(float(target * polynomial.polyval(end, inner) - begin * polynomial.polyval(0.0, inner)))
+    return integrals
