@@ -34,9 +34,8 @@ class TorchGenerator:
         """
         if isinstance(seed, bool) or not hasattr(seed, "__index__") or not MIN_SEED <= seed <= MAX_SEED:
             raise UserError(f"seed {seed!r}: choose an integer of {MIN_SEED} to {MAX_SEED}")
-        self._twister = np.random.MT19937()
-        # RandomState seeds as PyTorch does; a bit generator by itself would hash the seed first.
-        self._twister.state = np.random.RandomState(int(seed) % 2**32).get_state(legacy=False)
+        # NumPy's legacy generator seeds as PyTorch does; its newer ones hash the seed first.
+        self._twister = np.random.RandomState(int(seed) % 2**32)
         self._spare: float | None = None
 
     def normal(self, shape: Sequence[int]) -> Float[np.ndarray, "..."]:
@@ -80,7 +79,7 @@ class TorchGenerator:
         return ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
 
     def _raw(self, count: int) -> UInt32[np.ndarray, " count"]:
-        return self._twister.random_raw(count).astype(np.uint32)
+        return self._twister.randint(0, 2**32, count, np.uint32)
 
 
 def _box_muller(uniform: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
