@@ -123,10 +123,15 @@ def read_sharded(
     return {name: files[file][name] for name, file in weight_map.items()}
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, Writable], dtype: DTypeLike | None) -> None:
+def write_safetensors(
+    path: str | Path,
+    tensors: Mapping[str, Writable],
+    dtype: DTypeLike | None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes all tensors as `dtype`, one at a time, into a temporary sibling that then takes the name.
 
-    A `dtype` of None keeps the type of each.
+    A `dtype` of None keeps the type of each. `metadata` is what the file says of itself beside its format.
 
     Raises:
         UserError: `path` exists and was not written by this function, or a value is not finite in `dtype`.
@@ -137,7 +142,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Writable], dtype: 
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(_packed_header(tensors, kind))
+            file.write(_packed_header(tensors, kind, {**(metadata or {}), **METADATA}))
             for name in sorted(tensors):
                 file.write(finite(np.asarray(tensors[name]), kind, name).tobytes())
             file.flush()
@@ -215,8 +220,8 @@ def _check_spans(spans: list[tuple[int, int]], size: int, path: Path) -> None:
         raise UserError(f"{path} has {size - end} bytes after its last tensor")
 
 
-def _packed_header(tensors: Mapping[str, Writable], dtype: np.dtype | None) -> bytes:
-    entries = {"__metadata__": METADATA, **dict(_entries(tensors, dtype))}
+def _packed_header(tensors: Mapping[str, Writable], dtype: np.dtype | None, metadata: Mapping[str, str]) -> bytes:
+    entries = {"__metadata__": metadata, **dict(_entries(tensors, dtype))}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data are aligned
     return struct.pack("<Q", len(text)) + text

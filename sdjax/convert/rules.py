@@ -162,7 +162,7 @@ def read(
     """
     tensors = _canonical(table, tensors, source)
     wanted = stored_shapes(table, shapes)
-    _check(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, source)
+    check_shapes(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, source)
     leaves: dict[str, Any] = {}
     for name, place in places(table, flatten(shapes)).items():
         array = finite(place.kind.inward(np.asarray(tensors[place.key])), dtype, f"{place.key} in {source}")
@@ -177,7 +177,9 @@ def export(table: Table, params: Tree, shapes: Tree, source: object) -> dict[str
         UserError: the parameters are not those of the model that has `shapes`.
     """
     flat = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
-    _check({name: leaf.shape for name, leaf in flatten(shapes).items()}, {n: a.shape for n, a in flat.items()}, source)
+    check_shapes(
+        {name: leaf.shape for name, leaf in flatten(shapes).items()}, {n: a.shape for n, a in flat.items()}, source
+    )
     return {place.key: place.kind.outward(flat[name]) for name, place in places(table, flat).items()}
 
 
@@ -209,7 +211,12 @@ def _canonical(table: Table, tensors: Mapping[str, Stored], source: object) -> d
     return renamed
 
 
-def _check(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: object) -> None:
+def check_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: object) -> None:
+    """Compares shapes by key.
+
+    Raises:
+        UserError: with the keys that are missing, unexpected or of another shape.
+    """
     missing = [key for key in wanted if key not in found]
     extra = [key for key in found if key not in wanted]
     both = [key for key in wanted if key in found and wanted[key] != found[key]]

@@ -1,0 +1,199 @@
+"""The sizes of networks in the original naming, read off the shapes of their tensors, as diffusers' configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sdjax.convert import autoencoder, clip, unet
+from sdjax.core.errors import UserError
+
+Shapes = Mapping[str, tuple[int, ...]]
+HEAD_WIDTH = 64
+
+
+class _Shapes:
+    """Shapes by key; a key that is not there, or has fewer axes, is the user's file's fault."""
+
+    def __init__(self, shapes: Shapes, place: object) -> None:
+        self._shapes, self._place = shapes, place
+        self._counts: dict[str, int] = {}
+        for key in shapes:
+            parts = key.split(".")
+            for i, part in enumerate(parts):
+                if part.isdecimal() and len(part) < 4:
+                    stem = ".".join(parts[:i])
+                    self._counts[stem] = max(self._counts.get(stem, 0), int(part) + 1)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._shapes
+
+    def axis(self, key: str, axis: int) -> int:
+        """The length of one axis of the tensor `key`."""
+        shape = self._shapes.get(key)
+        if shape is None or not -len(shape) <= axis < len(shape):
+            found = "lacks it" if shape is None else f"has it with shape {list(shape)}"
+            raise UserError(f"the sizes of {self._place} follow from {key}, and it {found}")
+        return shape[axis]
+
+    def rank(self, key: str) -> int:
+        """The number of axes of the tensor `key`."""
+        self.axis(key, 0)
+        return len(self._shapes[key])
+
+    def count(self, stem: str) -> int:
+        """One more than the highest number below `stem`."""
+        return self._counts.get(stem, 0)
+
+
+def unet_config(shapes: Shapes, heads: int | None, place: object) -> dict[str, Any]:
+    """diffusers' config of a UNet whose original tensors have `shapes`; `heads` None means heads 64 wide.
+
+    Raises:
+        UserError: a tensor that says a size is missing, or the levels are not alike.
+    """
+    sizes = _Shapes(shapes, place)
+    levels = _levels(sizes)
+    if not all(levels):
+        raise UserError(f"{place} lacks residual blocks of its UNet")
+    if len({len(level) for level in levels}) > 1 or any(len(set(level)) > 1 for level in levels):
+        raise UserError(f"{place} has levels of unlike blocks (a distilled or pruned model), which are not supported")
+    channels = [level[0][0] for level in levels]
+    depths = [level[0][1] for level in levels]
+    mid_depth = sizes.count("middle_block.1.transformer_blocks")
+    if depths[-1] not in (0, mid_depth) or mid_depth == 0:
+        raise UserError(f"{place} has depths {depths} and {mid_depth} in the middle, which is not supported")
+    crossed = [depth > 0 for depth in depths]
+    return {
+        **_conditioning(sizes, crossed),
+        "_class_name": unet.CLASS_NAME,
+        "act_fn": "silu",
+        "attention_head_dim": [heads or max(width // HEAD_WIDTH, 1) for width in channels],
+        "block_out_channels": channels,
+        "cross_attention_dim": sizes.axis("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
+        "down_block_types": [unet.DOWN[here] for here in crossed],
+        "in_channels": sizes.axis("input_blocks.0.0.weight", 1),
+        "layers_per_block": len(levels[0]),
+        "norm_num_groups": 32,
+        "out_channels": sizes.axis("out.2.weight", 0),
+        "transformer_layers_per_block": [depth or 1 for depth in depths[:-1]] + [mid_depth],
+        "up_block_types": [unet.UP[here] for here in reversed(crossed)],
+        "use_linear_projection": sizes.rank("middle_block.1.proj_in.weight") == 2,
+    }
+
+
+def _levels(sizes: _Shapes) -> list[list[tuple[int, int]]]:
+    """For each level its residual blocks, as (channels, depth of the transformer or 0)."""
+    levels: list[list[tuple[int, int]]] = [[]]
+    for i in range(1, sizes.count("input_blocks")):
+        if f"input_blocks.{i}.0.op.weight" in sizes:
+            levels.append([])
+            continue
+        depth = sizes.count(f"input_blocks.{i}.1.transformer_blocks")
+        levels[-1].append((sizes.axis(f"input_blocks.{i}.0.out_layers.3.weight", 0), depth))
+    return levels
+
+
+def _conditioning(sizes: _Shapes, crossed: list[bool]) -> dict[str, Any]:
+    if "label_emb.0.0.weight" in sizes:
+        return {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": unet.TIME_IDS_WIDTH,
+            "projection_class_embeddings_input_dim": sizes.axis("label_emb.0.0.weight", 1),
+        }
+    if "label_emb.weight" in sizes:  # the x4 upscaler: no self-attention but at the coarsest level
+        return {
+            "num_class_embeds": sizes.axis("label_emb.weight", 0),
+            "only_cross_attention": [True] * (len(crossed) - 1) + [False],
+        }
+    return {}
+
+
+def vae_config(shapes: Shapes, scaling_factor: float, place: object) -> dict[str, Any]:
+    """diffusers' config of an autoencoder whose original tensors have `shapes`.
+
+    Raises:
+        UserError: a tensor that says a size is missing, or there is attention outside the middle.
+    """
+    sizes = _Shapes(shapes, place)
+    levels = max(sizes.count("encoder.down"), 1)
+    if any(sizes.count(f"encoder.down.{i}.attn") for i in range(levels)):
+        raise UserError(f"{place} has attention outside its middle block, which is not supported")
+    return {
+        "_class_name": autoencoder.CLASS_NAME,
+        "act_fn": "silu",
+        "block_out_channels": [sizes.axis(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)],
+        "down_block_types": [autoencoder.DOWN] * levels,
+        "in_channels": sizes.axis("encoder.conv_in.weight", 1),
+        "latent_channels": sizes.axis("post_quant_conv.weight", 0),
+        "layers_per_block": max(sizes.count("encoder.down.0.block"), 1),
+        "norm_num_groups": 32,
+        "out_channels": sizes.axis("decoder.conv_out.weight", 0),
+        "scaling_factor": scaling_factor,
+        "up_block_types": [autoencoder.UP] * levels,
+    }
+
+
+def clip_config(shapes: Shapes, place: object) -> dict[str, Any]:
+    """The config of a CLIP text encoder under the names of transformers.
+
+    Raises:
+        UserError: a tensor that says a size is missing.
+    """
+    sizes, stem = _Shapes(shapes, place), "text_model."
+    return _text_config(
+        vocabulary=sizes.axis(f"{stem}embeddings.token_embedding.weight", 0),
+        width=sizes.axis(f"{stem}embeddings.token_embedding.weight", -1),
+        length=sizes.axis(f"{stem}embeddings.position_embedding.weight", 0),
+        layers=sizes.count("text_model.encoder.layers"),
+        feed_forward=sizes.axis(f"{stem}encoder.layers.0.mlp.fc1.weight", 0),
+        projection=None,
+    )
+
+
+def open_clip_config(shapes: Shapes, projected: bool, place: object) -> dict[str, Any]:
+    """The config of an OpenCLIP text encoder.
+
+    Without `projected` (Stable Diffusion 2) what is used ends with the last layer but one. A file holds the layer
+    after it exactly where it holds the projection, which is not used either.
+
+    Raises:
+        UserError: a tensor that says a size is missing.
+    """
+    sizes = _Shapes(shapes, place)
+    layers = sizes.count("transformer.resblocks")
+    return _text_config(
+        vocabulary=sizes.axis("token_embedding.weight", 0),
+        width=sizes.axis("token_embedding.weight", -1),
+        length=sizes.axis("positional_embedding", 0),
+        layers=layers - 1 if not projected and "text_projection" in sizes else layers,
+        feed_forward=sizes.axis("transformer.resblocks.0.mlp.c_fc.weight", 0),
+        projection=sizes.axis("text_projection", -1) if projected else None,
+        activation="gelu",
+    )
+
+
+def _text_config(
+    vocabulary: int,
+    width: int,
+    length: int,
+    layers: int,
+    feed_forward: int,
+    projection: int | None,
+    activation: str = "quick_gelu",
+) -> dict[str, Any]:
+    """CLIP's last two tokens are its begin and end of text (openai/CLIP simple_tokenizer.py)."""
+    return ({} if projection is None else {"projection_dim": projection}) | {
+        "architectures": [clip.PLAIN if projection is None else clip.PROJECTED],
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "hidden_act": activation,
+        "hidden_size": width,
+        "intermediate_size": feed_forward,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": length,
+        "model_type": "clip_text_model",
+        "num_attention_heads": max(width // HEAD_WIDTH, 1),
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+    }
