@@ -13,114 +13,24 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers_loop import (
+    CLASSES,
+    LATENT,
+    ON_TIMESTEPS,
+    SHAPE,
+    SWITCHES,
+    compare,
+    config_of,
+    model,
+    ours,
+    scheduler_of,
+    theirs,
+)
 from table_loop import walk
 
 from sdjax.core.errors import UserError
 from sdjax.diffusion.samplers import SamplerOptions, make_table, sampler_of, schedule_of, start_of
-
-SHAPE = (2, 4, 4, 3)
-CLASSES = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "plms": "PNDMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpm2": "KDPM2DiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "dpm2_a": "KDPM2AncestralDiscreteScheduler",
-    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
-    "dpmpp_2s": "DPMSolverSinglestepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "deis": "DEISMultistepScheduler",
-    "lcm": "LCMScheduler",
-    "tcd": "TCDScheduler",
-}
-VARIANCE_PRESERVING = (
-    *("ddpm", "ddim", "plms", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc", "deis"),
-    *("lcm", "tcd"),
-)
-SWITCHES = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
-ON_TIMESTEPS = ("ddpm", "ddim", "plms", "euler_a", "lcm", "tcd")
-LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
-
-
-def model(x: np.ndarray, t: float) -> np.ndarray:
-    """Nonlinear in x, and different at every timestep."""
-    return np.tanh(x * (0.3 + t / 1500.0)) + 0.1 * np.cos(5.0 * x + t / 90.0)
-
-
-def scheduler_of(config: dict):
-    accepted = {k: v for k, v in config.items() if not k.startswith("_")}
-    return getattr(diffusers, config["_class_name"]).from_config(accepted)
-
-
-def theirs(scheduler, steps: int, noise: np.ndarray, eta: float, x=None, begin: int = 0, told=None):
-    """diffusers' own loop; x after every step. told: timesteps for the network in place of the scheduler's."""
-    scheduler.set_timesteps(steps)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(begin)
-    generator = torch.Generator().manual_seed(7)
-    x = torch.from_numpy(noise) * scheduler.init_noise_sigma if x is None else torch.from_numpy(x)
-    accepted = inspect.signature(scheduler.step).parameters
-    extra = {"eta": eta} if "eta" in accepted else {}
-    if "generator" in accepted and "s_churn" not in accepted:
-        extra["generator"] = generator
-    drawn = "variance_noise" in accepted and scheduler.config.get("algorithm_type", "").startswith("sde")
-    out = []
-    for i, t in enumerate(scheduler.timesteps[begin:]):
-        scaled = scheduler.scale_model_input(x, t)
-        output = torch.from_numpy(model(scaled.double().numpy(), float(t if told is None else told[i])))
-        if drawn:  # left alone it would draw in float32
-            extra["variance_noise"] = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
-        x = scheduler.step(output, t, x, **extra).prev_sample
-        out.append(x.double().numpy())
-    return out
-
-
-def ours(config: dict, steps: int, noise: np.ndarray, eta: float):
-    sampler = sampler_of(config)
-    options = SamplerOptions.from_scheduler_config(config)
-    changes = {"eta": eta} if sampler in ("ddim", "tcd") else {}
-    table = make_table(sampler, schedule_of(config), steps, options, **changes)
-    generator = torch.Generator().manual_seed(7)
-
-    def noises(_: int) -> np.ndarray:
-        return torch.randn(SHAPE, generator=generator, dtype=torch.float64).numpy()
-
-    trajectory = list(walk(table, model, noise * float(table.first_scale), options.prediction_type, noises))
-    if sampler in VARIANCE_PRESERVING:
-        trajectory = [x / np.sqrt(1.0 + table.sigma_next[i] ** 2) for i, x in enumerate(trajectory)]
-    return table, trajectory
-
-
-def compare(config: dict, steps: int, eta: float = 0.0, tolerance: float = 5e-5):
-    noise = np.random.default_rng(0).standard_normal(SHAPE)
-    scheduler = scheduler_of(config)
-    table, got = ours(config, steps, noise, eta)
-    n = int(table.active.sum())
-    expected = theirs(scheduler, steps, noise, eta, told=table.timestep)
-    assert n == len(scheduler.timesteps)
-    wrong = np.abs(table.timestep[:n] - scheduler.timesteps.double().numpy())
-    if config.get("use_exponential_sigmas") or config.get("use_beta_sigmas"):
-        # diffusers truncates after rounding in float32: 999 may have become 998.
-        assert wrong[0] in (0.0, 1.0) or wrong[0] < 2e-3
-        wrong[0] = 0.0
-    assert wrong.max() < 2e-3
-    if sampler_of(config) not in VARIANCE_PRESERVING:
-        np.testing.assert_allclose(table.first_scale, float(scheduler.init_noise_sigma), rtol=1e-6)
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        error = np.abs(a - b).max() / np.abs(b).max()
-        # From 2.6 to 0.029 in one step of five under beta, float32 levels weigh a hundred times as much.
-        assert error < (3e-4 if config.get("use_beta_sigmas") else tolerance), (
-            f"row {i} of {n}: relative error {error:.2g}"
-        )
-
-
-def config_of(sampler: str, **settings) -> dict:
-    sde = {"algorithm_type": "sde-dpmsolver++"} if sampler == "dpmpp_2m_sde" else {}
-    return {"_class_name": CLASSES[sampler], **LATENT, **sde, **settings}
+from sdjax.diffusion.schedule import make_schedule
 
 
 def combinations():
@@ -284,8 +194,11 @@ def test_another_sampler_keeps_what_the_file_says_and_its_own_defaults():
         scheduler = getattr(diffusers, class_name).from_config(stable_diffusion)
         for name in SamplerOptions.__dataclass_fields__:
             known = name in inspect.signature(type(scheduler).__init__).parameters and name != "beta_schedule"
-            if known and scheduler.config[name] is not None and name != "variance_type":
-                assert getattr(options, name) == scheduler.config[name], (sampler, name)
+            another = name == "variance_type" or (name == "algorithm_type" and sampler in ("dpmpp_2m_sde", "deis"))
+            if known and scheduler.config[name] is not None and not another:
+                theirs_says = scheduler.config[name]
+                expected = tuple(theirs_says) if isinstance(theirs_says, list) else theirs_says
+                assert getattr(options, name) == expected, (sampler, name)
 
 
 @pytest.mark.parametrize(
@@ -303,3 +216,85 @@ def test_another_sampler_keeps_what_the_file_says_and_its_own_defaults():
 def test_unknown_settings_are_named(config, says):
     with pytest.raises(UserError, match=f"unknown {says}.*choose one of"):
         SamplerOptions.from_scheduler_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "sampler", "expected"),
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m", {"algorithm_type": "dpmsolver++"}),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
+            "dpmpp_2m_sde",
+            {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun", "eta": 1.0},
+        ),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            "dpmpp_3m_sde",
+            {"solver_order": 3, "solver_type": "heun", "lower_order_final": False, "eta": 1.0},
+        ),
+        ({"_class_name": "KDPM2AncestralDiscreteScheduler"}, "dpm2_a", {"eta": 1.0}),
+        (
+            {"_class_name": "DPMSolverSDEScheduler", "use_karras_sigmas": True},
+            "dpmpp_sde",
+            {"sigma_schedule": "karras"},
+        ),
+        (
+            {"_class_name": "DEISMultistepScheduler", "algorithm_type": "dpmsolver++", "solver_type": "bh2"},
+            "deis",
+            {"solver_type": "logrho", "final_sigmas_type": "sigma_min"},
+        ),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "solver_type": "midpoint", "disable_corrector": [0]},
+            "unipc",
+            {"solver_type": "bh2", "disable_corrector": (0,)},
+        ),
+        (
+            {"_class_name": "DPMSolverSinglestepScheduler", "timestep_spacing": "leading", "use_beta_sigmas": True},
+            "dpmpp_2s",
+            {"timestep_spacing": "linspace", "lower_order_final": False, "sigma_schedule": "beta"},
+        ),
+        ({"_class_name": "LCMScheduler", "timestep_scaling": 5.0}, "lcm", {"timestep_scaling": 5.0}),
+        ({"_class_name": "TCDScheduler", "thresholding": True}, "tcd", {"eta": 0.3, "thresholding": False}),
+    ],
+)
+def test_classes_name_their_samplers(config, sampler, expected):
+    assert sampler_of(config) == sampler
+    options = SamplerOptions.from_scheduler_config(config)
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+def test_a_named_sampler_is_itself_whatever_algorithm_the_file_names():
+    file = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
+    assert SamplerOptions.from_scheduler_config(file, "dpmpp_2m").algorithm_type == "dpmsolver++"
+    file["algorithm_type"] = "dpmsolver"
+    assert SamplerOptions.from_scheduler_config(file, "dpmpp_2m").algorithm_type == "dpmsolver"
+    assert SamplerOptions.from_scheduler_config(file, "dpmpp_2m_sde").algorithm_type == "sde-dpmsolver++"
+
+
+@pytest.mark.parametrize("class_name", [*CLASSES.values(), "DPMSolverSDEScheduler"])
+def test_noise_schedules_of_bare_classes(class_name):
+    """Each class's default betas, and whether it follows rescale_betas_zero_snr; its own table, to float32."""
+    for settings in ({}, {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}):
+        if class_name == "DPMSolverSDEScheduler":  # cannot be made without torchsde: its documented defaults
+            expected = make_schedule("scaled_linear" if settings else "linear").alphas_cumprod
+        else:
+            scheduler = getattr(diffusers, class_name).from_config(settings)
+            expected = scheduler.alphas_cumprod.numpy()
+        got = schedule_of({"_class_name": class_name, **settings}).alphas_cumprod
+        np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of use_karras_sigmas, use_beta_sigmas"),
+        ({"use_lu_lambdas": True}, "unknown use_lu_lambdas"),
+        ({"solver_order": 4}, "unknown solver_order '?4'?; choose one of: 1, 2, 3"),
+        ({"lambda_min_clipped": "low"}, "lambda_min_clipped 'low' is not a number"),
+        ({"steps_offset": "one"}, "steps_offset 'one': must be of type int"),
+        ({"thresholding": 3}, "thresholding 3: must be of type bool"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, says):
+    with pytest.raises(UserError, match=says):
+        SamplerOptions.from_scheduler_config({"_class_name": "DPMSolverMultistepScheduler", **settings})

@@ -8,7 +8,8 @@ import pytest
 
 from sdjax.core.errors import UserError
 from sdjax.diffusion.samplers import SamplerOptions
-from sdjax.diffusion.samplers.spacing import sigma_levels, spaced_timesteps
+from sdjax.diffusion.samplers.noise_levels import SIGMA_SCHEDULES
+from sdjax.diffusion.samplers.spacing import sigma_levels, solver_levels, spaced_timesteps
 from sdjax.diffusion.schedule import make_schedule, sigma_to_abar, sigma_to_timestep, timestep_to_sigma
 
 # name, beta_start, beta_end: beta_0, beta_999, abar_0, abar_500, abar_999, sigma_min, sigma_max, in float64 from the
@@ -84,3 +85,67 @@ def test_levels_of_stable_diffusion():
 def test_mistakes_are_named(arguments, says):
     with pytest.raises(UserError, match=says):
         make_schedule(*arguments)
+
+
+def levels_of(name: str, steps: int) -> np.ndarray:
+    return sigma_levels(make_schedule(), steps, SamplerOptions(sigma_schedule=name)).sigmas
+
+
+def test_simple_takes_every_nth_level():
+    """ComfyUI, comfy/samplers.py, simple_scheduler: sigmas[-(1 + int(x * T / n))], here counted out for n = 7."""
+    whole = make_schedule().sigmas
+    assert levels_of("simple", 7).tolist() == [*whole[[999, 857, 714, 571, 428, 285, 142]], 0.0]
+    told = sigma_levels(make_schedule(), 7, SamplerOptions(sigma_schedule="simple")).timesteps
+    np.testing.assert_allclose(told, [999, 857, 714, 571, 428, 285, 142], atol=1e-9)
+
+
+def test_sgm_uniform_leaves_out_the_last_of_one_more():
+    """ComfyUI's normal_scheduler(sgm=True), A1111's sgm_uniform: linspace(999, 0, n + 1), log sigma interpolated."""
+    whole = np.log(make_schedule().sigmas)
+    # n = 4: 999, 749.25, 499.5, 249.75
+    expected = [whole[999], 0.75 * whole[749] + 0.25 * whole[750], (whole[499] + whole[500]) / 2]
+    expected.append(0.25 * whole[249] + 0.75 * whole[250])
+    np.testing.assert_allclose(levels_of("sgm_uniform", 4), [*np.exp(expected), 0.0], rtol=1e-12)
+
+
+def test_kl_optimal_is_even_in_arctangent():
+    """ComfyUI's kl_optimal_scheduler, after Sabour et al. 2024, theorem 3.1."""
+    levels = levels_of("kl_optimal", 9)
+    angles = np.arctan(levels[:-1])
+    np.testing.assert_allclose(np.diff(angles), (angles[-1] - angles[0]) / 8, rtol=1e-9)
+    np.testing.assert_allclose(levels[[0, 8, 9]], [14.614641, 0.0291672, 0.0], rtol=5e-6)
+
+
+def test_align_your_steps_are_the_published_ten():
+    published = diffusers.schedulers.AysSchedules
+    assert levels_of("ays", 10) == pytest.approx(published["StableDiffusionSigmas"], rel=1e-12)
+    assert levels_of("ays_sdxl", 10) == pytest.approx(published["StableDiffusionXLSigmas"], rel=1e-12)
+    timesteps = sigma_levels(make_schedule(), 10, SamplerOptions(sigma_schedule="ays")).timesteps
+    np.testing.assert_allclose(timesteps, published["StableDiffusionTimesteps"], atol=1.0)
+
+
+def test_align_your_steps_interpolates_in_log():
+    """Twice the steps: every other level is a published one, those between are geometric means; 0.029 is the last."""
+    twenty, ten = levels_of("ays", 20), levels_of("ays", 10)
+    np.testing.assert_allclose(twenty[:20:2], ten[:10], rtol=1e-12)
+    np.testing.assert_allclose(twenty[1:19:2], np.sqrt(ten[:9] * ten[1:10]), rtol=1e-12)
+    np.testing.assert_allclose(twenty[[19, 20]], [np.sqrt(0.152 * 0.029), 0.0], rtol=1e-12)
+
+
+def test_align_your_steps_is_for_stable_diffusion():
+    with pytest.raises(
+        UserError, match=r"schedule 'ays' is made for noise levels of 0\.029 to 14\.615, this checkpoint's"
+    ):
+        sigma_levels(make_schedule("linear", 1000, 1e-4, 0.02), 10, SamplerOptions(sigma_schedule="ays"))
+
+
+@pytest.mark.parametrize("name", SIGMA_SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 10, 37])
+def test_levels_fall_from_the_greatest(name, steps):
+    # One step of linspace is at timestep 0, as in diffusers: Euler's kin have no range then.
+    for levels in (sigma_levels, solver_levels) if steps > 1 else (solver_levels,):
+        sigmas, timesteps = levels(make_schedule(), steps, SamplerOptions(sigma_schedule=name))
+        assert sigmas[0] == pytest.approx(14.6146, rel=1e-4)
+        assert np.all(np.diff(sigmas) < 0.0)
+        assert len(timesteps) == steps
+        assert np.all(np.diff(timesteps) <= 0.0)

@@ -137,7 +137,7 @@ _SIGMA_FAMILY = (*_SPACED, *_SIGMAS)
 _ORDERS = ("solver_order", "solver_type", "lower_order_final", *_THRESHOLD, *_SIGMAS)
 _SOLVER = ("algorithm_type", "final_sigmas_type", "lambda_min_clipped", *_ORDERS)
 _MULTISTEP = (*_SPACED, *_SOLVER, "euler_at_final", "beta_schedule")
-_CONSISTENCY = ("prediction_type", "original_inference_steps", "timesteps")
+_CONSISTENCY = (*_SPACED, "original_inference_steps", "timesteps")
 _LEADING: dict[str, Any] = {"timestep_spacing": "leading"}
 _ANCESTRAL: dict[str, Any] = {"eta": 1.0}
 _SDE = "sde-dpmsolver++"
@@ -187,8 +187,8 @@ _CLASSES: dict[str, _Class] = {
     "deis": _Class(
         "DEISMultistepScheduler", {"solver_type": "logrho", "final_sigmas_type": "sigma_min"}, (*_SPACED, *_ORDERS)
     ),
-    "lcm": _Class("LCMScheduler", {}, (*_CONSISTENCY, *_CLIP, *_THRESHOLD, "timestep_scaling")),
-    "tcd": _Class("TCDScheduler", {"eta": 0.3}, _CONSISTENCY),
+    "lcm": _Class("LCMScheduler", _LEADING, (*_CONSISTENCY, *_CLIP, *_THRESHOLD, "timestep_scaling")),
+    "tcd": _Class("TCDScheduler", {**_LEADING, "eta": 0.3}, _CONSISTENCY),
 }
 
 # Settings whose other values change the picture and which no sampler here follows.

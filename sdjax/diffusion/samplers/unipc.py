@@ -45,7 +45,6 @@ def unipc(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -
 def _predictor(sigmas: np.ndarray, i: int, order: int, options: SamplerOptions) -> tuple[float, list[float]]:
     """Weights of the corrected x and of the predictions, newest first, for the step from level i (UniP, eq. 9)."""
     of_x, scale, h = _linear(sigmas[i], sigmas[i + 1], options)
-    value = -scale * np.expm1(h)
     if order == 1 or sigmas[i + 1] == 0.0 or h == 0.0:
         return of_x, [1.0 - of_x if options.predict_x0 else float(sigmas[i + 1] - sigmas[i])]
     ratios = _ratios(sigmas, i, order, h, options)
@@ -53,7 +52,7 @@ def _predictor(sigmas: np.ndarray, i: int, order: int, options: SamplerOptions) 
     # At order 2 the paper's closed form takes the place of the linear system.
     rho = np.array([0.5]) if order == 2 else np.linalg.solve(matrix[:-1, :-1], right[:-1])
     slopes = -scale * b * rho / ratios
-    return of_x, [float(value - slopes.sum()), *slopes.tolist()]
+    return of_x, [float(-scale * np.expm1(h) - slopes.sum()), *slopes.tolist()]
 
 
 def _corrector(sigmas: np.ndarray, i: int, order: int, options: SamplerOptions) -> np.ndarray:
