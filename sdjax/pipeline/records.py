@@ -1,8 +1,15 @@
-"""Pictures as files that say how they were made: A1111's `parameters` text in the PNG and a JSON beside it."""
+"""Pictures as files that say how they were made: A1111's `parameters` and an exact record in the PNG, a JSON beside it.
+
+A1111's text is that of modules/processing.py (create_infotext) and modules/infotext_utils.py of
+AUTOMATIC1111/stable-diffusion-webui.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +19,14 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdjax.core.errors import UserError
+from sdjax.core.errors import UserError, unknown
+from sdjax.data.pictures import UNREADABLE
 
-# What A1111's web UI, and with it every tool that reads its text, calls the samplers.
+# The text chunk that holds the record as JSON, word for word.
+CHUNK = "sdjax"
+NEGATIVE = "Negative prompt:"
+
+# What A1111's web UI and its forks, and with them every tool that reads their text, call the samplers ...
 SAMPLER_LABELS = {
     "ddpm": "DDPM",
     "ddim": "DDIM",
@@ -23,45 +35,174 @@ SAMPLER_LABELS = {
     "euler_a": "Euler a",
     "heun": "Heun",
     "dpm2": "DPM2",
+    "dpm2_a": "DPM2 a",
     "lms": "LMS",
     "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "dpmpp_2s": "DPM++ 2S",
+    "dpmpp_2s_a": "DPM++ 2S a",
+    "dpmpp_sde": "DPM++ SDE",
+    "unipc": "UniPC",
+    "deis": "DEIS",
+    "lcm": "LCM",
+    "tcd": "TCD",
 }
+# ... and the noise schedules; the first three are diffusers' timestep spacings, which it does not know.
+SCHEDULE_LABELS = {
+    "leading": "Leading",
+    "linspace": "Linspace",
+    "trailing": "Trailing",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+    "sgm_uniform": "SGM Uniform",
+    "simple": "Simple",
+    "ays": "Align Your Steps",
+    "ays_sdxl": "Align Your Steps XL",
+    "kl_optimal": "KL Optimal",
+}
+# Its other names for evenly spaced timesteps, and what it takes where the schedule is "Automatic".
+UNIFORM = ("uniform", "normal")
+AUTOMATIC = {
+    **dict.fromkeys(("dpm2", "dpm2_a", "dpmpp_2m", "dpmpp_2s_a", "dpmpp_sde"), "karras"),
+    **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential"),
+}
+
+# A name, which may hold blanks and hyphens, and a value up to a comma, or a JSON string.
+SETTING = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"(?=\s*(?:,|$))|[^,]*)')
+SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
+# A1111's own least number of settings for a last line to be one of settings.
+FEWEST_SETTINGS = 3
+
+NUMBERS = {"Steps": "steps", "Seed": "seed", "Image index": "index"}
+REALS = {
+    "CFG scale": "guidance_scale",
+    "CFG Rescale": "guidance_rescale",
+    "Eta": "eta",
+    "Eta DDIM": "eta",
+    "Denoising strength": "strength",
+}
+FOLLOWED = {*NUMBERS, *REALS, "Sampler", "Schedule type", "Size", "Model", "Clip skip", "RNG", "Version"}
+
+# The types of what a record of ours holds; other fields are taken as they are.
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("prompt", "sampler", "model", "checkpoint"), (str,)),
+    **dict.fromkeys(("negative_prompt", "schedule"), (str, type(None))),
+    **dict.fromkeys(("steps", "seed", "index", "width", "height"), (int,)),
+    **dict.fromkeys(("guidance_scale", "guidance_rescale"), (int, float)),
+    **dict.fromkeys(("eta", "strength"), (int, float, type(None))),
+}
+
+logger = logging.getLogger("sdjax")
 
 
 def parameters(record: Mapping[str, Any]) -> str:
     """A record as A1111 writes it: the prompt, the negative prompt, then a line of settings.
 
     Args:
-        record: prompt, negative_prompt, index, model, and the fields of `Settings`.
+        record: prompt, and any of negative_prompt, index, model, clip_skip, rng and the fields of `Settings`.
     """
+    get = record.get
     settings = {
-        "Steps": record["steps"],
-        "Sampler": SAMPLER_LABELS.get(record["sampler"], record["sampler"]),
-        "Schedule type": record["schedule"] and record["schedule"].capitalize(),
-        "CFG scale": f"{record['guidance_scale']:g}",
-        "CFG Rescale": f"{record['guidance_rescale']:g}" if record["guidance_rescale"] else None,
-        "Eta": record["eta"],
-        "Seed": record["seed"],
-        "Image index": record["index"],
-        "Size": f"{record['width']}x{record['height']}",
-        "Model": record["model"],
-        "Denoising strength": record["strength"],
+        "Steps": get("steps"),
+        "Sampler": SAMPLER_LABELS.get(get("sampler", ""), get("sampler")),
+        "Schedule type": SCHEDULE_LABELS.get(get("schedule") or "", get("schedule")),
+        "CFG scale": f"{record['guidance_scale']:g}" if "guidance_scale" in record else None,
+        "CFG Rescale": f"{record['guidance_rescale']:g}" if get("guidance_rescale") else None,
+        "Eta": get("eta"),
+        "Seed": get("seed"),
+        "Image index": get("index"),
+        "Size": f"{record['width']}x{record['height']}" if "width" in record and "height" in record else None,
+        "Model": get("model"),
+        "Denoising strength": get("strength"),
+        # There 1 is none, and 2 leaves out one layer.
+        "Clip skip": get("clip_skip") + 1 if get("clip_skip") else None,
+        "RNG": "CPU" if get("rng") == "torch" else None,
     }
     lines = [record["prompt"]]
-    if record["negative_prompt"]:
-        lines.append(f"Negative prompt: {record['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
+    if get("negative_prompt"):
+        lines.append(f"{NEGATIVE} {record['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None))
     return "\n".join(lines)
 
 
+def read_parameters(path: str | Path) -> dict[str, Any]:
+    """What a PNG says of how it was made: the exact record of a picture of ours, else A1111's text in our names.
+
+    Every value comes from the file and is as trustworthy as it: numbers may be out of range, a checkpoint or a given
+    picture may be any path. The picture itself is not decoded.
+
+    Args:
+        path: a PNG; its text chunks may hold a megabyte each (Pillow's limit).
+
+    Returns:
+        Of a picture of ours, the record that was written. Else prompt, negative_prompt and whatever is there of steps,
+        sampler, schedule, guidance_scale, guidance_rescale, eta, seed, index, width, height, model, strength, clip_skip
+        (layers left out, one less than there) and rng ("torch" for CPU).
+
+    Raises:
+        UserError: the file cannot be read, says nothing, or says something of another type than it must have; or its
+            sampler or schedule is not known here.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            texts = {name: str(image.info[name]) for name in (CHUNK, "parameters") if name in image.info}
+    except UNREADABLE as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no PNG, or a damaged one"
+        raise UserError(f"cannot read the settings of {path}: {reason}") from error
+    if CHUNK in texts:
+        return _checked(_parsed_json(texts[CHUNK], path), path)
+    if "parameters" in texts:
+        return _checked(parse_parameters(texts["parameters"], str(path)), path)
+    raise UserError(f"{path} does not say how it was made: it has neither a {CHUNK} nor a parameters text")
+
+
+def parse_parameters(text: str, place: str) -> dict[str, Any]:
+    """A1111's text in our names; see `read_parameters`. Settings that have none here are told to the log.
+
+    Args:
+        text: the prompt, "Negative prompt:" and it, and a line of settings, each of which may be missing.
+        place: what an error names.
+
+    Raises:
+        UserError: a number is none, or a sampler or schedule is not known.
+    """
+    *lines, last = text.strip().split("\n")
+    settings = _settings(last)
+    if len(settings) < FEWEST_SETTINGS:
+        lines, settings = [*lines, last], {}
+    prompt, negative = _prompts(lines)
+    record: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
+    record |= {ours: _number(int, settings[name], name, place) for name, ours in NUMBERS.items() if name in settings}
+    record |= {ours: _number(float, settings[name], name, place) for name, ours in REALS.items() if name in settings}
+    if size := SIZE.fullmatch(settings.get("Size", "")):
+        record["width"], record["height"] = int(size[1]), int(size[2])
+    if "Model" in settings:
+        record["model"] = settings["Model"]
+    if "Clip skip" in settings:
+        record["clip_skip"] = max(0, _number(int, settings["Clip skip"], "Clip skip", place) - 1)
+    if settings.get("RNG") == "CPU":
+        record["rng"] = "torch"
+    if "Sampler" in settings:
+        record["sampler"], schedule = _sampler(settings["Sampler"], settings.get("Schedule type"), place)
+        record |= {} if schedule is None else {"schedule": schedule}
+    if any(name.startswith("Hires") for name in settings):
+        record.pop("strength", None)  # it is then that of the second pass
+    if left := [f"{name}: {value}" for name, value in settings.items() if name not in FOLLOWED]:
+        logger.warning("%s: not followed: %.200s", place, ", ".join(left))
+    return record
+
+
 def write_picture(path: Path, image: UInt8[np.ndarray, "h w 3"], record: Mapping[str, Any]) -> None:
-    """Writes `path`, a PNG, and the record as JSON under the same name.
+    """Writes `path`, a PNG with all of the record inside, and the record as JSON under the same name.
 
     Raises:
         UserError: one of the two exists, or the folder cannot be written.
     """
     text = PngInfo()
     text.add_text("parameters", parameters(record))
+    text.add_text(CHUNK, json.dumps(record))
     _write_png(path, image, text)
     with _new(path.with_suffix(".json")) as file:
         file.write((json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
@@ -118,3 +259,100 @@ def _new(path: Path) -> Any:
         raise UserError(f"{path} exists and is left as it is") from error
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _quoted(value: Any) -> str:
+    """A value; as a JSON string where it would not end where it ends."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',\n:"') else text
+
+
+def _settings(line: str) -> dict[str, str]:
+    """The settings of a line; pieces between commas that are none are left out."""
+    found, at = {}, 0
+    while at < len(line):
+        match = SETTING.match(line, at)
+        if match:
+            name, value = match.groups()
+            found[name] = _unquoted(value.strip())
+        comma = line.find(",", match.end() if match else at)
+        at = len(line) if comma < 0 else comma + 1
+    return found
+
+
+def _unquoted(value: str) -> str:
+    if not value.startswith('"'):
+        return value
+    try:
+        text = json.loads(value)
+    except ValueError:
+        return value
+    return text if isinstance(text, str) else value
+
+
+def _prompts(lines: list[str]) -> tuple[str, str]:
+    """The prompt, and the negative one that begins with the first line that says so."""
+    lines = [line.strip() for line in lines]
+    first = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
+    negative = "\n".join(lines[first:]).removeprefix(NEGATIVE).strip()
+    return "\n".join(lines[:first]), negative
+
+
+def _sampler(label: str, schedule: str | None, place: str) -> tuple[str, str | None]:
+    """Our names; until 2024 A1111 wrote the schedule as the end of the sampler's name."""
+    samplers = {text.casefold(): name for name, text in SAMPLER_LABELS.items()} | {
+        name: name for name in SAMPLER_LABELS
+    }
+    schedules = {text.casefold(): name for name, text in SCHEDULE_LABELS.items()}
+    schedules |= {name: name for name in SCHEDULE_LABELS} | dict.fromkeys(UNIFORM, "linspace")
+    name = label.casefold()
+    if name not in samplers:
+        ending = next((text for text in schedules if name.endswith(f" {text}")), "")
+        name, schedule = name.removesuffix(f" {ending}"), schedule or ending
+    if name not in samplers:
+        raise unknown("sampler", label[:80], SAMPLER_LABELS, place)
+    name = samplers[name]
+    if schedule is None:
+        return name, None
+    if schedule.casefold() == "automatic":
+        return name, AUTOMATIC.get(name)
+    if schedule.casefold() not in schedules:
+        raise unknown("schedule", schedule[:80], SCHEDULE_LABELS, place)
+    return name, schedules[schedule.casefold()]
+
+
+def _number(kind: type[int] | type[float], text: str, name: str, place: str) -> Any:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{name} {text[:80]!r} in {place} is not {'an integer' if kind is int else 'a number'}")
+    return number
+
+
+def _parsed_json(text: str, path: str | Path) -> dict[str, Any]:
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        record = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the {CHUNK} text of {path} is damaged: it is not JSON") from error
+    if not isinstance(record, dict) or "prompt" not in record:
+        raise UserError(f"the {CHUNK} text of {path} is damaged: it is no record of a picture")
+    return record
+
+
+def _checked(record: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    for name, types in TYPES.items():
+        value = record.get(name)
+        if name in record and (not isinstance(value, types) or isinstance(value, bool)):
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            raise UserError(f"{name} {str(value)[:80]!r} in {path} is not of type {wanted}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} {value!r} in {path} is not a number")
+    for kind, labels in (("sampler", SAMPLER_LABELS), ("schedule", SCHEDULE_LABELS)):
+        if record.get(kind) is not None and record[kind] not in labels:
+            raise unknown(kind, record[kind][:80], labels, str(path))
+    return record
