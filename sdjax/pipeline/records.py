@@ -117,7 +117,7 @@ def parameters(record: Mapping[str, Any]) -> str:
         "Model": get("model"),
         "Denoising strength": get("strength"),
         # There 1 is none, and 2 leaves out one layer.
-        "Clip skip": get("clip_skip") + 1 if get("clip_skip") else None,
+        "Clip skip": record["clip_skip"] + 1 if get("clip_skip") else None,
         "RNG": "CPU" if get("rng") == "torch" else None,
     }
     lines = [record["prompt"]]
@@ -300,9 +300,8 @@ def _prompts(lines: list[str]) -> tuple[str, str]:
 
 def _sampler(label: str, schedule: str | None, place: str) -> tuple[str, str | None]:
     """Our names; until 2024 A1111 wrote the schedule as the end of the sampler's name."""
-    samplers = {text.casefold(): name for name, text in SAMPLER_LABELS.items()} | {
-        name: name for name in SAMPLER_LABELS
-    }
+    samplers = {text.casefold(): name for name, text in SAMPLER_LABELS.items()}
+    samplers |= {name: name for name in SAMPLER_LABELS}
     schedules = {text.casefold(): name for name, text in SCHEDULE_LABELS.items()}
     schedules |= {name: name for name in SCHEDULE_LABELS} | dict.fromkeys(UNIFORM, "linspace")
     name = label.casefold()
