@@ -12,6 +12,9 @@ from sdjax.core.errors import UserError, unknown
 TERMINAL_ABAR = 2.0**-24
 """Stands for a terminal abar of zero where sigma must be finite (diffusers, scheduling_euler_discrete.py)."""
 
+LEAST_SIGNAL = 1e-15
+"""Below it (sigma of 3e7) differences of noise levels are lost to rounding."""
+
 
 class Schedule(NamedTuple):
     """The variances of the forward process, one entry a training timestep.
@@ -59,7 +62,7 @@ def make_schedule(
         zero_terminal_snr: rescale so that the last step is pure noise (Lin et al. 2024, algorithm 1).
 
     Raises:
-        UserError: unknown name, or betas that are not in (0, 1).
+        UserError: unknown name, betas that are not in (0, 1), or noise levels that leave no signal or are none.
     """
     if name not in _BETAS:
         raise unknown("noise schedule", name, _BETAS)
@@ -70,6 +73,11 @@ def make_schedule(
         )
     betas = _BETAS[name](num_timesteps, beta_start, beta_end)
     schedule = Schedule(betas, np.cumprod(1.0 - betas))
+    if not schedule.alphas_cumprod[-1] > LEAST_SIGNAL or not schedule.alphas_cumprod[0] < 1.0:
+        raise UserError(
+            f"noise schedule {name!r} of {num_timesteps} timesteps, {beta_start} to {beta_end}: its noise levels "
+            "are beyond what can be computed"
+        )
     return rescale_zero_terminal_snr(schedule) if zero_terminal_snr else schedule
 
 

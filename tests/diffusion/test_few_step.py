@@ -73,8 +73,8 @@ def test_timesteps_of_ones_own(sampler):
     noise = np.random.default_rng(0).standard_normal(SHAPE)
     rng = np.random.default_rng(1)
     drawn = [rng.standard_normal(SHAPE) for _ in timesteps]
-    options = SamplerOptions.from_scheduler_config({**config, "timesteps": timesteps})
-    table = make_table(sampler, schedule_of(config), 4, options, eta=0.0)
+    options = SamplerOptions.from_scheduler_config(config)
+    table = make_table(sampler, schedule_of(config), 4, options, timesteps=timesteps, eta=0.0)
     assert table.timestep[:4].tolist() == list(timesteps)
     if sampler == "tcd":  # with gamma 0 nothing is drawn
         expected = theirs(scheduler, 4, noise, 0.0)

@@ -39,6 +39,8 @@ def combinations():
             if spacing in SWITCHES and sampler in ON_TIMESTEPS:
                 continue
             for prediction in ("epsilon", "v_prediction", "sample"):
+                if spacing in ("exponential", "beta") and prediction != "epsilon":
+                    continue  # levels do not depend on it
                 if prediction == "sample" and sampler in ("plms", "euler_a", "dpm2", "dpm2_a"):
                     continue  # diffusers has not implemented these
                 yield sampler, spacing, prediction
@@ -292,9 +294,43 @@ def test_noise_schedules_of_bare_classes(class_name):
         ({"solver_order": 4}, "unknown solver_order '?4'?; choose one of: 1, 2, 3"),
         ({"lambda_min_clipped": "low"}, "lambda_min_clipped 'low' is not a number"),
         ({"steps_offset": "one"}, "steps_offset 'one': must be of type int"),
+        ({"sample_max_value": float("nan")}, "sample_max_value nan: must be a number"),
         ({"thresholding": 3}, "thresholding 3: must be of type bool"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, says):
     with pytest.raises(UserError, match=says):
         SamplerOptions.from_scheduler_config({"_class_name": "DPMSolverMultistepScheduler", **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps 1000000000: choose 1 to 100000"),
+        ({"num_train_timesteps": "many"}, "num_train_timesteps 'many'"),
+        ({"beta_start": []}, "beta_start .* is not a number"),
+        ({"beta_start": 1e-300}, "beyond what can be computed"),
+        ({"trained_betas": [0.1]}, "trained_betas is not supported"),
+    ],
+)
+def test_noise_schedules_of_damaged_files_are_named(settings, says):
+    with pytest.raises(UserError, match=says):
+        schedule_of({"_class_name": "DDIMScheduler", **settings})
+
+
+JUNK = ("x", [], {}, True, -1, 0, 0.5, 10**9, float("nan"), float("inf"), ["a"], [1, 2])
+
+
+@pytest.mark.parametrize("class_name", [*dict.fromkeys(CLASSES.values()), "DPMSolverSDEScheduler"])
+def test_damaged_files_are_refused_or_give_finite_tables(class_name):
+    fields = {*SamplerOptions.__dataclass_fields__, *SWITCHES.values(), "num_train_timesteps", "beta_start", "beta_end"}
+    for field in (*sorted(fields), "beta_schedule", "solver_p"):
+        for value in JUNK:
+            config = {"_class_name": class_name, field: value}
+            try:
+                options = SamplerOptions.from_scheduler_config(config)
+                table = make_table(sampler_of(config), schedule_of(config), 6, options)
+            except UserError:
+                continue
+            assert np.isfinite(table.weights).all(), (field, value)
+            assert np.isfinite(table.sigma).all(), (field, value)

@@ -62,7 +62,7 @@ def ddim(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
 def previous_abar(schedule: Schedule, timestep: int, options: SamplerOptions) -> float:
     """abar at a timestep; below 0 it is 1, or the first timestep's own unless set_alpha_to_one."""
     if timestep >= 0:
-        return float(np.maximum(schedule.alphas_cumprod[timestep], LEAST_ABAR))
+        return float(np.maximum(schedule.alphas_cumprod[min(timestep, schedule.num_timesteps - 1)], LEAST_ABAR))
     return 1.0 if options.set_alpha_to_one else float(schedule.alphas_cumprod[0])
 
 

@@ -66,7 +66,8 @@ def dpmpp_2m(schedule: Schedule, steps: int, options: SamplerOptions, start: int
     """DPM-Solver++ (2M), algorithm 2 of Lu et al. 2022, at any solver_order up to 3 (diffusers' DPMSolverMultistep).
 
     Lower order at both ends. What is published as the third order takes half of the second difference for the second
-    derivative: it is of second order with a smaller constant. algorithm_type "dpmsolver" makes it DPM-Solver, "sde-dpmsolver++" SDE-DPM-Solver++.
+    derivative: it is of second order with a smaller constant. algorithm_type "dpmsolver" makes it DPM-Solver,
+    "sde-dpmsolver++" SDE-DPM-Solver++.
     """
     levels = solver_levels(schedule, steps, options)
     total = len(levels.timesteps)

@@ -35,8 +35,9 @@ def euler_a(schedule: Schedule, steps: int, options: SamplerOptions, start: int)
 
 def ancestral_split(sigma: float, target: float, eta: float) -> tuple[float, float]:
     """sigma_down, where a deterministic step from sigma ends, and sigma_up, the fresh noise that leads on to target."""
-    up = min(target, eta * np.sqrt(max(target**2 * (sigma**2 - target**2), 0.0)) / sigma)
-    return float(np.sqrt(max(target**2 - up**2, 0.0))), float(up)
+    # Not by down^2 = target^2 - up^2, which cancels after a long step.
+    kept = max(1.0 - eta**2 + (eta * target / sigma) ** 2, 0.0)
+    return float(target * np.sqrt(kept)), float(target * np.sqrt(max(1.0 - kept, 0.0)))
 
 
 class Churned:

@@ -12,6 +12,8 @@ from sdjax.diffusion.samplers.noise_levels import SIGMA_SCHEDULES
 from sdjax.diffusion.schedule import Schedule, make_schedule
 
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+MOST_TIMESTEPS = 100_000
+"""More training timesteps than any model has; a damaged file must not ask for memory."""
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "timestep_spacing": TIMESTEP_SPACINGS,
@@ -104,7 +106,7 @@ class SamplerOptions:
             known["lambda_min_clipped"] = _number(known["lambda_min_clipped"], "lambda_min_clipped")
         if "solver_type" in known:
             known["solver_type"] = _own_solver_type(known["solver_type"], scheduler)
-        if "disable_corrector" in known:
+        if isinstance(known.get("disable_corrector"), list):
             known["disable_corrector"] = tuple(known["disable_corrector"])
         if known.get("algorithm_type") in scheduler.other_algorithms:
             del known["algorithm_type"]
@@ -137,7 +139,7 @@ _SIGMA_FAMILY = (*_SPACED, *_SIGMAS)
 _ORDERS = ("solver_order", "solver_type", "lower_order_final", *_THRESHOLD, *_SIGMAS)
 _SOLVER = ("algorithm_type", "final_sigmas_type", "lambda_min_clipped", *_ORDERS)
 _MULTISTEP = (*_SPACED, *_SOLVER, "euler_at_final", "beta_schedule")
-_CONSISTENCY = (*_SPACED, "original_inference_steps", "timesteps")
+_CONSISTENCY = (*_SPACED, "original_inference_steps")
 _LEADING: dict[str, Any] = {"timestep_spacing": "leading"}
 _ANCESTRAL: dict[str, Any] = {"eta": 1.0}
 _SDE = "sde-dpmsolver++"
@@ -229,7 +231,7 @@ def sampler_of(config: Mapping[str, Any]) -> str:
             return "dpmpp_2m"
         return "dpmpp_3m_sde" if config.get("solver_order") == 3 else "dpmpp_2m_sde"
     names = {row.name: sampler for sampler, row in _CLASSES.items() if row.name}
-    if class_name not in names:
+    if not isinstance(class_name, str) or class_name not in names:
         raise unknown("scheduler class", class_name, names, "scheduler_config.json")
     return names[class_name]
 
@@ -238,18 +240,22 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
     """The noise schedule that a scheduler_config.json describes, with the defaults of its class.
 
     Raises:
-        UserError: an unknown beta_schedule, or betas given one by one.
+        UserError: an unknown beta_schedule, numbers that are none or out of range, or betas given one by one.
     """
     if config.get("trained_betas") is not None:
         raise UserError("scheduler_config.json: trained_betas is not supported; choose a beta_schedule")
-    class_name = config.get("_class_name")
-    name, start, end = _BETAS.get(str(class_name), ("linear", 0.0001, 0.02))
+    class_name = str(config.get("_class_name"))
+    name, start, end = _BETAS.get(class_name, ("linear", 0.0001, 0.02))
+    total = config.get("num_train_timesteps", 1000)
+    if isinstance(total, bool) or not isinstance(total, int) or not 1 <= total <= MOST_TIMESTEPS:
+        raise UserError(f"scheduler_config.json: num_train_timesteps {total!r}: choose 1 to {MOST_TIMESTEPS}")
+    zero_snr = bool(config.get("rescale_betas_zero_snr")) and class_name in (str(None), *_ZERO_SNR)
     return make_schedule(
-        config.get("beta_schedule", name),
-        config.get("num_train_timesteps", 1000),
-        config.get("beta_start", start),
-        config.get("beta_end", end),
-        zero_terminal_snr=bool(config.get("rescale_betas_zero_snr")) and class_name in (None, *_ZERO_SNR),
+        str(config.get("beta_schedule", name)),
+        total,
+        _number(config.get("beta_start", start), "beta_start"),
+        _number(config.get("beta_end", end), "beta_end"),
+        zero_terminal_snr=zero_snr,
     )
 
 
@@ -285,10 +291,25 @@ def _number(value: Any, name: str) -> float:
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:
-    """A value of another kind than its default's, as a damaged file has it."""
-    wanted = type(default)
-    if wanted not in (bool, int, float, tuple):
+    """Refuses a value of another kind than its default's, as a damaged file has it."""
+    if name in ("sigma_min", "sigma_max", "timesteps") and value is None:
         return
-    numbers = (int, float) if wanted is float else wanted
-    if not isinstance(value, numbers) or (isinstance(value, bool) and wanted is not bool):
-        raise UserError(f"{name} {value!r}: must be of type {wanted.__name__}")
+    if name in ("disable_corrector", "timesteps"):
+        wanted, good = "integers", isinstance(value, tuple) and all(_is(int, item) for item in value)
+    elif name in ("sigma_min", "sigma_max"):
+        wanted, good = "a number above 0", _is((int, float), value) and 0.0 < value < float("inf")
+    elif isinstance(default, float):
+        endless = name in ("lambda_min_clipped", "s_tmax")
+        wanted = "a number"
+        good = _is((int, float), value) and value == value and (endless or abs(value) < float("inf"))
+    elif isinstance(default, (bool, int)):
+        wanted, good = f"of type {type(default).__name__}", _is(type(default), value)
+    else:
+        return
+    if not good:
+        raise UserError(f"{name} {value!r}: must be {wanted}")
+
+
+def _is(kind: type | tuple[type, ...], value: Any) -> bool:
+    """isinstance, where a bool is not an int."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

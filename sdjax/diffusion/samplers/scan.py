@@ -43,6 +43,7 @@ def sample(
     keys: Key[Array, " b"],
     between: Between | None = None,
     callback: Callable[[int], None] | None = None,
+    given: Float[Array, "b n h w c"] | None = None,
 ) -> Float[Array, "b h w c"]:
     """Runs a sampler's rows, in float32; the result is a clean sample in the network's coordinates.
 
@@ -53,6 +54,7 @@ def sample(
         keys: [b], one an image; the noise of row i is drawn from fold_in(key, i), whatever the batch.
         between: see `Between`; None for nothing.
         callback: called on the host with each row's number once it has run, in no certain order.
+        given: the noise of each row, n of them as the table has, in place of what the keys draw.
     """
     table = jax.tree.map(_to_device, table)
     limits = jnp.asarray(table.limits)
@@ -61,7 +63,8 @@ def sample(
     per_row = table._replace(first_scale=None, limits=None)  # pyright: ignore[reportArgumentType]
 
     def active(state: _State, row: Table, index: Int[Array, ""]) -> _State:
-        state = _step(denoise, state, row, limits, _noise(keys, index, x_init.shape[1:]))
+        noise = _noise(keys, index, x_init.shape[1:]) if given is None else given[:, index]
+        state = _step(denoise, state, row, limits, noise)
         if between is not None:
             state = state._replace(x=between(state.x, jnp.asarray(row.sigma_next), keys))
         if callback is not None:

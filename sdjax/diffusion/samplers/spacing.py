@@ -26,14 +26,17 @@ def spaced_timesteps(spacing: str, steps: int, num_timesteps: int, steps_offset:
     """`steps` descending timesteps, fractional for linspace (Lin et al. 2024, table 2; diffusers' set_timesteps).
 
     Raises:
-        UserError: an unknown spacing, or not 1 <= steps <= num_timesteps.
+        UserError: an unknown spacing, not 1 <= steps <= num_timesteps, or an offset of more than a step.
     """
     if not 1 <= steps <= num_timesteps:
         raise UserError(f"steps {steps}: choose 1 to {num_timesteps}, the number of training timesteps")
     if spacing == "linspace":
         return np.linspace(0, num_timesteps - 1, steps)[::-1]
     if spacing == "leading":
-        return (np.arange(steps) * (num_timesteps // steps))[::-1] + float(steps_offset)
+        if not 0 <= steps_offset <= num_timesteps // steps:
+            raise UserError(f"steps_offset {steps_offset}: choose 0 to {num_timesteps // steps} for {steps} steps")
+        timesteps = (np.arange(steps) * (num_timesteps // steps))[::-1] + float(steps_offset)
+        return np.clip(timesteps, 0, num_timesteps - 1)
     if spacing == "trailing":
         return np.round(np.arange(num_timesteps, 0, -num_timesteps / steps)) - 1.0
     raise unknown("timestep spacing", spacing, TIMESTEP_SPACINGS)
