@@ -7,6 +7,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -146,6 +147,26 @@ def timestep_embedding(t: Float[Array, " b"], width: int, max_period: float = 10
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def guidance_embedding(scale: Float[Array, " b"], width: int, max_period: float = 10000.0) -> Float[Array, "b w"]:
+    """Sinusoids of 1000 times a guidance scale, sines first (google-research/vdm model_vdm.py; LCM), in float32.
+
+    Unlike those of `timestep_embedding` the frequencies include the last one, 1 / max_period.
+
+    Args:
+        scale: what the network was distilled for: w of Imagen's guidance, the customary scale minus 1.
+        width: at least 4 features; an odd one ends with a zero.
+    """
+    half = width // 2
+    # Angles reach 14,000, where a frequency one bit off moves a sine by 1e-3. So the exponents are rounded to float32
+    # as torch rounds them, and their exp is taken on the host, rounded correctly.
+    step = np.float32(math.log(max_period)) / np.float32(half - 1)
+    exponents = -step * np.arange(half, dtype=np.float32)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = (scale.astype(jnp.float32) * 1000.0)[:, None] * frequencies
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(waves, ((0, 0), (0, width % 2)))
+
+
 class EmbeddingMLP(nn.Module):
     """Dense, SiLU, Dense: what turns sinusoids or a condition vector into an embedding."""
 
@@ -153,6 +174,9 @@ class EmbeddingMLP(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b v"]) -> Float[Array, "b f"]:
+    def __call__(self, x: Float[Array, "b v"], cond: Float[Array, "b g"] | None = None) -> Float[Array, "b f"]:
+        """Args: `cond` is a second vector, which a linear map adds to x (LCM's guidance)."""
+        if cond is not None:
+            x = x + nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")(cond)
         x = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x)
         return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))

@@ -3,8 +3,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import torch
+from diffusers import LatentConsistencyModelPipeline
 
-from sdjax.models.layers import GroupNorm, timestep_embedding
+from sdjax.models.layers import GroupNorm, guidance_embedding, timestep_embedding
 
 
 def test_sinusoids_have_the_published_values():
@@ -20,6 +23,16 @@ def test_sinusoids_of_fractional_times_are_the_formula():
     angles = t[:, None] * 10000.0 ** (-np.arange(16) / 16)
     expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     np.testing.assert_allclose(timestep_embedding(jnp.asarray(t), 32), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [256, 7])
+def test_guidance_sinusoids_are_those_of_diffusers(width: int):
+    """To 1e-4, although angles reach 14,000, where one bit of a frequency moves a sine by 1e-3."""
+    scales = np.array([0.0, 0.123, 1.0, 7.5, 14.0], np.float32)
+    expected = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.from_numpy(scales), width)
+    found = jax.jit(guidance_embedding, static_argnums=1)(scales, width)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    assert found[2, 0] == pytest.approx(np.sin(1000.0), abs=1e-5)
 
 
 def test_group_norm_is_computed_in_float32_whatever_the_type():
