@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.convert import configs
-from sdjax.convert.rules import LINEAR, POINTWISE, Row, Table, at, conv, layer, norm
+from sdjax.convert.rules import LINEAR, POINTWISE, Row, Table, at, conv, embedding, layer, norm
 from sdjax.core.errors import UserError
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet, UNetConfig
@@ -37,20 +37,15 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "encoder_hid_dim_type": (None,),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
-    "mid_block_only_cross_attention": (None, False),
+    "mid_block_only_cross_attention": (None, False, True),  # read by another mid_block_type only
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "norm_eps": (1e-5,),
     "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
     "use_linear_projection": (False, True),
@@ -74,7 +69,7 @@ TRANSFORMER_BLOCK = (
     *layer("ff/proj_in", "ff.net.0.proj"),
     *layer("ff/proj_out", "ff.net.2"),
 )
-EMBEDDING_MLP = (*layer("linear_1"), *layer("linear_2"))
+EMBEDDING_MLP = (*layer("linear_1"), *layer("linear_2"), *layer("cond_proj"))
 
 
 def table(config: UNetConfig) -> Table:
@@ -99,6 +94,7 @@ def table(config: UNetConfig) -> Table:
         (
             *at("time_embedding", "time_embedding", EMBEDDING_MLP),
             *at("add_embedding", "add_embedding", EMBEDDING_MLP),
+            *embedding("class_embedding", "class_embedding"),
             *conv("conv_in"),
             *blocks,
             *norm("conv_norm_out"),
@@ -111,10 +107,14 @@ def table(config: UNetConfig) -> Table:
 def shapes(config: UNetConfig) -> dict[str, Any]:
     """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
     side = 2 ** (len(config.channels) - 1)
-    vector = None if config.vector_dim is None else jnp.zeros((1, config.vector_dim))
 
     def init() -> Any:
-        cond = Cond(context=jnp.zeros((1, 1, config.context_dim)), vector=vector)
+        cond = Cond(
+            context=jnp.zeros((1, 1, config.context_dim)),
+            vector=None if config.vector_dim is None else jnp.zeros((1, config.vector_dim)),
+            label=jnp.zeros(1, int),
+            guidance=None if config.guidance_dim is None else jnp.zeros((1, config.guidance_dim)),
+        )
         return UNet(config).init(jax.random.key(0), jnp.zeros((1, side, side, config.in_channels)), jnp.zeros(1), cond)
 
     return jax.eval_shape(init)["params"]
@@ -128,21 +128,24 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.j
     Raises:
         UserError: a value asks for a structure that `UNet` does not have.
     """
-    configs.check(config, ALLOWED, place)
     channels = configs.integers(config, "block_out_channels", DEFAULT_CHANNELS, 0, place)
+    configs.check(config, ALLOWED | {"time_embedding_dim": (None, 4 * channels[0])}, place)
     levels = len(channels)
     crossed = _crossed(config, levels, place)
-    layers = configs.integers(config, "transformer_layers_per_block", 1, levels, place)
+    depths = _depths(config, crossed, place)
     heads = configs.integers(config, "attention_head_dim", 8, levels, place)
     if any(c % h for c, h, here in zip(channels, heads, [*crossed[:-1], True], strict=True) if here):
         raise configs.unsupported(config, "attention_head_dim", place, f"divisors of the channels {list(channels)}")
     return UNetConfig(
         channels=channels,
-        depths=tuple(depth if here else 0 for depth, here in zip(layers, crossed, strict=True)),
-        mid_depth=layers[-1],
+        depths=tuple(depth if here else 0 for depth, here in zip(depths, crossed, strict=True)),
+        mid_depth=depths[-1],
         heads=heads,
         context_dim=_equal(config, "cross_attention_dim", 1280, levels, place),
         vector_dim=_vector_dim(config, place),
+        classes=_optional(config, "num_class_embeds", place),
+        guidance_dim=_optional(config, "time_cond_proj_dim", place),
+        cross_only=_cross_only(config, crossed, place),
         linear_projection=config.get("use_linear_projection", False),
         in_channels=configs.integer(config, "in_channels", 4, place),
         out_channels=configs.integer(config, "out_channels", 4, place),
@@ -168,6 +171,8 @@ def to_diffusers_config(config: UNetConfig) -> dict[str, Any]:
             "addition_time_embed_dim": TIME_IDS_WIDTH,
             "projection_class_embeddings_input_dim": config.vector_dim,
         }
+    if config.cross_only:
+        added["only_cross_attention"] = [level in config.cross_only for level in range(len(crossed))]
     return added | {
         "_class_name": CLASS_NAME,
         "attention_head_dim": list(config.heads),
@@ -178,7 +183,9 @@ def to_diffusers_config(config: UNetConfig) -> dict[str, Any]:
         "layers_per_block": config.layers_per_block,
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "norm_num_groups": config.groups,
+        "num_class_embeds": config.classes,
         "out_channels": config.out_channels,
+        "time_cond_proj_dim": config.guidance_dim,
         "transformer_layers_per_block": layers,
         "up_block_types": [UP[here] for here in reversed(crossed)],
         "use_linear_projection": config.linear_projection,
@@ -196,6 +203,33 @@ def _crossed(config: Mapping[str, Any], levels: int, place: str) -> list[bool]:
     if [bool(UP.index(kind)) for kind in reversed(up)] != crossed:
         raise configs.unsupported(config, "up_block_types", place, "the mirror image of down_block_types")
     return crossed
+
+
+def _depths(config: Mapping[str, Any], crossed: list[bool], place: str) -> tuple[int, ...]:
+    """Transformer blocks of each level, the last one's being the middle's too; a level without them may say 0."""
+    key, mirrored = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+    given = config.get(key, 1)
+    if isinstance(given, list | tuple) and len(given) == len(crossed):
+        used = [*crossed[:-1], True]
+        given = [depth if here or depth != 0 else 1 for depth, here in zip(given, used, strict=True)]
+    depths = configs.integers({**config, key: given}, key, 1, len(crossed), place)
+    up = config.get(mirrored)
+    if up is not None and up != list(reversed(depths)):
+        raise configs.unsupported(config, mirrored, place, f"None or the mirror image of {key}")
+    return depths
+
+
+def _cross_only(config: Mapping[str, Any], crossed: list[bool], place: str) -> tuple[int, ...]:
+    """The levels whose transformers lack self-attention; diffusers counts from the finest on both sides."""
+    value, levels = config.get("only_cross_attention", False), len(crossed)
+    only = [value] * levels if isinstance(value, bool) else value
+    if not isinstance(only, list | tuple) or len(only) != levels or any(type(here) is not bool for here in only):
+        raise configs.unsupported(config, "only_cross_attention", place, f"True or False or {levels} of them")
+    return tuple(level for level in range(levels) if only[level] and crossed[level])
+
+
+def _optional(config: Mapping[str, Any], key: str, place: str) -> int | None:
+    return None if config.get(key) is None else configs.integer(config, key, 0, place)
 
 
 def _equal(config: Mapping[str, Any], key: str, default: int, levels: int, place: str) -> int:

@@ -152,9 +152,15 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each on a LayerNorm and added (LDM, appendix E.2.1)."""
+    """Self-attention, cross-attention, feed-forward, each on a LayerNorm and added (LDM, appendix E.2.1).
+
+    Attributes:
+        cross_only: the first attention, too, attends to the context (`disable_self_attn` in
+            Stability-AI/stablediffusion attention.py).
+    """
 
     heads: int
+    cross_only: bool = False
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -167,7 +173,8 @@ class TransformerBlock(nn.Module):
         def norm(name: str, x: Array) -> Array:
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)(x)
 
-        x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1", x))
+        first = (context, mask) if self.cross_only else (None, None)
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1", x), *first)
         x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(norm("norm2", x), context, mask)
         return x + GEGLU(dtype=self.dtype, name="ff")(norm("norm3", x))
 
@@ -182,7 +189,7 @@ class SpatialTransformer(nn.Module):
     heads: int
     depth: int = 1
     groups: int = 32
-    zero: bool = True
+    cross_only: bool = False
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
@@ -198,7 +205,7 @@ class SpatialTransformer(nn.Module):
         tokens = nn.Dense(c, dtype=self.dtype, name="proj_in")(tokens)
         block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
         for i in range(self.depth):
-            tokens = block(self.heads, self.dtype, name=f"transformer_blocks_{i}")(tokens, context, mask)
-        init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
-        tokens = nn.Dense(c, kernel_init=init, dtype=self.dtype, name="proj_out")(tokens)
+            name = f"transformer_blocks_{i}"
+            tokens = block(self.heads, self.cross_only, self.dtype, name=name)(tokens, context, mask)
+        tokens = nn.Dense(c, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="proj_out")(tokens)
         return x + tokens.reshape(b, h, w, c)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Cond(NamedTuple):
@@ -16,6 +16,9 @@ class Cond(NamedTuple):
         vector: one vector a picture, added to the timestep embedding ("adm").
         concat: maps joined to the noisy latents on channels ("concat").
         control: residuals for the skip connections and the middle block (ControlNet), deepest last.
+        label: one class a picture, e.g. the noise level of an upscaler's low-resolution input.
+        guidance: an embedding of the guidance scale that a distilled network imitates (LCM), as
+            `sdjax.models.layers.guidance_embedding` makes it.
     """
 
     context: Float[Array, "b l d"] | None = None
@@ -23,3 +26,5 @@ class Cond(NamedTuple):
     vector: Float[Array, "b v"] | None = None
     concat: Float[Array, "b h w c"] | None = None
     control: tuple[Float[Array, "b h w c"], ...] | None = None
+    label: Int[Array, " b"] | None = None
+    guidance: Float[Array, "b g"] | None = None

@@ -5,7 +5,7 @@ Module names follow PyTorch diffusers' `UNet2DConditionModel`, with `_` where it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -27,6 +27,10 @@ class UNetConfig:
         heads: attention heads of each level; the middle has the last level's.
         context_dim: width of the cross-attention tokens.
         vector_dim: width of `Cond.vector`; None where there is none.
+        classes: how many values `Cond.label` has; None where there is none.
+        guidance_dim: width of `Cond.guidance`; None where there is none.
+        cross_only: levels, 0 the finest, whose transformers have no self-attention: both attentions attend to the
+            context. The middle's transformers always have it.
         linear_projection: whether checkpoints store the projections around transformers as linear layers (SD 2
             onwards) and not as 1x1 convolutions (SD 1). The mathematics is the same.
     """
@@ -37,6 +41,9 @@ class UNetConfig:
     heads: tuple[int, ...] = (8, 8, 8, 8)
     context_dim: int = 768
     vector_dim: int | None = None
+    classes: int | None = None
+    guidance_dim: int | None = None
+    cross_only: tuple[int, ...] = ()
     linear_projection: bool = False
     in_channels: int = 4
     out_channels: int = 4
@@ -44,20 +51,36 @@ class UNetConfig:
     groups: int = 32
 
 
+SD1 = UNetConfig()
+SD2 = UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True)
+SDXL = UNetConfig(
+    channels=(320, 640, 1280),
+    depths=(0, 2, 10),
+    mid_depth=10,
+    heads=(5, 10, 20),
+    context_dim=2048,
+    vector_dim=2816,
+    linear_projection=True,
+)
 VARIANTS = {
-    "sd1": UNetConfig(),  # 859,520,964 parameters
-    "sd1_inpaint": UNetConfig(in_channels=9),  # 859,535,364
-    "sd2": UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True),  # 865,910,724
-    "sd2_depth": UNetConfig(in_channels=5, heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True),
-    "sdxl": UNetConfig(  # 2,567,463,684
-        channels=(320, 640, 1280),
-        depths=(0, 2, 10),
-        mid_depth=10,
-        heads=(5, 10, 20),
-        context_dim=2048,
-        vector_dim=2816,
+    "sd1": SD1,  # 859,520,964 parameters
+    "sd1_inpaint": replace(SD1, in_channels=9),  # 859,535,364
+    "sd1_lcm": replace(SD1, guidance_dim=256),  # 859,602,884
+    "sd2": SD2,  # 865,910,724
+    "sd2_inpaint": replace(SD2, in_channels=9),  # 865,925,124
+    "sd2_depth": replace(SD2, in_channels=5),  # 865,913,604
+    "x4_upscaler": UNetConfig(  # 473,398,020
+        channels=(256, 512, 512, 1024),
+        depths=(0, 1, 1, 1),
+        context_dim=1024,
+        classes=1000,
+        cross_only=(1, 2),
         linear_projection=True,
+        in_channels=7,
     ),
+    "sdxl": SDXL,  # 2,567,463,684
+    "sdxl_inpaint": replace(SDXL, in_channels=9),  # 2,567,478,084
+    "sdxl_lcm": replace(SDXL, guidance_dim=256),  # 2,567,545,604
     "sdxl_refiner": UNetConfig(  # 2,259,526,660
         channels=(384, 768, 1536, 1536),
         depths=(0, 4, 4, 0),
@@ -95,11 +118,12 @@ class UNet(nn.Module):
         Args:
             x: noisy latents of unit variance (x / sqrt(sigma^2 + 1) of a k-diffusion state).
             t: timesteps in [0, 999]; fractional ones are allowed.
-            cond: `context` always, `vector` where the config has one; `concat` is joined to x on channels.
+            cond: `context` always; `vector`, `label` and `guidance` where the config has them; `concat` is joined to x
+                on channels. A label of `classes` or more makes NaN.
         """
         c = self.config
         x = x if cond.concat is None else jnp.concatenate([x, cond.concat], axis=-1)
-        temb = self._time_and_vector(t, cond)
+        temb = self._embedding(t, cond)
         skips = self._down(x.astype(self.dtype), temb, cond)
         x = self._middle(skips[-1], temb, cond)
         if cond.control is not None:
@@ -110,26 +134,36 @@ class UNet(nn.Module):
         x = nn.silu(GroupNorm(c.groups, dtype=self.dtype, name="conv_norm_out")(x))
         return Conv(c.out_channels, zero=True, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
 
-    def _time_and_vector(self, t: Array, cond: Cond) -> Array:
-        width = self.config.channels[0]
-        sinusoid = timestep_embedding(t, width).astype(self.dtype)
-        temb = EmbeddingMLP(4 * width, self.dtype, name="time_embedding")(sinusoid)
-        if self.config.vector_dim is None:
-            return temb
-        assert cond.vector is not None, "this UNet was built for a condition vector"
-        return temb + EmbeddingMLP(4 * width, self.dtype, name="add_embedding")(cond.vector.astype(self.dtype))
+    def _embedding(self, t: Array, cond: Cond) -> Array:
+        """What every residual block is told: the timestep, joined by the guidance scale, a label and a vector."""
+        c, width = self.config, 4 * self.config.channels[0]
+        sinusoid = timestep_embedding(t, c.channels[0]).astype(self.dtype)
+        guidance = None
+        if c.guidance_dim is not None:
+            assert cond.guidance is not None, "this UNet was built for an embedding of the guidance scale"
+            guidance = cond.guidance.astype(self.dtype)
+        temb = EmbeddingMLP(width, self.dtype, name="time_embedding")(sinusoid, guidance)
+        if c.classes is not None:
+            assert cond.label is not None, "this UNet was built for a label"
+            normal = nn.initializers.normal(1.0)  # as torch's embeddings, which LDM trained
+            temb += nn.Embed(c.classes, width, self.dtype, embedding_init=normal, name="class_embedding")(cond.label)
+        if c.vector_dim is not None:
+            assert cond.vector is not None, "this UNet was built for a condition vector"
+            temb += EmbeddingMLP(width, self.dtype, name="add_embedding")(cond.vector.astype(self.dtype))
+        return temb
 
     def _res(self, name: str, features: int, x: Array, temb: Array) -> Array:
         block = nn.remat(ResBlock) if self.remat else ResBlock
         return block(features, self.config.groups, zero=True, dtype=self.dtype, name=name)(x, temb)
 
     def _attend(self, name: str, level: int, x: Array, cond: Cond, depth: int) -> Array:
+        """Args: `level` is -1 in the middle, which has the last level's heads."""
+        c = self.config
         if depth == 0:
             return x
         context = None if cond.context is None else cond.context.astype(self.dtype)
-        transformer = SpatialTransformer(
-            self.config.heads[level], depth, self.config.groups, remat=self.remat, dtype=self.dtype, name=name
-        )
+        only = level in c.cross_only
+        transformer = SpatialTransformer(c.heads[level], depth, c.groups, only, self.remat, self.dtype, name=name)
         return transformer(x, context, cond.mask)
 
     def _down(self, x: Array, temb: Array, cond: Cond) -> list[Array]:

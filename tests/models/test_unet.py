@@ -19,9 +19,14 @@ from sdjax.models.unet import VARIANTS, UNet, UNetConfig
 TOTALS = {
     "sd1": 859_520_964,
     "sd1_inpaint": 859_535_364,
+    "sd1_lcm": 859_520_964 + 256 * 320,
     "sd2": 865_910_724,
+    "sd2_inpaint": 865_910_724 + 5 * 9 * 320,
     "sd2_depth": 865_913_604,
+    "x4_upscaler": 473_398_020,
     "sdxl": 2_567_463_684,
+    "sdxl_inpaint": 2_567_463_684 + 5 * 9 * 320,
+    "sdxl_lcm": 2_567_463_684 + 256 * 320,
     "sdxl_refiner": 2_259_526_660,
 }
 
@@ -80,6 +85,35 @@ SHAPES = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 5 * 256 + 20,
     },
+    "x4_upscaler": {
+        "crossed": (False, True, True),
+        "block_out_channels": (16, 32, 64),
+        "attention_head_dim": 4,
+        "layers_per_block": 1,
+        "cross_attention_dim": 24,
+        "use_linear_projection": True,
+        "in_channels": 7,
+        "num_class_embeds": 50,
+        "only_cross_attention": (True, True, False),
+    },
+    "lcm": {
+        "crossed": (True, False),
+        "block_out_channels": (32, 64),
+        "attention_head_dim": 4,
+        "layers_per_block": 1,
+        "cross_attention_dim": 24,
+        "time_cond_proj_dim": 12,
+    },
+    "all attend to the context": {
+        "crossed": (True, True),
+        "block_out_channels": (16, 32),
+        "attention_head_dim": (2, 4),
+        "layers_per_block": 1,
+        "cross_attention_dim": 24,
+        "only_cross_attention": True,
+        "mid_block_only_cross_attention": True,
+        "upcast_attention": True,
+    },
 }
 
 
@@ -110,10 +144,17 @@ def case(name: str, gain: float = 1.0) -> Case:
         added = {"added_cond_kwargs": {"text_embeds": torch.from_numpy(text), "time_ids": torch.from_numpy(ids)}}
         sinusoids = torch_unet.add_time_proj(torch.from_numpy(ids).flatten()).numpy()
         vector = np.concatenate([text, sinusoids.reshape(2, -1)], axis=1)
+    label = None if config.classes is None else np.array([20, config.classes - 1])
+    guidance = None
+    if config.guidance_dim is not None:
+        guidance = rng.standard_normal((2, config.guidance_dim), np.float32)
+        added["timestep_cond"] = torch.from_numpy(guidance)
+    if label is not None:
+        added["class_labels"] = torch.from_numpy(label)
     with torch.no_grad():
         out = torch_unet(channels_first(x), torch.from_numpy(t), torch.from_numpy(context), **added).sample
     params = translated(torch_unet, conversion.table(config), conversion.shapes(config))
-    return Case(config, params, x, t, Cond(context=context, vector=vector), channels_last(out))
+    return Case(config, params, x, t, Cond(context, vector=vector, label=label, guidance=guidance), channels_last(out))
 
 
 def test_parameter_totals_are_those_of_the_published_models():
