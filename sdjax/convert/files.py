@@ -101,6 +101,21 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if isinstance(value, str)}
 
 
+def read_weight_map(index: str | Path) -> dict[str, str]:
+    """The file of each tensor, by an index of shards.
+
+    Raises:
+        UserError: the index is missing or corrupt, or names a file outside its folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index} has no weight_map from names to files")
+    outside = [file for file in weight_map.values() if Path(file).name != file]
+    if outside:
+        raise UserError(f"{index} names a file outside its folder: {outside[0]}")
+    return weight_map
+
+
 def read_sharded(
     index: str | Path, read: Callable[[Path], Mapping[str, Writable]] = read_safetensors
 ) -> dict[str, Writable]:
@@ -110,12 +125,7 @@ def read_sharded(
         UserError: the index or a file is missing or corrupt, or a file lacks a tensor that the index says is there.
     """
     index = Path(index)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{index} has no weight_map from names to files")
-    outside = [file for file in weight_map.values() if Path(file).name != file]
-    if outside:
-        raise UserError(f"{index} names a file outside its folder: {outside[0]}")
+    weight_map = read_weight_map(index)
     files = {file: read(index.parent / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in files[file]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,21 +39,29 @@ def read_file(path: str | Path) -> Weights:
     raise UserError(f"{path} is none of the files that are read: .safetensors, {', '.join(SUFFIXES)}")
 
 
-def find_weights(folder: Path, stem: str, variant: str | None) -> Mapping[str, Writable]:
-    """The tensors of a component's folder.
+def candidates(stem: str, variant: str | None) -> Iterator[str]:
+    """Names that a component's weights may have, the best first: files, and indices (`....json`) of shards.
 
-    The file of the variant asked for comes first, then the plain one, then the half-precision one, each whole or in
-    shards; pickles only where there is no safetensors file.
-
-    Raises:
-        UserError: there is none, or it is corrupt.
+    The file of the variant asked for comes first, then the plain one, then the half-precision one; pickles only where
+    there is no safetensors file.
     """
     infixes = dict.fromkeys((*((f".{variant}",) if variant else ()), "", ".fp16"))
     for name, suffix in ((stem, "safetensors"), (PICKLED.get(stem, stem), "bin")):
         for infix in infixes:
-            if (folder / f"{name}{infix}.{suffix}").exists():
-                return read_file(folder / f"{name}{infix}.{suffix}").tensors
-            for index in (f"{name}.{suffix}.index{infix}.json", f"{name}{infix}.{suffix}.index.json"):
-                if (folder / index).exists():
-                    return read_sharded(folder / index, lambda path: read_file(path).tensors)
-    raise UserError(f"{folder} holds no {stem}.safetensors, {stem}.fp16.safetensors, index of shards or .bin file")
+            yield f"{name}{infix}.{suffix}"
+            yield f"{name}.{suffix}.index{infix}.json"
+            yield f"{name}{infix}.{suffix}.index.json"
+
+
+def find_weights(folder: Path, stem: str, variant: str | None) -> Mapping[str, Writable]:
+    """The tensors of a component's folder, of the first of its `candidates` that is there.
+
+    Raises:
+        UserError: there is none, or it is corrupt.
+    """
+    found = next((folder / name for name in candidates(stem, variant) if (folder / name).exists()), None)
+    if found is None:
+        raise UserError(f"{folder} holds no {stem}.safetensors, {stem}.fp16.safetensors, index of shards or .bin file")
+    if found.suffix == ".json":
+        return read_sharded(found, lambda path: read_file(path).tensors)
+    return read_file(found).tensors

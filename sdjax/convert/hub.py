@@ -1,0 +1,156 @@
+"""From what a user calls a checkpoint to a path: local ones first, then the Hugging Face Hub and its cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from sdjax.convert.components import FORMATS, TOKENIZERS
+from sdjax.convert.files import read_json, read_weight_map
+from sdjax.convert.folder import INDEX, TOKENIZER_FILES
+from sdjax.convert.pickles import SUFFIXES
+from sdjax.convert.weights import candidates
+from sdjax.core.errors import UserError
+
+WEIGHTS = (".safetensors", *SUFFIXES)
+# The bases: all that the HTTP client of the hub's version raises, and OSError.
+FAILURES = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>[^@]+))?(@(?P<revision>[\w./-]+))?")
+SETTINGS = (
+    INDEX,
+    "scheduler/*.json",
+    "low_res_scheduler/*.json",
+    *(f"{name}/config.json" for name in FORMATS),
+    *(f"{name}/*.index*.json" for name in FORMATS),
+    *(f"{folder}/{file}" for folder in TOKENIZERS.values() for file in TOKENIZER_FILES),
+)
+
+
+class Place(NamedTuple):
+    """A repository of the Hub, or a file in one, and where to look for it; None is the client's default."""
+
+    repo: str
+    file: str | None
+    revision: str | None
+    cache: Path | None
+    endpoint: str | None
+
+    def __str__(self) -> str:
+        return f"{self.repo}{f'@{self.revision}' if self.revision else ''}"
+
+
+def resolve(
+    source: str | Path, *, variant: str | None = None, cache_dir: Path | None = None, endpoint: str | None = None
+) -> Path:
+    """The local folder or file that `source` means.
+
+    Args:
+        source: a local path; or `owner/name`, a model of the Hub, or `owner/name/file.safetensors`, a file there;
+            either may end in `@revision`. Of a model only what is read here is downloaded, one precision of it.
+        variant: e.g. "fp16": weights of that name are taken where there are some.
+        cache_dir, endpoint: instead of those that HF_HOME and HF_ENDPOINT name.
+
+    Raises:
+        UserError: there is no such path, model or file, it is gated, or neither the network nor the cache has it.
+    """
+    path = Path(source).expanduser()
+    if str(source) and path.exists():
+        return path
+    match = ID.fullmatch(str(source))
+    name = match["repo"] if match else ""
+    file = match["file"] if match else None
+    if match is None or name.endswith(WEIGHTS) or (file is not None and not file.endswith(WEIGHTS)):
+        raise UserError(f"there is no file or folder {str(source)!r}, and it is no id of the Hub (owner/name)")
+    place = Place(name, file, match["revision"], cache_dir, endpoint)
+    try:
+        folder = _folder(place, variant)
+    except FAILURES as error:
+        raise UserError(_reason(place, error)) from error
+    return folder if file is None else folder / file
+
+
+def _folder(place: Place, variant: str | None) -> Path:
+    """The folder of the cache with a repository, after the files that are wanted of it are there."""
+    try:  # fails at once where there is no network; to list the files in other ways is tried for half a minute
+        info = HfApi(endpoint=place.endpoint).model_info(place.repo, revision=place.revision)
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except FAILURES as error:
+        return _cached(place, variant, error)
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    if place.file is not None:
+        if place.file not in names:
+            raise UserError(f"{place} has no file {place.file!r}")
+        return _download(place, [place.file])
+    if INDEX not in names:
+        files = [f"{place.repo}/{name}" for name in names if name.endswith(WEIGHTS)]
+        hint = f"give one of its files: {', '.join(files[:5])}" if files else "it holds no weights either"
+        raise UserError(f"{place} has no {INDEX}, so it is no diffusers folder; {hint}")
+    folder = _download(place, SETTINGS)
+    return _download(place, (*SETTINGS, *_weight_files(folder, names, place, variant)))
+
+
+def _download(place: Place, patterns: Collection[str], local: bool = False) -> Path:
+    return Path(
+        snapshot_download(
+            place.repo,
+            revision=place.revision,
+            cache_dir=place.cache,
+            endpoint=place.endpoint,
+            allow_patterns=list(patterns),
+            local_files_only=local,
+        )
+    )
+
+
+def _cached(place: Place, variant: str | None, error: Exception) -> Path:
+    """What an earlier download left; `error` is why there is no other."""
+    try:
+        folder = _download(place, SETTINGS if place.file is None else [place.file], local=True)
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+        wanted = list(_weight_files(folder, names, place, variant)) if place.file is None else [place.file]
+    except (LocalEntryNotFoundError, UserError):
+        raise UserError(_reason(place, error)) from error
+    if any(name not in names for name in wanted):
+        raise UserError(_reason(place, error)) from error
+    return folder
+
+
+def _weight_files(folder: Path, names: Collection[str], place: Place, variant: str | None) -> Iterator[str]:
+    """The weights of every network that the model's index lists; `folder` holds its settings."""
+    index = read_json(folder / INDEX)
+    for name, form in FORMATS.items():
+        entry = index.get(name)
+        if not isinstance(entry, list) or entry[:1] == [None]:
+            continue
+        found = next((f for f in candidates(form.weights, variant) if f"{name}/{f}" in names), None)
+        if found is None:
+            raise UserError(f"{place} holds no weights of its {name}, neither .safetensors nor .bin")
+        yield f"{name}/{found}"
+        if found.endswith(".json"):
+            yield from sorted({f"{name}/{file}" for file in read_weight_map(folder / name / found).values()})
+
+
+def _reason(place: Place, error: Exception) -> str:
+    """One line on why a download failed."""
+    where = place.endpoint or "https://huggingface.co"
+    if isinstance(error, GatedRepoError):
+        return f"{place} is gated: accept its terms at {where}/{place.repo}, then log in (hf auth login, or HF_TOKEN)"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no {place.repo} on the Hub, nor a local path of that name; if it is private, log in first"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{place.repo} has no revision {place.revision!r}"
+    said = " ".join(str(error.__cause__ or error).split())[:150] or type(error).__name__
+    what = f"{place.repo}/{place.file}" if place.file else str(place)
+    return f"{what} is not in the cache, and the Hub cannot be reached: {said}"
