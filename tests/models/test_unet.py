@@ -170,12 +170,13 @@ def test_output_agrees_with_diffusers_to_1e_4(name: str):
         np.testing.assert_allclose(apply({"params": c.params}, c.x, c.t, c.cond), c.expected, atol=1e-4, rtol=0)
 
 
-def test_concat_and_mask_mean_what_they_say():
+@pytest.mark.parametrize("name", ["sd1", "x4_upscaler"])
+def test_concat_and_mask_mean_what_they_say(name: str):
     """Channels given as `concat` are channels of the input; masked tokens might as well be absent."""
-    c = case("sd1")
+    c = case(name)
     context = c.cond.context
     padded = np.concatenate([context, np.full((2, 3, context.shape[-1]), 9.0, np.float32)], axis=1)
-    cond = Cond(context=padded, mask=np.arange(10)[None] < np.array([7, 7])[:, None], concat=c.x[..., 4:])
+    cond = c.cond._replace(context=padded, mask=np.arange(10)[None] < np.array([7, 7])[:, None], concat=c.x[..., 4:])
     out = jax.jit(UNet(c.config).apply)({"params": c.params}, c.x[..., :4], c.t, cond)
     np.testing.assert_allclose(out, c.expected, atol=1e-4, rtol=0)
 
