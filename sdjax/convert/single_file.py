@@ -118,6 +118,7 @@ def write_single_file(path: str | Path, checkpoint: Checkpoint, dtype: str | Non
     """Writes all networks under their original keys, and returns the family.
 
     What the original layout has no place for is not written: the tokenizer, and the scheduler but for what it predicts.
+    Nor is what diffusers' folders lack: the last layer and the projection of Stable Diffusion 2's text encoder, unused.
     A `dtype` of None keeps the type of each array.
 
     Raises:

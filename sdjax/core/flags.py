@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -36,8 +37,15 @@ def parse(usage: str | None, *required: str) -> tuple[Config, ...]:
     return (values["config"].value, *(values[name].value for name in required))
 
 
-def parse_flags(values: flags.FlagValues, argv: list[str], usage: str | None = None) -> None:
-    """Parses, and turns whatever is wrong with a flag or a config into a UserError; --help prints usage and exits."""
+def parse_flags(
+    values: flags.FlagValues, argv: list[str], usage: str | None = None, arguments: Sequence[str] = ()
+) -> list[str]:
+    """Parses, and turns whatever is wrong with a flag or a config into a UserError; --help prints usage and exits.
+
+    Returns:
+        The values of the named `arguments`, which stand without dashes anywhere on the command line.
+    """
+    values.set_gnu_getopt(True)
     if usage and ("--help" in argv[1:] or "-h" in argv[1:]):
         print(usage)
         sys.exit(0)
@@ -45,10 +53,14 @@ def parse_flags(values: flags.FlagValues, argv: list[str], usage: str | None = N
         left = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         raise UserError(_reason(error)) from error
-    if len(left) > 1:
-        raise UserError(f"unexpected argument {left[1]!r}; flags begin with --")
+    given = left[1:]
+    if len(given) > len(arguments):
+        raise UserError(f"unexpected argument {given[len(arguments)]!r}; flags begin with --")
+    if len(given) < len(arguments):
+        raise UserError(f"{arguments[len(given)]} is missing; what is wanted: {' '.join(arguments)}")
     if "config" in values:
         _check_config(values["config"])
+    return given
 
 
 def _reason(error: Exception) -> str:
