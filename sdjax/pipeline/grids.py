@@ -84,8 +84,8 @@ def contact_sheet(images: Sequence[UInt8[np.ndarray, "h w 3"]], axes: Sequence[A
     height, width = (max(image.shape[side] for image in images) for side in (0, 1))
     smaller = max(1, math.ceil(math.sqrt(len(images) * height * width / MAX_PIXELS)))
     height, width = -(-height // smaller), -(-width // smaller)
-    font = ImageFont.load_default(size=max(12, min(height, width) // 16))
-    gap = int(font.size) // 2
+    size = max(12, min(height, width) // 16)
+    font, gap = ImageFont.load_default(size), size // 2
 
     across = [_label([axes[-1]], [value]) for value in axes[-1].values]
     down = [_label(axes[:-1], values) for values in itertools.product(*(axis.values for axis in axes[:-1]))]

@@ -1,7 +1,8 @@
-"""Pictures and masks that a call is given, brought to the sizes that the networks need."""
+"""Pictures, masks and depth maps that a call is given, brought to the sizes that the networks need, and pasted back."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
 
 from sdjax.core.errors import UserError
-from sdjax.data.pictures import read_picture
+from sdjax.data.pictures import FORMATS, MAX_PIXELS, UNREADABLE, read_picture
 
 Picture = str | Path | Image.Image | np.ndarray
 Pictures = Picture | Sequence[Picture]
-Range = tuple[int, int]
+# ITU-R 601 luma, which is what Pillow takes for grey.
+LUMA = np.array([0.299, 0.587, 0.114])
+# Of the cubic convolution that torch's and OpenCV's bicubic resizing use.
+CUBIC = -0.75
 
 
 def load_pictures(given: Pictures, prompts: int, size: tuple[int, int]) -> Float[np.ndarray, "n H W 3"]:
@@ -61,12 +66,84 @@ def load_masks(
     """
 
     def fit(picture: Any) -> np.ndarray:
-        # ITU-R 601 luma, which is what Pillow takes for grey.
-        grey = centred(_rgb(picture, "mask"), size) @ np.array([0.299, 0.587, 0.114])
+        grey = centred(_rgb(picture, "mask"), size) @ LUMA
         rows, columns = (np.arange(n) * side // n for n, side in zip(latents, grey.shape, strict=True))
         return (grey[np.ix_(rows, columns)] >= 0.5 - 1e-6).astype(np.float32)[..., None]
 
     return _each(given, prompts, fit, "mask")
+
+
+def load_depth(given: Pictures, prompts: int, latents: tuple[int, int]) -> Float[np.ndarray, "n h w 1"]:
+    """Depth maps over the latents, each stretched to [-1, 1]: the fifth channel of SD 2's depth-to-image model.
+
+    Bicubic without smoothing, then minimum and maximum, as diffusers' StableDiffusionDepth2ImgPipeline does; cut to the
+    proportions of the latents like the picture. Its estimator gives near as bright.
+
+    Args:
+        given: one, or one a prompt: grey pictures (16 bits are kept), .npy files, or arrays [h w] of finite numbers.
+        prompts: how many there are.
+        latents: height and width.
+
+    Raises:
+        UserError: as `load_pictures`; or a map is the same everywhere, which says nothing of depth.
+    """
+
+    def fit(picture: Any) -> np.ndarray:
+        values = resize_bicubic(centred(_depth(picture), latents)[..., 0], latents)
+        low, high = values.min(), values.max()
+        if high - low <= 1e-6 * max(abs(low), abs(high)):
+            raise UserError(f"the depth map is {high:.6g} everywhere; give one that varies")
+        return (2.0 * (values - low) / (high - low) - 1.0).astype(np.float32)[..., None]
+
+    return _each(given, prompts, fit, "depth")
+
+
+def check_mask_sizes(init_image: Pictures, mask: Pictures) -> None:
+    """Holds masks to the size of the pictures that they belong to.
+
+    Raises:
+        UserError: one has another size, whose two sizes it names.
+    """
+    pictures, masks = _listed(init_image), _listed(mask)
+    if len(pictures) != len(masks):  # one for all
+        pictures, masks = (values * (len(pictures) * len(masks) // len(values)) for values in (pictures, masks))
+    for picture, over in zip(pictures, masks, strict=True):
+        (height, width), (rows, columns) = _rgb(picture, "init_image").shape[:2], _rgb(over, "mask").shape[:2]
+        if (rows, columns) != (height, width):
+            raise UserError(
+                f"the mask is {columns}x{rows} pixels and its init_image {width}x{height}; "
+                f"give a mask of {width}x{height}"
+            )
+
+
+def paste_back(
+    made: Float[np.ndarray, "n H W 3"],
+    original: Float[np.ndarray, "n H W 3"],
+    mask: Float[np.ndarray, "n H W 1"],
+    feather: float,
+) -> Float[np.ndarray, "n H W 3"]:
+    """Made pictures where the mask is 1, and outside of it the original's own values, bit for bit.
+
+    Args:
+        made: what a model painted.
+        original: what it was given.
+        mask: 1 where the picture was made anew, else 0.
+        feather: pixels over which the original fades out, all of them within the mask; 0 for a hard edge.
+
+    Raises:
+        UserError: feather is negative or not finite.
+    """
+    if not 0.0 <= feather < math.inf:
+        raise UserError(f"feather {feather!r}: choose a number of pixels of at least 0")
+    share = np.stack([_fade(one[..., 0] >= 0.5, feather) for one in mask])[..., None]
+    blend = share * made + (1.0 - share) * original
+    return np.where(share == 0.0, original, np.where(share == 1.0, made, blend)).astype(np.float32)
+
+
+def resize_bicubic(values: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Float[np.ndarray, "h2 w2"]:
+    """As torch's `interpolate(mode="bicubic", align_corners=False)`: four taps a side however much smaller it gets."""
+    rows, columns = (_cubic(old, new) for old, new in zip(values.shape, size, strict=True))
+    return rows @ values.astype(np.float64) @ columns.T
 
 
 def centred(pixels: Float[np.ndarray, "h w c"], size: tuple[int, int]) -> Float[np.ndarray, "h2 w2 c"]:
@@ -79,11 +156,73 @@ def centred(pixels: Float[np.ndarray, "h w c"], size: tuple[int, int]) -> Float[
 
 
 def _each(given: Pictures, prompts: int, fit: Callable[[Any], np.ndarray], name: str) -> np.ndarray:
-    single = isinstance(given, str | Path | Image.Image) or (isinstance(given, np.ndarray) and given.ndim < 4)
-    pictures = [given] if single else list(given)  # pyright: ignore[reportArgumentType]
+    pictures = _listed(given)
     if len(pictures) not in (1, prompts):
         raise UserError(f"{len(pictures)} pictures in {name} for {prompts} prompts; give one, or one for each")
     return np.stack([fit(picture) for picture in pictures])
+
+
+def _listed(given: Pictures) -> list[Any]:
+    single = isinstance(given, str | Path | Image.Image) or (isinstance(given, np.ndarray) and given.ndim < 4)
+    return [given] if single else list(given)  # pyright: ignore[reportArgumentType]
+
+
+def _depth(picture: Any) -> Float[np.ndarray, "h w 1"]:
+    if isinstance(picture, str | Path):
+        picture = _read_array(picture) if Path(picture).suffix == ".npy" else _read_grey(picture)
+    elif isinstance(picture, Image.Image):
+        picture = _grey(picture)
+    values = np.asarray(picture)
+    values = values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
+    if values.ndim != 2 or 0 in values.shape:
+        raise UserError(f"depth has the shape {list(np.shape(picture))}; a depth map is [height, width]")
+    if values.dtype.kind not in "uif" or not np.isfinite(values).all():
+        raise UserError(f"depth holds {values.dtype} values that are not all finite numbers")
+    return values.astype(np.float32)[..., None]
+
+
+def _read_array(path: str | Path) -> np.ndarray:
+    try:
+        # Mapped, so that a header that promises more than the file holds allocates nothing.
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not an array of numbers"
+        raise UserError(f"cannot read depth {path}: {reason}") from error
+
+
+def _read_grey(path: str | Path) -> np.ndarray:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode.startswith("I") and image.width * image.height <= MAX_PIXELS:
+                return np.asarray(image)
+    except UNREADABLE:
+        pass  # which is said better below
+    return read_picture(path, "depth") @ LUMA
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    return np.asarray(image) if image.mode[0] in "IF" else np.asarray(image.convert("RGB")) @ LUMA
+
+
+def _fade(mask: np.ndarray, feather: float) -> Float[np.ndarray, "h w"]:
+    """0 outside of the mask, growing linearly inside with the distance from the nearest pixel outside, to 1."""
+    if mask.all():
+        return np.ones(mask.shape, np.float32)
+    distance = np.asarray(distance_transform_edt(mask))
+    return np.clip(distance / (feather + 1.0), 0.0, 1.0).astype(np.float32)
+
+
+def _cubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """Weights of cubic convolution (Keys 1981) between pixels' centres; beyond the edge its pixel is repeated."""
+    at = (np.arange(new) + 0.5) * (old / new) - 0.5
+    first = np.floor(at).astype(int) - 1
+    weights = np.zeros((new, old))
+    for tap in range(4):
+        x = np.abs(at - (first + tap))
+        near = ((CUBIC + 2.0) * x - (CUBIC + 3.0)) * x * x + 1.0
+        far = ((CUBIC * x - 5.0 * CUBIC) * x + 8.0 * CUBIC) * x - 4.0 * CUBIC
+        np.add.at(weights, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1.0, near, far))
+    return weights
 
 
 def _rgb(picture: Any, name: str) -> Float[np.ndarray, "h w 3"]:

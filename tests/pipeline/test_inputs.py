@@ -1,14 +1,16 @@
-"""Given pictures and masks against Pillow's and torch's own resizing, and what is refused."""
+"""Given pictures, masks and depth against Pillow, torch and diffusers; pasting back; what is refused."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionDepth2ImgPipeline
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.pipeline.inputs import load_masks, load_pictures
+from sdjax.pipeline.inputs import check_mask_sizes, load_depth, load_masks, load_pictures, paste_back, resize_bicubic
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (48, 60, 3), np.uint8)
@@ -60,3 +62,129 @@ def test_a_mask_is_cut_like_its_picture():
 def test_what_is_no_picture(given, message):
     with pytest.raises(UserError, match=message):
         load_pictures(given, 2, (8, 8))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_the_input_of_inpainting_models_is_diffusers_own(mode):
+    """Mask, masked picture and the mask over latents, exactly, as its 9-channel pipeline makes them."""
+    size, latents = (48, 64), (6, 8)
+    picture = Image.fromarray(RNG.integers(0, 256, (*size, 3), np.uint8))
+    mask = Image.fromarray(RNG.integers(0, 256, (*size, 3)[: 2 + (mode == "RGB")], np.uint8))
+    masks = VaeImageProcessor(vae_scale_factor=8, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+    theirs = masks.preprocess(mask, height=48, width=64)
+    masked = VaeImageProcessor(vae_scale_factor=8).preprocess(picture, height=48, width=64) * (theirs < 0.5)
+    over = torch.nn.functional.interpolate(theirs, size=latents)
+    whole = load_masks(mask, 1, size, size)
+    np.testing.assert_array_equal(whole, theirs.numpy().transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(load_masks(mask, 1, size, latents), over.numpy().transpose(0, 2, 3, 1))
+    ours = load_pictures(picture, 1, size) * (whole < 0.5)
+    np.testing.assert_array_equal(ours, masked.numpy().transpose(0, 2, 3, 1))
+    assert 0.3 < whole.mean() < 0.7
+
+
+@pytest.mark.parametrize(("old", "new"), [((50, 70), (8, 8)), ((8, 8), (50, 70)), ((7, 9), (7, 9)), ((3, 2), (5, 1))])
+def test_bicubic_is_torchs(old, new):
+    values = RNG.standard_normal(old)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(values)[None, None], size=new, mode="bicubic")[0, 0]
+    np.testing.assert_allclose(resize_bicubic(values, new), expected.numpy(), atol=1e-12)
+
+
+def theirs_depth(values: np.ndarray, latents: tuple[int, int]) -> np.ndarray:
+    pipe = object.__new__(StableDiffusionDepth2ImgPipeline)
+    object.__setattr__(pipe, "vae_scale_factor", 8)
+    image = [Image.new("RGB", (latents[1] * 8, latents[0] * 8))]
+    depth = torch.from_numpy(values.astype(np.float32))[None]
+    found = pipe.prepare_depth_map(image, depth, 1, False, torch.float32, torch.device("cpu"))
+    return found.numpy().transpose(0, 2, 3, 1)
+
+
+def test_depth_is_diffusers_own_in_every_form(tmp_path):
+    wide = RNG.integers(0, 65536, (40, 56), np.uint16)
+    narrow = RNG.integers(0, 256, (40, 56), np.uint8)
+    floats = RNG.standard_normal((40, 56)).astype(np.float32) * 30.0
+    np.save(tmp_path / "x.npy", floats)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(narrow).save(tmp_path / "narrow.png")
+    forms = {
+        "array": (floats, floats),
+        "file": (tmp_path / "x.npy", floats),
+        "one channel": (floats[..., None], floats),
+        "16 bits": (str(tmp_path / "wide.png"), wide),
+        "8 bits": (tmp_path / "narrow.png", narrow),
+        "Pillow": (Image.fromarray(narrow), narrow),
+    }
+    for name, (given, values) in forms.items():
+        found = load_depth(given, 1, (5, 7))
+        np.testing.assert_allclose(found, theirs_depth(values, (5, 7)), atol=1e-5, err_msg=name)
+        assert (found.min(), found.max()) == (-1.0, 1.0)
+    each = load_depth([floats, narrow], 2, (5, 7))
+    np.testing.assert_allclose(each[1:], theirs_depth(narrow, (5, 7)), atol=1e-5)
+
+
+def test_depth_is_cut_like_its_picture():
+    """With a slope from left to right, what is left of the middle are its ends."""
+    slope = np.broadcast_to(np.arange(60.0), (48, 60))
+    np.testing.assert_allclose(load_depth(slope, 1, (8, 8)), load_depth(slope[:, 6:54], 1, (8, 8)), atol=1e-6)
+
+
+def npy(header: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.full((8, 8), 3.0), "depth map is 3 everywhere"),
+        (np.full((8, 8), np.nan), "not all finite"),
+        (np.zeros((8, 8, 3)), r"depth has the shape \[8, 8, 3\]; a depth map is \[height, width\]"),
+        (np.zeros((8, 0)), r"depth has the shape \[8, 0\]"),
+        (np.array([["a"]]), "depth holds <U1 values"),
+        (b"", "cannot read depth .*: it is not an array"),
+        (b"\x93NUMPY\x01\x00", "cannot read depth"),
+        (npy(b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 9999999)}\n"), "cannot read depth"),
+        (npy(b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 2)}\n") + bytes(99), "cannot read depth"),
+    ],
+)
+def test_what_is_no_depth(given, message, tmp_path):
+    if isinstance(given, bytes):
+        (tmp_path / "x.npy").write_bytes(given)
+        given = tmp_path / "x.npy"
+    with pytest.raises(UserError, match=message):
+        load_depth(given, 1, (4, 4))
+    with pytest.raises(UserError, match="No such file"):
+        load_depth(tmp_path / "none.npy", 1, (4, 4))
+
+
+def test_masks_have_the_size_of_their_pictures():
+    check_mask_sizes(PICTURE, np.zeros((48, 60)))
+    check_mask_sizes([PICTURE] * 3, Image.new("L", (60, 48)))
+    with pytest.raises(UserError, match="the mask is 48x60 pixels and its init_image 60x48; give a mask of 60x48"):
+        check_mask_sizes([PICTURE] * 2, [np.zeros((48, 60)), np.zeros((60, 48))])
+
+
+@pytest.mark.parametrize("feather", [0, 1, 4, 7.5])
+def test_pasting_back_keeps_what_is_outside_and_fades_inside(feather):
+    made, original = (RNG.random((2, 24, 30, 3), np.float32) for _ in range(2))
+    mask = np.zeros((2, 24, 30, 1), np.float32)
+    mask[0, 5:20, 6:26] = 1.0
+    mask[1, :, 15:] = 1.0
+    found = paste_back(made, original, mask, feather)
+    assert found.dtype == np.float32
+    outside = mask[..., 0] == 0.0
+    np.testing.assert_array_equal(found[outside].view(np.int32), original[outside].view(np.int32))
+    # The second mask is a half plane: shares are known from the column alone.
+    share = np.clip((np.arange(30) - 14) / (feather + 1), 0.0, 1.0)[:, None]
+    np.testing.assert_allclose(found[1], share * made[1] + (1.0 - share) * original[1], atol=1e-6)
+    inner = np.zeros((24, 30), bool)
+    reach = int(np.ceil(feather))
+    inner[5 + reach : 20 - reach, 6 + reach : 26 - reach] = True
+    np.testing.assert_array_equal(found[0][inner], made[0][inner])
+
+
+def test_pasting_back_bytes_and_whole_masks():
+    made = RNG.random((1, 6, 6, 3), np.float32)
+    original = (RNG.integers(0, 256, (1, 6, 6, 3)) / np.float32(255.0)).astype(np.float32)
+    np.testing.assert_array_equal(paste_back(made, original, np.ones((1, 6, 6, 1), np.float32), 3), made)
+    np.testing.assert_array_equal(paste_back(made, original, np.zeros((1, 6, 6, 1), np.float32), 3), original)
+    with pytest.raises(UserError, match="feather -1: choose"):
+        paste_back(made, original, np.ones((1, 6, 6, 1), np.float32), -1)
