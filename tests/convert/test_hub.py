@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_families import assert_same
-from tiny_checkpoints import tiny_checkpoint, write_tokenizer
+from tiny_checkpoints import assert_same, tiny_checkpoint, write_tokenizer
 
 from sdjax.convert.components import Checkpoint
 from sdjax.convert.folder import read_folder, write_folder

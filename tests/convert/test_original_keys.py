@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.loaders import single_file_utils as theirs
-from published import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, UNETS, VAES
+from published import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, SD_VAE, UNETS, VAES
+from test_unet_configs import X4_UPSCALER
 
 from sdjax.convert.components import FORMATS
 from sdjax.convert.families import FAMILIES, UNET, VAE
@@ -21,15 +22,30 @@ TEXTS = {
     "sd2": {"text_encoder": OPENCLIP_H},
     "sdxl": {"text_encoder": CLIP_L, "text_encoder_2": OPENCLIP_BIGG},
     "sdxl_refiner": {"text_encoder_2": OPENCLIP_BIGG},
+    "x4_upscaler": {"text_encoder": OPENCLIP_H},
+}
+PUBLISHED_VAES = {
+    "sd1": SD_VAE,
+    "sd2": SD_VAE,
+    "sdxl": VAES["sdxl"],
+    "sdxl_refiner": VAES["sdxl"],
+    "x4_upscaler": SD_VAE
+    | {
+        "block_out_channels": [128, 256, 512],
+        "down_block_types": SD_VAE["down_block_types"][:3],
+        "scaling_factor": 0.08333,
+        "up_block_types": SD_VAE["up_block_types"][:3],
+    },
 }
 TOTALS = {  # UNet, autoencoder, text encoders; Stable Diffusion 2 uses all layers of its own but the last
     "sd1": (859_520_964, 83_653_863, 123_060_480),
     "sd2": (865_910_724, 83_653_863, 340_387_840),
     "sdxl": (2_567_463_684, 83_653_863, 123_060_480, 694_659_840),
     "sdxl_refiner": (2_259_526_660, 83_653_863, 694_659_840),
+    "x4_upscaler": (473_398_020, 55_325_927, 340_387_840),
 }
 # Keys by which diffusers tells the published files apart (diffusers/loaders/single_file_utils.py).
-MARKS = {"sd1": "v1", "sd2": "v2", "sdxl": "xl_base", "sdxl_refiner": "xl_refiner"}
+MARKS = {"sd1": "v1", "sd2": "v2", "sdxl": "xl_base", "sdxl_refiner": "xl_refiner", "x4_upscaler": "upscale"}
 SOME_KEYS = {
     "sd1": {
         "model.diffusion_model.output_blocks.2.1.conv.weight": (1280, 1280, 3, 3),
@@ -52,11 +68,17 @@ SOME_KEYS = {
         "model.diffusion_model.output_blocks.2.1.conv.weight": (1536, 1536, 3, 3),
         "conditioner.embedders.0.model.transformer.resblocks.31.attn.in_proj_bias": (3840,),
     },
+    "x4_upscaler": {
+        "model.diffusion_model.label_emb.weight": (1000, 1024),
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_k.weight": (512, 1024),
+        "model.diffusion_model.output_blocks.8.2.conv.weight": (512, 512, 3, 3),
+    },
 }
 
 
 def published_networks(family: str) -> list[Network]:
-    configs = {"unet": UNETS[family], "vae": VAES["sdxl" if family.startswith("sdxl") else "sd"], **TEXTS[family]}
+    unets = UNETS | {"x4_upscaler": X4_UPSCALER}
+    configs = {"unet": unets[family], "vae": PUBLISHED_VAES[family], **TEXTS[family]}
     prefixes = {"unet": UNET, "vae": VAE, **FAMILIES[family].prefixes}
     networks = []
     for name, raw in configs.items():

@@ -12,8 +12,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import load_file, save_file
-from test_families import assert_same
-from tiny_checkpoints import FAMILIES, tiny_checkpoint
+from tiny_checkpoints import FAMILIES, assert_same, tiny_checkpoint
 
 from sdjax.convert import unet
 from sdjax.convert.components import FORMATS, Checkpoint

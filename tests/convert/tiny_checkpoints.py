@@ -55,16 +55,18 @@ def random_params(shapes: dict, seed: int) -> dict[str, Any]:
 
 
 def tiny_unet(family: str) -> UNetConfig:
-    """Three levels in SDXL, so that its two kinds of upsampling keys are there; two elsewhere."""
-    xl = family.startswith("sdxl")
-    refiner = family == "sdxl_refiner"
+    """Three levels in SDXL, so that its two kinds of upsampling keys are there, and in the upscaler; two elsewhere."""
+    three = family.startswith("sdxl") or family == "x4_upscaler"
+    wide_heads = family.startswith(("sd2", "sdxl"))
     return UNetConfig(
-        channels=(64, 64, 128) if xl else (64, 128),
-        depths=(0, 1, 0) if refiner else (0, 1, 2) if xl else (1, 0),
-        mid_depth=2 if xl and not refiner else 1,
-        heads=((1, 1, 2) if xl else (1, 2)) if family.startswith("sd2") or xl else (8, 8),
+        channels=(64, 64, 128) if three else (64, 128),
+        depths={"sdxl": (0, 1, 2), "sdxl_refiner": (0, 1, 0), "x4_upscaler": (0, 1, 1)}.get(family, (1, 0)),
+        mid_depth=2 if family == "sdxl" else 1,
+        heads=tuple([1, 1, 2] if three else [1, 2]) if wide_heads else (8,) * (3 if three else 2),
         context_dim=128 if family == "sdxl" else 64,
         vector_dim={"sdxl": 64 + 6 * 256, "sdxl_refiner": 64 + 5 * 256}.get(family),
+        classes=10 if family == "x4_upscaler" else None,
+        cross_only=(1,) if family == "x4_upscaler" else (),
         linear_projection=not family.startswith("sd1"),
         in_channels={"sd1_inpainting": 9, "sd2_depth": 5, "x4_upscaler": 7}.get(family, 4),
     )
@@ -108,3 +110,15 @@ def tiny_checkpoint(
         scheduler_config=EULER if family.startswith("sdxl") else DDIM,
         **parts,
     )
+
+
+def assert_same(ours: Checkpoint, theirs: Checkpoint) -> None:
+    """Configs and parameters, bit for bit."""
+    assert theirs.components().keys() == ours.components().keys()
+    for name, component in ours.components().items():
+        other = theirs.components()[name]
+        assert other.config == component.config
+        expected, found = flatten(component.params), flatten(other.params)
+        assert found.keys() == expected.keys()
+        for key, array in expected.items():
+            np.testing.assert_array_equal(found[key], array, err_msg=f"{name}/{key}", strict=True)

@@ -9,9 +9,8 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
-from tiny_checkpoints import DDIM, FAMILIES, tiny_checkpoint, write_tokenizer
+from tiny_checkpoints import DDIM, FAMILIES, assert_same, tiny_checkpoint, write_tokenizer
 
-from sdjax.convert.components import Checkpoint
 from sdjax.convert.folder import absent_parts, read_folder, write_folder
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
@@ -31,17 +30,6 @@ CLASSES = {
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("source") / "tokenizer"
     return folder, write_tokenizer(folder)
-
-
-def assert_same(ours: Checkpoint, theirs: Checkpoint) -> None:
-    assert theirs.components().keys() == ours.components().keys()
-    for name, component in ours.components().items():
-        other = theirs.components()[name]
-        assert other.config == component.config
-        expected, found = flatten(component.params), flatten(other.params)
-        assert found.keys() == expected.keys()
-        for key, array in expected.items():
-            np.testing.assert_array_equal(found[key], array, err_msg=f"{name}/{key}", strict=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
