@@ -28,11 +28,7 @@ def theirs():
     return pipe
 
 
-# This checkpoint's cosine schedule begins at sigma = 20,291, where one float32 step of diffusers' Euler rounds by 1e-3.
-ROUNDED = pytest.mark.xfail(reason="diffusers keeps Euler's state in float32 at sigma 20,291", strict=False)
-
-
-@pytest.mark.parametrize("sampler", ["ddim", pytest.param("euler", marks=ROUNDED), "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_diffusers_paints_the_same(ours, theirs, sampler):
     """From the same latents, images in [0, 1] agree to 1e-3."""
     theirs.scheduler = SCHEDULERS[sampler].from_config(ours.scheduler_config)
