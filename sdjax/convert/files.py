@@ -38,6 +38,8 @@ DTYPES: dict[str, np.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # what the reference reader accepts
+SMALL_HEADER = 2**18
+MAX_RANK, MAX_SIZE = 32, 2**48  # more than any tensor has of axes and of elements, and less than makes arithmetic slow
 METADATA = {"format": "pt", "writer": "sdjax"}
 
 
@@ -192,12 +194,13 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             prefix = file.read(8)
             size = path.stat().st_size
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER
-            if length > min(MAX_HEADER, size - 8):
+            # A header is held several times while it is parsed; no real one is much of its file, unless both are small.
+            if length > min(MAX_HEADER, size - 8, max(SMALL_HEADER, size // 4)):
                 raise UserError(f"{path} is truncated or no safetensors file: its header does not fit in {size} bytes")
             header = json.loads(file.read(length))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} has a corrupt header: {error}") from error
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
         raise UserError(f"{path} has a corrupt header: it is no JSON object of tensors")
@@ -207,14 +210,18 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 def _entry(entry: Any, name: str, path: Path) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
     try:
         code, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        natural = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+        natural = all(type(n) is int and 0 <= n < MAX_SIZE for n in (*shape, first, last)) and len(shape) <= MAX_RANK
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} has a corrupt header: {name} lacks a dtype, a shape or two offsets") from error
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise UserError(f"{path} holds {name} as {code!r}; types that can be read: {', '.join(sorted(DTYPES))}")
-    if not natural or last - first != math.prod(shape) * DTYPES[code].itemsize:
+    if not natural or math.prod(n or 1 for n in shape) >= MAX_SIZE or last - first != _size(shape, DTYPES[code]):
         raise UserError(f"{path} has a corrupt header: {name} is {code} {list(shape)} in bytes {first} to {last}")
     return DTYPES[code], shape, (first, last)
+
+
+def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 def _check_spans(spans: list[tuple[int, int]], size: int, path: Path) -> None:

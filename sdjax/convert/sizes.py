@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +18,12 @@ class _Shapes:
 
     def __init__(self, shapes: Shapes, place: object) -> None:
         self._shapes, self._place = shapes, place
-        self._counts: dict[str, int] = {}
+        self._numbers: dict[str, set[int]] = defaultdict(set)
         for key in shapes:
             parts = key.split(".")
             for i, part in enumerate(parts):
                 if part.isdecimal() and len(part) < 4:
-                    stem = ".".join(parts[:i])
-                    self._counts[stem] = max(self._counts.get(stem, 0), int(part) + 1)
+                    self._numbers[".".join(parts[:i])].add(int(part))
 
     def __contains__(self, key: str) -> bool:
         return key in self._shapes
@@ -42,8 +42,9 @@ class _Shapes:
         return len(self._shapes[key])
 
     def count(self, stem: str) -> int:
-        """One more than the highest number below `stem`."""
-        return self._counts.get(stem, 0)
+        """How many numbers follow one another below `stem`, from 0."""
+        numbers = self._numbers.get(stem, set())
+        return next(n for n in range(len(numbers) + 1) if n not in numbers)
 
 
 def unet_config(shapes: Shapes, heads: int | None, place: object) -> dict[str, Any]:
