@@ -71,7 +71,7 @@ def resolve(
     name = match["repo"] if match else ""
     file = match["file"] if match else None
     if match is None or name.endswith(WEIGHTS) or (file is not None and not file.endswith(WEIGHTS)):
-        raise UserError(f"there is no file or folder {str(source)!r}, and it is no id of the Hub (owner/name)")
+        raise UserError(f"there is no file or folder {str(source)!r}, nor is it an id of the Hub (owner/name)")
     place = Place(name, file, match["revision"], cache_dir, endpoint)
     try:
         folder = _folder(place, variant)
@@ -153,4 +153,4 @@ def _reason(place: Place, error: Exception) -> str:
         return f"{place.repo} has no revision {place.revision!r}"
     said = " ".join(str(error.__cause__ or error).split())[:150] or type(error).__name__
     what = f"{place.repo}/{place.file}" if place.file else str(place)
-    return f"{what} is not in the cache, and the Hub cannot be reached: {said}"
+    return f"{what} is neither a local path nor in the cache, and the Hub cannot be reached: {said}"

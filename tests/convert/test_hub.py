@@ -135,7 +135,7 @@ def test_a_model_is_downloaded_once_and_found_again_without_a_network(checkpoint
     assert hub.served == []
     hub.stop()
     assert resolve("acme/xl", cache_dir=cache, endpoint=hub.url) == first
-    with pytest.raises(UserError, match="acme/xl is not in the cache, and the Hub cannot be reached") as error:
+    with pytest.raises(UserError, match="acme/xl is neither a local path nor in the cache, and the Hub cannot be reached") as error:
         resolve("acme/xl", cache_dir=tmp_path / "other", endpoint=hub.url)
     assert "\n" not in str(error.value)
 
@@ -162,7 +162,7 @@ def test_a_download_that_broke_off_is_no_model(hub: Hub, tmp_path: Path):
     folder = resolve("acme/xl", cache_dir=tmp_path / "cache", endpoint=hub.url)
     (folder / "vae" / f"{STEM}.safetensors").unlink()
     hub.stop()
-    with pytest.raises(UserError, match="not in the cache, and the Hub cannot be reached"):
+    with pytest.raises(UserError, match="nor in the cache, and the Hub cannot be reached"):
         resolve("acme/xl", cache_dir=tmp_path / "cache", endpoint=hub.url)
 
 
@@ -173,7 +173,7 @@ def test_one_file_of_a_repository(hub: Hub, tmp_path: Path):
     assert weights(hub.served) == {"xl_base.safetensors"}
     hub.stop()
     assert resolve("acme/xl/xl_base.safetensors@v1", cache_dir=cache, endpoint=hub.url) == path
-    with pytest.raises(UserError, match=r"acme/xl/other\.ckpt is not in the cache"):
+    with pytest.raises(UserError, match=r"acme/xl/other\.ckpt is neither a local path nor in the cache"):
         resolve("acme/xl/other.ckpt", cache_dir=cache, endpoint=hub.url)
 
 
@@ -228,4 +228,4 @@ def test_the_clients_own_settings_are_followed(hub: Hub, tmp_path: Path):
     assert str(tmp_path / "home") in online.stdout
     assert run(HF_HUB_OFFLINE="1").stdout == online.stdout
     alone = run(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "other"))
-    assert "UserError: acme/xl is not in the cache, and the Hub cannot be reached" in alone.stderr
+    assert "UserError: acme/xl is neither a local path nor in the cache, and the Hub cannot be reached" in alone.stderr
