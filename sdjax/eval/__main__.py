@@ -79,7 +79,9 @@ def _sample(pipe: Any, prompts: list[str], config: Config, name: str) -> np.ndar
             bar.total = total
             bar.update(done - bar.n)
 
-        return features(pipe(prompts, seed=config.eval.seed, batch_size=config.eval.batch_size, progress=progress))
+        return features(
+            pipe(prompts, seed=config.eval.seed, batch_size=config.eval.batch_size, syntax="plain", progress=progress)
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sdjax.core.errors import UserError
+from sdjax.core.tree import Tree
 from sdjax.models.attention import Attention
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -184,7 +185,7 @@ def emphasise(states: Float[Array, "*b l d"], weights: Float[Array, "*b l"]) -> 
 
 
 def extend_vocabulary(
-    config: CLIPTextConfig, params: dict[str, Any], rows: Float[Array | np.ndarray, "n d"], eos: int
+    config: CLIPTextConfig, params: Tree, rows: Float[Array | np.ndarray, "n d"], eos: int
 ) -> tuple[CLIPTextConfig, dict[str, Any]]:
     """The encoder whose new ids, from `config.vocab_size` on, have the given embeddings (textual inversion).
 

@@ -2,66 +2,102 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from sdjax.convert.folder import INDEX, Checkpoint, read_folder
+from sdjax.convert.components import TOKENIZERS, Checkpoint, Component
+from sdjax.convert.folder import INDEX, read_component, read_folder
+from sdjax.convert.hub import resolve
+from sdjax.convert.pickles import read_pickle
+from sdjax.convert.single_file import read_autoencoder_file, read_single_file
+from sdjax.convert.weights import read_file
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
-from sdjax.data.tokenizers import load_tokenizer
+from sdjax.data.textual_inversion import fit, read_embedding
+from sdjax.data.tokenizers import Tokenizer, load_tokenizer, with_placeholders
 from sdjax.diffusion.denoise import check_prediction
 from sdjax.models.autoencoder import Autoencoder
-from sdjax.models.clip import CLIPText
+from sdjax.models.clip import TEXT_LAYERS, CLIPText, extend_vocabulary
 from sdjax.models.unet import UNet
+from sdjax.parallel.sharding import tree_shardings
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.tasks.base import export_folder
-from sdjax.tasks.latent import System
+from sdjax.tasks.latent import System, TextEncoder
+from sdjax.tasks.latent.system import AESTHETICS, SIZES, extra_channels
 
-UNDERSTOOD = f"a diffusers folder (one with {INDEX}) or the workdir of a finished train.py run"
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
+UNDERSTOOD = (
+    f"a diffusers folder (one with {INDEX}), a Hub id (owner/name), a single .safetensors or .ckpt file, or the "
+    "workdir of a finished train.py run"
+)
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+Source = str | Path
 
 
-def load(source: str | Path, dtype: str = "float32", mesh: Mesh | None = None) -> Pipeline:
-    """A pipeline of a checkpoint.
+def load(
+    source: Source,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    *,
+    family: str | None = None,
+    prediction: str | None = None,
+    vae: Source | None = None,
+    embeddings: Sequence[Source] = (),
+) -> Pipeline:
+    """A pipeline of a checkpoint; parameters are read one at a time, straight to the devices.
 
     Args:
-        source: a diffusers folder, or the workdir of a finished train.py run.
-        dtype: of the UNet and the text encoder, "float32" or "bfloat16"; the autoencoder works in float32 always.
+        source: a Hub id, a diffusers folder, a single file, or the workdir of a finished train.py run.
+        dtype: of the UNet and the text encoders, "float32" or "bfloat16"; the autoencoder works in float32 always.
         mesh: of `sdjax.parallel.mesh.make_mesh`; parameters and batches are spread over it. None for one device.
+        family: what a single file is, where its keys and shapes mislead; one of `sdjax.convert.families.FAMILIES`.
+        prediction: "epsilon", "v_prediction" or "sample", in place of what the checkpoint says.
+        vae: another autoencoder: a file, or a folder with its config.json.
+        embeddings: textual inversions, `.safetensors`, `.pt` or `.bin`.
 
     Raises:
         UserError: the source is missing or is none of these, or what it holds is corrupt or not supported.
     """
     kind = dtype_named(dtype)
-    folder = find_folder(source)
-    checkpoint = read_folder(folder)
-    prediction = checkpoint.scheduler_config.get("prediction_type", "epsilon")
-    check_prediction(prediction)
-    _check_latents(checkpoint, folder)
-    system = System(
-        unet=UNet(checkpoint.unet.config, dtype=kind),
-        autoencoder=Autoencoder(checkpoint.vae.config),
-        text_encoder=CLIPText(checkpoint.text_encoder.config, kind),
-        prediction=prediction,
-    )
-    tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.text_encoder.config.max_length)
-    if tokenizer.vocab_size > checkpoint.text_encoder.config.vocab_size:
-        raise UserError(
-            f"{checkpoint.tokenizer} has {tokenizer.vocab_size} tokens, "
-            f"the text encoder beside it {checkpoint.text_encoder.config.vocab_size}"
-        )
-    name = folder.parent.name if folder.name == export_folder(Path()).name else folder.name
-    return Pipeline(name, checkpoint, system, tokenizer, dtype, mesh)
+    path = find(source)
+    dtypes = dict.fromkeys(("unet", "text_encoder", "text_encoder_2"), dtype) | {"vae": "float32"}
+
+    def place(array: np.ndarray, name: str) -> jax.Array:
+        del name
+        return jax.device_put(array, None if mesh is None else tree_shardings(array, mesh))
+
+    if path.is_dir():
+        if family is not None:
+            raise UserError(f"family {family!r}: {path} is a folder, whose configs say what it is; leave it out")
+        checkpoint = read_folder(path, dtypes, place=place)
+    else:
+        checkpoint = read_single_file(path, dtypes, family=family, prediction=prediction, place=place)
+    if prediction is not None:
+        check_prediction(prediction)
+        scheduler = {**checkpoint.scheduler_config, "prediction_type": prediction}
+        checkpoint = dataclasses.replace(checkpoint, scheduler_config=scheduler)
+    if vae is not None:
+        checkpoint = dataclasses.replace(checkpoint, vae=_read_vae(Path(vae), place, checkpoint.vae))
+    tokenizers = _tokenizers(checkpoint, path)
+    if embeddings:
+        checkpoint, tokenizers = _with_words(checkpoint, tokenizers, [Path(file) for file in embeddings])
+    system = make_system(checkpoint, kind, path)
+    name = path.parent.name if path.name == export_folder(Path()).name else path.stem if path.is_file() else path.name
+    return Pipeline(name, checkpoint, system, tokenizers, dtype, mesh)
 
 
-def find_folder(source: str | Path) -> Path:
-    """The diffusers folder that a source means, with its symbolic links followed.
+def find(source: Source) -> Path:
+    """The diffusers folder or single file that a source means, with symbolic links followed.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it cannot be downloaded.
     """
-    path = Path(source).expanduser()
+    path = resolve(source)
     if path.is_dir():
         for folder in (path, export_folder(path)):
             if (folder / INDEX).is_file():
@@ -71,19 +107,104 @@ def find_folder(source: str | Path) -> Path:
                 f"{path} is a workdir without {export_folder(path).name}: train.py writes it when training ends"
             )
         raise UserError(f"{path} is no checkpoint: it has no {INDEX}; give {UNDERSTOOD}")
-    if path.is_file() or path.suffix in SINGLE_FILES:
-        missing = "" if path.is_file() else " (and it does not exist)"
-        raise UserError(f"{path} is a single file{missing}, which is not read; give {UNDERSTOOD}")
-    raise UserError(f"there is no checkpoint {str(source)!r}: the folder does not exist; give {UNDERSTOOD}")
+    if path.suffix not in SINGLE_FILES:
+        raise UserError(f"{path} is no checkpoint file ({', '.join(SINGLE_FILES)}); give {UNDERSTOOD}")
+    return path.resolve()
 
 
-def _check_latents(checkpoint: Checkpoint, folder: Path) -> None:
-    latent, unet = checkpoint.vae.config.latent_channels, checkpoint.unet.config
-    if not latent == unet.in_channels == unet.out_channels:
+def make_system(checkpoint: Checkpoint, kind: Any, place: object) -> System:
+    """The networks of a checkpoint.
+
+    Raises:
+        UserError: they do not fit each other.
+    """
+    unet = checkpoint.unet.config
+    layer = TEXT_LAYERS["last" if unet.vector_dim is None else "penultimate_raw"]
+    encoders = [(name, getattr(checkpoint, name)) for name in TOKENIZERS]
+    prediction = checkpoint.scheduler_config.get("prediction_type", "epsilon")
+    check_prediction(prediction)
+    system = System(
+        unet=UNet(unet, dtype=kind),
+        autoencoder=Autoencoder(checkpoint.vae.config),
+        text_encoders=tuple(TextEncoder(n, CLIPText(part.config, kind), layer) for n, part in encoders if part),
+        prediction=prediction,
+        number_width=checkpoint.unet.extra.get("addition_time_embed_dim") or 256,
+    )
+    _check_fit(system, place)
+    return system
+
+
+def _check_fit(system: System, place: object) -> None:
+    unet, latent = system.unet.config, system.autoencoder.config.latent_channels
+    surplus = extra_channels(system.autoencoder)
+    if unet.out_channels != latent or unet.in_channels - latent not in surplus.values():
+        known = ", ".join(f"{name} (+{count})" for name, count in surplus.items())
         raise UserError(
-            f"{folder}: the UNet takes {unet.in_channels} channels and gives {unet.out_channels}, the autoencoder's "
-            f"latents have {latent}; only models where the three agree are sampled"
+            f"{place}: the UNet takes {unet.in_channels} channels and gives {unet.out_channels}, the autoencoder's "
+            f"latents have {latent}; beside them a UNet may take: {known}"
         )
-    width = checkpoint.text_encoder.config.width
-    if unet.context_dim != width:
-        raise UserError(f"{folder}: the UNet attends to {unet.context_dim} features, the text encoder gives {width}")
+    if unet.context_dim != system.context_width:
+        raise UserError(
+            f"{place}: the UNet attends to {unet.context_dim} features, the text encoders give {system.context_width}"
+        )
+    if unet.vector_dim is not None:
+        rest = unet.vector_dim - system.pooled_width
+        if rest not in (SIZES * system.number_width, AESTHETICS * system.number_width):
+            raise UserError(
+                f"{place}: the UNet takes a vector of {unet.vector_dim} features, which is not the pooled prompt's "
+                f"{system.pooled_width} and {AESTHETICS} or {SIZES} numbers of {system.number_width}"
+            )
+
+
+def _tokenizers(checkpoint: Checkpoint, place: object) -> tuple[Tokenizer, ...]:
+    tokenizers = []
+    for name, folder_name in TOKENIZERS.items():
+        encoder, folder = getattr(checkpoint, name), getattr(checkpoint, folder_name)
+        if encoder is None:
+            continue
+        if folder is None:
+            raise UserError(f"{place} has a {name} without its {folder_name}")
+        tokenizer = load_tokenizer(folder, encoder.config.max_length)
+        if tokenizer.vocab_size > encoder.config.vocab_size:
+            raise UserError(
+                f"{folder} has {tokenizer.vocab_size} tokens, the text encoder beside it {encoder.config.vocab_size}"
+            )
+        tokenizers.append(tokenizer)
+    return tuple(tokenizers)
+
+
+def _read_vae(path: Path, place: Any, own: Component) -> Component:
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
+        return read_component(folder, "vae", place=place)
+    if not path.is_file():
+        raise UserError(f"there is no autoencoder {str(path)!r}: give a file, or a folder with its config.json")
+    read = read_autoencoder_file(path, place=place)
+    # A bare file does not say its scale; it takes the place of an autoencoder with the same latents.
+    scale = own.config.scaling_factor
+    return dataclasses.replace(read, config=dataclasses.replace(read.config, scaling_factor=scale))
+
+
+def _with_words(
+    checkpoint: Checkpoint, tokenizers: Sequence[Tokenizer], files: Sequence[Path]
+) -> tuple[Checkpoint, tuple[Tokenizer, ...]]:
+    """The checkpoint whose text encoders know the words of textual inversions, and its tokenizers likewise."""
+    names = [name for name in TOKENIZERS if getattr(checkpoint, name) is not None]
+    parts: dict[str, Component] = {name: getattr(checkpoint, name) for name in names}
+    fitted = fit(
+        [read_embedding(_tensors(file), file.stem) for file in files],
+        [part.config.width for part in parts.values()],
+    )
+    extended, longer = {}, []
+    for name, tokenizer, rows in zip(names, tokenizers, fitted.rows, strict=True):
+        part = parts[name]
+        config, params = extend_vocabulary(part.config, part.params, rows, tokenizer.eos)
+        extended[name] = dataclasses.replace(part, config=config, params=params)
+        longer.append(with_placeholders(tokenizer, fitted.counts, part.config.vocab_size))
+    return dataclasses.replace(checkpoint, **extended), tuple(longer)
+
+
+def _tensors(file: Path) -> Mapping[str, Any]:
+    if not file.is_file():
+        raise UserError(f"there is no textual inversion {str(file)!r}")
+    return read_file(file).tensors if file.suffix == ".safetensors" else read_pickle(file)[0]

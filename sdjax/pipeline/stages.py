@@ -16,23 +16,31 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sdjax.core.prng import image_keys
+from sdjax.diffusion.loss import q_sample
 from sdjax.diffusion.samplers import Table, first_noise
 from sdjax.models.conditioning import Cond
-from sdjax.tasks.latent import Guidance, Start, System, decode_unclipped, denoise_latents, encode_image, encode_text
+from sdjax.tasks.latent import (
+    Asked,
+    Guidance,
+    Start,
+    System,
+    conditions,
+    decode_unclipped,
+    denoise_latents,
+    encode_image,
+)
 from sdjax.training.task import Params
 
 Finite = Bool[Array, ""]
+LOW_RESOLUTION = 1  # what an image's key is folded with for the noise of its low-resolution picture
 _listeners: list[Callable[[int], None]] = []
 
 
-@jax.jit(static_argnums=0)
-def text_stage(
-    system: System, params: Params, tokens: Int[Array, "b l"], negatives: Int[Array, "b l"]
-) -> tuple[tuple[Cond, Cond], Finite]:
-    """The conditions of prompts and of negative prompts, through the text encoder as one batch."""
-    both = encode_text(system, params, jnp.concatenate([tokens, negatives]))
-    halves = (jax.tree.map(lambda x: x[: len(tokens)], both), jax.tree.map(lambda x: x[len(tokens) :], both))
-    return halves, all_finite(both)
+@jax.jit(static_argnames=("system", "clip_skip"))
+def text_stage(system: System, params: Params, asked: Asked, clip_skip: int = 0) -> tuple[tuple[Cond, Cond], Finite]:
+    """The conditions of prompts and of negative prompts, through the text encoders as one batch."""
+    halves = conditions(system, params, asked, clip_skip)
+    return halves, all_finite(halves)
 
 
 @jax.jit(static_argnums=0)
@@ -58,16 +66,39 @@ def sampling_stage(
     system: System,
     params: Params,
     table: Table,
-    conditions: tuple[Cond, Cond],
+    conditions: tuple[Cond, ...],
     guidance: Guidance,
     start: Start,
     keys: Key[Array, " b"],
+    noise: Float[Array, "b n h w z"] | None = None,
     *,
     watched: bool = False,
 ) -> tuple[Float[Array, "b h w z"], Finite]:
-    """Unscaled latents; with `watched`, every row's number is told to whoever listens (see `listening`)."""
-    latents = denoise_latents(system, params, table, conditions, guidance, start, keys, _tell if watched else None)
+    """Scaled latents; with `watched`, every row's number is told to whoever listens (see `listening`)."""
+    callback = _tell if watched else None
+    latents = denoise_latents(system, params, table, conditions, guidance, start, keys, callback, noise)
     return latents, all_finite(latents)
+
+
+@jax.jit(static_argnums=0)
+def masked_stage(
+    system: System, params: Params, mask: Float[Array, "b h w 1"], masked: Float[Array, "b H W 3"]
+) -> tuple[Float[Array, "b h w c"], Finite]:
+    """What an inpainting UNet is joined with: the mask, then the latents of the picture whose masked part is grey."""
+    joined = jnp.concatenate([mask, encode_image(system, params, masked).astype(jnp.float32)], axis=-1)
+    return joined, all_finite(joined)
+
+
+@jax.jit
+def low_resolution_stage(
+    keys: Key[Array, " b"], pictures: Float[Array, "b h w 3"], abar: Float[Array, ""], noise: Array | None
+) -> Float[Array, "b h w 3"]:
+    """An upscaler's picture with noise, its own where none is given (SD 2's x4 upscaler; Ho et al. 2022)."""
+    if noise is None:
+        own = jax.vmap(lambda key: jax.random.fold_in(key, LOW_RESOLUTION))(keys)
+        _, h, w, c = pictures.shape
+        noise = first_noise(own, (h, w, c))
+    return q_sample(pictures, noise, jnp.broadcast_to(abar, len(pictures)))
 
 
 @jax.jit
@@ -84,7 +115,7 @@ def start_stage(
 def decode_stage(
     system: System, params: Params, latents: Float[Array, "b h w z"]
 ) -> tuple[Float[Array, "b H W 3"], Finite]:
-    """Pictures in [0, 1] of unscaled latents."""
+    """Pictures in [0, 1] of scaled latents."""
     images = decode_unclipped(system, params, latents)
     return jnp.clip(images, 0.0, 1.0), all_finite(images)
 

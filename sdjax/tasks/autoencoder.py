@@ -21,6 +21,7 @@ from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream
+from sdjax.core.tree import Tree
 from sdjax.data import loader, sources, transforms
 from sdjax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sdjax.tasks.base import apply, this_shard, tile, to_uint8
@@ -101,9 +102,7 @@ def random_crops(key: PRNGKeyArray, images: Array, size: int, grid: int) -> Arra
     return jax.vmap(crop)(images, corners)
 
 
-def reconstruct(
-    model: Autoencoder, params: Params, images: UInt8[np.ndarray, "b h w 3"]
-) -> Float[np.ndarray, "b h w 3"]:
+def reconstruct(model: Autoencoder, params: Tree, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b h w 3"]:
     """Pictures through the mean of their posterior and back, in [0, 1]."""
     return np.clip(np.asarray(_reconstruct(model, params, images)) / 2.0 + 0.5, 0.0, 1.0)
 

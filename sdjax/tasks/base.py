@@ -22,7 +22,8 @@ from sdjax.training.task import Params, Task
 
 def task_names() -> list[str]:
     """Every file of this folder that makes a task."""
-    return sorted(module.name for module in pkgutil.iter_modules(sdjax.tasks.__path__) if module.name != "base")
+    modules = pkgutil.iter_modules(sdjax.tasks.__path__)
+    return sorted(module.name for module in modules if not module.ispkg and module.name != "base")
 
 
 def make_task(config: Config, mesh: Mesh) -> Task:

@@ -30,7 +30,19 @@ from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.tasks.base import apply, this_shard, tile, to_uint8
-from sdjax.tasks.latent import Guidance, Start, System, decode, denoise_latents, encode_text
+from sdjax.tasks.latent import (
+    Asked,
+    Guidance,
+    Start,
+    System,
+    Text,
+    TextEncoder,
+    cond,
+    conditions,
+    decode,
+    denoise_latents,
+    encode_text,
+)
 from sdjax.training.task import Metrics, Params, Task
 
 
@@ -54,10 +66,10 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     def init(key: PRNGKeyArray) -> Params:
         unet_key, text_key = jax.random.split(key)
-        text = system.text_encoder.init(text_key, empty)["params"]
-        cond = Cond(context=jnp.zeros((1, tokenizer.length, system.text_encoder.config.width)))
+        text = _text_encoder(system).init(text_key, empty)["params"]
+        context = Cond(context=jnp.zeros((1, tokenizer.length, system.context_width)))
         x = jnp.zeros((1, side, side, first_stage.latent_channels))
-        unet = system.unet.init(unet_key, x, jnp.zeros(1), cond)["params"]
+        unet = system.unet.init(unet_key, x, jnp.zeros(1), context)["params"]
         return {"unet": unet, "text_encoder": text}
 
     def loss(params: Params, batch: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
@@ -69,8 +81,8 @@ def make(config: Config, mesh: Mesh) -> Task:
         t = draw_timesteps(time_key, len(x0), schedule.num_timesteps)
         abar = gather(schedule.alphas_cumprod, t)
         dropped = jax.random.bernoulli(drop_key, config.task.caption_dropout, (len(x0), 1))
-        cond = encode_text(system, params, jnp.where(dropped, empty, batch["tokens"]))
-        output = apply(system.unet, params["unet"], q_sample(x0, noise, abar), t, cond)
+        text = encode_text(system, params, _one_chunk(jnp.where(dropped, empty, batch["tokens"])))
+        output = apply(system.unet, params["unet"], q_sample(x0, noise, abar), t, cond(system, text, None))
         losses = diffusion_loss(output, x0, noise, abar, system.prediction, config.task.weighting)
         return losses.mean(), {"latent_std": x0.std()}
 
@@ -88,7 +100,7 @@ def make(config: Config, mesh: Mesh) -> Task:
         checkpoint = Checkpoint(
             unet=Component(system.unet.config, params["unet"], {"sample_size": side}),
             vae=Component(first_stage, params["vae"], {"sample_size": config.data.size}),
-            text_encoder=Component(system.text_encoder.config, params["text_encoder"], _token_ids(tokenizer)),
+            text_encoder=Component(_text_encoder(system).config, params["text_encoder"], _token_ids(tokenizer)),
             scheduler_config=config.task.scheduler.to_dict(),
             tokenizer=Path(config.model.tokenizer),
             defaults={name: config.sample[name] for name in ("steps", "guidance_scale")},
@@ -106,7 +118,7 @@ def read_initial(folder: str, system: System) -> Params:
         UserError: they cannot be read, or their sizes are not the config's.
     """
     params = {}
-    for name, wanted in (("unet", system.unet.config), ("text_encoder", system.text_encoder.config)):
+    for name, wanted in (("unet", system.unet.config), ("text_encoder", _text_encoder(system).config)):
         stored = read_component(Path(folder) / name, name)
         if stored.config != wanted:
             raise UserError(f"config.task.initial: {folder}/{name} is {stored.config}, the config describes {wanted}")
@@ -128,9 +140,17 @@ def make_system(config: Config, first_stage: Any, tokenizer: Tokenizer) -> Syste
     return System(
         unet=UNet(unet, config.train.remat, dtype),
         autoencoder=Autoencoder(first_stage),
-        text_encoder=CLIPText(text, dtype),
+        text_encoders=(TextEncoder("text_encoder", CLIPText(text, dtype)),),
         prediction=config.task.scheduler.prediction_type,
     )
+
+
+def _text_encoder(system: System) -> CLIPText:
+    return system.text_encoders[0].module
+
+
+def _one_chunk(tokens: Int[Array | np.ndarray, "b l"]) -> Text:
+    return Text((jnp.asarray(tokens)[:, None],))
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
@@ -179,8 +199,9 @@ def sample_prompts(
     options = SamplerOptions.from_scheduler_config(scheduler, config.sample.sampler)
     table = make_table(config.sample.sampler, schedule_of(scheduler), config.sample.steps, options)
     keys = image_keys(config.train.seed, jnp.arange(len(prompts)))
-    tokens = tokenizer.encode([*prompts, *[""] * len(prompts)])
-    return _sample(system, params, table, tokens, config.sample.guidance_scale, keys, shape)
+    tokens, empty = tokenizer.encode(prompts), tokenizer.encode([""] * len(prompts))
+    asked = Asked(_one_chunk(tokens), _one_chunk(empty), jnp.ones(len(prompts)))
+    return _sample(system, params, table, asked, config.sample.guidance_scale, keys, shape)
 
 
 @jax.jit(static_argnums=(0, 6))
@@ -188,14 +209,12 @@ def _sample(
     system: System,
     params: Params,
     table: Any,
-    tokens: Int[Array, "2*b l"],
+    asked: Asked,
     scale: Float[Array, ""],
     keys: PRNGKeyArray,
     shape: tuple[int, int, int],
 ) -> Float[Array, "b H W 3"]:
-    both = encode_text(system, params, tokens)
-    halves = (jax.tree.map(lambda x: x[: len(keys)], both), jax.tree.map(lambda x: x[len(keys) :], both))
     noise = first_noise(keys, shape)
     start = Start(noise * table.first_scale, jnp.zeros_like(noise), noise, jnp.ones_like(noise[..., :1]))
-    latents = denoise_latents(system, params, table, halves, Guidance(scale), start, keys)
+    latents = denoise_latents(system, params, table, conditions(system, params, asked), Guidance(scale), start, keys)
     return decode(system, params, latents)

@@ -168,13 +168,14 @@ def test_pasting_back_keeps_what_is_outside_and_fades_inside(feather):
     mask = np.zeros((2, 24, 30, 1), np.float32)
     mask[0, 5:20, 6:26] = 1.0
     mask[1, :, 15:] = 1.0
+    made[..., 0][mask[..., 0] == 0.0] = np.nan  # whatever was painted there
     found = paste_back(made, original, mask, feather)
     assert found.dtype == np.float32
     outside = mask[..., 0] == 0.0
     np.testing.assert_array_equal(found[outside].view(np.int32), original[outside].view(np.int32))
     # The second mask is a half plane: shares are known from the column alone.
     share = np.clip((np.arange(30) - 14) / (feather + 1), 0.0, 1.0)[:, None]
-    np.testing.assert_allclose(found[1], share * made[1] + (1.0 - share) * original[1], atol=1e-6)
+    np.testing.assert_allclose(found[1], share * np.nan_to_num(made[1]) + (1.0 - share) * original[1], atol=1e-6)
     inner = np.zeros((24, 30), bool)
     reach = int(np.ceil(feather))
     inner[5 + reach : 20 - reach, 6 + reach : 26 - reach] = True

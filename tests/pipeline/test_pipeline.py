@@ -126,14 +126,21 @@ def test_bisection_finds_every_row(ours):
         assert first_bad_row(lambda shorter, row=row: rows_of(shorter) <= row, table) == row
 
 
-def test_a_prompt_that_is_cut_is_named(ours, caplog):
+def test_a_plain_prompt_that_is_cut_is_named(ours, caplog):
     prompt = "red heart " * 60
     with caplog.at_level("WARNING", "sdjax"):
-        long = ours([prompt, "flag"], **FAST)
+        long = ours([prompt, "flag"], syntax="plain", **FAST)
     (record,) = caplog.records
-    assert "too long" in record.message
-    assert record.message.count("heart") >= 2
-    np.testing.assert_array_equal(long, ours([prompt + "never read", "flag"], **FAST))
+    assert "was cut from the prompt 'red heart red" in record.message
+    np.testing.assert_array_equal(long, ours([prompt + "never read", "flag"], syntax="plain", **FAST))
+
+
+def test_a_long_prompt_is_read_to_its_end(ours, caplog):
+    prompt = "red heart " * 60
+    with caplog.at_level("WARNING", "sdjax"):
+        long, longer = ours([prompt, prompt + "flag"], **FAST)
+    assert not caplog.records
+    assert np.abs(long - longer).max() > 1e-3
 
 
 def test_progress_counts_network_calls(ours):
@@ -207,10 +214,9 @@ def test_numbers_of_the_wrong_kind(ours):
 
 def test_sources_that_are_none(theirs, tmp_path):
     for source, message in {
-        tmp_path / "missing": "does not exist; give a diffusers folder",
+        tmp_path / "missing": "there is no file or folder",
         tmp_path: "no model_index.json",
-        "model.safetensors": "single file",
-        "runwayml/stable-diffusion-v1-5": "there is no checkpoint 'runwayml/stable-diffusion-v1-5'",
+        "model.safetensors": "there is no file or folder 'model.safetensors', nor is it an id of the Hub",
     }.items():
         with pytest.raises(UserError, match=message):
             sdjax.load(source)

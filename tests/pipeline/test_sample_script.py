@@ -138,7 +138,7 @@ BAD = {
     "empty file": (["--from_file=empty.txt"], "empty.txt holds no prompt"),
     "binary file": (["--from_file=broken.png"], "broken.png: it is not UTF-8"),
     "sampler": ([P, "--sampler=nope"], "unknown sampler 'nope'; choose one of: ddim"),
-    "schedule": ([P, "--schedule=nope"], "unknown schedule 'nope'; choose one of: karras"),
+    "schedule": ([P, "--schedule=nope"], "unknown schedule 'nope'; choose one of: ays"),
     "width": ([P, "--width=31"], "width 31 is not a multiple of 2.*nearest: 30, 32"),
     "steps": ([P, "--steps=0"], "steps 0: choose an integer of at least 1"),
     "steps type": ([P, "--steps=many"], "steps=many"),
@@ -170,7 +170,7 @@ def test_bad_input(case, run, tmp_path):
 
 
 def test_bad_checkpoints(run, theirs, tmp_path):
-    check_error(*run(P, checkpoint="missing"), "there is no checkpoint 'missing'")
+    check_error(*run(P, checkpoint="missing"), "there is no file or folder 'missing'")
     check_error(*run(P, checkpoint=corrupt(tmp_path / "cut", theirs.folder)), "cut/unet/.*safetensors is truncated")
     check_error(*run(P, config="configs/nope.py"), "cannot read the config file .*nope.py: .*No such file")
     check_error(*run(P, config="configs/openmoji.py:huge"), "unknown variant 'huge'.*tiny")

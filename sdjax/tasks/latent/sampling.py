@@ -1,8 +1,4 @@
-"""Text to image by latent diffusion (LDM, section 3.3; Stable Diffusion): CLIP tokens condition a UNet over latents.
-
-`System` and the functions over it are what the pipeline calls; `make` trains a UNet, and its text encoder if the config
-says so, over the latents of a finished autoencoder.
-"""
+"""Sampling by latent diffusion (LDM, section 3.3; Stable Diffusion): a UNet over an autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -11,37 +7,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
-from sdjax.diffusion.denoise import make_denoise
+from sdjax.diffusion.denoise import Network, make_denoise
 from sdjax.diffusion.guidance import guided
 from sdjax.diffusion.samplers import Table
 from sdjax.diffusion.samplers import sample as run_sampler
-from sdjax.models.autoencoder import Autoencoder
-from sdjax.models.clip import CLIPText
 from sdjax.models.conditioning import Cond
-from sdjax.models.unet import UNet
+from sdjax.models.layers import guidance_embedding
 from sdjax.tasks.base import apply
+from sdjax.tasks.latent.system import System
 from sdjax.training.task import Params
-
-
-class System(NamedTuple):
-    """The networks of a latent diffusion model, without their parameters; hashable, so it may be a static argument.
-
-    Attributes:
-        unet, autoencoder, text_encoder: the modules; their parameters are "unet", "vae" and "text_encoder".
-        prediction: what the UNet predicts, as diffusers names it.
-    """
-
-    unet: UNet
-    autoencoder: Autoencoder
-    text_encoder: CLIPText
-    prediction: str
-
-    @property
-    def scale(self) -> float:
-        """Latents are multiplied by it before they are diffused, to have unit variance."""
-        return self.autoencoder.config.scaling_factor
 
 
 class Guidance(NamedTuple):
@@ -72,25 +48,19 @@ class Start(NamedTuple):
     mask: Float[Array, "b h w 1"]
 
 
-def encode_text(system: System, params: Params, tokens: Int[Array, "b l"]) -> Cond:
-    """What the UNet is told of prompts."""
-    output = apply(system.text_encoder, params["text_encoder"], tokens)
-    return Cond(context=output.last)
-
-
 def encode_image(system: System, params: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w z"]:
     """Scaled latents, the posterior's mean, of pictures in [-1, 1]."""
     return apply(system.autoencoder, params["vae"], images, method="encode").mean * system.scale
 
 
 def decode(system: System, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
-    """Pictures in [0, 1] of unscaled latents, in float32."""
+    """Pictures in [0, 1] of scaled latents, in float32."""
     return jnp.clip(decode_unclipped(system, params, latents), 0.0, 1.0)
 
 
 def decode_unclipped(system: System, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
     """As `decode`, with what lies outside of [0, 1], infinities included."""
-    images = apply(system.autoencoder, params["vae"], latents, method="decode")
+    images = apply(system.autoencoder, params["vae"], latents / system.scale, method="decode")
     return images.astype(jnp.float32) / 2.0 + 0.5
 
 
@@ -98,34 +68,55 @@ def denoise_latents(
     system: System,
     params: Params,
     table: Table,
-    conditions: tuple[Cond, Cond],
+    conditions: tuple[Cond, ...],
     guidance: Guidance,
     start: Start,
     keys: Key[Array, " b"],
     callback: Callable[[int], None] | None = None,
+    noise: Float[Array, "b n h w z"] | None = None,
 ) -> Float[Array, "b h w z"]:
-    """Runs a sampler; the result is unscaled latents.
+    """Runs a sampler; the result is scaled latents, with noise where the table's last active row leaves some.
 
     Args:
         system: static.
         params: of the UNet at least.
         table: of `make_table`.
-        conditions: of the prompts and of the negative prompts; the two halves of one batch.
+        conditions: of the prompts and of the negative prompts, the two halves of one batch; or of the prompts alone,
+            and there is no guidance.
         guidance: may be traced.
         start: where to begin; the masked part is held to `start.known` at every level (diffusers' 4-channel rule).
         keys: [b], one an image.
         callback: called on the host after every network call.
+        noise: of every row of the table, in place of what the keys draw.
     """
-    both = jax.tree.map(lambda cond, uncond: jnp.concatenate([cond, uncond]), *conditions)
-
-    def pair(x: Array, t: Array) -> tuple[Array, Array]:
-        output = apply(system.unet, params["unet"], jnp.tile(x, (2, 1, 1, 1)), jnp.tile(t, 2), both)
-        cond, uncond = jnp.split(output, 2)
-        return cond, uncond
+    network = (_guided if len(conditions) > 1 else _unguided)(system, params, conditions, guidance)
 
     def keep_known(x: Array, sigma: Array, keys: Key[Array, " b"]) -> Array:
         del keys
         return start.mask * x + (1.0 - start.mask) * (start.known + sigma * start.noise)
 
-    denoise = make_denoise(guided(pair, guidance.scale, guidance.rescale), system.prediction)
-    return run_sampler(denoise, table, start.x, keys, keep_known, callback) / system.scale
+    denoise = make_denoise(network, system.prediction)
+    return run_sampler(denoise, table, start.x, keys, keep_known, callback, noise)
+
+
+def _network(system: System, params: Params, cond: Cond) -> Network:
+    return lambda x, t: apply(system.unet, params["unet"], x, t, cond)
+
+
+def _unguided(system: System, params: Params, conditions: tuple[Cond, ...], guidance: Guidance) -> Network:
+    """A network distilled to imitate guidance is told its scale (Luo et al. 2023, Latent Consistency Models)."""
+    (cond,) = conditions
+    if system.unet.config.guidance_dim is not None and cond.context is not None:
+        scale = jnp.broadcast_to(jnp.asarray(guidance.scale) - 1.0, len(cond.context))
+        cond = cond._replace(guidance=guidance_embedding(scale, system.unet.config.guidance_dim))
+    return _network(system, params, cond)
+
+
+def _guided(system: System, params: Params, conditions: tuple[Cond, ...], guidance: Guidance) -> Network:
+    network = _network(system, params, jax.tree.map(lambda *halves: jnp.concatenate(halves), *conditions))
+
+    def pair(x: Array, t: Array) -> tuple[Array, Array]:
+        cond, uncond = jnp.split(network(jnp.tile(x, (2, 1, 1, 1)), jnp.tile(t, 2)), 2)
+        return cond, uncond
+
+    return guided(pair, guidance.scale, guidance.rescale)

@@ -1,0 +1,76 @@
+"""The random numbers of a call, of JAX's generator or in the order in which PyTorch diffusers draws on a CPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from sdjax.core.torch_rng import TorchGenerator
+from sdjax.diffusion.samplers import Table
+
+
+class Noises(NamedTuple):
+    """Noise given from outside, one row an image; None where the image's own key decides.
+
+    Attributes:
+        first: standard normal noise of the latents.
+        picture: of an upscaler's low-resolution picture.
+        steps: of every network call.
+    """
+
+    first: Float[np.ndarray, "n h w z"] | None = None
+    picture: Float[np.ndarray, "n p q 3"] | None = None
+    steps: Float[np.ndarray, "n r h w z"] | None = None
+
+
+class Draws(NamedTuple):
+    """What a call of diffusers draws before its first step, in this order.
+
+    Attributes:
+        picture: (h, w, 3) of an upscaler's low-resolution picture; None for other models.
+        posterior: whether a given picture is encoded, which draws from its posterior.
+        masked: whether the masked picture is encoded too, after the noise of the latents.
+    """
+
+    picture: tuple[int, int, int] | None
+    posterior: bool
+    masked: bool
+
+
+def torch_noises(seed: int, images: range, shape: tuple[int, int, int], table: Table, draws: Draws) -> Noises:
+    """What `torch.Generator("cpu").manual_seed(seed)` gives diffusers for one batch of all images from 0 to the last.
+
+    Draws from a posterior are left out of use: its mean is taken, whose difference is far below a byte.
+
+    Args:
+        seed: of the generator.
+        images: indices of those that are wanted.
+        shape: (h, w, z) of the latents.
+        table: rows that add noise each draw.
+        draws: what comes before.
+    """
+    generator = TorchGenerator(seed)
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        h, w, c = shape
+        return generator.normal((images.stop, c, h, w)).transpose(0, 2, 3, 1)[images.start :]
+
+    picture = None if draws.picture is None else draw(draws.picture)
+    if draws.posterior:
+        draw(shape)
+    first = draw(shape)
+    if draws.masked:
+        draw(shape)
+    return Noises(first, picture, _steps(table, draw, shape, len(images)))
+
+
+def _steps(table: Table, draw: object, shape: tuple[int, int, int], count: int) -> np.ndarray | None:
+    noisy = table.active & np.any(table.weights[..., -1] != 0.0, axis=-1)
+    if not noisy.any():
+        return None
+    steps = np.zeros((count, len(noisy), *shape), np.float32)
+    for row in np.flatnonzero(noisy):
+        steps[:, row] = draw(shape)  # pyright: ignore[reportCallIssue]
+    return steps

@@ -1,0 +1,181 @@
+"""SDXL, its refiner, inpainting and upscaling models against PyTorch diffusers: images agree to 1e-3 in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from tiny_checkpoints import tiny_checkpoint, write_tokenizer
+
+import sdjax
+from sdjax.convert.folder import write_folder
+
+TOLERANCE = 1e-3
+SIZE, LATENT = 16, 8
+SAMPLERS = {
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+}
+PROMPTS = ["a red heart", "a photo of a cat"]
+NEGATIVES = ["cat", "a heart"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """folders(family): a tiny checkpoint of it."""
+    torch.set_num_threads(1)
+    parent = tmp_path_factory.mktemp("families")
+    vocab_size = write_tokenizer(parent / "tokenizer")
+
+    def folder(family: str) -> Path:
+        if not (parent / family).exists():
+            write_folder(parent / family, tiny_checkpoint(family, parent / "tokenizer", vocab_size))
+        return parent / family
+
+    return folder
+
+
+@pytest.fixture
+def noise():
+    return np.random.default_rng(3).standard_normal((2, LATENT, LATENT, 4)).astype(np.float32)
+
+
+@pytest.fixture
+def posterior_mean(monkeypatch):
+    """diffusers draws from the posterior of a given picture: it still does, and takes the mean."""
+
+    def mean(self, generator=None):
+        randn_tensor(self.mean.shape, generator=generator)
+        return self.mode()
+
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", mean)
+
+
+def pair(folder: Path, kind: str, sampler: str):
+    theirs = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True)
+    # SDXL's own config, Euler's, says nothing of DDIM's clipping, which latents do not bear
+    theirs.scheduler = SAMPLERS[sampler].from_config({**theirs.scheduler.config, "clip_sample": False})
+    theirs.set_progress_bar_config(disable=True)
+    return sdjax.load(folder), theirs
+
+
+def to_torch(latents: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(latents.transpose(0, 3, 1, 2).copy())
+
+
+def check(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert theirs.std() > 0.02, "the pictures show nothing"
+    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+
+
+def picture(size: int) -> Image.Image:
+    y, x = np.mgrid[0:size, 0:size] / size
+    return Image.fromarray((255 * np.stack([x, y, (x + y) / 2], -1)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("negative", [None, NEGATIVES])
+def test_sdxl(sampler, negative, folders, noise):
+    """Without a negative prompt the unconditional embeddings are zeros; sizes and crops are told."""
+    ours, theirs = pair(folders("sdxl"), "StableDiffusionXLPipeline", sampler)
+    told = {"original_size": (40, 30), "target_size": (16, 24)}
+    common = {"negative_prompt": negative, "guidance_scale": 5.0, "guidance_rescale": 0.5}
+    expected = theirs(
+        PROMPTS,
+        num_inference_steps=6,
+        latents=to_torch(noise),
+        crops_coords_top_left=(3, 5),
+        output_type="np",
+        width=SIZE,
+        height=SIZE,
+        **told,
+        **common,
+    ).images
+    found = ours(PROMPTS, steps=6, sampler=sampler, latents=noise, crop=(3, 5), **told, **common)
+    check(found, expected)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_refiner_takes_over(sampler, folders, noise):
+    """From 0.6 of the noise levels on; no noise is added and none is lost."""
+    ours, base = pair(folders("sdxl"), "StableDiffusionXLPipeline", sampler)
+    refiner, theirs = pair(folders("sdxl_refiner"), "StableDiffusionXLImg2ImgPipeline", sampler)
+    common = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0}
+    latents = base(
+        PROMPTS,
+        num_inference_steps=10,
+        denoising_end=0.6,
+        latents=to_torch(noise),
+        output_type="latent",
+        width=SIZE,
+        height=SIZE,
+        **common,
+    ).images
+    sizes = {"original_size": (SIZE, SIZE), "target_size": (SIZE, SIZE)}
+    expected = theirs(
+        PROMPTS, image=latents, num_inference_steps=10, denoising_start=0.6, output_type="np", **sizes, **common
+    ).images
+    found = ours(PROMPTS, steps=10, sampler=sampler, latents=noise, refiner=refiner, refiner_start=0.6, **common)
+    check(found, expected)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("strength", [1.0])
+def test_nine_channel_inpainting(sampler, strength, folders, posterior_mean):
+    ours, theirs = pair(folders("sd1_inpainting"), "StableDiffusionInpaintPipeline", sampler)
+    white = np.zeros((SIZE, SIZE), np.uint8)
+    white[4:10, 6:14] = 255
+    common = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0, "strength": strength}
+    expected = theirs(
+        PROMPTS,
+        image=picture(SIZE),
+        mask_image=Image.fromarray(white),
+        width=SIZE,
+        height=SIZE,
+        num_inference_steps=6,
+        generator=torch.Generator().manual_seed(7),
+        output_type="np",
+        **common,
+    ).images
+    given = {"init_image": picture(SIZE), "mask": Image.fromarray(white)}
+    found = ours(PROMPTS, steps=6, sampler=sampler, seed=7, rng="torch", **given, **common)
+    check(found, expected)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_upscaler(sampler, folders):
+    ours, theirs = pair(folders("x4_upscaler"), "StableDiffusionUpscalePipeline", sampler)
+    common = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0, "noise_level": 2}
+    expected = theirs(
+        PROMPTS,
+        image=[picture(LATENT)] * 2,
+        num_inference_steps=6,
+        generator=torch.Generator().manual_seed(7),
+        output_type="np",
+        **common,
+    ).images
+    size = {"width": SIZE, "height": SIZE}
+    found = ours(PROMPTS, steps=6, sampler=sampler, seed=7, rng="torch", init_image=picture(LATENT), **size, **common)
+    check(found, expected)
+
+
+def test_torch_noise_of_an_ancestral_sampler(folders):
+    """--rng torch draws diffusers' own noise for a seed, that of every step included."""
+    ours, theirs = pair(folders("sd1"), "StableDiffusionPipeline", "euler")
+    theirs.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(theirs.scheduler.config)
+    expected = theirs(
+        PROMPTS,
+        num_inference_steps=6,
+        generator=torch.Generator().manual_seed(11),
+        output_type="np",
+        width=SIZE,
+        height=SIZE,
+    ).images
+    check(ours(PROMPTS, steps=6, sampler="euler_a", seed=11, rng="torch"), expected)
