@@ -48,18 +48,16 @@ def load_pictures(given: Pictures, prompts: int, size: tuple[int, int]) -> Float
     return _each(given, prompts, fit, "init_image") * 2.0 - 1.0
 
 
-def load_masks(
-    given: Pictures, prompts: int, size: tuple[int, int], latents: tuple[int, int]
-) -> Float[np.ndarray, "n h w 1"]:
-    """Masks over the latents, 1 where the picture is to be made anew: where the given one is at least half white.
+def load_masks(given: Pictures, prompts: int, size: tuple[int, int]) -> Float[np.ndarray, "n H W 1"]:
+    """Masks over a picture, 1 where it is to be made anew: where the given one is at least half white.
 
-    The mask's own nearest pixel counts, as in diffusers; it is cut to the proportions of `size` like the picture.
+    The mask's own nearest pixel counts, as in diffusers; it is cut to the proportions of `size` like the picture. Over
+    latents of a factor f it is every f-th pixel, `masks[:, ::f, ::f]`.
 
     Args:
         given: as in `load_pictures`; arrays may also be [h w] or [h w 1], and of truth values.
         prompts: how many there are.
         size: height and width of the picture.
-        latents: height and width of its latents.
 
     Raises:
         UserError: as `load_pictures`.
@@ -67,7 +65,7 @@ def load_masks(
 
     def fit(picture: Any) -> np.ndarray:
         grey = centred(_rgb(picture, "mask"), size) @ LUMA
-        rows, columns = (np.arange(n) * side // n for n, side in zip(latents, grey.shape, strict=True))
+        rows, columns = (np.arange(n) * side // n for n, side in zip(size, grey.shape, strict=True))
         return (grey[np.ix_(rows, columns)] >= 0.5 - 1e-6).astype(np.float32)[..., None]
 
     return _each(given, prompts, fit, "mask")
@@ -160,6 +158,11 @@ def _each(given: Pictures, prompts: int, fit: Callable[[Any], np.ndarray], name:
     if len(pictures) not in (1, prompts):
         raise UserError(f"{len(pictures)} pictures in {name} for {prompts} prompts; give one, or one for each")
     return np.stack([fit(picture) for picture in pictures])
+
+
+def how_many(given: Pictures) -> int:
+    """One, or as many as the list holds."""
+    return len(_listed(given))
 
 
 def _listed(given: Pictures) -> list[Any]:

@@ -30,13 +30,13 @@ class Draws(NamedTuple):
 
     Attributes:
         picture: (h, w, 3) of an upscaler's low-resolution picture; None for other models.
-        posterior: whether a given picture is encoded, which draws from its posterior.
-        masked: whether the masked picture is encoded too, after the noise of the latents.
+        posteriors: how many given pictures are encoded, each of which draws from its posterior.
+        masked: how many are encoded a second time, masked, after the noise of the latents.
     """
 
     picture: tuple[int, int, int] | None
-    posterior: bool
-    masked: bool
+    posteriors: int
+    masked: int
 
 
 def torch_noises(seed: int, images: range, shape: tuple[int, int, int], table: Table, draws: Draws) -> Noises:
@@ -57,12 +57,15 @@ def torch_noises(seed: int, images: range, shape: tuple[int, int, int], table: T
         h, w, c = shape
         return generator.normal((images.stop, c, h, w)).transpose(0, 2, 3, 1)[images.start :]
 
+    def skip(count: int) -> None:
+        h, w, c = shape
+        if count:
+            generator.normal((count, c, h, w))
+
     picture = None if draws.picture is None else draw(draws.picture)
-    if draws.posterior:
-        draw(shape)
+    skip(draws.posteriors)
     first = draw(shape)
-    if draws.masked:
-        draw(shape)
+    skip(draws.masked)
     return Noises(first, picture, _steps(table, draw, shape, len(images)))
 
 

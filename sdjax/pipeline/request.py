@@ -15,6 +15,8 @@ from sdjax.tasks.latent.system import AESTHETICS, SIZES
 
 STEPS, GUIDANCE_SCALE = 50, 7.5
 STRENGTH = 0.75
+TILE = 1536
+FEATHER = 4.0
 NOISE_LEVEL = 20
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 GENERATORS = ("jax", "torch")
@@ -43,6 +45,7 @@ class Settings:
         original_size, crop, target_size: what SDXL is told of its picture's making, (height, width) and (top, left).
         aesthetic_score, negative_aesthetic_score: what SDXL's refiner is told instead of a target size.
         noise_level: of the low-resolution picture of an upscaler, a timestep of its own schedule.
+        tile: pixels along a side beyond which the autoencoder works in tiles of as many; 0 for never.
     """
 
     steps: int
@@ -64,6 +67,7 @@ class Settings:
     aesthetic_score: float
     negative_aesthetic_score: float
     noise_level: int
+    tile: int
 
     def numbers(self, count: int, negative: bool) -> list[float] | None:
         """What SDXL is told of a picture beside its prompt (diffusers, `_get_add_time_ids`).
@@ -197,6 +201,7 @@ def resolve(
         aesthetic_score=real(score, chosen.get(score, AESTHETIC_SCORE), 0.0),
         negative_aesthetic_score=real(negative_score, chosen.get(negative_score, NEGATIVE_AESTHETIC_SCORE), 0.0),
         noise_level=whole("noise_level", chosen.get("noise_level", NOISE_LEVEL), 0, 999),
+        tile=whole("tile", chosen.get("tile", TILE), 0),
     )
 
 

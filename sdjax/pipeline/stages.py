@@ -80,15 +80,6 @@ def sampling_stage(
     return latents, all_finite(latents)
 
 
-@jax.jit(static_argnums=0)
-def masked_stage(
-    system: System, params: Params, mask: Float[Array, "b h w 1"], masked: Float[Array, "b H W 3"]
-) -> tuple[Float[Array, "b h w c"], Finite]:
-    """What an inpainting UNet is joined with: the mask, then the latents of the picture whose masked part is grey."""
-    joined = jnp.concatenate([mask, encode_image(system, params, masked).astype(jnp.float32)], axis=-1)
-    return joined, all_finite(joined)
-
-
 @jax.jit
 def low_resolution_stage(
     keys: Key[Array, " b"], pictures: Float[Array, "b h w 3"], abar: Float[Array, ""], noise: Array | None

@@ -125,7 +125,9 @@ def test_inpainting(sampler, strength, theirs, ours, noise, picture, mask, same_
         output_type="np",
         **settings,
     ).images
-    result = ours(PROMPTS, steps=10, sampler=sampler, latents=noise, init_image=picture, mask=mask, **settings)
+    result = ours(
+        PROMPTS, steps=10, sampler=sampler, latents=noise, init_image=picture, mask=mask, feather=None, **settings
+    )
     check(result, expected)
 
 

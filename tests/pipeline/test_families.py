@@ -58,8 +58,8 @@ def posterior_mean(monkeypatch):
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", mean)
 
 
-def pair(folder: Path, kind: str, sampler: str):
-    theirs = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True)
+def pair(folder: Path, kind: str, sampler: str, **absent: None):
+    theirs = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, **absent)
     # SDXL's own config, Euler's, says nothing of DDIM's clipping, which latents do not bear
     theirs.scheduler = SAMPLERS[sampler].from_config({**theirs.scheduler.config, "clip_sample": False})
     theirs.set_progress_bar_config(disable=True)
@@ -127,7 +127,7 @@ def test_the_refiner_takes_over(sampler, folders, noise):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("strength", [1.0])
+@pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_nine_channel_inpainting(sampler, strength, folders, posterior_mean):
     ours, theirs = pair(folders("sd1_inpainting"), "StableDiffusionInpaintPipeline", sampler)
     white = np.zeros((SIZE, SIZE), np.uint8)
@@ -144,9 +144,35 @@ def test_nine_channel_inpainting(sampler, strength, folders, posterior_mean):
         output_type="np",
         **common,
     ).images
-    given = {"init_image": picture(SIZE), "mask": Image.fromarray(white)}
+    given = {"init_image": picture(SIZE), "mask": Image.fromarray(white), "feather": None}
     found = ours(PROMPTS, steps=6, sampler=sampler, seed=7, rng="torch", **given, **common)
     check(found, expected)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_depth_to_image(sampler, folders, posterior_mean):
+    """Both pictures of one prompt begin from one picture, whose posterior is drawn from once."""
+    absent = {"depth_estimator": None, "feature_extractor": None}
+    ours, theirs = pair(folders("sd2_depth"), "StableDiffusionDepth2ImgPipeline", sampler, **absent)
+    depth = np.random.default_rng(0).random((1, 12, 12)).astype(np.float32)
+    common = {"guidance_scale": 4.0, "strength": 0.7}
+    expected = theirs(
+        PROMPTS[0],
+        negative_prompt=NEGATIVES[0],
+        image=picture(SIZE),
+        depth_map=torch.from_numpy(depth),
+        num_inference_steps=6,
+        num_images_per_prompt=2,
+        generator=torch.Generator().manual_seed(7),
+        output_type="np",
+        **common,
+    ).images
+    given = {"init_image": picture(SIZE), "depth": depth[0], "num_images": 2}
+    found = ours(PROMPTS[0], NEGATIVES[0], steps=6, sampler=sampler, seed=7, rng="torch", **given, **common)
+    check(found, expected)
+    assert (
+        np.abs(ours(PROMPTS[0], steps=6, depth=1 - depth[0]) - ours(PROMPTS[0], steps=6, depth=depth[0])).max() > 0.01
+    )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -16,6 +16,7 @@ from sdjax.convert.folder import read_folder, write_folder
 from sdjax.core.errors import UserError
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.stages import first_bad_row, rows_of
+from sdjax.tasks.base import to_uint8
 
 FAST = {"steps": 3, "guidance_scale": 3.0}
 
@@ -86,6 +87,52 @@ def test_what_a_mask_keeps_is_kept(ours):
     assert np.abs(painted[:, :, half:] - known[:, :, half:]).min(axis=-1).mean() > 0.01
     everything = ours("red heart", mask=np.ones_like(mask), strength=0.5, **given)
     np.testing.assert_array_equal(everything, ours("red heart", strength=0.5, **given))
+
+
+@pytest.mark.parametrize("feather", [0.0, 3.0])
+def test_outside_of_a_mask_the_given_picture_is_left(feather, ours):
+    """Bit for bit as bytes; within the mask it fades out over `feather` pixels."""
+    given = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[8:24, 4:20] = True
+    (image,) = ours("red heart", init_image=given, mask=mask, feather=feather, **FAST)
+    (bare,) = ours("red heart", init_image=given, mask=mask, feather=None, **FAST)
+    np.testing.assert_array_equal(to_uint8(image)[~mask], given[~mask])
+    assert np.abs(bare - given / 255.0)[~mask].max() > 0.01, "the autoencoder alone keeps nothing exactly"
+    deep = mask[:, :] & False
+    deep[11:21, 7:17] = True
+    np.testing.assert_array_equal(image[deep], bare[deep])
+    edge = mask & ~deep
+    assert (np.abs(image - bare)[edge].max() > 0.01) == (feather > 0)
+
+
+def test_large_pictures_go_through_the_autoencoder_in_tiles(ours):
+    """With random weights a tile's own GroupNorm and attention show; a seam would show more, and between all tiles."""
+    latents = np.random.default_rng(1).standard_normal((1, LATENT * 3, LATENT * 2, 4)).astype(np.float32)
+    whole = ours("red heart", latents=latents, tile=0, **FAST)
+    tiled = ours("red heart", latents=latents, tile=SIZE, **FAST)
+    assert np.abs(whole - tiled).max() > 0
+    off = (tiled - whole)[0]
+    assert np.abs(off).mean() < 0.15 * whole.std()
+    for axis in (0, 1):
+        steps = np.abs(np.diff(off, axis=axis)).mean((1 - axis, 2))
+        assert steps.max() < 3 * np.median(steps), "from one pixel to the next, nowhere much more than anywhere"
+    picture = np.random.default_rng(2).random((SIZE * 2, SIZE * 2, 3)).astype(np.float32)
+    asked = {"init_image": picture, "strength": 0.4, "width": SIZE * 2, "height": SIZE * 2, **FAST}
+    assert 0 < np.abs(ours("flag", **asked) - ours("flag", tile=SIZE, **asked)).mean() < 0.05
+
+
+def test_what_a_kind_of_model_has_no_use_for(ours):
+    picture = np.zeros((SIZE, SIZE, 3), np.uint8)
+    for given, message in [
+        ({"depth": picture}, "depth is given, of which this model makes nothing"),
+        ({"mask": picture}, "a mask needs an init_image"),
+        ({"init_image": picture, "mask": picture[:8]}, f"the mask is {SIZE}x8 pixels and its init_image {SIZE}x{SIZE}"),
+        ({"init_image": picture, "mask": picture, "feather": -1}, "feather -1: choose a number of at least 0"),
+        ({"tile": -1}, "tile -1: choose an integer of at least 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            ours("red heart", **given, **FAST)
 
 
 @pytest.mark.parametrize(

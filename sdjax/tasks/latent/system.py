@@ -77,5 +77,5 @@ class System(NamedTuple):
 
 
 def extra_channels(autoencoder: Autoencoder) -> dict[str, int]:
-    """Channels that the UNets of upscaling and inpainting models take beside the noisy latents."""
-    return {"nothing": 0, "picture": 3, "masked": 1 + autoencoder.config.latent_channels}
+    """Channels that the UNets of depth, upscaling and inpainting models take beside the noisy latents."""
+    return {"nothing": 0, "depth": 1, "picture": 3, "masked": 1 + autoencoder.config.latent_channels}
