@@ -1,24 +1,49 @@
 """Makes pictures with a trained model.
 
-    python sample.py --config configs/NAME.py --prompt TEXT [--prompt TEXT ...] | --from_file PROMPTS.txt
-        [--negative_prompt TEXT] [--seed 0] [--steps N] [--guidance_scale S] [--sampler NAME] [--schedule NAME]
-        [--width W --height H] [--num_images N] [--checkpoint SOURCE] [--init_image FILE --strength S] [--mask FILE]
-        [--first_index N] [--outdir DIR] [--config.section.key=value]
+    python sample.py --config configs/NAME.py --prompt TEXT [--prompt TEXT ...] | --from_file FILE | --from_image PNG
 
-PROMPTS.txt holds one prompt a line. SOURCE is a diffusers folder or the workdir of a finished train.py run. Files are
-00000.png, 00001.png, ... in the order of the prompts, each with its settings inside and in a JSON beside it, and
-grid.png when there are several; without --outdir, in a new folder of outputs/. The same seed, prompt and place in that
-order give the same picture; --first_index 3 makes the fourth alone.
+What to paint
+    --prompt TEXT            in A1111's syntax: (word:1.2), [word], BREAK; --syntax=plain reads it as it stands
+    --negative_prompt TEXT
+    --from_file FILE         one prompt a line, with its own settings after it: a red heart --steps 20 --seed 3
+    --from_image PNG         paints a picture again from the settings inside it; further flags change them
+    --num_images N           of each prompt
+    --first_index N          3 makes the fourth picture of a list alone
+    --grid "steps=10,20;sampler=euler,dpmpp_2m"      every combination, and a labelled sheet of them
+
+With which model
+    --checkpoint SOURCE      a Hub id, a diffusers folder, a .safetensors or .ckpt file, or the workdir of a finished
+                             train.py run; --family, --prediction say what a file is where it misleads
+    --vae SOURCE             another autoencoder     --embedding FILE [...]    textual inversions
+    --refiner SOURCE         takes over from --refiner_start 0.8 of the noise levels
+
+How
+    --seed 0 --steps N --sampler NAME --schedule NAME --guidance_scale S --guidance_rescale PHI --eta ETA
+    --width W --height H --clip_skip N --rng jax|torch --tile PIXELS
+    --original_size H,W --crop TOP,LEFT --target_size H,W --aesthetic_score S --negative_aesthetic_score S
+    --hires 2 --hires_strength 0.5                   a second pass over the enlarged picture
+
+From pictures
+    --init_image FILE --strength S    --mask FILE --feather PIXELS    --depth FILE    --noise_level N
+
+Where to
+    --outdir DIR             without it, a new folder of outputs/
+
+Files are 00000.png, 00001.png, ... in the order of the prompts, each with its settings inside and in a JSON beside it,
+and grid.png when there are several. The same seed, prompt and place in that order give the same picture. Any value of
+the config can be set: --config.sample.dtype=bfloat16.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -28,22 +53,56 @@ from PIL import Image
 from tqdm import tqdm
 
 import sdjax
+from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
 from sdjax.parallel.mesh import make_mesh
-from sdjax.pipeline.records import check_free, fresh_folder, write_grid, write_picture
+from sdjax.pipeline.grids import Axis, cells, contact_sheet, parse_grid
+from sdjax.pipeline.orders import Order, groups, list_orders
+from sdjax.pipeline.prompt_files import PromptLine, read_prompt_file
+from sdjax.pipeline.records import check_free, fresh_folder, read_parameters, write_grid, write_picture
+from sdjax.pipeline.second_pass import STRENGTH, repaint
 from sdjax.tasks.base import tile, to_uint8
 
-TEXTS = ("checkpoint", "from_file", "init_image", "mask", "negative_prompt", "outdir", "sampler", "schedule")
-INTEGERS = ("steps", "width", "height")
+# The keyword arguments of a call that flags and config.sample may set, by type.
+TEXTS = ("negative_prompt", "sampler", "schedule", "syntax", "rng", "init_image", "mask", "depth")
+INTEGERS = ("seed", "steps", "width", "height", "clip_skip", "noise_level", "tile", "num_images")
+REALS = ("guidance_scale", "guidance_rescale", "eta", "strength", "feather", "aesthetic_score")
+REALS += ("negative_aesthetic_score", "refiner_start", "hires", "hires_strength")
+PAIRS = ("original_size", "crop", "target_size")
+CALL = (*TEXTS, *INTEGERS, *REALS, *PAIRS)
+# What is loaded.
+SOURCES = ("checkpoint", "refiner", "vae", "family", "prediction")
+LISTS = ("prompt", "embedding")
+OTHER = ("from_file", "from_image", "grid", "outdir")
 GRID_PIXELS = 2**25
+
+
+class Work(NamedTuple):
+    """What a command line asks for.
+
+    Attributes:
+        orders: every picture.
+        axes: of a grid; () without one.
+        sources: what to load: `SOURCES`, embedding and dtype.
+        outdir: None for a new folder.
+    """
+
+    orders: list[Order]
+    axes: tuple[Axis, ...]
+    sources: dict[str, Any]
+    outdir: Path | None
 
 
 def main() -> None:
     """Reads the command line, samples, and says where the pictures are."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sdjax").setLevel(logging.INFO)
     config, flag = read_command_line(sys.argv)
-    print(sample(config, flag))
+    work = read_work(config, flag)
+    keep_compiled()
+    print(make(work, *load(work.sources, config)))
 
 
 def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
@@ -54,121 +113,186 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
     """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
-    flags.DEFINE_multi_string("prompt", None, "what to paint", flag_values=values)
-    for name in TEXTS:
+    for name in (*TEXTS, *SOURCES, *OTHER):
         flags.DEFINE_string(name, None, "", flag_values=values)
-    for name in INTEGERS:
+    for name in (*INTEGERS, "first_index"):
         flags.DEFINE_integer(name, None, "", flag_values=values)
-    for name, default in (("seed", 0), ("num_images", 1), ("first_index", 0)):
-        flags.DEFINE_integer(name, default, "", flag_values=values)
-    for name, default in (("guidance_scale", None), ("strength", 0.75)):
-        flags.DEFINE_float(name, default, "", flag_values=values)
+    for name in REALS:
+        flags.DEFINE_float(name, None, "", flag_values=values)
+    for name in PAIRS:
+        flags.DEFINE_list(name, None, "", flag_values=values)
+    for name in LISTS:
+        flags.DEFINE_multi_string(name, None, "", flag_values=values)
     parse_flags(values, argv, __doc__)
     flag: dict[str, Any] = {name: values[name].value for name in values}
     config = flag.pop("config")
     if config is None:
         raise UserError("--config is required")
-    if (flag["prompt"] is None) == (flag["from_file"] is None):
-        raise UserError("give either --prompt or --from_file")
-    if flag["mask"] is not None and flag["init_image"] is None:
-        raise UserError("--mask needs an --init_image whose unmasked part is kept")
-    if flag["num_images"] < 1:
+    if sum(flag[name] is not None for name in ("prompt", "from_file", "from_image")) != 1:
+        raise UserError("give one of --prompt, --from_file and --from_image")
+    if flag["num_images"] is not None and flag["num_images"] < 1:
         raise UserError(f"--num_images {flag['num_images']}: choose at least 1")
+    for name in PAIRS:
+        flag[name] = None if flag[name] is None else whole_numbers(name, flag[name])
     return config, flag
 
 
-def sample(config: Config, flag: dict[str, Any]) -> Path:
+def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
+    """The integers of a flag.
+
+    Raises:
+        UserError: there are not two.
+    """
+    try:
+        values = [int(text) for text in texts]
+    except ValueError:
+        values = []
+    if len(values) != 2:
+        raise UserError(f"--{name} {','.join(texts)!r}: give two integers, vertical first, e.g. 1024,1024")
+    return values
+
+
+def read_work(config: Config, flag: Mapping[str, Any]) -> Work:
+    """What to paint and how: the flags, then a given picture's own record, then the config.
+
+    Raises:
+        UserError: a file or the grid cannot be read.
+    """
+    told = {name: value for name, value in flag.items() if value is not None}
+    record = read_parameters(flag["from_image"]) if flag["from_image"] else {}
+    settings = {**dict(cast(Any, config.sample)), **record, **told}
+    if flag["from_file"]:
+        lines = read_prompt_file(Path(flag["from_file"]))
+    else:
+        lines = [PromptLine(prompt, {}) for prompt in flag["prompt"] or [record["prompt"]]]
+    axes = parse_grid(flag["grid"]) if flag["grid"] else ()
+    common = {name: settings[name] for name in CALL if settings.get(name) is not None}
+    first = flag["first_index"] if flag["first_index"] is not None else record.get("index", 0)
+    return Work(
+        orders=list_orders(lines, common, cells(axes) if axes else [{}], first),
+        axes=axes,
+        sources={name: settings.get(name) for name in (*SOURCES, "embedding", "dtype")},
+        outdir=None if flag["outdir"] is None else Path(flag["outdir"]),
+    )
+
+
+def load(sources: Mapping[str, Any], config: Config) -> tuple[sdjax.Pipeline, dict[str, Any], dict[str, Any]]:
+    """The pipeline, what is added to every call, and what every record says of them.
+
+    Raises:
+        UserError: a checkpoint cannot be read.
+    """
+    axes = cast(Any, config.mesh)
+    mesh = make_mesh(axes) if jax.device_count() > 1 else None
+    dtype = sources["dtype"] or "float32"
+    if not sources["checkpoint"]:
+        raise UserError("this config has no sample.checkpoint; give --checkpoint")
+    named = {name: sources[name] for name in ("family", "prediction", "vae")}
+    pipe = sdjax.load(beside(sources["checkpoint"]), dtype, mesh, embeddings=sources["embedding"] or (), **named)
+    refiner = sdjax.load(sources["refiner"], dtype, mesh) if sources["refiner"] else None
+    record = {name: value for name, value in sources.items() if value} | {"dtype": dtype, "model": pipe.name}
+    return pipe, {} if refiner is None else {"refiner": refiner}, record
+
+
+def beside(source: str) -> str:
+    """A config's checkpoint may be given relative to this script."""
+    path = Path(__file__).parent / source
+    return str(path) if path.exists() and not Path(source).exists() else source
+
+
+def make(work: Work, pipe: sdjax.Pipeline, loaded: Mapping[str, Any], record: Mapping[str, Any]) -> Path:
     """Makes and writes all pictures; returns their folder.
 
     Raises:
-        UserError: a flag, a file or the checkpoint is not what it should be; nothing has been overwritten.
+        UserError: a setting or a file is not what it should be; nothing has been overwritten.
     """
-    # ---- what to paint, with which model ----
-    defaults, axes = cast(Any, config.sample), cast(Any, config.mesh)
-    prompts = flag["prompt"] or read_prompts(Path(flag["from_file"]))
-    prompts = [prompt for prompt in prompts for _ in range(flag["num_images"])]
-    source = flag["checkpoint"] or shipped(defaults)
-    mesh = make_mesh(axes) if jax.device_count() > 1 else None
-    pipe = sdjax.load(source, defaults.get("dtype", "float32"), mesh)
-
-    # ---- how: the flags, then the config, then the checkpoint ----
-    names = ("steps", "guidance_scale", "sampler", "schedule", "width", "height")
-    chosen = {name: defaults.get(name) if flag[name] is None else flag[name] for name in names}
-    chosen |= {"seed": flag["seed"]}
-    settings = pipe.settings(**chosen, strength=flag["strength"] if flag["init_image"] else None)
-    given = {name: flag[name] for name in ("negative_prompt", "init_image", "mask")}
-    record = {**dataclasses.asdict(settings), **given, "model": pipe.name, "checkpoint": str(source)}
-    outdir = None if flag["outdir"] is None else Path(flag["outdir"])
+    orders, outdir = sorted(work.orders), work.outdir
+    for group in groups(work.orders):
+        resolved(pipe, group[0].options)  # what is wrong is said before the first picture
     if outdir is not None:
-        files = [f"{flag['first_index'] + i:05d}.{end}" for i in range(len(prompts)) for end in ("png", "json")]
-        check_free(outdir, files + ["grid.png"] * (len(prompts) > 1), "choose another --outdir")
+        files = [f"{order.number:05d}.{end}" for order in orders for end in ("png", "json")]
+        check_free(outdir, files + ["grid.png"] * (len(orders) > 1), "choose another --outdir")
 
-    # ---- a pass at a time; what is made is on disk before the next begins ----
-    made: list[np.ndarray] = []
-    given["strength"] = flag["strength"]
-    batch = pipe.batch_size(len(prompts), settings.height, settings.width)
+    made: dict[int, np.ndarray] = {}
+    passes = list(split(pipe, work.orders))
     with tqdm(desc="compiling", unit="call", dynamic_ncols=True) as bar:
-        for first in range(0, len(prompts), batch):
-            part, index = prompts[first : first + batch], flag["first_index"] + first
-            progress = advance(bar, first // batch, math.ceil(len(prompts) / batch))
-            images = pipe(part, **chosen, **given, first_index=index, batch_size=batch, progress=progress)
+        for done, (batch, chosen) in enumerate(passes):
+            images = paint(pipe, chosen, batch, loaded, advance(bar, len(passes) - done))
             outdir = outdir or fresh_folder(Path("outputs") / pipe.name)
-            for i, (prompt, image) in enumerate(zip(part, to_uint8(images), strict=True), index):
-                write_picture(outdir / f"{i:05d}.png", image, {"prompt": prompt, "index": i, **record})
-                made.append(image)
+            for order, image in zip(chosen, to_uint8(images), strict=True):
+                settings = {**resolved(pipe, order.options), **record, "prompt": order.prompt, "index": order.index}
+                write_picture(outdir / f"{order.number:05d}.png", image, settings)
+                made[order.number] = image
     assert outdir is not None, "there is at least one prompt"
     if len(made) > 1:
-        write_grid(outdir / "grid.png", grid(made))
+        images = [made[number] for number in sorted(made)]
+        write_grid(outdir / "grid.png", contact_sheet(images, work.axes) if work.axes else grid(images))
     return outdir
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not blank.
+def resolved(pipe: sdjax.Pipeline, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a picture, those that the checkpoint decided included.
 
     Raises:
-        UserError: it cannot be read, or there are none.
+        UserError: one is not what it should be.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read --from_file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read --from_file {path}: it is not UTF-8 text") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--from_file {path} holds no prompt: write one a line")
-    return prompts
+    names = {field.name for field in dataclasses.fields(pipe.settings())}
+    chosen = {name: value for name, value in options.items() if name in names}
+    if "init_image" not in options:
+        chosen.pop("strength", None)
+    return {**options, **dataclasses.asdict(pipe.settings(**chosen))}
 
 
-def shipped(defaults: Any) -> str:
-    """The checkpoint that the config names, which may be given relative to this script.
-
-    Raises:
-        UserError: it names none.
-    """
-    source = defaults.get("checkpoint")
-    if not source:
-        raise UserError("this config has no sample.checkpoint; give --checkpoint")
-    beside = Path(__file__).parent / source
-    return str(beside) if beside.exists() and not Path(source).exists() else source
+def split(pipe: sdjax.Pipeline, orders: Sequence[Order]) -> Any:
+    """Passes, as (batch size, orders); what is made is on disk before the next begins."""
+    for group in groups(orders):
+        settings = resolved(pipe, group[0].options)
+        batch = pipe.batch_size(len(group), settings["height"], settings["width"])
+        rest = iter(group)
+        while part := list(islice(rest, batch)):
+            yield batch, part
 
 
-def advance(bar: tqdm, passes_done: int, passes: int) -> Callable[[int, int], None]:
+def paint(
+    pipe: sdjax.Pipeline,
+    orders: Sequence[Order],
+    batch: int,
+    loaded: Mapping[str, Any],
+    progress: Callable[[int, int], None],
+) -> np.ndarray:
+    """The pictures of one pass, in [0, 1]."""
+    options = {**orders[0].options, **loaded, "first_index": orders[0].index, "batch_size": batch}
+    options["progress"] = progress
+    prompts = [order.prompt for order in orders]
+    given = [order.options.get("negative_prompt") for order in orders]
+    negatives = None if all(text is None for text in given) else [text or "" for text in given]
+    scale, strength = options.pop("hires", None), options.pop("hires_strength", STRENGTH)
+    options.pop("negative_prompt", None)
+    images = pipe(prompts, negatives, **options)
+    if scale is None:
+        return images
+    return repaint(pipe, images, prompts, negatives, scale=scale, strength=strength, **options)
+
+
+def advance(bar: tqdm, passes_left: int) -> Callable[[int, int], None]:
     """What a pass tells the bar, whose length is known once the first pass says how many calls it makes."""
+    before = bar.n
 
     def progress(done: int, total: int) -> None:
-        bar.total = total * passes
+        bar.total = max(before + total * passes_left, bar.n)
         bar.set_description("sampling", refresh=False)
-        bar.update(total * passes_done + done - bar.n)
+        bar.update(max(before + done - bar.n, 0))
 
     return progress
 
 
 def grid(images: list[np.ndarray]) -> np.ndarray:
     """All pictures in a nearly square grid, made smaller where they would be too many pixels."""
-    smaller = math.ceil(math.sqrt(len(images) * images[0].size / 3 / GRID_PIXELS))
-    cells = [np.asarray(Image.fromarray(image).reduce(smaller)) for image in images]
-    return tile(np.stack(cells), math.ceil(math.sqrt(len(cells))))
+    height, width = (max(image.shape[side] for image in images) for side in (0, 1))
+    smaller = max(1, math.ceil(math.sqrt(len(images) * height * width / GRID_PIXELS)))
+    padded = [np.pad(im, [(0, height - im.shape[0]), (0, width - im.shape[1]), (0, 0)]) for im in images]
+    reduced = [np.asarray(Image.fromarray(image).reduce(smaller)) for image in padded]
+    return tile(np.stack(reduced), math.ceil(math.sqrt(len(reduced))))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sdjax.core.errors import UserError
-from sdjax.pipeline.inputs import Pictures, check_mask_sizes, how_many, load_depth, load_masks, load_pictures
+from sdjax.pipeline.inputs import Pictures, check_mask_sizes, how_many, is_one, load_depth, load_masks, load_pictures
 from sdjax.pipeline.request import Shape
 
 # What each kind of model (`System.extra`) cannot do without, and what it makes nothing of.
@@ -95,6 +95,14 @@ def load_inputs(kind: str, given: Given, prompts: int, size: tuple[int, int], sh
     return Inputs(pictures, mask, small, depth)
 
 
-def count_of(given: Given) -> int:
-    """How many pictures there are to begin from."""
-    return 0 if given.init_image is None else how_many(given.init_image)
+def count_of(given: Given, prompts: int, last: int) -> int:
+    """How many pictures a call that begins with the first image would begin from: none, one for all, or one a prompt.
+
+    Args:
+        given: of this call.
+        prompts: of this call.
+        last: how many prompts there are from the first image's to this call's last.
+    """
+    if given.init_image is None:
+        return 0
+    return 1 if is_one(given.init_image) or how_many(given.init_image) < prompts else last

@@ -160,14 +160,18 @@ def _each(given: Pictures, prompts: int, fit: Callable[[Any], np.ndarray], name:
     return np.stack([fit(picture) for picture in pictures])
 
 
+def is_one(given: Pictures) -> bool:
+    """Whether it is one picture, not a list of some."""
+    return isinstance(given, str | Path | Image.Image) or (isinstance(given, np.ndarray) and given.ndim < 4)
+
+
 def how_many(given: Pictures) -> int:
     """One, or as many as the list holds."""
     return len(_listed(given))
 
 
 def _listed(given: Pictures) -> list[Any]:
-    single = isinstance(given, str | Path | Image.Image) or (isinstance(given, np.ndarray) and given.ndim < 4)
-    return [given] if single else list(given)  # pyright: ignore[reportArgumentType]
+    return [given] if is_one(given) else list(given)  # pyright: ignore[reportArgumentType]
 
 
 def _depth(picture: Any) -> Float[np.ndarray, "h w 1"]:

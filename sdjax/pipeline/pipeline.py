@@ -236,7 +236,8 @@ class Pipeline:
         count = len(prompted) // num_images
         inputs = load_inputs(self.system.extra, given, count, size, self.shape).spread(count, num_images)
         job = self._job(prompted, negatives, negative_prompt is None, settings, indices)._replace(inputs=inputs)
-        job = job._replace(noises=self._noises(job, settings, latents, count_of(given)))
+        pictures = count_of(given, count, -(-(first + len(prompted)) // num_images))
+        job = job._replace(noises=self._noises(job, settings, latents, pictures))
         runs = [Run(self._model, job, settings.table(self.scheduler_config))]
         if refiner is not None:
             refined = refiner._job(prompted, negatives, negative_prompt is None, settings, indices)

@@ -82,6 +82,7 @@ REALS = {
     "Eta": "eta",
     "Eta DDIM": "eta",
     "Denoising strength": "strength",
+    "Hires upscale": "hires",
 }
 FOLLOWED = {*NUMBERS, *REALS, "Sampler", "Schedule type", "Size", "Model", "Clip skip", "RNG", "Version"}
 
@@ -115,7 +116,9 @@ def parameters(record: Mapping[str, Any]) -> str:
         "Image index": get("index"),
         "Size": f"{record['width']}x{record['height']}" if "width" in record and "height" in record else None,
         "Model": get("model"),
-        "Denoising strength": get("strength"),
+        "Denoising strength": get("hires_strength") if get("hires") else get("strength"),
+        "Hires upscale": get("hires"),
+        "Hires upscaler": "Lanczos" if get("hires") else None,
         # There 1 is none, and 2 leaves out one layer.
         "Clip skip": record["clip_skip"] + 1 if get("clip_skip") else None,
         "RNG": "CPU" if get("rng") == "torch" else None,
@@ -187,8 +190,8 @@ def parse_parameters(text: str, place: str) -> dict[str, Any]:
     if "Sampler" in settings:
         record["sampler"], schedule = _sampler(settings["Sampler"], settings.get("Schedule type"), place)
         record |= {} if schedule is None else {"schedule": schedule}
-    if any(name.startswith("Hires") for name in settings):
-        record.pop("strength", None)  # it is then that of the second pass
+    if "Hires upscale" in settings and "strength" in record:  # it is then that of the second pass
+        record["hires_strength"] = record.pop("strength")
     if left := [f"{name}: {value}" for name, value in settings.items() if name not in FOLLOWED]:
         logger.warning("%s: not followed: %.200s", place, ", ".join(left))
     return record

@@ -119,7 +119,7 @@ def test_large_pictures_go_through_the_autoencoder_in_tiles(ours):
         assert steps.max() < 3 * np.median(steps), "from one pixel to the next, nowhere much more than anywhere"
     picture = np.random.default_rng(2).random((SIZE * 2, SIZE * 2, 3)).astype(np.float32)
     asked = {"init_image": picture, "strength": 0.4, "width": SIZE * 2, "height": SIZE * 2, **FAST}
-    assert 0 < np.abs(ours("flag", **asked) - ours("flag", tile=SIZE, **asked)).mean() < 0.05
+    assert 0 < np.abs(ours("flag", **asked) - ours("flag", tile=SIZE, **asked)).mean() < 0.1
 
 
 def test_what_a_kind_of_model_has_no_use_for(ours):

@@ -104,6 +104,49 @@ FLAGS = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "sample
 FLAGS += ("init_image", "mask", "strength")
 
 
+def test_a_picture_is_painted_again_from_itself(run, tmp_path):
+    prompts = [f"--prompt={text}" for text in ("(red heart:1.3)", "flag")]
+    how = ("--sampler=euler_a", "--steps=4", "--seed=9", "--rng=torch", "--hires=1.5", "--hires_strength=0.6")
+    assert run(*prompts, *how, "--negative_prompt=cat", "--outdir=all")[0] == 0
+    code, _, err = run("--from_image=all/00001.png", "--outdir=again")
+    assert code == 0, err
+    assert names(tmp_path / "again") == ["00001.json", "00001.png"]
+    first, again = (np.asarray(Image.open(tmp_path / name / "00001.png"), int) for name in ("all", "again"))
+    assert first.shape == (48, 48, 3)
+    assert np.abs(first - again).max() <= 1
+    assert run("--from_image=all/00001.png", "--seed=10", "--outdir=other")[0] == 0
+    assert np.abs(first - np.asarray(Image.open(tmp_path / "other" / "00001.png"), int)).max() > 20
+
+
+def test_every_line_may_have_settings_of_its_own(run, ours, tmp_path):
+    (tmp_path / "prompts.txt").write_text(
+        "red heart --sampler heun --steps 3\n# not this\nflag --n ugly --w 64\nflag\n"
+    )
+    code, _, err = run("--from_file=prompts.txt", *FAST, "--outdir=made")
+    assert code == 0, err
+    records = [json.loads((tmp_path / "made" / f"0000{i}.json").read_text()) for i in range(3)]
+    assert [record["sampler"] for record in records] == ["heun", "ddim", "ddim"]
+    assert [record["steps"] for record in records] == [3, 2, 2]
+    assert [record["width"] for record in records] == [32, 64, 32]
+    assert [record.get("negative_prompt") for record in records] == [None, "ugly", None]
+    expected = ours("flag", first_index=2, steps=2, guidance_scale=2)[0]
+    made = np.asarray(Image.open(tmp_path / "made" / "00002.png")) / 255.0
+    np.testing.assert_allclose(made, expected, atol=1.01 / 255.0)
+
+
+def test_a_grid_has_every_combination_of_one_noise(run, ours, tmp_path):
+    code, _, err = run("--prompt=red heart", "--prompt=flag", "--grid=steps=1,2;sampler=euler,dpmpp_2m", "--outdir=g")
+    assert code == 0, err
+    records = [json.loads((tmp_path / "g" / f"0000{i}.json").read_text()) for i in range(8)]
+    cells = [(record["index"], record["steps"], record["sampler"]) for record in records]
+    assert cells == [(i, s, name) for i in (0, 1) for s in (1, 2) for name in ("euler", "dpmpp_2m")]
+    expected = ours("flag", first_index=1, steps=2, sampler="dpmpp_2m", guidance_scale=2.5)[0]
+    made = np.asarray(Image.open(tmp_path / "g" / "00007.png")) / 255.0
+    np.testing.assert_allclose(made, expected, atol=1.01 / 255.0)
+    sheet = np.asarray(Image.open(tmp_path / "g" / "grid.png"))
+    assert sheet.shape[0] > 4 * 32, "four rows: the prompts, and the steps of each"
+
+
 def test_without_outdir_every_run_has_its_own_folder(run, tmp_path):
     for number in range(2):
         code, out, err = run("--prompt=red heart", *FAST)
@@ -132,8 +175,8 @@ BAD = {
     "config key": ([P, "--config.sample.stepz=3"], "stepz"),
     "flag": ([P, "--guidance=3"], "guidance"),
     "argument": ([P, "heart"], "unexpected argument 'heart'"),
-    "neither": ([], "either --prompt or --from_file"),
-    "both": ([P, "--from_file=x"], "either --prompt or --from_file"),
+    "neither": ([], "give one of --prompt, --from_file and --from_image"),
+    "both": ([P, "--from_file=x"], "give one of --prompt, --from_file and --from_image"),
     "no file": (["--from_file=missing.txt"], "missing.txt: No such file"),
     "empty file": (["--from_file=empty.txt"], "empty.txt holds no prompt"),
     "binary file": (["--from_file=broken.png"], "broken.png: it is not UTF-8"),
@@ -147,7 +190,21 @@ BAD = {
     "little strength": ([P, "--init_image=fine.png", "--strength=0.1", "--steps=5"], r"strength 0\.1 with 5 steps"),
     "picture": ([P, "--init_image=broken.png"], "cannot read picture broken.png"),
     "no picture": ([P, "--init_image=nowhere.png"], "nowhere.png"),
-    "mask": ([P, "--mask=fine.png"], "--mask needs an --init_image"),
+    "mask": ([P, "--mask=fine.png"], "a mask needs an init_image"),
+    "mask of another size": (
+        [P, "--mask=small.png", "--init_image=fine.png"],
+        "the mask is 8x8 pixels and its .* 32x32",
+    ),
+    "grid": ([P, "--grid=steps=1;samplr=euler"], "unknown setting 'samplr' in --grid at character 9"),
+    "grid value": ([P, "--grid=sampler=euler,nope"], "unknown sampler 'nope' in --grid at character 15"),
+    "line's flag": (["--from_file=flags.txt"], "unknown flag '--stepz' in flags.txt line 2"),
+    "pair": ([P, "--crop=3"], "--crop '3': give two integers"),
+    "hires": ([P, "--hires=0.5", "--steps=1"], "hires 0.5: choose a number of at least 1"),
+    "no settings": (["--from_image=fine.png"], "fine.png does not say how it was made"),
+    "depth": ([P, "--depth=fine.png"], "depth is given, of which this model makes nothing"),
+    "refiner": ([P, "--refiner=missing"], "there is no file or folder 'missing'"),
+    "embedding": ([P, "--embedding=missing.pt"], "there is no textual inversion 'missing.pt'"),
+    "vae": ([P, "--vae=missing.safetensors"], "there is no autoencoder 'missing.safetensors'"),
     "existing": ([P, "--outdir=taken"], "taken/00000.png exists and is left as it is; choose another --outdir"),
     "folder is a file": (
         [P, "--outdir=fine.png", "--steps=1"],
@@ -161,6 +218,8 @@ def test_bad_input(case, run, tmp_path):
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
     Image.new("RGB", (32, 32)).save(tmp_path / "fine.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    (tmp_path / "flags.txt").write_text("red heart --steps 3\nflag --stepz 3\n")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "00000.png").write_text("mine")
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
