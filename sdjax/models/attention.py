@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from sdjax.models.layers import GroupNorm
 
 _platform: ContextVar[str | None] = ContextVar("attention_platform", default=None)
-CACHED_SCORES = 2**19
+CACHED_SCORES = 2**19  # 2 MiB in float32
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def dot_product_attention(
     platform = _platform.get() or jax.default_backend()
     plain = mask is None and not causal
     if platform == "cpu":
-        return _by_rows(q, k, v, mask, causal)
+        return _blocked(q, k, v, mask, causal)
     if platform == "gpu" and _cudnn_takes(q):
         bias_mask = None if mask is None else mask[:, None, None, :]
         return jax.nn.dot_product_attention(q, k, v, mask=bias_mask, is_causal=causal, implementation="cudnn")
@@ -73,7 +73,7 @@ def _tpu_flash(q: Array, k: Array, v: Array) -> Array:
     return jnp.swapaxes(flash_attention(*heads_first, sm_scale=1 / math.sqrt(q.shape[-1])), 1, 2)
 
 
-def _by_rows(q: Array, k: Array, v: Array, mask: Array | None, causal: bool) -> Array:
+def _blocked(q: Array, k: Array, v: Array, mask: Array | None, causal: bool) -> Array:
     """A head at a time, and of its queries so many that their scores stay in a CPU's second-level cache."""
     batch, length, heads, size = q.shape
     rows = max(1, CACHED_SCORES // k.shape[1])
@@ -83,7 +83,7 @@ def _by_rows(q: Array, k: Array, v: Array, mask: Array | None, causal: bool) -> 
         hq, hk, hv, seen = head
 
         def one_row(row: tuple[Array, Array]) -> Array:
-            scores = jnp.matmul(row[0], hk, preferred_element_type=jnp.float32)
+            scores = jnp.matmul(row[0], hk, preferred_element_type=jnp.float32) / math.sqrt(size)
             if seen is not None:
                 scores = jnp.where(seen, scores, -jnp.inf)
             if causal:
@@ -99,7 +99,7 @@ def _by_rows(q: Array, k: Array, v: Array, mask: Array | None, causal: bool) -> 
 
     keys, values = split(k, 0, 2, 3, 1), split(v, 0, 2, 1, 3)
     seen = None if mask is None else jnp.repeat(mask, heads, axis=0)
-    out = jax.lax.map(one_head, (split(q / math.sqrt(size), 0, 2, 1, 3), keys, values, seen))
+    out = jax.lax.map(one_head, (split(q, 0, 2, 1, 3), keys, values, seen))
     return jnp.moveaxis(out.reshape(batch, heads, length, size), 1, 2)
 
 
