@@ -26,6 +26,7 @@ from sdjax.models.autoencoder import Autoencoder
 from sdjax.models.clip import TEXT_LAYERS, CLIPText, extend_vocabulary
 from sdjax.models.unet import UNet
 from sdjax.parallel.sharding import tree_shardings
+from sdjax.pipeline.few_step import few_step_defaults
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.tasks.base import export_folder
 from sdjax.tasks.latent import System, TextEncoder
@@ -88,6 +89,9 @@ def load(
         checkpoint, tokenizers = _with_words(checkpoint, tokenizers, [Path(file) for file in embeddings])
     system = make_system(checkpoint, kind, path)
     name = path.parent.name if path.name == export_folder(Path()).name else path.stem if path.is_file() else path.name
+    told_guidance = checkpoint.unet.config.guidance_dim is not None
+    own = few_step_defaults(name, checkpoint.scheduler_config, told_guidance, path.is_file())
+    checkpoint = dataclasses.replace(checkpoint, defaults={**own, **checkpoint.defaults})
     return Pipeline(name, checkpoint, system, tokenizers, dtype, mesh)
 
 

@@ -135,7 +135,9 @@ def test_a_model_is_downloaded_once_and_found_again_without_a_network(checkpoint
     assert hub.served == []
     hub.stop()
     assert resolve("acme/xl", cache_dir=cache, endpoint=hub.url) == first
-    with pytest.raises(UserError, match="acme/xl is neither a local path nor in the cache, and the Hub cannot be reached") as error:
+    with pytest.raises(
+        UserError, match="acme/xl is neither a local path nor in the cache, and the Hub cannot be reached"
+    ) as error:
         resolve("acme/xl", cache_dir=tmp_path / "other", endpoint=hub.url)
     assert "\n" not in str(error.value)
 

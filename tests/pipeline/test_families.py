@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import diffusers
@@ -11,10 +13,12 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from tiny_checkpoints import tiny_checkpoint, write_tokenizer
+from tiny_checkpoints import BETAS, random_params, tiny_checkpoint, write_tokenizer
 
 import sdjax
 from sdjax.convert.folder import write_folder
+from sdjax.convert.single_file import TOKENIZER_FOLDERS, write_single_file
+from sdjax.convert.unet import shapes as unet_shapes
 
 TOLERANCE = 1e-3
 SIZE, LATENT = 16, 8
@@ -190,6 +194,57 @@ def test_upscaler(sampler, folders):
     size = {"width": SIZE, "height": SIZE}
     found = ours(PROMPTS, steps=6, sampler=sampler, seed=7, rng="torch", init_image=picture(LATENT), **size, **common)
     check(found, expected)
+
+
+def test_a_latent_consistency_model(folders, tmp_path):
+    """In four steps, told the guidance scale, with noise between them."""
+    tokenizer = folders("sd1") / "tokenizer"
+    made = tiny_checkpoint("sd1", tokenizer, len(json.loads((tokenizer / "vocab.json").read_text())))
+    config = dataclasses.replace(made.unet.config, guidance_dim=256)
+    unet = dataclasses.replace(made.unet, config=config, params=random_params(unet_shapes(config), 0))
+    scheduler = {**BETAS, "_class_name": "LCMScheduler", "original_inference_steps": 50}
+    index = {"_class_name": "LatentConsistencyModelPipeline", "requires_safety_checker": False}
+    made = dataclasses.replace(made, unet=unet, scheduler_config=scheduler, model_index=index)
+    write_folder(tmp_path / "lcm", made)
+    ours = sdjax.load(tmp_path / "lcm")
+    theirs = diffusers.LatentConsistencyModelPipeline.from_pretrained(tmp_path / "lcm", local_files_only=True)
+    expected = theirs(
+        PROMPTS, generator=torch.Generator().manual_seed(5), output_type="np", width=SIZE, height=SIZE
+    ).images
+    chosen = ours.settings()
+    assert (chosen.steps, chosen.guidance_scale, chosen.sampler) == (4, 8.5, "lcm")
+    check(ours(PROMPTS, seed=5, rng="torch"), expected)
+    assert np.abs(ours(PROMPTS, seed=5, guidance_scale=1.0) - ours(PROMPTS, seed=5)).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sdxl_lightning_2step.safetensors", (2, 0.0, "euler", "trailing")),
+        ("sd_xl_turbo_1.0_fp16.safetensors", (4, 0.0, "euler_a", "trailing")),
+        ("sd_xl_base_1.0.safetensors", (50, 7.5, "euler", None)),
+    ],
+)
+def test_few_step_files_have_settings_of_their_own(name, expected, tmp_path, caplog):
+    checkpoint = tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408, 77)
+    write_single_file(tmp_path / name, checkpoint)
+    with caplog.at_level("INFO", "sdjax"):
+        pipe = sdjax.load(tmp_path / name)
+    chosen = pipe.settings()
+    assert (chosen.steps, chosen.guidance_scale, chosen.sampler, chosen.schedule) == expected
+    assert ("is taken for" in caplog.text) == (expected[0] < 50)
+    assert pipe.settings(steps=9, guidance_scale=3.0).steps == 9
+
+
+def test_a_single_file_paints_what_its_folder_paints(tmp_path):
+    """Prompts through CLIP's own vocabulary, which single files lack."""
+    checkpoint = tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408, 77)
+    checkpoint = dataclasses.replace(checkpoint, tokenizer_2=TOKENIZER_FOLDERS / "open_clip")
+    write_folder(tmp_path / "folder", checkpoint)
+    write_single_file(tmp_path / "file.safetensors", checkpoint)
+    asked = {"steps": 3, "width": SIZE, "height": SIZE, "sampler": "euler", "schedule": "trailing"}
+    from_folder, from_file = (sdjax.load(tmp_path / name)(PROMPTS, **asked) for name in ("folder", "file.safetensors"))
+    np.testing.assert_allclose(from_file, from_folder, atol=1e-5)
 
 
 def test_torch_noise_of_an_ancestral_sampler(folders):

@@ -1,0 +1,66 @@
+"""How models that were distilled to few steps are best asked: their authors' settings, by scheduler or by name."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from sdjax.diffusion.samplers import sampler_of
+
+logger = logging.getLogger("sdjax")
+
+
+class Distilled(NamedTuple):
+    """A way of distilling, and how its models are sampled.
+
+    Attributes:
+        steps, guidance_scale: 0 is none.
+        sampler, schedule: for single files, which have no scheduler config.
+    """
+
+    steps: int
+    guidance_scale: float
+    sampler: str
+    schedule: str | None
+
+
+# By sampler: luosimiao's LCM (diffusers, LatentConsistencyModelPipeline) and jabir-zheng's TCD.
+SAMPLED = {"lcm": Distilled(4, 8.5, "lcm", None), "tcd": Distilled(4, 0.0, "tcd", None)}
+# By name: stabilityai/sdxl-turbo (1 to 4 steps), ByteDance/SDXL-Lightning (as many as the file's name says).
+NAMED = {"lightning": Distilled(4, 0.0, "euler", "trailing"), "turbo": Distilled(4, 0.0, "euler_a", "trailing")}
+STEPS = re.compile(r"(\d{1,2})[ _-]?steps?\b")
+
+
+def few_step_defaults(
+    name: str, scheduler_config: Mapping[str, Any], told_guidance: bool, single_file: bool
+) -> dict[str, Any]:
+    """Steps, guidance_scale, and of a single file sampler and schedule; {} for a model that is not distilled.
+
+    Args:
+        name: of the checkpoint.
+        scheduler_config: of the checkpoint.
+        told_guidance: whether the UNet is told the guidance scale, as LCMs are.
+        single_file: whether `scheduler_config` is not the checkpoint's own.
+    """
+    lower = name.lower()
+    word = next((word for word in NAMED if word in lower), None)
+    if word is None:
+        found = SAMPLED.get("lcm" if told_guidance else sampler_of(scheduler_config))
+        word = "few-step"
+    else:
+        found = NAMED[word]
+    if found is None:
+        return {}
+    steps = STEPS.search(lower)
+    # An LCM that is not told a scale is one by LoRA, which has learned to do without guidance.
+    plain = found.sampler == "lcm" and not told_guidance
+    chosen: dict[str, Any] = {"steps": int(steps[1]) if steps and int(steps[1]) else found.steps}
+    chosen["guidance_scale"] = 1.0 if plain else found.guidance_scale
+    if single_file:
+        chosen["sampler"] = found.sampler
+        chosen |= {} if found.schedule is None else {"schedule": found.schedule}
+    said = ", ".join(f"{key} {value}" for key, value in chosen.items())
+    logger.info("%s is taken for a %s model: %s", name, word, said)
+    return chosen
