@@ -6,6 +6,7 @@ tokenizer either; CLIP's published one is what all these models were trained wit
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from sdjax.convert.rules import Kind, Placer, check_shapes, export
 from sdjax.convert.weights import read_file
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
+
+logger = logging.getLogger("sdjax")
 
 TOKENIZER_FOLDERS = Path(__file__).parents[1] / "data" / "clip"
 UNSQUEEZED = Kind(SQUEEZED.outward, SQUEEZED.inward)
@@ -64,6 +67,7 @@ def read_single_file(
     """
     weights = read_file(path)
     found = _detect(weights.tensors, weights.facts, path, family, prediction)
+    logger.info("%s is taken for %s", Path(path).name, found)
     tensors = _wanted(weights.tensors)
     networks = networks_in(_shapes(tensors), found, path)
     expected = {key: shape for network in networks for key, shape in network.original_shapes().items()}

@@ -62,5 +62,5 @@ def few_step_defaults(
         chosen["sampler"] = found.sampler
         chosen |= {} if found.schedule is None else {"schedule": found.schedule}
     said = ", ".join(f"{key} {value}" for key, value in chosen.items())
-    logger.info("%s is taken for a %s model: %s", name, word, said)
+    logger.info("%s is sampled as a %s model: %s", name, word, said)
     return chosen

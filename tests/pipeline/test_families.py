@@ -232,7 +232,8 @@ def test_few_step_files_have_settings_of_their_own(name, expected, tmp_path, cap
         pipe = sdjax.load(tmp_path / name)
     chosen = pipe.settings()
     assert (chosen.steps, chosen.guidance_scale, chosen.sampler, chosen.schedule) == expected
-    assert ("is taken for" in caplog.text) == (expected[0] < 50)
+    assert ("is sampled as a" in caplog.text) == (expected[0] < 50)
+    assert f"{name} is taken for SDXL" in caplog.text
     assert pipe.settings(steps=9, guidance_scale=3.0).steps == 9
 
 
