@@ -28,7 +28,7 @@ class Variant(NamedTuple):
     family: str
     unet: str
     vae: str
-    text_encoder: str | None
+    text_encoder: str
     text_encoder_2: str | None = None
 
 
@@ -36,7 +36,6 @@ VARIANTS = {
     "sd15": Variant("sd1", "sd1", "sd", "clip_l"),
     "sd2": Variant("sd2", "sd2", "sd", "openclip_h_sd2"),
     "sdxl": Variant("sdxl", "sdxl", "sdxl", "clip_l", "openclip_bigg"),
-    "sdxl_refiner": Variant("sdxl_refiner", "sdxl_refiner", "sdxl", None, "openclip_bigg"),
 }
 
 
@@ -88,10 +87,11 @@ def _component(name: str, config: Any, dtype: str, extra: dict[str, Any] | None 
 def random_params(shapes: Tree, dtype: str) -> dict[str, Any]:
     """On the first device: kernels whose outputs are about as large as their inputs, scales of 1, biases of 0."""
 
-    def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def value(name: str, shape: tuple[int, ...]) -> jax.Array:
         if len(shape) == 1:
-            return np.full(shape, float(name.endswith("scale")), np.float32)
-        return np.resize(NOISE, shape) / np.sqrt(np.prod(shape[:-1]), dtype=np.float32)
+            array = np.full(shape, float(name.endswith("scale")), np.float32)
+        else:
+            array = np.resize(NOISE, shape) / np.sqrt(np.prod(shape[:-1]), dtype=np.float32)
+        return jax.device_put(array.astype(dtype_named(dtype)))
 
-    leaves = {name: value(name, leaf.shape) for name, leaf in flatten(shapes).items()}
-    return unflatten({name: jax.device_put(leaf.astype(dtype_named(dtype))) for name, leaf in leaves.items()})
+    return unflatten({name: value(name, leaf.shape) for name, leaf in flatten(shapes).items()})
