@@ -13,7 +13,8 @@ What to paint
 
 With which model
     --checkpoint SOURCE      a Hub id, a diffusers folder, a .safetensors or .ckpt file, or the workdir of a finished
-                             train.py run; --family, --prediction say what a file is where it misleads
+                             train.py run; --family, --prediction say what a file is where it misleads,
+                             --variant fp16 which weights of a folder
     --vae SOURCE             another autoencoder     --embedding FILE [...]    textual inversions
     --refiner SOURCE         takes over from --refiner_start 0.8 of the noise levels
 
@@ -73,7 +74,7 @@ REALS += ("negative_aesthetic_score", "refiner_start", "hires", "hires_strength"
 PAIRS = ("original_size", "crop", "target_size")
 CALL = (*TEXTS, *INTEGERS, *REALS, *PAIRS)
 # What is loaded.
-SOURCES = ("checkpoint", "refiner", "vae", "family", "prediction")
+SOURCES = ("checkpoint", "refiner", "vae", "family", "prediction", "variant")
 LISTS = ("prompt", "embedding")
 OTHER = ("from_file", "from_image", "grid", "outdir")
 GRID_PIXELS = 2**25
@@ -187,7 +188,7 @@ def load(sources: Mapping[str, Any], config: Config) -> tuple[sdjax.Pipeline, di
     dtype = sources["dtype"] or "float32"
     if not sources["checkpoint"]:
         raise UserError("this config has no sample.checkpoint; give --checkpoint")
-    named = {name: sources[name] for name in ("family", "prediction", "vae")}
+    named = {name: sources[name] for name in ("family", "prediction", "variant", "vae")}
     pipe = sdjax.load(beside(sources["checkpoint"]), dtype, mesh, embeddings=sources["embedding"] or (), **named)
     refiner = sdjax.load(sources["refiner"], dtype, mesh) if sources["refiner"] else None
     record = {name: value for name, value in sources.items() if value} | {"dtype": dtype, "model": pipe.name}

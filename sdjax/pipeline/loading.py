@@ -47,6 +47,7 @@ def load(
     *,
     family: str | None = None,
     prediction: str | None = None,
+    variant: str | None = None,
     vae: Source | None = None,
     embeddings: Sequence[Source] = (),
 ) -> Pipeline:
@@ -58,6 +59,7 @@ def load(
         mesh: of `sdjax.parallel.mesh.make_mesh`; parameters and batches are spread over it. None for one device.
         family: what a single file is, where its keys and shapes mislead; one of `sdjax.convert.families.FAMILIES`.
         prediction: "epsilon", "v_prediction" or "sample", in place of what the checkpoint says.
+        variant: of a folder's weights, e.g. "fp16"; None takes half-precision ones only where there are no others.
         vae: another autoencoder: a file, or a folder with its config.json.
         embeddings: textual inversions, `.safetensors`, `.pt` or `.bin`.
 
@@ -65,7 +67,7 @@ def load(
         UserError: the source is missing or is none of these, or what it holds is corrupt or not supported.
     """
     kind = dtype_named(dtype)
-    path = find(source)
+    path = find(source, variant)
     dtypes = dict.fromkeys(("unet", "text_encoder", "text_encoder_2"), dtype) | {"vae": "float32"}
 
     def place(array: np.ndarray, name: str) -> jax.Array:
@@ -75,7 +77,7 @@ def load(
     if path.is_dir():
         if family is not None:
             raise UserError(f"family {family!r}: {path} is a folder, whose configs say what it is; leave it out")
-        checkpoint = read_folder(path, dtypes, place=place)
+        checkpoint = read_folder(path, dtypes, variant=variant, place=place)
     else:
         checkpoint = read_single_file(path, dtypes, family=family, prediction=prediction, place=place)
     if prediction is not None:
@@ -95,13 +97,13 @@ def load(
     return Pipeline(name, checkpoint, system, tokenizers, dtype, mesh)
 
 
-def find(source: Source) -> Path:
+def find(source: Source, variant: str | None = None) -> Path:
     """The diffusers folder or single file that a source means, with symbolic links followed.
 
     Raises:
         UserError: there is none, or it cannot be downloaded.
     """
-    path = resolve(source)
+    path = resolve(source, variant=variant)
     if path.is_dir():
         for folder in (path, export_folder(path)):
             if (folder / INDEX).is_file():

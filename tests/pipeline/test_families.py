@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_checkpoints import BETAS, random_params, tiny_checkpoint, write_tokenizer
 
 import sdjax
-from sdjax.convert.folder import write_folder
+from sdjax.convert.folder import read_folder, write_folder
 from sdjax.convert.single_file import TOKENIZER_FOLDERS, write_single_file
 from sdjax.convert.unet import shapes as unet_shapes
 
@@ -82,6 +82,29 @@ def check(ours: np.ndarray, theirs: np.ndarray) -> None:
 def picture(size: int) -> Image.Image:
     y, x = np.mgrid[0:size, 0:size] / size
     return Image.fromarray((255 * np.stack([x, y, (x + y) / 2], -1)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_stable_diffusion_2(sampler, zero_snr, folders, noise, tmp_path):
+    """Predicts v; with zero terminal SNR it begins from pure noise at t = 999 (Lin et al. 2024)."""
+    scheduler = {**BETAS, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "clip_sample": False}
+    scheduler |= {"set_alpha_to_one": False, "steps_offset": 1}
+    scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
+    made = dataclasses.replace(read_folder(folders("sd2")), scheduler_config=scheduler)
+    write_folder(tmp_path / "sd2", made)
+    ours, theirs = pair(tmp_path / "sd2", "StableDiffusionPipeline", sampler)
+    common = {"negative_prompt": NEGATIVES, "guidance_scale": 6.0, "guidance_rescale": 0.7}
+    expected = theirs(
+        PROMPTS,
+        num_inference_steps=6,
+        latents=to_torch(noise),
+        output_type="np",
+        width=SIZE,
+        height=SIZE,
+        **common,
+    ).images
+    check(ours(PROMPTS, steps=6, sampler=sampler, latents=noise, **common), expected)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
