@@ -22,6 +22,7 @@ from sdjax.core.errors import UserError, unknown
 from sdjax.models.conditioning import Cond
 from sdjax.pipeline.pipeline import Pipeline
 
+LOADING = {"low_cpu_mem_usage": False}  # what diffusers does without accelerate, and warns of unless it is told
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -42,13 +43,15 @@ def unet_call(pipe: Pipeline, inputs: tuple[jax.Array, jax.Array, Cond], dtype: 
     extra = {} if config.vector_dim is None else {"addition_time_embed_dim": pipe.system.number_width}
     with tempfile.TemporaryDirectory() as folder:
         write_component(folder, "unet", Component(config, jax.device_get(pipe.params["unet"]), extra), dtype)
-        model = diffusers.UNet2DConditionModel.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+        model = diffusers.UNet2DConditionModel.from_pretrained(folder, torch_dtype=getattr(torch, dtype), **LOADING)
     model = _prepared(torch, model)
     added = None
     if cond.vector is not None:
-        numbers = (config.vector_dim - pipe.system.pooled_width) // pipe.system.number_width
         pooled = _tensor(torch, cond.vector[:, : pipe.system.pooled_width], dtype)
-        added = {"text_embeds": pooled, "time_ids": torch.full((len(x), numbers), 512.0, device=pooled.device)}
+        added = {
+            "text_embeds": pooled,
+            "time_ids": torch.full((len(x), pipe.system.numbers), 512.0, device=pooled.device),
+        }
     guidance = None if cond.guidance is None else _tensor(torch, cond.guidance, dtype)
     latents, context = _tensor(torch, np.moveaxis(np.asarray(x), -1, 1), dtype), _tensor(torch, cond.context, dtype)
     steps = _tensor(torch, t, "float32")
@@ -67,7 +70,7 @@ def decoder_call(pipe: Pipeline, z: jax.Array) -> Call:
     with tempfile.TemporaryDirectory() as folder:
         vae = Component(pipe.system.autoencoder.config, jax.device_get(pipe.params["vae"]))
         write_component(folder, "vae", vae)
-        model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+        model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, **LOADING)
     model = _prepared(torch, model)
     latents = _tensor(torch, np.moveaxis(np.asarray(z), -1, 1), "float32")
     return _waiting(torch, lambda: model.decode(latents).sample)

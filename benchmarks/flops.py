@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from sdjax.models.attention import compiling_for
 
@@ -52,7 +52,7 @@ def _in_jaxpr(jaxpr: Jaxpr) -> int:
     return sum(_of(equation) for equation in jaxpr.eqns)
 
 
-def _of(equation: JaxprEqn) -> int:
+def _of(equation: Any) -> int:
     name = equation.primitive.name
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]

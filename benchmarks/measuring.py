@@ -54,9 +54,9 @@ def compile_seconds() -> Iterator[dict[str, float]]:
     """What is compiled in this context, by the function's name: seconds of tracing, lowering and XLA together."""
     spent: dict[str, float] = defaultdict(float)
 
-    def listen(event: str, duration: float, **facts: str | int) -> None:
-        if event.startswith(COMPILING) and "fun_name" in facts:
-            spent[str(facts["fun_name"]).removeprefix("jit(").removesuffix(")")] += duration
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event.startswith(COMPILING) and "fun_name" in kwargs:
+            spent[str(kwargs["fun_name"]).removeprefix("jit(").removesuffix(")")] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

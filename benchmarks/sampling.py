@@ -107,8 +107,9 @@ def beside(times: measuring.Times) -> str:
 def utilisation(speed: float, dtype: str) -> str:
     """Matrix products and convolutions a second, counted in the traced program; their share of the published peak."""
     peak = flops.peak(jax.devices()[0].device_kind)
-    known = peak is not None and dtype == "bfloat16"
-    return f"{speed / 1e12:.3g}" + (f" ({speed / (peak * jax.device_count()):.1%})" if known else "")
+    if peak is None or dtype != "bfloat16":
+        return f"{speed / 1e12:.3g}"
+    return f"{speed / 1e12:.3g} ({speed / peak:.1%})"
 
 
 def facts(compared: bool) -> dict[str, str]:
