@@ -1,0 +1,34 @@
+"""Configs say what their scripts understand."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from configs import openmoji, stable_diffusion
+from sdjax.convert.hub import ID
+
+ROOT = Path(__file__).parents[1]
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", stable_diffusion.MODELS)
+def test_published_models_are_ids_of_the_hub(name):
+    config = stable_diffusion.get_config(name)
+    sample = script()
+    assert set(config.sample) <= {*sample.CALL, *sample.SOURCES, "dtype"}
+    assert all(ID.fullmatch(config.sample[source]) for source in ("checkpoint", "refiner") if source in config.sample)
+
+
+def test_a_config_takes_no_key_that_nobody_reads():
+    for config in (openmoji.get_config(), openmoji.get_config("autoencoder"), stable_diffusion.get_config()):
+        with pytest.raises((AttributeError, KeyError)):
+            config.sample.stepz = 3
