@@ -11,6 +11,7 @@ from types import FrameType
 
 import jax
 
+from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import run_or_exit
 from sdjax.core.flags import load_config, parse
@@ -31,6 +32,7 @@ FREE += ("mesh", "sample", "eval", f"task.{FIRST_STAGE}")
 def main() -> None:
     """Reads the command line and trains."""
     config, workdir = parse(__doc__, "workdir")
+    keep_compiled()
     train_and_evaluate(config, Path(workdir))
 
 

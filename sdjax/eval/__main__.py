@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 import sdjax
+from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
@@ -36,6 +37,7 @@ def main() -> None:
     if values["config"].value is None:
         raise UserError("--config is required")
     config = values["config"].value
+    keep_compiled()
     figures = evaluate(config, values["checkpoint"].value or config.sample.checkpoint)
     for name, value in figures.items():
         print(f"{name}: {value}")
