@@ -8,14 +8,15 @@ What to paint
     --from_file FILE         one prompt a line, with its own settings after it: a red heart --steps 20 --seed 3
     --from_image PNG         paints a picture again from the settings inside it; further flags change them
     --num_images N           of each prompt
-    --first_index N          3 makes the fourth picture of a list alone
+    --first_index N          the number of the first picture, which with the seed decides its noise
     --grid "steps=10,20;sampler=euler,dpmpp_2m"      every combination, and a labelled sheet of them
 
 With which model
     --checkpoint SOURCE      a Hub id, a diffusers folder, a .safetensors or .ckpt file, or the workdir of a finished
                              train.py run; --family, --prediction say what a file is where it misleads,
                              --variant fp16 which weights of a folder
-    --vae SOURCE             another autoencoder     --embedding FILE [...]    textual inversions
+                             --dtype bfloat16 the arithmetic
+    --vae SOURCE             another autoencoder     --embedding FILE (repeated)    textual inversions
     --refiner SOURCE         takes over from --refiner_start 0.8 of the noise levels
 
 How
@@ -41,7 +42,7 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -63,18 +64,19 @@ from sdjax.pipeline.grids import Axis, cells, contact_sheet, parse_grid
 from sdjax.pipeline.orders import Order, groups, list_orders
 from sdjax.pipeline.prompt_files import PromptLine, read_prompt_file
 from sdjax.pipeline.records import check_free, fresh_folder, read_parameters, write_grid, write_picture
-from sdjax.pipeline.second_pass import STRENGTH, repaint
+from sdjax.pipeline.run import Progress
+from sdjax.pipeline.second_pass import STRENGTH, check_second_pass, repaint
 from sdjax.tasks.base import tile, to_uint8
 
 # The keyword arguments of a call that flags and config.sample may set, by type.
 TEXTS = ("negative_prompt", "sampler", "schedule", "syntax", "rng", "init_image", "mask", "depth")
-INTEGERS = ("seed", "steps", "width", "height", "clip_skip", "noise_level", "tile", "num_images")
+INTEGERS = ("seed", "steps", "width", "height", "clip_skip", "noise_level", "tile", "num_images", "torch_batch")
 REALS = ("guidance_scale", "guidance_rescale", "eta", "strength", "feather", "aesthetic_score")
 REALS += ("negative_aesthetic_score", "refiner_start", "hires", "hires_strength")
 PAIRS = ("original_size", "crop", "target_size")
 CALL = (*TEXTS, *INTEGERS, *REALS, *PAIRS)
 # What is loaded.
-SOURCES = ("checkpoint", "refiner", "vae", "family", "prediction", "variant")
+SOURCES = ("checkpoint", "refiner", "vae", "family", "prediction", "variant", "dtype")
 LISTS = ("prompt", "embedding")
 OTHER = ("from_file", "from_image", "grid", "outdir")
 GRID_PIXELS = 2**25
@@ -86,7 +88,7 @@ class Work(NamedTuple):
     Attributes:
         orders: every picture.
         axes: of a grid; () without one.
-        sources: what to load: `SOURCES`, embedding and dtype.
+        sources: what to load: `SOURCES` and embedding.
         outdir: None for a new folder.
     """
 
@@ -129,7 +131,8 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
     config = flag.pop("config")
     if config is None:
         raise UserError("--config is required")
-    if sum(flag[name] is not None for name in ("prompt", "from_file", "from_image")) != 1:
+    texts = sum(flag[name] is not None for name in ("prompt", "from_file"))
+    if texts > 1 or (not texts and flag["from_image"] is None):
         raise UserError("give one of --prompt, --from_file and --from_image")
     if flag["num_images"] is not None and flag["num_images"] < 1:
         raise UserError(f"--num_images {flag['num_images']}: choose at least 1")
@@ -160,21 +163,33 @@ def read_work(config: Config, flag: Mapping[str, Any]) -> Work:
         UserError: a file or the grid cannot be read.
     """
     told = {name: value for name, value in flag.items() if value is not None}
-    record = read_parameters(flag["from_image"]) if flag["from_image"] else {}
-    settings = {**dict(cast(Any, config.sample)), **record, **told}
-    if flag["from_file"]:
+    record, settings = {}, dict(cast(Any, config.sample))
+    if flag["from_image"] is not None:
+        record = read_parameters(flag["from_image"])
+        # Of the config only the model counts, for pictures that do not name theirs.
+        settings = {name: settings[name] for name in ("checkpoint", "dtype") if name in settings} | record
+        tell_sources(flag["from_image"], record)
+    settings |= told
+    if flag["from_file"] is not None:
         lines = read_prompt_file(Path(flag["from_file"]))
     else:
         lines = [PromptLine(prompt, {}) for prompt in flag["prompt"] or [record["prompt"]]]
-    axes = parse_grid(flag["grid"]) if flag["grid"] else ()
+    axes = parse_grid(flag["grid"]) if flag["grid"] is not None else ()
     common = {name: settings[name] for name in CALL if settings.get(name) is not None}
     first = flag["first_index"] if flag["first_index"] is not None else record.get("index", 0)
     return Work(
         orders=list_orders(lines, common, cells(axes) if axes else [{}], first),
         axes=axes,
-        sources={name: settings.get(name) for name in (*SOURCES, "embedding", "dtype")},
+        sources={name: settings.get(name) for name in (*SOURCES, "embedding")},
         outdir=None if flag["outdir"] is None else Path(flag["outdir"]),
     )
+
+
+def tell_sources(picture: str, record: Mapping[str, Any]) -> None:
+    """Says which files a picture names, which are read on its word."""
+    for name in (*SOURCES, "embedding", "init_image", "mask", "depth"):
+        if record.get(name):
+            logging.getLogger("sdjax").info("%s: %s %s", picture, name, record[name])
 
 
 def load(sources: Mapping[str, Any], config: Config) -> tuple[sdjax.Pipeline, dict[str, Any], dict[str, Any]]:
@@ -208,8 +223,8 @@ def make(work: Work, pipe: sdjax.Pipeline, loaded: Mapping[str, Any], record: Ma
         UserError: a setting or a file is not what it should be; nothing has been overwritten.
     """
     orders, outdir = sorted(work.orders), work.outdir
-    for group in groups(work.orders):
-        resolved(pipe, group[0].options)  # what is wrong is said before the first picture
+    for group in groups(work.orders):  # what is wrong is said before the first picture
+        paint(pipe, group, {**loaded, "dry_run": True}, [])
     if outdir is not None:
         files = [f"{order.number:05d}.{end}" for order in orders for end in ("png", "json")]
         check_free(outdir, files + ["grid.png"] * (len(orders) > 1), "choose another --outdir")
@@ -218,7 +233,9 @@ def make(work: Work, pipe: sdjax.Pipeline, loaded: Mapping[str, Any], record: Ma
     passes = list(split(pipe, work.orders))
     with tqdm(desc="compiling", unit="call", dynamic_ncols=True) as bar:
         for done, (batch, chosen) in enumerate(passes):
-            images = paint(pipe, chosen, batch, loaded, advance(bar, len(passes) - done))
+            paints = 2 if "hires" in chosen[0].options else 1
+            bars = [advance(bar, paints * (len(passes) - done) - i) for i in range(paints)]
+            images = paint(pipe, chosen, {**loaded, "batch_size": batch}, bars)
             outdir = outdir or fresh_folder(Path("outputs") / pipe.name)
             for order, image in zip(chosen, to_uint8(images), strict=True):
                 settings = {**resolved(pipe, order.options), **record, "prompt": order.prompt, "index": order.index}
@@ -232,57 +249,69 @@ def make(work: Work, pipe: sdjax.Pipeline, loaded: Mapping[str, Any], record: Ma
 
 
 def resolved(pipe: sdjax.Pipeline, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting of a picture, those that the checkpoint decided included.
-
-    Raises:
-        UserError: one is not what it should be.
-    """
+    """Every setting of a picture, those that the checkpoint decided included."""
     names = {field.name for field in dataclasses.fields(pipe.settings())}
     chosen = {name: value for name, value in options.items() if name in names}
-    if "init_image" not in options:
-        chosen.pop("strength", None)
-    return {**options, **dataclasses.asdict(pipe.settings(**chosen))}
+    settings = dataclasses.asdict(pipe.settings(init_image=options.get("init_image"), **chosen))
+    # What SDXL is told of sizes follows the picture's own unless it was chosen, and only upscalers have a noise level.
+    left_out = {name for name in (*PAIRS, *(["noise_level"] * (pipe.system.extra != "picture"))) if name not in options}
+    record = {**options, **{name: value for name, value in settings.items() if name not in left_out}}
+    return record | ({"hires_strength": options.get("hires_strength", STRENGTH)} if "hires" in options else {})
 
 
-def split(pipe: sdjax.Pipeline, orders: Sequence[Order]) -> Any:
+def split(pipe: sdjax.Pipeline, orders: Sequence[Order]) -> Iterator[tuple[int, list[Order]]]:
     """Passes, as (batch size, orders); what is made is on disk before the next begins."""
     for group in groups(orders):
         settings = resolved(pipe, group[0].options)
         batch = pipe.batch_size(len(group), settings["height"], settings["width"])
+        if settings["rng"] == "torch":  # which draws for a whole group at once
+            total = group[0].options.get("torch_batch", group[-1].index + 1)
+            group = [order._replace(options={**order.options, "torch_batch": total}) for order in group]
         rest = iter(group)
         while part := list(islice(rest, batch)):
             yield batch, part
 
 
 def paint(
-    pipe: sdjax.Pipeline,
-    orders: Sequence[Order],
-    batch: int,
-    loaded: Mapping[str, Any],
-    progress: Callable[[int, int], None],
+    pipe: sdjax.Pipeline, orders: Sequence[Order], further: Mapping[str, Any], bars: Sequence[Progress]
 ) -> np.ndarray:
-    """The pictures of one pass, in [0, 1]."""
-    options = {**orders[0].options, **loaded, "first_index": orders[0].index, "batch_size": batch}
-    options["progress"] = progress
+    """The pictures of one pass, in [0, 1].
+
+    Args:
+        pipe: that makes them.
+        orders: which one call can make.
+        further: keyword arguments of the call.
+        bars: told of the network calls of the first pass and of the second.
+
+    Raises:
+        UserError: a setting or a file is not what it should be.
+    """
+    options = {**orders[0].options, **further, "first_index": orders[0].index}
     prompts = [order.prompt for order in orders]
-    given = [order.options.get("negative_prompt") for order in orders]
-    negatives = None if all(text is None for text in given) else [text or "" for text in given]
-    scale, strength = options.pop("hires", None), options.pop("hires_strength", STRENGTH)
+    negatives = [order.options.get("negative_prompt") for order in orders]
+    scale, strength = options.pop("hires", None), options.pop("hires_strength", None)
     options.pop("negative_prompt", None)
-    images = pipe(prompts, negatives, **options)
-    if scale is None:
+    if scale is not None:
+        check_second_pass(pipe, scale, STRENGTH if strength is None else strength, options)
+    elif strength is not None:
+        raise UserError(f"--hires_strength {strength:g} changes nothing without --hires")
+    first, *second = bars or [None]
+    images = pipe(prompts, negatives, **options, progress=first)
+    if scale is None or options.get("dry_run"):
         return images
-    return repaint(pipe, images, prompts, negatives, scale=scale, strength=strength, **options)
+    again = {"scale": scale, "strength": strength or STRENGTH, "progress": second[0]}
+    return repaint(pipe, images, prompts, negatives, **options, **again)
 
 
-def advance(bar: tqdm, passes_left: int) -> Callable[[int, int], None]:
+def advance(bar: tqdm, passes_left: int) -> Progress:
     """What a pass tells the bar, whose length is known once the first pass says how many calls it makes."""
-    before = bar.n
+    before: list[int] = []
 
     def progress(done: int, total: int) -> None:
-        bar.total = max(before + total * passes_left, bar.n)
+        before.append(bar.n) if not before else None
+        bar.total = max(before[0] + total * passes_left, bar.n)
         bar.set_description("sampling", refresh=False)
-        bar.update(max(before + done - bar.n, 0))
+        bar.update(max(before[0] + done - bar.n, 0))
 
     return progress
 

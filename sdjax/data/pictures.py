@@ -41,13 +41,14 @@ def read_picture(file: str | Path | bytes, place: str = "") -> UInt8[np.ndarray,
                 raise UserError(
                     f"picture {name} has {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read"
                 )
-            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+            return np.asarray(on_white(ImageOps.exif_transpose(image)))
     except UNREADABLE as error:
         reason = "not a picture in " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"cannot read picture {name}: {reason}") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
+    """In RGB, what is transparent on white; 16-bit greys are scaled."""
     if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not image.has_transparency_data:

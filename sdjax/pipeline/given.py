@@ -101,7 +101,7 @@ def count_of(given: Given, prompts: int, last: int) -> int:
     Args:
         given: of this call.
         prompts: of this call.
-        last: how many prompts there are from the first image's to this call's last.
+        last: how many prompts there are in all, from the first image's on.
     """
     if given.init_image is None:
         return 0

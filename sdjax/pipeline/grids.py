@@ -98,7 +98,7 @@ def contact_sheet(images: Sequence[UInt8[np.ndarray, "h w 3"]], axes: Sequence[A
     draw = ImageDraw.Draw(sheet)
     for column, label in enumerate(across):
         draw.text((left + column * pitch, gap), label, (BLACK,) * 3, font)
-    for row, label in enumerate(down):
+    for row, label in enumerate(itertools.islice(itertools.cycle(down), rows)):
         draw.multiline_text((gap, top + row * line), label, (BLACK,) * 3, font)
     for (row, column), image in zip(itertools.product(range(rows), range(columns)), images, strict=True):
         sheet.paste(Image.fromarray(image).reduce(smaller), (left + column * pitch, top + row * line))

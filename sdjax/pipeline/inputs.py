@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
 from sdjax.core.errors import UserError
-from sdjax.data.pictures import FORMATS, MAX_PIXELS, UNREADABLE, read_picture
+from sdjax.data.pictures import FORMATS, MAX_PIXELS, UNREADABLE, on_white, read_picture
 
 Picture = str | Path | Image.Image | np.ndarray
 Pictures = Picture | Sequence[Picture]
@@ -103,6 +103,8 @@ def check_mask_sizes(init_image: Pictures, mask: Pictures) -> None:
         UserError: one has another size, whose two sizes it names.
     """
     pictures, masks = _listed(init_image), _listed(mask)
+    if not pictures or not masks:
+        raise UserError("init_image and mask need one picture, or one a prompt")
     if len(pictures) != len(masks):  # one for all
         pictures, masks = (values * (len(pictures) * len(masks) // len(values)) for values in (pictures, masks))
     for picture, over in zip(pictures, masks, strict=True):
@@ -160,9 +162,15 @@ def _each(given: Pictures, prompts: int, fit: Callable[[Any], np.ndarray], name:
     return np.stack([fit(picture) for picture in pictures])
 
 
+def size_of(given: Pictures) -> tuple[int, int]:
+    """Height and width of the first picture."""
+    height, width, _ = _rgb(_listed(given)[0], "init_image").shape
+    return height, width
+
+
 def is_one(given: Pictures) -> bool:
     """Whether it is one picture, not a list of some."""
-    return isinstance(given, str | Path | Image.Image) or (isinstance(given, np.ndarray) and given.ndim < 4)
+    return isinstance(given, str | Path | Image.Image) or 0 < getattr(given, "ndim", 0) < 4
 
 
 def how_many(given: Pictures) -> int:
@@ -236,7 +244,7 @@ def _rgb(picture: Any, name: str) -> Float[np.ndarray, "h w 3"]:
     if isinstance(picture, str | Path):
         picture = read_picture(picture, name)
     elif isinstance(picture, Image.Image):
-        picture = np.asarray(picture.convert("RGB"))
+        picture = np.asarray(on_white(picture))
     pixels = np.asarray(picture)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3) or 0 in pixels.shape:

@@ -85,12 +85,12 @@ def load(
         scheduler = {**checkpoint.scheduler_config, "prediction_type": prediction}
         checkpoint = dataclasses.replace(checkpoint, scheduler_config=scheduler)
     if vae is not None:
-        checkpoint = dataclasses.replace(checkpoint, vae=_read_vae(Path(vae), place, checkpoint.vae))
+        checkpoint = dataclasses.replace(checkpoint, vae=_read_vae(resolve(vae), place, checkpoint.vae))
     tokenizers = _tokenizers(checkpoint, path)
     if embeddings:
         checkpoint, tokenizers = _with_words(checkpoint, tokenizers, [Path(file) for file in embeddings])
     system = make_system(checkpoint, kind, path)
-    name = path.parent.name if path.name == export_folder(Path()).name else path.stem if path.is_file() else path.name
+    name = _name(source, path)
     told_guidance = checkpoint.unet.config.guidance_dim is not None
     own = few_step_defaults(name, checkpoint.scheduler_config, told_guidance, path.is_file())
     checkpoint = dataclasses.replace(checkpoint, defaults={**own, **checkpoint.defaults})
@@ -115,7 +115,17 @@ def find(source: Source, variant: str | None = None) -> Path:
         raise UserError(f"{path} is no checkpoint: it has no {INDEX}; give {UNDERSTOOD}")
     if path.suffix not in SINGLE_FILES:
         raise UserError(f"{path} is no checkpoint file ({', '.join(SINGLE_FILES)}); give {UNDERSTOOD}")
-    return path.resolve()
+    return path.absolute()  # the Hub's cache holds links to files whose names say nothing
+
+
+def _name(source: Source, path: Path) -> str:
+    """What a user would call the checkpoint."""
+    if not Path(source).expanduser().exists():  # of the Hub, whose cache has other names
+        last = str(source).split("@")[0].split("/")[-1]
+        return last.removesuffix(path.suffix) if path.is_file() else last
+    if path.is_file():
+        return path.stem
+    return path.parent.name if path.name == export_folder(Path()).name else path.name
 
 
 def make_system(checkpoint: Checkpoint, kind: Any, place: object) -> System:
@@ -183,8 +193,6 @@ def _read_vae(path: Path, place: Any, own: Component) -> Component:
     if path.is_dir():
         folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
         return read_component(folder, "vae", place=place)
-    if not path.is_file():
-        raise UserError(f"there is no autoencoder {str(path)!r}: give a file, or a folder with its config.json")
     read = read_autoencoder_file(path, place=place)
     # A bare file does not say its scale; it takes the place of an autoencoder with the same latents.
     scale = own.config.scaling_factor

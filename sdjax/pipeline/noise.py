@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,23 +40,26 @@ class Draws(NamedTuple):
     masked: int
 
 
-def torch_noises(seed: int, images: range, shape: tuple[int, int, int], table: Table, draws: Draws) -> Noises:
-    """What `torch.Generator("cpu").manual_seed(seed)` gives diffusers for one batch of all images from 0 to the last.
+def torch_noises(
+    seed: int, images: range, batch: int, shape: tuple[int, int, int], tables: Sequence[Table], draws: Draws
+) -> list[Noises]:
+    """What `torch.Generator("cpu").manual_seed(seed)` gives diffusers for one batch, one `Noises` a table.
 
     Draws from a posterior are left out of use: its mean is taken, whose difference is far below a byte.
 
     Args:
         seed: of the generator.
         images: indices of those that are wanted.
+        batch: how many images the batch has, from 0 on.
         shape: (h, w, z) of the latents.
-        table: rows that add noise each draw.
+        tables: of the models that one after the other draw from the generator; rows that add noise each draw.
         draws: what comes before.
     """
     generator = TorchGenerator(seed)
 
     def draw(shape: tuple[int, ...]) -> np.ndarray:
         h, w, c = shape
-        return generator.normal((images.stop, c, h, w)).transpose(0, 2, 3, 1)[images.start :]
+        return generator.normal((batch, c, h, w)).transpose(0, 2, 3, 1)[images.start : images.stop]
 
     def skip(count: int) -> None:
         h, w, c = shape
@@ -66,14 +70,15 @@ def torch_noises(seed: int, images: range, shape: tuple[int, int, int], table: T
     skip(draws.posteriors)
     first = draw(shape)
     skip(draws.masked)
-    return Noises(first, picture, _steps(table, draw, shape, len(images)))
+    steps = [_steps(table, lambda: draw(shape), (len(images), *shape)) for table in tables]
+    return [Noises(first, picture, steps[0]), *(Noises(steps=own) for own in steps[1:])]
 
 
-def _steps(table: Table, draw: object, shape: tuple[int, int, int], count: int) -> np.ndarray | None:
+def _steps(table: Table, draw: Callable[[], np.ndarray], shape: tuple[int, ...]) -> np.ndarray | None:
     noisy = table.active & np.any(table.weights[..., -1] != 0.0, axis=-1)
     if not noisy.any():
         return None
-    steps = np.zeros((count, len(noisy), *shape), np.float32)
+    steps = np.zeros((shape[0], len(noisy), *shape[1:]), np.float32)
     for row in np.flatnonzero(noisy):
-        steps[:, row] = draw(shape)  # pyright: ignore[reportCallIssue]
+        steps[:, row] = draw()
     return steps

@@ -16,14 +16,16 @@ from sdjax.convert.components import Checkpoint
 from sdjax.convert.folder import write_folder
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.tokenizers import Tokenizer
+from sdjax.diffusion.samplers import Table
 from sdjax.parallel.sharding import check_batch
 from sdjax.pipeline.devices import Devices
 from sdjax.pipeline.given import Given, Inputs, check_given, count_of, load_inputs
-from sdjax.pipeline.inputs import Pictures, paste_back
+from sdjax.pipeline.inputs import Pictures, paste_back, size_of
 from sdjax.pipeline.noise import Draws, Noises, torch_noises
-from sdjax.pipeline.prompting import read_prompts
+from sdjax.pipeline.prompting import Prompts, read_prompts, tell
 from sdjax.pipeline.request import (
     FEATHER,
+    REFINER_START,
     STRENGTH,
     Number,
     Pair,
@@ -90,14 +92,23 @@ class Pipeline:
         parts = {n: dataclasses.replace(getattr(self._checkpoint, n), params=host[n]) for n in host}
         write_folder(folder, dataclasses.replace(self._checkpoint, **parts), dtype)
 
-    def settings(self, **given: Any) -> Settings:
+    def settings(self, *, init_image: Pictures | None = None, **given: Any) -> Settings:
         """What a call with these keyword arguments resolves to; see `__call__`.
+
+        Args:
+            init_image: has a say in size and strength.
+            **given: as there.
 
         Raises:
             UserError: as `__call__`.
         """
         if given.get("schedule") == "ays" and self.system.numbers:
             given["schedule"] = "ays_sdxl"  # SDXL has levels of its own (Sabour et al. 2024)
+        if init_image is not None:
+            if given.get("width") is None and given.get("height") is None:
+                given["height"], given["width"] = self._size_for(init_image)
+            if given.get("strength") is None and self.system.extra != "picture":
+                given["strength"] = 1.0 if self.system.extra == "masked" else STRENGTH
         settings = resolve(given, self._defaults, self.scheduler_config, self.shape)
         settings.table(self.scheduler_config)  # which has its own opinion of sampler, schedule and steps
         return settings
@@ -112,7 +123,7 @@ class Pipeline:
     def __call__(
         self,
         prompts: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         *,
         steps: int | None = None,
         sampler: str | None = None,
@@ -126,7 +137,8 @@ class Pipeline:
         init_image: Pictures | None = None,
         strength: Number | None = None,
         mask: Pictures | None = None,
-        feather: Number | None = FEATHER,
+        paste: bool = True,
+        feather: Number | None = None,
         depth: Pictures | None = None,
         output: str = "image",
         guidance_rescale: Number = 0.0,
@@ -142,10 +154,12 @@ class Pipeline:
         noise_level: int | None = None,
         tile: int | None = None,
         refiner: Pipeline | None = None,
-        refiner_start: Number = 0.8,
+        refiner_start: Number | None = None,
         first_index: int = 0,
+        torch_batch: int | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
+        dry_run: bool = False,
     ) -> Float[np.ndarray, "n H W c"]:
         """Makes pictures: `num_images` of the first prompt, then of the next.
 
@@ -154,13 +168,14 @@ class Pipeline:
         Args:
             prompts: one or several, in A1111's syntax: (word:1.2), [word], BREAK; longer ones are read in chunks.
             negative_prompt: one for all, or one a prompt: what guidance leads away from. None is "", or for SDXL's
-                base the zeros that it was trained with.
+                base the zeros that it was trained with; so it is for each prompt of a list.
             steps: of the sampler; some call the network more than once a step (see `make_table`).
             sampler: a key of `sdjax.diffusion.samplers.SAMPLERS`.
             schedule: one of its SPACINGS, e.g. trailing or karras.
             guidance_scale: of classifier-free guidance; 1 or less is none.
             seed: 0 to 2^32 - 1; with an image's index it decides all its noise, whatever the batch and the devices.
-            width: in pixels; a multiple of `shape.factor`.
+            width: in pixels; a multiple of `shape.factor`. Where neither is given, pictures have the size of the given
+                one, cut to a multiple, an upscaler's `shape.factor` times its size.
             height: in pixels, likewise.
             num_images: of each prompt.
             latents: standard normal first noise of all images, before any scaling; by itself it decides the size.
@@ -169,8 +184,9 @@ class Pipeline:
             strength: in (0, 1], the share of the steps that the given picture goes through; None is 0.75, and 1 for
                 inpainting models.
             mask: white where the given picture is painted anew, the rest is kept; see `load_masks`.
-            feather: pixels within the mask over which the given picture, pasted back, fades out: outside of the mask
-                its pixels are kept exactly. None for what the autoencoder makes of them.
+            paste: outside of the mask put back the given picture's own pixels, exactly; False for what the autoencoder
+                makes of them.
+            feather: pixels within the mask over which the given picture then fades out; None is 4.
             depth: for depth models, a depth map of the picture to be made, near as bright; see `load_depth`.
             output: "image", or "latent" for unscaled latents.
             guidance_rescale: phi of Lin et al. 2024, 0 to 1.
@@ -185,23 +201,36 @@ class Pipeline:
             tile: the autoencoder works in tiles of so many pixels where a side is longer, so that large pictures fit
                 in memory; None is 1536, 0 none.
             refiner: a pipeline that takes over the noisy latents, from the share `refiner_start` of the levels on.
-            refiner_start: in (0, 1).
+            refiner_start: in (0, 1); None is 0.8.
             first_index: the first image's index: with first_index=5 it is the sixth of a call without.
+            torch_batch: with rng="torch", how many images the batch has that PyTorch draws for; None for those up to
+                this call's last.
             batch_size: images of one pass, a multiple of the mesh's data x fsdp devices; the last pass is filled up,
                 so that with a fixed one any number of prompts compiles once.
             progress: told of every network call.
+            dry_run: check all that can be checked before the networks run, and make nothing.
 
         Returns:
-            float32 [n, height, width, 3] in [0, 1], or the latents [n, h, w, z].
+            float32 [n, height, width, 3] in [0, 1], or the latents [n, h, w, z]; [0] for a dry run.
 
         Raises:
             UserError: an argument is not what it should be, or a stage's output is not finite.
         """
         if output not in OUTPUTS:
             raise unknown("output", output, OUTPUTS)
-        given = Given(init_image, mask, depth)
-        check_given(self.system.extra, given)
-        faded = None if feather is None else real("feather", feather, 0.0)
+        given, kind = Given(init_image, mask, depth), self.system.extra
+        check_given(kind, given)
+        self._check_used(
+            given,
+            refiner,
+            strength=strength,
+            feather=feather,
+            refiner_start=refiner_start,
+            noise_level=noise_level,
+            original_size=original_size,
+            crop=crop,
+            target_size=target_size,
+        )
         prompted, negatives = texts(prompts, negative_prompt, num_images)
         if latents is not None:
             latents, height, width = self._check_latents(latents, len(prompted), height, width)
@@ -215,7 +244,7 @@ class Pipeline:
             seed=seed,
             width=width,
             height=height,
-            strength=self._strength(init_image, strength),
+            strength=strength,
             syntax=syntax,
             clip_skip=clip_skip,
             rng=rng,
@@ -226,25 +255,33 @@ class Pipeline:
             negative_aesthetic_score=negative_aesthetic_score,
             noise_level=noise_level,
             tile=tile,
+            init_image=init_image,
         )
         size = (settings.height, settings.width)
         batch = self.batch_size(len(prompted), *size) if batch_size is None else whole("batch_size", batch_size)
         if self._devices.mesh is not None:
             check_batch(batch, self._devices.mesh, "batch_size")
-        first = whole("first_index", first_index, 0)
+        faded = real("feather", FEATHER if feather is None else feather, 0.0)
+        first = whole("first_index", first_index, 0, 2**31 - 1 - len(prompted))
         indices = np.arange(first, first + len(prompted), dtype=np.int32)
         count = len(prompted) // num_images
         inputs = load_inputs(self.system.extra, given, count, size, self.shape).spread(count, num_images)
-        job = self._job(prompted, negatives, negative_prompt is None, settings, indices)._replace(inputs=inputs)
-        pictures = count_of(given, count, -(-(first + len(prompted)) // num_images))
-        job = job._replace(noises=self._noises(job, settings, latents, pictures))
-        runs = [Run(self._model, job, settings.table(self.scheduler_config))]
+        read = self._read(prompted, negatives, settings)
+        runs = [Run(self._model, self._job(read, negatives, settings, indices, inputs), self._table(settings))]
         if refiner is not None:
-            refined = refiner._job(prompted, negatives, negative_prompt is None, settings, indices)
-            base, rest = hand_over(settings, self.scheduler_config, refiner.scheduler_config, refiner_start)
-            runs = [Run(self._model, job, base), Run(refiner._model, refined, rest)]
+            refiner._check_refines(self)
+            job = refiner._job(refiner._read(prompted, negatives, settings), negatives, settings, indices, inputs)
+            base, rest = hand_over(settings, self.scheduler_config, refiner_start or REFINER_START)
+            runs = [runs[0]._replace(table=base), Run(refiner._model, job, rest, part=1)]
+        if dry_run:
+            return np.zeros(0, np.float32)
+        tell(read.reports)
+        last = first + len(prompted)
+        total = last if torch_batch is None else whole("torch_batch", torch_batch, last)
+        pictures = count_of(given, count, -(-total // num_images))
+        runs = self._with_noises(runs, settings, latents, pictures, total)
         images = finish(runs, settings, batch, output == "image", progress)
-        if output == "latent" or inputs.mask is None or inputs.pictures is None or faded is None:
+        if output == "latent" or inputs.mask is None or inputs.pictures is None or not paste:
             return images
         return paste_back(images, inputs.pictures / 2.0 + 0.5, inputs.mask, faded)
 
@@ -253,40 +290,72 @@ class Pipeline:
         low_resolution = self._checkpoint.low_res_scheduler_config
         return Model(self.name, self.dtype, self.system, self.params, self.shape, self._devices, low_resolution)
 
-    def _strength(self, init_image: Pictures | None, strength: Number | None) -> Number | None:
-        if init_image is None or self.system.extra == "picture":
-            return None
-        if strength is not None:
-            return strength
-        return 1.0 if self.system.extra == "masked" else STRENGTH
+    def _table(self, settings: Settings) -> Table:
+        return settings.table(self.scheduler_config)
+
+    def _size_for(self, init_image: Pictures) -> tuple[int, int]:
+        """Height and width of what is made of a picture."""
+        factor, size = self.shape.factor, size_of(init_image)
+        if self.system.extra == "picture":
+            return size[0] * factor, size[1] * factor
+        height, width = (max(side // factor, 1) * factor for side in size)
+        return height, width
+
+    def _check_used(self, given: Given, refiner: Pipeline | None, **arguments: Any) -> None:
+        """Refuses arguments that would change nothing."""
+        upscaler = self.system.extra == "picture"
+        needs = {
+            "strength": ("an init_image", given.init_image is not None and not upscaler),
+            "feather": ("a mask", given.mask is not None),
+            "refiner_start": ("a refiner", refiner is not None),
+            "noise_level": ("an upscaler", upscaler),
+            **dict.fromkeys(("original_size", "crop", "target_size"), ("an SDXL model", self.system.numbers > 0)),
+        }
+        for name, value in arguments.items():
+            needed, there = needs[name]
+            if value is not None and not there:
+                raise UserError(f"{name} {value!r} changes nothing without {needed}; leave it out")
+
+    def _check_refines(self, base: Pipeline) -> None:
+        """Refuses a refiner that cannot go on with the latents of `base`."""
+        mine, other = ((pipe.shape.factor, pipe.shape.channels) for pipe in (self, base))
+        if self.system.extra != "nothing" or mine != other:
+            raise UserError(f"{self.name} cannot refine what {base.name} makes: it takes other latents, or more")
+
+    def _read(self, prompts: list[str], negatives: list[str | None], settings: Settings) -> Prompts:
+        return read_prompts(self.tokenizers, prompts, [text or "" for text in negatives], settings.syntax)
 
     def _job(
-        self, prompts: list[str], negatives: list[str], default: bool, settings: Settings, indices: np.ndarray
+        self, read: Prompts, negatives: list[str | None], settings: Settings, indices: np.ndarray, inputs: Inputs
     ) -> Job:
-        """A job from words alone; `default` says that the negative prompts were not the caller's."""
-        text, negative = read_prompts(self.tokenizers, prompts, negatives, settings.syntax)
         numbers = [settings.numbers(self.system.numbers, negative) for negative in (False, True)]
-        rows = [None if n is None else np.tile(np.asarray(n, np.float32), (len(prompts), 1)) for n in numbers]
+        rows = [None if n is None else np.tile(np.asarray(n, np.float32), (len(negatives), 1)) for n in numbers]
         zeros = self._checkpoint.model_index.get("force_zeros_for_empty_prompt", self.system.numbers == SIZES)
-        share = np.full(len(prompts), 0.0 if default and zeros else 1.0, np.float32)
-        return Job(text, negative, share, rows[0], rows[1], indices, Noises(), Inputs())
+        share = np.array([0.0 if text is None and zeros else 1.0 for text in negatives], np.float32)
+        return Job(read.text, read.negative, share, rows[0], rows[1], read.lengths, indices, Noises(), inputs)
 
-    def _noises(self, job: Job, settings: Settings, latents: np.ndarray | None, pictures: int) -> Noises:
-        if settings.rng == "jax":
-            return Noises(latents)
-        small, masked = job.inputs.small, job.inputs.mask is not None
-        # diffusers encodes a picture once however many images are made of it; an inpainting model's not at all
-        # where nothing of it is left.
-        unseen = masked and settings.strength == 1.0 and self.system.extra == "masked"
-        draws = Draws(
-            picture=None if small is None else small.shape[1:],
-            posteriors=0 if job.inputs.pictures is None or unseen else pictures,
-            masked=pictures if masked else 0,
-        )
-        shape = self.shape.latents(settings.height, settings.width)
-        images = range(int(job.indices[0]), int(job.indices[-1]) + 1)
-        noises = torch_noises(settings.seed, images, shape, settings.table(self.scheduler_config), draws)
-        return noises if latents is None else noises._replace(first=latents)
+    def _with_noises(
+        self, runs: list[Run], settings: Settings, latents: np.ndarray | None, pictures: int, batch: int
+    ) -> list[Run]:
+        """The runs with noise from outside: given first noise, or PyTorch's."""
+        job = runs[0].job
+        noises = [Noises() for _ in runs]
+        if settings.rng == "torch":
+            small, masked = job.inputs.small, job.inputs.mask is not None
+            # diffusers encodes a picture once however many images are made of it; an inpainting model's not at all
+            # where nothing of it is left.
+            unseen = masked and settings.strength == 1.0 and self.system.extra == "masked"
+            draws = Draws(
+                picture=None if small is None else small.shape[1:],
+                posteriors=0 if job.inputs.pictures is None or unseen else pictures,
+                masked=pictures if masked else 0,
+            )
+            images = range(int(job.indices[0]), int(job.indices[-1]) + 1)
+            shape = self.shape.latents(settings.height, settings.width)
+            noises = torch_noises(settings.seed, images, batch, shape, [run.table for run in runs], draws)
+        if latents is not None:
+            noises[0] = noises[0]._replace(first=latents)
+        return [run._replace(job=run.job._replace(noises=own)) for run, own in zip(runs, noises, strict=True)]
 
     def _check_latents(
         self, latents: Any, count: int, height: int | None, width: int | None

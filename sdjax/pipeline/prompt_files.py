@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from sdjax.core.errors import UserError, unknown
 from sdjax.pipeline.overrides import CHOICES, NUMBERS, Option, Value, read_value
+from sdjax.pipeline.request import GENERATORS, SYNTAXES
 
 OPTIONS = {
     **NUMBERS,
@@ -18,6 +19,14 @@ OPTIONS = {
     "negative_prompt": Option(str),
     "init_image": Option(str),
     "mask": Option(str),
+    "depth": Option(str),
+    "feather": Option(float),
+    "noise_level": Option(int, 0, 999),
+    "refiner_start": Option(float, 0, 1),
+    "hires": Option(float, 1),
+    "hires_strength": Option(float, 0, 1),
+    "rng": Option(str, choices=GENERATORS),
+    "syntax": Option(str, choices=SYNTAXES),
 }
 # What kohya's sd-scripts and A1111's script "Prompts from file" call them.
 OTHER_NAMES = {

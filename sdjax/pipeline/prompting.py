@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from sdjax.data.prompts import Chunks, Report, chunk, plain, stack
 from sdjax.data.tokenizers import Tokenizer
@@ -15,30 +17,44 @@ logger = logging.getLogger("sdjax")
 READERS = {"a1111": chunk, "plain": plain}
 
 
+class Prompts(NamedTuple):
+    """Prompts and negative prompts in chunks, as many for all, one array [n, chunks, length] an encoder.
+
+    Attributes:
+        text, negative: token ids and weights.
+        lengths: how many tokens of its own each pair has: chunks after that only fill up; None where none do.
+        reports: what was cut or not understood, by prompt.
+    """
+
+    text: Text
+    negative: Text
+    lengths: Int[np.ndarray, " n"] | None
+    reports: Mapping[str, Sequence[Report]]
+
+
 def read_prompts(
     tokenizers: Sequence[Tokenizer], prompts: Sequence[str], negatives: Sequence[str], syntax: str
-) -> tuple[Text, Text]:
-    """The chunks of prompts and of negative prompts, as many for all, one array [n, chunks, length] an encoder.
-
-    What was cut or not understood is said in the log, once a prompt.
-    """
-    ids, weights = [], []
+) -> Prompts:
+    """The chunks of pairs of prompts."""
+    ids, weights, counts, reports = [], [], [], {}
     for i, tokenizer in enumerate(tokenizers):
         read = {text: READERS[syntax](tokenizer, text) for text in dict.fromkeys([*prompts, *negatives])}
         if i == 0:
-            for text, (_, reports) in read.items():
-                _tell(text, reports)
+            reports = {text: told for text, (_, told) in read.items() if told}
         chunks = stack(tokenizer, [read[text][0] for text in (*prompts, *negatives)])
         ids.append(chunks.ids)
         weights.append(chunks.weights)
+        counts += [[len(read[text][0].ids) for text in texts] for texts in (prompts, negatives)]
     longest = max(array.shape[1] for array in ids)
     padded = [_pad(*each, longest) for each in zip(tokenizers, ids, weights, strict=True)]
-    count = len(prompts)
-    both = Text(tuple(chunks.ids for chunks in padded), tuple(chunks.weights for chunks in padded))
-    return (
-        Text(tuple(x[:count] for x in both.ids), tuple(x[:count] for x in both.weights or ())),
-        Text(tuple(x[count:] for x in both.ids), tuple(x[count:] for x in both.weights or ())),
-    )
+    whole = Text(tuple(chunks.ids for chunks in padded), tuple(chunks.weights for chunks in padded))
+    own = np.max(counts, axis=0)
+    lengths = None if (own == longest).all() else (own * ids[0].shape[-1]).astype(np.int32)
+    return Prompts(_part(whole, slice(None, len(prompts))), _part(whole, slice(len(prompts), None)), lengths, reports)
+
+
+def _part(text: Text, rows: slice) -> Text:
+    return Text(tuple(x[rows] for x in text.ids), tuple(x[rows] for x in text.weights or ()))
 
 
 def _pad(tokenizer: Tokenizer, ids: np.ndarray, weights: np.ndarray, chunks: int) -> Chunks:
@@ -48,7 +64,9 @@ def _pad(tokenizer: Tokenizer, ids: np.ndarray, weights: np.ndarray, chunks: int
     return Chunks(np.concatenate([ids, empty], 1), np.concatenate([weights, np.ones(missing, np.float32)], 1))
 
 
-def _tell(prompt: str, reports: Sequence[Report]) -> None:
-    for report in reports:
-        what = "was cut from" if report.kind == "cut" else "is not understood in"
-        logger.warning("%r %s the prompt %.40r: %s", report.text, what, prompt, report.why)
+def tell(reports: Mapping[str, Sequence[Report]]) -> None:
+    """Says in the log what was cut from prompts or not understood, once a prompt."""
+    for prompt, told in reports.items():
+        for report in told:
+            what = "was cut from" if report.kind == "cut" else "is not understood in"
+            logger.warning("%r %s the prompt %.40r: %s", report.text, what, prompt, report.why)

@@ -89,10 +89,15 @@ FOLLOWED = {*NUMBERS, *REALS, "Sampler", "Schedule type", "Size", "Model", "Clip
 # The types of what a record of ours holds; other fields are taken as they are.
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("prompt", "sampler", "model", "checkpoint"), (str,)),
+    **dict.fromkeys(("refiner", "vae", "family", "prediction", "variant", "dtype", "syntax", "rng"), (str,)),
+    **dict.fromkeys(("init_image", "mask", "depth"), (str,)),
     **dict.fromkeys(("negative_prompt", "schedule"), (str, type(None))),
     **dict.fromkeys(("steps", "seed", "index", "width", "height"), (int,)),
-    **dict.fromkeys(("guidance_scale", "guidance_rescale"), (int, float)),
+    **dict.fromkeys(("clip_skip", "noise_level", "tile", "torch_batch"), (int,)),
+    **dict.fromkeys(("guidance_scale", "guidance_rescale", "feather", "refiner_start"), (int, float)),
+    **dict.fromkeys(("hires", "hires_strength", "aesthetic_score", "negative_aesthetic_score"), (int, float)),
     **dict.fromkeys(("eta", "strength"), (int, float, type(None))),
+    **dict.fromkeys(("original_size", "crop", "target_size", "embedding"), (list,)),
 }
 
 logger = logging.getLogger("sdjax")

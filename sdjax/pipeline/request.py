@@ -15,6 +15,7 @@ from sdjax.tasks.latent.system import AESTHETICS, SIZES
 
 STEPS, GUIDANCE_SCALE = 50, 7.5
 STRENGTH = 0.75
+REFINER_START = 0.8
 TILE = 1536
 FEATHER = 4.0
 NOISE_LEVEL = 20
@@ -23,6 +24,7 @@ GENERATORS = ("jax", "torch")
 SYNTAXES = ("a1111", "plain")
 Pair = tuple[int, int]
 MAX_SEED = 2**32 - 1
+MAX_SIDE = 2**14
 Number = int | float
 # What a sampler that takes the place of the checkpoint's own is told of latents, where their config says nothing: they
 # are not within [-1, 1], and "plms" means no Runge-Kutta steps.
@@ -38,7 +40,7 @@ class Settings:
         guidance_scale: of classifier-free guidance; 1 or less is none, as in diffusers.
         guidance_rescale: phi of Lin et al. 2024.
         eta: None for the sampler's own.
-        strength: share of the steps that a given picture goes through; None without one.
+        strength: share of the steps that a given picture goes through, at least one of them; None without one.
         syntax: how prompts are read: "a1111", or "plain" without any.
         clip_skip: layers of the text encoders to skip, as diffusers counts.
         rng: whose random numbers: "jax", or "torch" for those of PyTorch on a CPU.
@@ -127,17 +129,15 @@ class Shape:
         return height // self.factor, width // self.factor, self.channels
 
 
-def hand_over(
-    settings: Settings, base: Mapping[str, Any], refiner: Mapping[str, Any], share: Number
-) -> tuple[Table, Table]:
+def hand_over(settings: Settings, base: Mapping[str, Any], share: Number) -> tuple[Table, Table]:
     """The rows of a base model and those of the refiner that takes over (SDXL, section 2.5; diffusers' denoising_end).
 
-    The refiner begins with the first step whose timestep lies below (1 - share) of all; no noise is added there.
+    The refiner begins with the first step whose timestep lies below (1 - share) of all; no noise is added there, and
+    the levels of both are those of one table.
 
     Args:
         settings: of the call.
         base: scheduler config of the base model.
-        refiner: of the refiner.
         share: of the noise levels that are the base's.
 
     Raises:
@@ -158,7 +158,7 @@ def hand_over(
         )
     left = int(settings.table(base, step).active.sum())
     active = table.active & (np.arange(len(table.active)) < int(table.active.sum()) - left)
-    return table._replace(active=active), settings.table(refiner, step)
+    return table._replace(active=active), settings.table(base, step)
 
 
 def resolve(
@@ -249,7 +249,7 @@ def _range(least: Number, most: Number) -> str:
 
 
 def _side(name: str, value: Any, multiple: int) -> int:
-    side = whole(name, value)
+    side = whole(name, value, 1, MAX_SIDE)
     if side % multiple:
         near = sorted({max(multiple, side // multiple * multiple), -(-side // multiple) * multiple})
         raise UserError(
@@ -260,16 +260,19 @@ def _side(name: str, value: Any, multiple: int) -> int:
 
 
 def texts(
-    prompts: str | Sequence[str], negative_prompt: str | Sequence[str] | None, num_images: int
-) -> tuple[list[str], list[str]]:
-    """Prompt and negative prompt of every image: all images of the first prompt come first.
+    prompts: str | Sequence[str], negative_prompt: str | Sequence[str | None] | None, num_images: int
+) -> tuple[list[str], list[str | None]]:
+    """Prompt and negative prompt, or None, of every image: all images of the first prompt come first.
 
     Raises:
         UserError: no prompts, or another number of negative prompts than of prompts.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    negatives = "" if negative_prompt is None else negative_prompt
-    negatives = [negatives] * len(prompts) if isinstance(negatives, str) else list(negatives)
+    negatives: list[str | None]
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        negatives = [negative_prompt] * len(prompts)
+    else:
+        negatives = list(negative_prompt)
     if not prompts:
         raise UserError("there are no prompts")
     if len(negatives) != len(prompts):

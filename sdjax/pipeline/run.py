@@ -60,6 +60,7 @@ class Job(NamedTuple):
         text, negative: prompts and negative prompts.
         negative_share: see `Asked`.
         numbers, negative_numbers: SDXL's micro-conditioning.
+        lengths: see `Asked`.
         indices: of the images.
         noises: from outside, in place of the images' own.
         inputs: pictures, masks and depth maps.
@@ -70,6 +71,7 @@ class Job(NamedTuple):
     negative_share: Float[np.ndarray, " n"]
     numbers: Float[np.ndarray, "n k"] | None
     negative_numbers: Float[np.ndarray, "n k"] | None
+    lengths: Int[np.ndarray, " n"] | None
     indices: Int[np.ndarray, " n"]
     noises: Noises
     inputs: Inputs
@@ -79,11 +81,17 @@ class Job(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A model's part of a call: all of it, or the base's or the refiner's."""
+    """A model's part of a call.
+
+    Attributes:
+        model, job, table: of this part.
+        part: 0 for all of a call or for the base, 1 for the refiner, whose noise is its own.
+    """
 
     model: Model
     job: Job
     table: Table
+    part: int = 0
 
 
 def finish(
@@ -115,11 +123,13 @@ def sample_latents(
     run: Run, settings: Settings, listener: Callable[[int], None] | None, noisy: jax.Array | None = None
 ) -> jax.Array:
     """Scaled latents after the table's rows, from `noisy` latents of another model where some are given."""
-    model, job, table = run
+    model, job, table, part = run
     devices, shape = model.devices, model.shape.latents(settings.height, settings.width)
     # jax.random.key reads the bits, so that large seeds need no 64-bit integers.
     seed = np.array(settings.seed, np.uint32).view(np.int32)
-    keys, noise = stages.noise_stage(devices.whole(seed), devices.rows(job.indices), shape)
+    keys, noise = stages.noise_stage(
+        devices.whole(seed), devices.rows(job.indices), shape, devices.whole(np.int32(part))
+    )
     if job.noises.first is not None:
         noise = devices.rows(job.noises.first)
     conditions = _conditions(model, job, settings, keys)
@@ -195,7 +205,7 @@ def _tiling(tile: int, factor: int, size: tuple[int, ...]) -> tuple[int, int]:
 
 def _conditions(model: Model, job: Job, settings: Settings, keys: jax.Array) -> tuple[Any, ...]:
     """What the UNet is told: of the prompts alone where there is no guidance, which halves the work."""
-    words = Asked(job.text, job.negative, job.negative_share, job.numbers, job.negative_numbers)
+    words = Asked(job.text, job.negative, job.negative_share, job.numbers, job.negative_numbers, job.lengths)
     rows = jax.tree.map(model.devices.rows, words)
     halves, finite = stages.text_stage(model.system, model.params, rows, clip_skip=settings.clip_skip)
     model.check(finite, "the text encoder's output")
@@ -241,7 +251,8 @@ TELLERS = {"nothing": _told_nothing, "masked": _told_mask, "depth": _told_depth,
 
 def _start(run: Run, settings: Settings, noise: jax.Array) -> Start:
     """Pure noise, or the given picture with some."""
-    model, (pictures, mask, *_) = run.model, run.job.inputs
+    model, inputs = run.model, run.job.inputs
+    pictures, mask = inputs.pictures, inputs.mask
     h, w, z = model.shape.latents(settings.height, settings.width)
     if pictures is None:
         known = model.devices.rows(np.zeros((len(run.job.indices), h, w, z), np.float32))

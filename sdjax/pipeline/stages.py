@@ -32,6 +32,7 @@ from sdjax.tasks.latent import (
 from sdjax.training.task import Params
 
 Finite = Bool[Array, ""]
+LATER = 2**31 - 2  # what an image's key is folded with for the steps of a refiner, beyond the number of any row
 LOW_RESOLUTION = 1  # what an image's key is folded with for the noise of its low-resolution picture
 _listeners: list[Callable[[int], None]] = []
 
@@ -54,11 +55,12 @@ def image_stage(
 
 @jax.jit(static_argnums=2)
 def noise_stage(
-    seed: Int[Array, ""], indices: Int[Array, " b"], shape: tuple[int, int, int]
+    seed: Int[Array, ""], indices: Int[Array, " b"], shape: tuple[int, int, int], part: Int[Array, ""]
 ) -> tuple[Key[Array, " b"], Float[Array, "b h w z"]]:
-    """The key and the first noise of each image."""
+    """The key and the first noise of each image; models after the first, those of a higher `part`, have other keys."""
     keys = image_keys(seed, indices)
-    return keys, first_noise(keys, shape)
+    later = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, LATER), part))(keys)
+    return jnp.where(part > 0, later, keys), first_noise(keys, shape)
 
 
 @jax.jit(static_argnames=("system", "watched"))

@@ -126,7 +126,7 @@ def test_inpainting(sampler, strength, theirs, ours, noise, picture, mask, same_
         **settings,
     ).images
     result = ours(
-        PROMPTS, steps=10, sampler=sampler, latents=noise, init_image=picture, mask=mask, feather=None, **settings
+        PROMPTS, steps=10, sampler=sampler, latents=noise, init_image=picture, mask=mask, paste=False, **settings
     )
     check(result, expected)
 

@@ -19,6 +19,7 @@ import sdjax
 from sdjax.convert.folder import read_folder, write_folder
 from sdjax.convert.single_file import TOKENIZER_FOLDERS, write_single_file
 from sdjax.convert.unet import shapes as unet_shapes
+from sdjax.core.errors import UserError
 
 TOLERANCE = 1e-3
 SIZE, LATENT = 16, 8
@@ -153,6 +154,30 @@ def test_the_refiner_takes_over(sampler, folders, noise):
     check(found, expected)
 
 
+def test_torch_noise_goes_on_in_the_refiner(folders):
+    """One generator for both, as its users pass it to both pipelines of diffusers."""
+    ours, base = pair(folders("sdxl"), "StableDiffusionXLPipeline", "euler")
+    refiner, theirs = pair(folders("sdxl_refiner"), "StableDiffusionXLImg2ImgPipeline", "euler")
+    for pipe in (base, theirs):
+        pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(base.scheduler.config)
+    generator = torch.Generator().manual_seed(3)
+    common = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0, "num_inference_steps": 8, "generator": generator}
+    size = {"width": SIZE, "height": SIZE}
+    latents = base(PROMPTS, denoising_end=0.5, output_type="latent", **size, **common).images
+    sizes = {"original_size": (SIZE, SIZE), "target_size": (SIZE, SIZE)}
+    expected = theirs(PROMPTS, image=latents, denoising_start=0.5, output_type="np", **sizes, **common).images
+    asked = {"steps": 8, "sampler": "euler_a", "guidance_scale": 4.0, "seed": 3, "refiner": refiner}
+    check(ours(PROMPTS, NEGATIVES, rng="torch", refiner_start=0.5, **asked), expected)
+
+
+def test_what_cannot_refine(folders):
+    ours, other = (sdjax.load(folders(family)) for family in ("sdxl", "sd1_inpainting"))
+    with pytest.raises(UserError, match="sd1_inpainting cannot refine what sdxl makes"):
+        ours(PROMPTS, steps=4, refiner=other)
+    with pytest.raises(UserError, match=r"refiner_start 0\.5 changes nothing without a refiner"):
+        ours(PROMPTS, steps=4, refiner_start=0.5)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_nine_channel_inpainting(sampler, strength, folders, posterior_mean):
@@ -171,7 +196,7 @@ def test_nine_channel_inpainting(sampler, strength, folders, posterior_mean):
         output_type="np",
         **common,
     ).images
-    given = {"init_image": picture(SIZE), "mask": Image.fromarray(white), "feather": None}
+    given = {"init_image": picture(SIZE), "mask": Image.fromarray(white), "paste": False}
     found = ours(PROMPTS, steps=6, sampler=sampler, seed=7, rng="torch", **given, **common)
     check(found, expected)
 
@@ -214,8 +239,7 @@ def test_upscaler(sampler, folders):
         output_type="np",
         **common,
     ).images
-    size = {"width": SIZE, "height": SIZE}
-    found = ours(PROMPTS, steps=6, sampler=sampler, seed=7, rng="torch", init_image=picture(LATENT), **size, **common)
+    found = ours(PROMPTS, steps=6, sampler=sampler, seed=7, rng="torch", init_image=picture(LATENT), **common)
     check(found, expected)
 
 
@@ -258,6 +282,23 @@ def test_few_step_files_have_settings_of_their_own(name, expected, tmp_path, cap
     assert ("is sampled as a" in caplog.text) == (expected[0] < 50)
     assert f"{name} is taken for SDXL" in caplog.text
     assert pipe.settings(steps=9, guidance_scale=3.0).steps == 9
+
+
+def test_a_model_of_the_hub_is_called_what_it_is_called_there(folders, tmp_path, monkeypatch):
+    """Its cache names folders by commits and files by their sums."""
+    snapshot, blob = tmp_path / "snapshots" / "0123abc", tmp_path / "blobs" / "4567def"
+    snapshot.parent.mkdir()
+    snapshot.symlink_to(folders("sdxl"))
+    blob.parent.mkdir()
+    write_single_file(tmp_path / "made.safetensors", tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408, 77))
+    (tmp_path / "made.safetensors").rename(blob)
+    file = tmp_path / "sdxl_lightning_2step.safetensors"
+    places = {"acme/sdxl-turbo@main": snapshot, f"acme/xl/{file.name}": file}
+    file.symlink_to(blob)
+    monkeypatch.setattr("sdjax.pipeline.loading.resolve", lambda source, variant=None: places[source])
+    turbo, lightning = (sdjax.load(source) for source in places)
+    assert (turbo.name, turbo.settings().steps, turbo.settings().guidance_scale) == ("sdxl-turbo", 4, 0.0)
+    assert (lightning.name, lightning.settings().steps) == ("sdxl_lightning_2step", 2)
 
 
 def test_a_single_file_paints_what_its_folder_paints(tmp_path):

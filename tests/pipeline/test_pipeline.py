@@ -96,7 +96,7 @@ def test_outside_of_a_mask_the_given_picture_is_left(feather, ours):
     mask = np.zeros((SIZE, SIZE), bool)
     mask[8:24, 4:20] = True
     (image,) = ours("red heart", init_image=given, mask=mask, feather=feather, **FAST)
-    (bare,) = ours("red heart", init_image=given, mask=mask, feather=None, **FAST)
+    (bare,) = ours("red heart", init_image=given, mask=mask, paste=False, **FAST)
     np.testing.assert_array_equal(to_uint8(image)[~mask], given[~mask])
     assert np.abs(bare - given / 255.0)[~mask].max() > 0.01, "the autoencoder alone keeps nothing exactly"
     deep = mask[:, :] & False
@@ -180,6 +180,29 @@ def test_a_plain_prompt_that_is_cut_is_named(ours, caplog):
     (record,) = caplog.records
     assert "was cut from the prompt 'red heart red" in record.message
     np.testing.assert_array_equal(long, ours([prompt + "never read", "flag"], syntax="plain", **FAST))
+
+
+@pytest.mark.parametrize("other", ["red heart " * 60, "flag"])
+def test_a_picture_does_not_depend_on_its_neighbours_words(other, ours):
+    """Neither on how long their prompts are nor on whether they have negative ones."""
+    together = ours([other, "blue cat"], ["ugly", None], **FAST)
+    np.testing.assert_allclose(ours("blue cat", first_index=1, **FAST)[0], together[1], atol=1e-5)
+    np.testing.assert_allclose(ours(other, "ugly", **FAST)[0], together[0], atol=1e-5)
+
+
+def test_given_pictures_decide_the_size(ours):
+    picture = np.zeros((25, 40, 3), np.uint8)
+    assert ours("red heart", init_image=picture, **FAST).shape == (1, 24, 40, 3)
+    assert ours("red heart", init_image=picture, width=16, height=16, **FAST).shape == (1, 16, 16, 3)
+
+
+def test_a_dry_run_finds_what_is_wrong_and_paints_nothing(ours):
+    told = []
+    assert not len(ours("red heart", dry_run=True, progress=lambda *count: told.append(count), **FAST))
+    assert not told
+    for wrong in ({"init_image": "nowhere.png"}, {"sampler": "nope"}, {"first_index": 2**31}, {"width": 2**20}):
+        with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
+            ours("red heart", dry_run=True, **{**FAST, **wrong})
 
 
 def test_a_long_prompt_is_read_to_its_end(ours, caplog):

@@ -108,14 +108,15 @@ def test_a_picture_is_painted_again_from_itself(run, tmp_path):
     prompts = [f"--prompt={text}" for text in ("(red heart:1.3)", "flag")]
     how = ("--sampler=euler_a", "--steps=4", "--seed=9", "--rng=torch", "--hires=1.5", "--hires_strength=0.6")
     assert run(*prompts, *how, "--negative_prompt=cat", "--outdir=all")[0] == 0
-    code, _, err = run("--from_image=all/00001.png", "--outdir=again")
+    code, _, err = run("--from_image=all/00000.png", "--outdir=again")
     assert code == 0, err
-    assert names(tmp_path / "again") == ["00001.json", "00001.png"]
-    first, again = (np.asarray(Image.open(tmp_path / name / "00001.png"), int) for name in ("all", "again"))
+    assert names(tmp_path / "again") == ["00000.json", "00000.png"]
+    first, again = (np.asarray(Image.open(tmp_path / name / "00000.png"), int) for name in ("all", "again"))
     assert first.shape == (48, 48, 3)
     assert np.abs(first - again).max() <= 1
-    assert run("--from_image=all/00001.png", "--seed=10", "--outdir=other")[0] == 0
-    assert np.abs(first - np.asarray(Image.open(tmp_path / "other" / "00001.png"), int)).max() > 20
+    assert json.loads((tmp_path / "again" / "00000.json").read_text())["torch_batch"] == 2
+    assert run("--from_image=all/00000.png", "--seed=10", "--outdir=other")[0] == 0
+    assert np.abs(first - np.asarray(Image.open(tmp_path / "other" / "00000.png"), int)).max() > 20
 
 
 def test_every_line_may_have_settings_of_its_own(run, ours, tmp_path):
@@ -187,7 +188,16 @@ BAD = {
     "steps type": ([P, "--steps=many"], "steps=many"),
     "num_images": ([P, "--num_images=0"], "num_images 0"),
     "strength": ([P, "--init_image=fine.png", "--strength=1.5"], r"strength 1\.5"),
-    "little strength": ([P, "--init_image=fine.png", "--strength=0.1", "--steps=5"], r"strength 0\.1 with 5 steps"),
+    "no strength": ([P, "--init_image=fine.png", "--strength=0"], r"strength 0\.0: choose more than 0"),
+    "strength of nothing": ([P, "--strength=0.5"], "strength 0.5 changes nothing without an init_image"),
+    "feather of nothing": ([P, "--feather=2"], "feather 2.0 changes nothing without a mask"),
+    "hires of nothing": ([P, "--hires_strength=0.3"], "--hires_strength 0.3 changes nothing without --hires"),
+    "hires of a picture": ([P, "--hires=2", "--init_image=fine.png"], "hires 2 is for pictures from a prompt alone"),
+    "size of an SDXL": ([P, "--crop=3,4"], r"crop \[3, 4\] changes nothing without an SDXL model"),
+    "empty name": (["--from_image="], "cannot read the settings of "),
+    "index": ([P, "--first_index=3000000000"], "first_index 3000000000: choose an integer of 0 to"),
+    "huge": ([P, "--width=100000000"], "width 100000000: choose an integer of 1 to 16384"),
+    "second line": (["--from_file=two.txt"], "nowhere.png"),
     "picture": ([P, "--init_image=broken.png"], "cannot read picture broken.png"),
     "no picture": ([P, "--init_image=nowhere.png"], "nowhere.png"),
     "mask": ([P, "--mask=fine.png"], "a mask needs an init_image"),
@@ -204,7 +214,7 @@ BAD = {
     "depth": ([P, "--depth=fine.png"], "depth is given, of which this model makes nothing"),
     "refiner": ([P, "--refiner=missing"], "there is no file or folder 'missing'"),
     "embedding": ([P, "--embedding=missing.pt"], "there is no textual inversion 'missing.pt'"),
-    "vae": ([P, "--vae=missing.safetensors"], "there is no autoencoder 'missing.safetensors'"),
+    "vae": ([P, "--vae=missing.safetensors"], "there is no file or folder 'missing.safetensors'"),
     "existing": ([P, "--outdir=taken"], "taken/00000.png exists and is left as it is; choose another --outdir"),
     "folder is a file": (
         [P, "--outdir=fine.png", "--steps=1"],
@@ -219,6 +229,7 @@ def test_bad_input(case, run, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
     Image.new("RGB", (32, 32)).save(tmp_path / "fine.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    (tmp_path / "two.txt").write_text("red heart\nflag --init_image nowhere.png\n")
     (tmp_path / "flags.txt").write_text("red heart --steps 3\nflag --stepz 3\n")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "00000.png").write_text("mine")

@@ -109,15 +109,14 @@ def make_table(
 
 
 def start_of(steps: int, strength: float) -> int:
-    """The step at which image to image begins: int(strength steps) of them are left (SDEdit; diffusers).
+    """The step at which image to image begins: int(strength steps) of them are left, but at least one (SDEdit).
 
     Raises:
-        UserError: strength is not in (0, 1], or so small that no step is left.
+        UserError: strength is not in (0, 1].
     """
-    left = min(int(steps * strength), steps)
-    if not 0.0 < strength <= 1.0 or left < 1:
-        raise UserError(f"strength {strength} with {steps} steps: choose more than {1 / steps:.3g}, at most 1")
-    return steps - left
+    if not 0.0 < strength <= 1.0:
+        raise UserError(f"strength {strength}: choose more than 0, at most 1")
+    return steps - min(max(int(steps * strength), 1), steps)
 
 
 def _spacing(name: str, sampler: str) -> dict[str, object]:

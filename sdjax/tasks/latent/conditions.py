@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sdjax.diffusion.denoise import per_image
 from sdjax.models.conditioning import Cond
@@ -25,6 +25,7 @@ class Asked(NamedTuple):
         negative_share: of each image, 0 where the unconditional embeddings are zeros, as SDXL's base was trained, 1
             where they are those of the negative prompt.
         numbers, negative_numbers: micro-conditioning; None for models without.
+        lengths: how many tokens of each pair count; the rest fills it up to the batch's longest. None for all.
     """
 
     text: Text
@@ -32,6 +33,7 @@ class Asked(NamedTuple):
     negative_share: Float[Array | np.ndarray, " b"]
     numbers: Float[Array | np.ndarray, "b k"] | None = None
     negative_numbers: Float[Array | np.ndarray, "b k"] | None = None
+    lengths: Int[Array | np.ndarray, " b"] | None = None
 
 
 def conditions(system: System, params: Params, asked: Asked, clip_skip: int = 0) -> tuple[Cond, Cond]:
@@ -46,7 +48,11 @@ def conditions(system: System, params: Params, asked: Asked, clip_skip: int = 0)
     prompt = jax.tree.map(lambda x: x[:count], encoded)
     share = jnp.asarray(asked.negative_share)
     negative = jax.tree.map(lambda x: x[count:] * per_image(share, x).astype(x.dtype), encoded)
-    return cond(system, prompt, asked.numbers), cond(system, negative, asked.negative_numbers)
+    pair = cond(system, prompt, asked.numbers), cond(system, negative, asked.negative_numbers)
+    if asked.lengths is None:
+        return pair
+    seen = jnp.arange(encoded.context.shape[1]) < jnp.asarray(asked.lengths)[:, None]
+    return pair[0]._replace(mask=seen), pair[1]._replace(mask=seen)
 
 
 def cond(system: System, encoded: Encoded, numbers: Float[Array | np.ndarray, "b k"] | None) -> Cond:
