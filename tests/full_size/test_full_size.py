@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 and SDXL in their published sizes, in both layouts, beside diffusers.
 
-    python -m pytest tests/full_size -m slow -s
+    python -m pytest tests/full_size -n 0 -m slow -s
 
 SDXL takes 15 GiB of disk and about 16 of memory. What is written is deleted.
 """
