@@ -15,11 +15,13 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def jit(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+def jit(function: Callable[..., Any] | None = None, **how: Any) -> Callable[..., Any]:
     """`jax.jit` with `options`; the platform is looked up at the first call, so this may decorate a module's functions.
 
     It is for whole programs: JAX lets no function that is called inside another compiled one have options.
     """
+    if function is None:
+        return lambda decorated: jit(decorated, **how)
 
     @functools.cache
     def compiled() -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from sdjax.models.layers import GroupNorm
 
 _platform: ContextVar[str | None] = ContextVar("attention_platform", default=None)
-CACHED_SCORES = 2**18  # 1 MiB in float32
+CACHED_SCORES = 2**22  # 16 MiB in float32
 
 
 @contextlib.contextmanager
@@ -74,38 +74,35 @@ def _tpu_flash(q: Array, k: Array, v: Array) -> Array:
 
 
 def _blocked(q: Array, k: Array, v: Array, mask: Array | None, causal: bool) -> Array:
-    """A head at a time, and of its queries so many that their scores stay in a CPU's second-level cache.
-
-    Queries are columns: the maximum and the sum over keys then go over whole rows, as vectors.
-    """
+    """A head at a time, and of its queries so many that their scores stay in a CPU's last-level cache."""
     batch, length, heads, size = q.shape
-    keys = jnp.arange(k.shape[1])[:, None]
-    columns = min(length, max(16, CACHED_SCORES // k.shape[1] // 16 * 16))
-    starts = jnp.arange(0, length, columns)
+    rows = min(length, max(1, CACHED_SCORES // k.shape[1]))
+    starts = jnp.arange(0, length, rows)[:, None]
 
     def one_head(head: tuple[Array, Array, Array, Array | None]) -> Array:
-        hq, hk, hv, seen = head  # [n d r], [k d], [d k], [k]
+        hq, hk, hv, seen = head  # [n r d], [d k], [k d+1], [k]
 
         def one_block(block: tuple[Array, Array]) -> Array:
             queries, start = block
-            scores = jnp.matmul(hk, queries, preferred_element_type=jnp.float32)
+            scores = jnp.matmul(queries, hk, preferred_element_type=jnp.float32)
             if seen is not None:
-                scores = jnp.where(seen[:, None], scores, -jnp.inf)
+                scores = jnp.where(seen, scores, -jnp.inf)
             if causal:
-                scores = jnp.where(keys <= start + jnp.arange(columns), scores, -jnp.inf)
-            weights = jnp.exp((scores - scores.max(axis=0)) / math.sqrt(size))
-            # Dividing after the product costs `size` divisions a query and not as many as there are keys.
-            return jnp.matmul(hv, weights.astype(v.dtype)) / weights.sum(axis=0).astype(v.dtype)
+                scores = jnp.where(jnp.arange(k.shape[1]) <= start + jnp.arange(rows)[:, None], scores, -jnp.inf)
+            weights = jnp.exp((scores - scores.max(axis=-1, keepdims=True)) / math.sqrt(size))
+            # The values' last column is ones: it sums the weights on the way.
+            out = jnp.matmul(weights.astype(v.dtype), hv, preferred_element_type=jnp.float32)
+            return (out[:, :size] / out[:, size:]).astype(v.dtype)
 
         return jax.lax.map(one_block, (hq, starts))
 
-    padded = jnp.pad(q, ((0, 0), (0, -length % columns), (0, 0), (0, 0)))
-    blocks = padded.reshape(batch, -1, columns, heads, size).transpose(0, 3, 1, 4, 2)  # [b h n d r]
-    arrays = blocks, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)
+    padded = jnp.pad(q, ((0, 0), (0, -length % rows), (0, 0), (0, 0)))
+    blocks = padded.reshape(batch, -1, rows, heads, size).transpose(0, 3, 1, 2, 4)  # [b h n r d]
+    summed = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    arrays = blocks, k.transpose(0, 2, 3, 1), summed.transpose(0, 2, 1, 3)
     seen = None if mask is None else jnp.repeat(mask, heads, axis=0)
     out = jax.lax.map(one_head, (*(x.reshape(-1, *x.shape[2:]) for x in arrays), seen))
-    out = out.reshape(blocks.shape).transpose(0, 2, 4, 1, 3).reshape(padded.shape)
-    return out[:, :length]
+    return out.reshape(blocks.shape).transpose(0, 2, 3, 1, 4).reshape(padded.shape)[:, :length]
 
 
 class Attention(nn.Module):

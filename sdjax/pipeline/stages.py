@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from sdjax.core.compilation import jit
 from sdjax.core.prng import image_keys
 from sdjax.diffusion.loss import q_sample
 from sdjax.diffusion.samplers import Table, first_noise
@@ -37,14 +38,14 @@ LOW_RESOLUTION = 1  # what an image's key is folded with for the noise of its lo
 _listeners: list[Callable[[int], None]] = []
 
 
-@jax.jit(static_argnames=("system", "clip_skip"))
+@jit(static_argnames=("system", "clip_skip"))
 def text_stage(system: System, params: Params, asked: Asked, clip_skip: int = 0) -> tuple[tuple[Cond, Cond], Finite]:
     """The conditions of prompts and of negative prompts, through the text encoders as one batch."""
     halves = conditions(system, params, asked, clip_skip)
     return halves, all_finite(halves)
 
 
-@jax.jit(static_argnums=0)
+@jit(static_argnums=0)
 def image_stage(
     system: System, params: Params, images: Float[Array, "b H W 3"]
 ) -> tuple[Float[Array, "b h w z"], Finite]:
@@ -53,7 +54,7 @@ def image_stage(
     return latents, all_finite(latents)
 
 
-@jax.jit(static_argnums=2)
+@jit(static_argnums=2)
 def noise_stage(
     seed: Int[Array, ""], indices: Int[Array, " b"], shape: tuple[int, int, int], part: Int[Array, ""]
 ) -> tuple[Key[Array, " b"], Float[Array, "b h w z"]]:
@@ -63,7 +64,7 @@ def noise_stage(
     return jnp.where(part > 0, later, keys), first_noise(keys, shape)
 
 
-@jax.jit(static_argnames=("system", "watched"))
+@jit(static_argnames=("system", "watched"))
 def sampling_stage(
     system: System,
     params: Params,
@@ -82,7 +83,7 @@ def sampling_stage(
     return latents, all_finite(latents)
 
 
-@jax.jit
+@jit
 def low_resolution_stage(
     keys: Key[Array, " b"], pictures: Float[Array, "b h w 3"], abar: Float[Array, ""], noise: Array | None
 ) -> Float[Array, "b h w 3"]:
@@ -94,7 +95,7 @@ def low_resolution_stage(
     return q_sample(pictures, noise, jnp.broadcast_to(abar, len(pictures)))
 
 
-@jax.jit
+@jit
 def start_stage(
     table: Table, noise: Float[Array, "b h w z"], known: Float[Array, "b h w z"], mask: Array, fresh: Float[Array, ""]
 ) -> Start:
@@ -104,7 +105,7 @@ def start_stage(
     return Start(x, known, noise, mask)
 
 
-@jax.jit(static_argnums=0)
+@jit(static_argnums=0)
 def decode_stage(
     system: System, params: Params, latents: Float[Array, "b h w z"]
 ) -> tuple[Float[Array, "b H W 3"], Finite]:
