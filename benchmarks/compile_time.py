@@ -44,7 +44,7 @@ class ScannedTransformer(SpatialTransformer):
         tokens = nn.Dense(c, dtype=self.dtype, name="proj_in")(tokens)
         block = TransformerBlock(self.heads, self.cross_only, self.dtype, parent=None)
 
-        def step(tokens: Array, params: Any) -> tuple[Array, None]:
+        def step(tokens: Any, params: Any) -> tuple[Any, None]:
             return block.apply({"params": params}, tokens, context, mask), None
 
         tokens, _ = jax.lax.scan(step, tokens, self.variables["params"][BLOCKS])
@@ -57,7 +57,7 @@ def main() -> None:
     flags.DEFINE_string("variant", "sdxl", "", flag_values=values)
     flags.DEFINE_integer("latents", 8, "", lower_bound=8, flag_values=values)
     parse_flags(values, sys.argv, __doc__)
-    name, side = values["variant"].value, values["latents"].value
+    name, side = str(values["variant"].value), int(values["latents"].value or 0)
     if name not in unet.VARIANTS:
         raise unknown("variant", name, unet.VARIANTS, "--variant")
     jax.config.update("jax_enable_compilation_cache", False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def sdxl(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_size_sdxl_unet_is_loaded_within_1_3_times_its_weights(sdxl: Path):
     for dtype in ("float16", "bfloat16"):
         command = [sys.executable, str(SCRIPT), str(sdxl), dtype]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=SCRIPT.parents[2])
+        environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         size, grown = map(int, done.stdout.split())
         assert size == 2 * 2_567_463_684
         assert size < grown < 1.3 * size, f"{dtype}: {grown / size:.3f} times the weights"
