@@ -94,7 +94,7 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "vae/config.js
         channels=channels,
         latent_channels=configs.integer(config, "latent_channels", 4, place),
         layers_per_block=configs.integer(config, "layers_per_block", 1, place),
-        groups=configs.integer(config, "norm_num_groups", 32, place),
+        groups=configs.groups(config, channels, place),
         scaling_factor=float(scale),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdjax.core.errors import UserError
@@ -17,6 +17,20 @@ def check(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], pla
     for key, choices in allowed.items():
         if config.get(key, choices[0]) not in choices:
             raise unsupported(config, key, place, " or ".join(repr(choice) for choice in choices))
+
+
+def groups(config: Mapping[str, Any], channels: Sequence[int], place: str) -> int:
+    """norm_num_groups, a divisor of every level's channels.
+
+    Raises:
+        UserError: it is none.
+    """
+    count = integer(config, "norm_num_groups", 32, place)
+    if any(level % count for level in channels):
+        raise unsupported(
+            {"norm_num_groups": count}, "norm_num_groups", place, f"a divisor of each of {list(channels)}"
+        )
+    return count
 
 
 def unsupported(config: Mapping[str, Any], key: str, place: str, wanted: str) -> UserError:

@@ -150,7 +150,7 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.j
         in_channels=configs.integer(config, "in_channels", 4, place),
         out_channels=configs.integer(config, "out_channels", 4, place),
         layers_per_block=_equal(config, "layers_per_block", 2, levels, place),
-        groups=configs.integer(config, "norm_num_groups", 32, place),
+        groups=configs.groups(config, channels, place),
     )
 
 

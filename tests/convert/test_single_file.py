@@ -16,7 +16,7 @@ from tiny_checkpoints import FAMILIES, assert_same, tiny_checkpoint
 
 from sdjax.convert import unet
 from sdjax.convert.components import FORMATS, Checkpoint
-from sdjax.convert.folder import pipeline_class
+from sdjax.convert.folder import pipeline_class, read_folder
 from sdjax.convert.layout import VOCABULARY
 from sdjax.convert.rules import export
 from sdjax.convert.single_file import (
@@ -289,3 +289,11 @@ def test_what_the_layout_cannot_say_is_not_written(made, tmp_path: Path):
         write_single_file(tmp_path / "mine.safetensors", checkpoint)
     assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
     assert unet.from_diffusers_config({}).heads == (8, 8, 8, 8), "the family's own"
+
+
+def test_channels_that_the_layouts_32_groups_do_not_divide(tmp_path):
+    """In the shipped model, which has 8; diffusers' layout says how many there are."""
+    checkpoint = read_folder(Path(__file__).parents[2] / "checkpoints" / "openmoji")
+    with pytest.raises(UserError, match=r"norm_num_groups = 32 in .* must be a divisor of each of \[8, 16, 32, 64\]"):
+        write_single_file(tmp_path / "file.safetensors", checkpoint)
+    assert not list(tmp_path.iterdir())
