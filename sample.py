@@ -289,17 +289,17 @@ def paint(
     options = {**orders[0].options, **further, "first_index": orders[0].index}
     prompts = [order.prompt for order in orders]
     negatives = [order.options.get("negative_prompt") for order in orders]
-    scale, strength = options.pop("hires", None), options.pop("hires_strength", None)
+    if "hires_strength" in options and "hires" not in options:
+        raise UserError(f"--hires_strength {options['hires_strength']:g} changes nothing without --hires")
+    scale, strength = options.pop("hires", None), options.pop("hires_strength", STRENGTH)
     options.pop("negative_prompt", None)
     if scale is not None:
-        check_second_pass(pipe, scale, STRENGTH if strength is None else strength, options)
-    elif strength is not None:
-        raise UserError(f"--hires_strength {strength:g} changes nothing without --hires")
+        check_second_pass(pipe, scale, strength, options)
     first, *second = bars or [None]
     images = pipe(prompts, negatives, **options, progress=first)
     if scale is None or options.get("dry_run"):
         return images
-    again = {"scale": scale, "strength": strength or STRENGTH, "progress": second[0]}
+    again = {"scale": scale, "strength": strength, "progress": second[0]}
     return repaint(pipe, images, prompts, negatives, **options, **again)
 
 

@@ -271,7 +271,9 @@ class Pipeline:
         if refiner is not None:
             refiner._check_refines(self)
             job = refiner._job(refiner._read(prompted, negatives, settings), negatives, settings, indices, inputs)
-            base, rest = hand_over(settings, self.scheduler_config, refiner_start or REFINER_START)
+            base, rest = hand_over(
+                settings, self.scheduler_config, REFINER_START if refiner_start is None else refiner_start
+            )
             runs = [runs[0]._replace(table=base), Run(refiner._model, job, rest, part=1)]
         if dry_run:
             return np.zeros(0, np.float32)

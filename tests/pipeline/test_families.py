@@ -176,6 +176,9 @@ def test_what_cannot_refine(folders):
         ours(PROMPTS, steps=4, refiner=other)
     with pytest.raises(UserError, match=r"refiner_start 0\.5 changes nothing without a refiner"):
         ours(PROMPTS, steps=4, refiner_start=0.5)
+    refiner = sdjax.load(folders("sdxl_refiner"))
+    with pytest.raises(UserError, match="refiner_start 0 gives the base 0 of 4 steps"):
+        ours(PROMPTS, steps=4, refiner=refiner, refiner_start=0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
