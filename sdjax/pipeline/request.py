@@ -33,7 +33,7 @@ FOR_LATENTS = {"clip_sample": False, "skip_prk_steps": True}
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a picture depends on besides prompts, given pictures and its index; all of it resolved.
+    """What a picture depends on besides prompts, given pictures, a refiner and its index; all of it resolved.
 
     Attributes:
         schedule: None for the spacing that the checkpoint's scheduler config asks for.

@@ -18,7 +18,7 @@ from sdjax.pipeline.given import Inputs
 from sdjax.pipeline.noise import Noises
 from sdjax.pipeline.request import Settings, Shape
 from sdjax.tasks.latent import Asked, Guidance, Start, System, Text
-from sdjax.tasks.latent.tiles import decode_tiled, encode_tiled
+from sdjax.tasks.latent.tiles import Coder, decode_tiled, encode_tiled
 
 # What the published x4 upscaler noises its small picture with, for single files, which do not say it.
 LOW_RESOLUTION_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02}
@@ -164,13 +164,7 @@ def encode(model: Model, pictures: np.ndarray, tile: int, what: str) -> jax.Arra
     Raises:
         UserError: they are not finite; it calls the picture `what`.
     """
-    checks = []
-
-    def coder(pictures: jax.Array) -> jax.Array:
-        latents, finite = stages.image_stage(model.system, model.params, pictures)
-        checks.append(finite)
-        return latents
-
+    coder, checks = _checked(stages.image_stage, model)
     factor = model.shape.factor
     latents = encode_tiled(coder, model.devices.rows(pictures), *_tiling(tile, factor, pictures.shape[1:3]), factor)
     model.check(all(checks), f"the autoencoder's encoding of the {what}")
@@ -183,18 +177,24 @@ def decode(model: Model, latents: jax.Array, tile: int) -> Float[np.ndarray, "b 
     Raises:
         UserError: they are not finite.
     """
-    checks = []
-
-    def coder(latents: jax.Array) -> jax.Array:
-        images, finite = stages.decode_stage(model.system, model.params, latents)
-        checks.append(finite)
-        return images
-
+    coder, checks = _checked(stages.decode_stage, model)
     factor = model.shape.factor
     size = latents.shape[1] * factor, latents.shape[2] * factor
     images = decode_tiled(coder, latents, *_tiling(tile, factor, size), factor)
     model.check(all(checks), "the autoencoder's decoded picture")
     return np.asarray(model.devices.everywhere(images))
+
+
+def _checked(stage: Callable[..., tuple[jax.Array, jax.Array]], model: Model) -> tuple[Coder, list[jax.Array]]:
+    """A stage for one tile, and what it answers of each: whether it is finite."""
+    checks: list[jax.Array] = []
+
+    def coder(values: jax.Array) -> jax.Array:
+        made, finite = stage(model.system, model.params, values)
+        checks.append(finite)
+        return made
+
+    return coder, checks
 
 
 def _tiling(tile: int, factor: int, size: tuple[int, ...]) -> tuple[int, int]:
