@@ -15,7 +15,7 @@ import sdjax
 from sdjax.convert.folder import read_folder, write_folder
 from sdjax.core.errors import UserError
 from sdjax.pipeline.pipeline import Pipeline
-from sdjax.pipeline.stages import first_bad_row, rows_of
+from sdjax.pipeline.stages import first_bad_row, noise_stage, rows_of
 from sdjax.tasks.base import to_uint8
 
 FAST = {"steps": 3, "guidance_scale": 3.0}
@@ -211,6 +211,15 @@ def test_a_long_prompt_is_read_to_its_end(ours, caplog):
         long, longer = ours([prompt, prompt + "flag"], **FAST)
     assert not caplog.records
     assert np.abs(long - longer).max() > 1e-3
+
+
+def test_a_refiner_draws_noise_of_its_own():
+    """Its rows are counted anew; with the base's keys they would draw the base's noise a second time."""
+    arguments = np.int32(3), np.arange(4, dtype=np.int32), (2, 2, 4)
+    (keys, first), (later, same) = (noise_stage(*arguments, np.int32(part)) for part in (0, 1))
+    np.testing.assert_array_equal(same, first)
+    words = {tuple(key) for keys in (keys, later) for key in np.asarray(jax.random.key_data(keys)).tolist()}
+    assert len(words) == 8
 
 
 def test_progress_counts_network_calls(ours):
