@@ -9,14 +9,12 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-import jax
-
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import run_or_exit
 from sdjax.core.flags import load_config, parse
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import check_batch, put_batch, tree_shardings
+from sdjax.parallel.sharding import check_batch, placer, put_batch
 from sdjax.tasks.base import export_folder, make_task
 from sdjax.training.checkpoint import Checkpoints, check_owner, claim
 from sdjax.training.metrics import Metrics
@@ -62,8 +60,9 @@ def train_and_evaluate(config: Config, workdir: Path) -> Path:
         start = checkpoints.latest or 0
         if start >= options.steps and folder.exists():
             return folder
-        frozen = jax.device_put(task.frozen, tree_shardings(task.frozen, mesh))
-        state = init_state(task, optimizer, options.seed, mesh)
+        stored = task.stored(placer(mesh))
+        frozen = {name: stored.pop(name) for name in task.frozen}
+        state = init_state(task, optimizer, options.seed, mesh, stored)
         batches = task.batch({**frozen, **state.params})
         claim(workdir, config.to_dict())
         if start:

@@ -115,6 +115,16 @@ def read_component(
     return _read_component(Path(path), name, Reading(dtype, place), variant)
 
 
+def read_config(path: str | Path, name: str) -> Any:
+    """The sizes of a network in a folder of its own, e.g. an `AutoencoderConfig`; its weights are not read.
+
+    Raises:
+        UserError: as `read_folder`.
+    """
+    place = Path(path) / "config.json"
+    return FORMATS[name].from_config(read_json(place), str(place))
+
+
 def _read_component(path: Path, name: str, how: Reading, variant: str | None) -> Component:
     extra = read_json(path / "config.json")
     config = FORMATS[name].from_config(extra, str(path / "config.json"))

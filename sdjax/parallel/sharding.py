@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,31 +11,37 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdjax.core.errors import UserError
-
-BATCH_AXES = ("data", "fsdp")
-# Gathering a small array costs more than keeping a copy of it.
-SMALLEST_SHARDED = 2**12
-
-
-def fsdp_spec(shape: tuple[int, ...], shards: int) -> P:
-    """Splits the largest dimension that `shards` divides, the last of equals; small arrays stay whole."""
-    if shards == 1 or np.prod(shape) < SMALLEST_SHARDED:
-        return P()
-    candidates = [axis for axis, size in enumerate(shape) if size % shards == 0]
-    if not candidates:
-        return P()
-    widest = max(candidates, key=lambda axis: (shape[axis], axis))
-    return P(*("fsdp" if axis == widest else None for axis in range(len(shape))))
+from sdjax.core.partition import BATCH
+from sdjax.parallel.rules import spec_of
 
 
 def tree_shardings(shapes: Any, mesh: Mesh) -> Any:
     """A sharding for every leaf of a tree of arrays or shapes: parameters, EMA and optimiser state alike."""
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, mesh.shape["fsdp"])), shapes)
+
+    def sharding(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec_of(path_name(path), leaf.shape, dict(mesh.shape)))
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes)
+
+
+def path_name(path: jax.tree_util.KeyPath) -> str:
+    """Keys, attributes and indices joined by slashes."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def placer(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:
+    """A function that gives every device of all processes its part of an array, which each process holds whole."""
+
+    def place(array: np.ndarray, name: str) -> jax.Array:
+        sharding = NamedSharding(mesh, spec_of(name, array.shape, dict(mesh.shape)))
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+    return place
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples are split over data and fsdp devices."""
-    return NamedSharding(mesh, P(BATCH_AXES))
+    return NamedSharding(mesh, P(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -46,7 +53,7 @@ def check_batch(batch_size: int, mesh: Mesh, place: str) -> None:
     """Raises a UserError unless the devices of the batch axes divide the batch, which has a row at least."""
     if batch_size < 1:
         raise UserError(f"{place}={batch_size}: a batch has at least one row")
-    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH]))
     if batch_size % shards:
         nearest = sorted({max(shards, batch_size // shards * shards), -(-batch_size // shards) * shards})
         raise UserError(

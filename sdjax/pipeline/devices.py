@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sdjax.parallel.sharding import BATCH_AXES, batch_sharding, replicated
+from sdjax.core.partition import BATCH
+from sdjax.parallel.sharding import batch_sharding, replicated
 
 
 class Devices(NamedTuple):
@@ -19,7 +20,7 @@ class Devices(NamedTuple):
     @property
     def shards(self) -> int:
         """Over how many devices a batch is split."""
-        return 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
+        return 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in BATCH]))
 
     def rows(self, values: Any) -> Any:
         """One row an image, split over the devices of the batch axes."""

@@ -25,7 +25,7 @@ from sdjax.diffusion.denoise import check_prediction
 from sdjax.models.autoencoder import Autoencoder
 from sdjax.models.clip import TEXT_LAYERS, CLIPText, extend_vocabulary
 from sdjax.models.unet import UNet
-from sdjax.parallel.sharding import tree_shardings
+from sdjax.parallel.sharding import placer
 from sdjax.pipeline.few_step import few_step_defaults
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.tasks.base import export_folder
@@ -70,9 +70,11 @@ def load(
     path = find(source, variant)
     dtypes = dict.fromkeys(("unet", "text_encoder", "text_encoder_2"), dtype) | {"vae": "float32"}
 
-    def place(array: np.ndarray, name: str) -> jax.Array:
+    def alone(array: np.ndarray, name: str) -> jax.Array:
         del name
-        return jax.device_put(array, None if mesh is None else tree_shardings(array, mesh))
+        return jax.device_put(array)
+
+    place = alone if mesh is None else placer(mesh)
 
     if path.is_dir():
         if family is not None:

@@ -74,7 +74,10 @@ def make(config: Config, mesh: Mesh) -> Task:
         measured = dataclasses.replace(sizes, scaling_factor=scaling_factor)
         write_component(folder / "vae", "vae", Component(measured, params["vae"]))
 
-    return Task(init, {}, loss, sample, batch, export)
+    def specimen(rows: int) -> dict[str, Any]:
+        return {"image": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)}
+
+    return Task(init, loss, sample, batch, export, specimen)
 
 
 def _pictures(config: Config, split: str) -> sources.Source:

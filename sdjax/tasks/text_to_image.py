@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from sdjax.convert.folder import Checkpoint, Component, read_component, write_folder
+from sdjax.convert.components import FORMATS
+from sdjax.convert.folder import Checkpoint, Component, read_component, read_config, write_folder
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
@@ -43,7 +44,7 @@ from sdjax.tasks.latent import (
     denoise_latents,
     encode_text,
 )
-from sdjax.training.task import Metrics, Params, Task
+from sdjax.training.task import Metrics, Params, Place, Task
 
 
 def make(config: Config, mesh: Mesh) -> Task:
@@ -53,8 +54,8 @@ def make(config: Config, mesh: Mesh) -> Task:
         UserError: the first stage, the tokenizer or a name in the config is not what it should be.
     """
     del mesh
-    stored = read_component(Path(config.task.first_stage) / "vae", "vae")
-    first_stage, vae = stored.config, stored.params
+    vae = Path(config.task.first_stage) / "vae"
+    first_stage = read_config(vae, "vae")
     tokenizer = load_tokenizer(config.model.tokenizer)
     system = make_system(config, first_stage, tokenizer)
     schedule = schedule_of(config.task.scheduler.to_dict())
@@ -107,11 +108,19 @@ def make(config: Config, mesh: Mesh) -> Task:
         )
         write_folder(folder, checkpoint, config.task.export_dtype)
 
-    initial = read_initial(config.task.initial, system) if config.task.initial else None
-    return Task(init, {"vae": jax.tree.map(jnp.asarray, vae)}, loss, sample, batch, export, initial)
+    def specimen(rows: int) -> dict[str, Any]:
+        moments = jax.ShapeDtypeStruct((rows, side, side, 2 * first_stage.latent_channels), jnp.float32)
+        return {"moments": moments, "tokens": jax.ShapeDtypeStruct((rows, tokenizer.length), jnp.int32)}
+
+    def stored(place: Place) -> Params:
+        initial = read_initial(config.task.initial, system, place) if config.task.initial else {}
+        return {"vae": read_component(vae, "vae", place=place).params, **initial}
+
+    frozen = {"vae": FORMATS["vae"].shapes(first_stage)}
+    return Task(init, loss, sample, batch, export, specimen, frozen, stored)
 
 
-def read_initial(folder: str, system: System) -> Params:
+def read_initial(folder: str, system: System, place: Place) -> Params:
     """The UNet and the text encoder of a diffusers folder, for a run that begins from them.
 
     Raises:
@@ -119,7 +128,7 @@ def read_initial(folder: str, system: System) -> Params:
     """
     params = {}
     for name, wanted in (("unet", system.unet.config), ("text_encoder", _text_encoder(system).config)):
-        stored = read_component(Path(folder) / name, name)
+        stored = read_component(Path(folder) / name, name, place=place)
         if stored.config != wanted:
             raise UserError(f"config.task.initial: {folder}/{name} is {stored.config}, the config describes {wanted}")
         params[name] = stored.params

@@ -36,15 +36,20 @@ StepFn = Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]
 """(state, frozen components, batch) -> the next state and what to log."""
 
 
-def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """A fresh state, every array made directly where it will live: nothing is whole on one device."""
+def init_state(
+    task: Task, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, stored: Params | None = None
+) -> TrainState:
+    """A fresh state, every array made directly where it will live: nothing is whole on one device.
+
+    Args:
+        stored: components that begin from these arrays; the others are drawn.
+    """
 
     def build(key: PRNGKeyArray, initial: Params) -> TrainState:
         params = {**task.init(key), **initial}
         return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
 
-    key, initial = stream(seed, "init"), task.initial or {}
-    initial = jax.device_put(initial, tree_shardings(initial, mesh))
+    key, initial = stream(seed, "init"), stored or {}
     shardings = tree_shardings(jax.eval_shape(build, key, initial), mesh)
     return jax.jit(build, out_shardings=shardings)(key, initial)
 

@@ -29,7 +29,7 @@ def network() -> Task:
         x = batch + 0.1 * jax.random.normal(key, batch.shape)
         return jnp.square(jnp.tanh(x @ params["a"]) @ params["b"] / WIDTH - batch).mean(), {}
 
-    return Task(init, {}, loss, None, None, None)  # pyright: ignore[reportArgumentType]
+    return Task(init, loss, None, None, None, None)  # pyright: ignore[reportArgumentType]
 
 
 def train(mesh_sizes: dict[str, int], accumulate: int) -> dict:

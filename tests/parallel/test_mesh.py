@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from sdjax.core.errors import UserError
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import check_batch, fsdp_spec
+from sdjax.parallel.rules import spec_of
+from sdjax.parallel.sharding import check_batch
 
 SCRIPT = Path(__file__).with_name("on_four_devices.py")
 
@@ -41,10 +42,11 @@ def test_every_mesh_trains_the_same():
 
 
 def test_fsdp_splits_the_largest_dimension_that_can_be():
-    assert fsdp_spec((3, 3, 320, 640), 8) == P(None, None, None, "fsdp")
-    assert fsdp_spec((768, 77), 8) == P("fsdp", None)
-    assert fsdp_spec((3, 3, 3, 1001), 8) == P()
-    assert fsdp_spec((640,), 8) == P(), "small arrays stay whole"
+    eight = {"fsdp": 8}
+    assert spec_of("conv", (3, 3, 320, 640), eight) == P(None, None, None, "fsdp")
+    assert spec_of("embedding", (768, 77), eight) == P("fsdp", None)
+    assert spec_of("conv", (3, 3, 3, 1001), eight) == P()
+    assert spec_of("bias", (640,), eight) == P(), "small arrays stay whole"
 
 
 def test_wrong_meshes_are_one_line():

@@ -30,8 +30,10 @@ def regression() -> Task:
         prediction = batch["x"] @ params["model"]["kernel"] + params["offset"]["value"]
         return jnp.square(prediction - batch["y"]).mean(), {"mean": prediction.mean()}
 
-    frozen = {"offset": {"value": jnp.ones(1)}}
-    return Task(init, frozen, loss, None, None, None)  # pyright: ignore[reportArgumentType]
+    return Task(init, loss, None, None, None, None)  # pyright: ignore[reportArgumentType]
+
+
+FROZEN = {"offset": {"value": jnp.ones(1)}}
 
 
 def batches(count: int, size: int = 8) -> list[dict[str, np.ndarray]]:
@@ -55,7 +57,7 @@ def run(optimizer, steps: int = 5, **options):
     first = np.asarray(state.params["model"]["kernel"])
     step = make_step(task, optimizer, 0, decay=0.5, **options)
     for batch in batches(steps):
-        state, metrics = step(state, task.frozen, batch)
+        state, metrics = step(state, FROZEN, batch)
     return first, state, metrics
 
 
@@ -89,7 +91,7 @@ def test_ema_is_the_average_written_out():
     average = np.asarray(state.params["model"]["kernel"])
     step = make_step(task, optimizer, 0, decay=0.3)
     for n, batch in enumerate(batches(6)):
-        state, _ = step(state, task.frozen, batch)
+        state, _ = step(state, FROZEN, batch)
         kept = min(0.3, (1 + n) / (10 + n))
         average = kept * average + (1 - kept) * np.asarray(state.params["model"]["kernel"])
     np.testing.assert_allclose(state.ema["model"]["kernel"], average, atol=1e-6)
@@ -121,5 +123,5 @@ def test_one_compilation_for_all_steps():
     state = init_state(task, optimizer, 0, make_mesh({"data": -1}))
     step = make_step(task, optimizer, 0, decay=0.5)
     for batch in batches(4):
-        state, _ = step(state, task.frozen, batch)
+        state, _ = step(state, FROZEN, batch)
     assert step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 import train
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.sharding import placer
 from sdjax.tasks.base import make_task
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import init_state
@@ -70,13 +71,15 @@ def test_a_run_begins_from_a_given_model(make_config, first_stage, tmp_path):
     config.task.initial = str(folder)
     mesh = make_mesh(config.mesh)
     task = make_task(config, mesh)
-    state = init_state(task, make_optimizer(config.optim, 2), config.train.seed, mesh)
+    stored = task.stored(placer(mesh))
+    initial = {name: value for name, value in stored.items() if name not in task.frozen}
+    state = init_state(task, make_optimizer(config.optim, 2), config.train.seed, mesh, initial)
     before = state_of(tmp_path / "before", 2)
     for found in (state.params, state.ema):
         jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.float32(np.float16(y))), found, before["ema"])
     config.model.unet.channels = (32, 96)
     with pytest.raises(UserError, match=r"task\.initial"):
-        make_task(config, mesh)
+        make_task(config, mesh).stored(placer(mesh))
 
 
 def run_script(config: str, workdir: Path, *overrides: str) -> subprocess.Popen:
