@@ -30,7 +30,7 @@ def base() -> Config:
                 "steps": 1000,
                 "batch_size": 16,
                 "accumulate": 1,
-                "remat": False,
+                "remat": "none",
                 "dtype": "float32",
                 "seed": 0,
                 "log_every": 50,
