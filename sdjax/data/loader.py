@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import grain
 
 from sdjax.core.errors import UserError
-from sdjax.data.sources import Source
+from sdjax.data.examples import Source
 
 Transform = grain.transforms.Map | grain.transforms.RandomMap
 
