@@ -113,7 +113,7 @@ def stage(name: str) -> Config:
         "size": size,
         "buckets": "square",
         "crop": "random",
-        "rows_per_shard": 4096,
+        "rows_per_shard": 1024,
         **rest.get("data", {}),
     }
     config.optim.update(learning_rate=1e-4, warmup_steps=10_000, weight_decay=0.01, ema_decay=0.9999)
