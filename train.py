@@ -9,6 +9,8 @@ import signal
 from pathlib import Path
 from types import FrameType
 
+import jax
+
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import run_or_exit
@@ -55,7 +57,7 @@ def train_and_evaluate(config: Config, workdir: Path) -> Path:
     optimizer = make_optimizer(config.optim, options.steps)
     step_fn = make_step(task, optimizer, options.seed, decay=config.optim.ema_decay, accumulate=options.accumulate)
 
-    with Checkpoints(workdir, options.keep_checkpoints) as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(workdir, options.keep_checkpoints) as checkpoints:
         # ---- restore, or begin ----
         start = checkpoints.latest or 0
         if start >= options.steps and folder.exists():

@@ -25,7 +25,7 @@ def base() -> Config:
                 "clip_norm": 1.0,
                 "ema_decay": 0.9999,
             },
-            "mesh": {"data": -1, "fsdp": 1},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "spatial": 1},
             "train": {
                 "steps": 1000,
                 "batch_size": 16,

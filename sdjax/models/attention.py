@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from sdjax.core.partition import BATCH, SPATIAL, TENSOR, constrain, per_shard
 from sdjax.models.layers import GroupNorm
 
 _platform: ContextVar[str | None] = ContextVar("attention_platform", default=None)
@@ -39,10 +41,18 @@ def dot_product_attention(
 ) -> Float[Array, "b q h d"]:
     """softmax(q k^T / sqrt(d)) v, the softmax in float32.
 
+    Over a mesh every device attends with its own images, heads and, unless causal, queries; kernels need not know.
+
     Args:
         mask: which keys may be attended to.
         causal: whether query i sees only keys up to i.
     """
+    queries = (BATCH, None if causal else SPATIAL, TENSOR, None)
+    keys = (BATCH, None, TENSOR, None)
+    return per_shard(partial(_on_one_device, causal=causal), (q, k, v, mask), (queries, keys, keys, (BATCH, None)))
+
+
+def _on_one_device(q: Array, k: Array, v: Array, mask: Array | None, *, causal: bool) -> Array:
     platform = _platform.get() or jax.default_backend()
     plain = mask is None and not causal
     if platform == "cpu":
@@ -147,7 +157,8 @@ class GEGLU(nn.Module):
     def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
         width = x.shape[-1]
         value, gate = jnp.split(nn.Dense(8 * width, dtype=self.dtype, name="proj_in")(x), 2, axis=-1)
-        return nn.Dense(width, dtype=self.dtype, name="proj_out")(value * nn.gelu(gate, approximate=False))
+        hidden = constrain(value * nn.gelu(gate, approximate=False), BATCH, SPATIAL, TENSOR)
+        return nn.Dense(width, dtype=self.dtype, name="proj_out")(hidden)
 
 
 class TransformerBlock(nn.Module):
@@ -175,7 +186,8 @@ class TransformerBlock(nn.Module):
         first = (context, mask) if self.cross_only else (None, None)
         x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1", x), *first)
         x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(norm("norm2", x), context, mask)
-        return x + GEGLU(dtype=self.dtype, name="ff")(norm("norm3", x))
+        x = x + GEGLU(dtype=self.dtype, name="ff")(norm("norm3", x))
+        return constrain(x, BATCH, SPATIAL, None)
 
 
 class SpatialTransformer(nn.Module):
