@@ -19,6 +19,7 @@ FLOORS = {
     "tasks": 3,
     "pipeline": 4,
     "eval": 5,
+    "plan": 5,
 }
 FOREIGN = {"torch", "tensorflow", "diffusers", "torchvision"}
 MODULES = [*sorted((ROOT / "sdjax").rglob("*.py")), ROOT / "train.py", ROOT / "sample.py"]
