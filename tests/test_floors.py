@@ -20,6 +20,7 @@ FLOORS = {
     "pipeline": 4,
     "prepare": 4,
     "eval": 5,
+    "plan": 5,
 }
 FOREIGN = {"torch", "tensorflow", "diffusers", "torchvision"}
 MODULES = [*sorted((ROOT / "sdjax").rglob("*.py")), ROOT / "train.py", ROOT / "sample.py"]

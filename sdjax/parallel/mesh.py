@@ -14,11 +14,12 @@ from sdjax.core.partition import DATA, FSDP, SPATIAL, TENSOR
 AXES = (DATA, FSDP, TENSOR, SPATIAL)
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], over: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices of all processes.
 
     Args:
         sizes: devices along each axis; an axis left out has 1, and one axis may be -1, "what is left".
+        over: other devices, such as those of a topology that is only compiled for.
 
     Raises:
         UserError: an unknown axis, or a product that is not the number of devices.
@@ -27,7 +28,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
         if axis not in AXES:
             raise unknown("mesh axis", axis, AXES, "config.mesh")
     shape = [sizes.get(axis, 1) for axis in AXES]
-    devices = jax.device_count()
+    devices = jax.device_count() if over is None else len(over)
     fixed = math.prod(size for size in shape if size != -1)
     if shape.count(-1) == 1 and devices % fixed == 0:
         shape[shape.index(-1)] = devices // fixed
@@ -37,7 +38,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
             f"the mesh {text_of([sizes.get(axis, 1) for axis in AXES])} does not cover the {devices} devices there "
             f"are; nearest: {near}; one axis may be -1"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=over)
 
 
 def local_mesh() -> Mesh:
@@ -68,3 +69,22 @@ def nearest_shapes(sizes: Mapping[str, int], devices: int, count: int = 3) -> li
         return sum(abs(math.log2(size / max(wish, 1))) for size, wish in zip(shape, asked, strict=True) if wish != -1)
 
     return sorted(shapes_of(devices), key=distance)[:count]
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Devices along each axis of a mesh that is written as "data=2,fsdp=8".
+
+    Raises:
+        UserError: a part is not AXIS=NUMBER, an axis is unknown or named twice, or a number is neither -1 nor positive.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, number = (word.strip() for word in part.partition("="))
+        if axis not in AXES:
+            raise unknown("mesh axis", axis, AXES, f"the mesh {text!r}, which is written as data=2,fsdp=8")
+        if axis in sizes:
+            raise UserError(f"the mesh {text!r} names the axis {axis} twice")
+        if not number.removeprefix("-").isdecimal() or (int(number) < 1 and int(number) != -1):
+            raise UserError(f"{part.strip()!r} in the mesh {text!r}: a number of devices is 1 or more, or -1 for the rest")
+        sizes[axis] = int(number)
+    return sizes
