@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from sdjax.parallel.mesh import text_of
 from sdjax.plan.chips import GIB, Chip
@@ -95,7 +96,7 @@ class Plan(NamedTuple):
 def make_plan(programs: Sequence[Program], images: int, target: Target, mesh: Mesh) -> Plan:
     """Compiles the programs in turn, up to the first that does not fit."""
     parts: list[Part] = []
-    for program in programs:
+    for program in tqdm(programs, desc="compiling", unit="program", leave=False):
         result = compile_program(program, target, mesh)
         known = isinstance(result, Figures)
         timed = estimate(result, target.chip, mesh.size, program.turns) if known else None

@@ -95,6 +95,7 @@ def _slice(generation: str, size: str, text: str) -> Sequence[jax.Device]:
     if any(side % HOST for side in sides[:2]):
         how = how | {"chips_per_host_bounds": (*sides, 1)[:3]}
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it asks the cloud which machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no chip that others could miss
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
