@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from typing import Any
 
 from etils import epath
@@ -105,4 +106,5 @@ def copy_tree(source: epath.Path, target: epath.Path) -> None:
         if entry.is_dir():
             copy_tree(entry, target / entry.name)
         else:
-            entry.copy(target / entry.name, overwrite=True)
+            with entry.open("rb") as read, (target / entry.name).open("wb") as write:
+                shutil.copyfileobj(read, write)
