@@ -8,7 +8,7 @@ is needed to write one.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdjax.core.errors import UserError
 from sdjax.data.examples import Example, Row, bad_row
-from sdjax.data.patterns import files
+from sdjax.data.patterns import named
 from sdjax.data.pictures import picture_size, read_picture
 from sdjax.data.record_files import RecordFiles, count_records, write_records
 from sdjax.data.tensors import pack, unpack
@@ -26,13 +26,12 @@ from sdjax.data.tensors import pack, unpack
 class ArrayRecordSource:
     """The examples in ArrayRecord files, in the files' order; one without `id` is called FILE/NUMBER."""
 
-    def __init__(self, pattern: str):
-        """Opens the files that `patterns.files` finds.
+    def __init__(self, paths: Sequence[Path]):
+        """Opens the files.
 
         Raises:
             UserError: a file is missing, truncated, or no ArrayRecord file.
         """
-        paths = files(pattern)
         self._names = [path.name for path in paths]
         self._records = RecordFiles(paths, [count_records(path) for path in paths])
 
@@ -69,9 +68,9 @@ class ArrayRecordSource:
 
 def rows(pattern: str) -> Iterator[Row]:
     """Every record of the files, good or bad."""
-    for path in files(pattern):
+    for path in named(pattern):
         try:
-            source = ArrayRecordSource(str(path))
+            source = ArrayRecordSource([path])
         except UserError as error:
             yield bad_row(str(path), str(error))
             continue

@@ -25,17 +25,27 @@ def files(pattern: str) -> list[Path]:
     Raises:
         UserError: a file is missing or named twice, a glob matches nothing, or a range cannot be understood.
     """
+    found = named(pattern)
+    missing = next((path for path in found if not path.is_file()), None)
+    if missing is not None:
+        raise UserError(f"{pattern!r} names {missing}, which does not exist")
+    twice = next((path for path, same in itertools.groupby(sorted(found)) if len(list(same)) > 1), None)
+    if twice is not None:
+        raise UserError(f"{pattern!r} names {twice} twice")
+    return found
+
+
+def named(pattern: str) -> list[Path]:
+    """What `files` would find, were nothing missing; a glob that matches nothing stands for itself.
+
+    Raises:
+        UserError: a range cannot be understood, or nothing is named.
+    """
     found: list[Path] = []
     for part in _split(pattern):
         for name in _braces(part):
             path = Path(name).expanduser()
-            matches = [path] if path.is_file() or not glob.has_magic(name) else _glob(path)
-            if not all(match.is_file() for match in matches) or not matches:
-                raise UserError(f"{pattern!r} names {path}, which does not exist")
-            found += matches
-    twice = next((path for path, same in itertools.groupby(sorted(found)) if len(list(same)) > 1), None)
-    if twice is not None:
-        raise UserError(f"{pattern!r} names {twice} twice")
+            found += [path] if path.is_file() or not glob.has_magic(name) else _glob(path) or [path]
     if not found:
         raise UserError(f"{pattern!r} names no files")
     return found

@@ -15,7 +15,7 @@ from sdjax.data import openmoji
 from sdjax.data.array_records import ArrayRecordSource
 from sdjax.data.examples import Example, Pictures, Source
 from sdjax.data.folder import FolderSource
-from sdjax.data.patterns import split_pattern
+from sdjax.data.patterns import files, split_pattern
 from sdjax.data.tfds_source import TfdsSource, tfds_builder
 from sdjax.data.webdataset import WebDatasetSource
 
@@ -46,9 +46,9 @@ def source(name: str, split: str = "train", data_dir: str | os.PathLike | None =
     if kind == "folder" and rest:
         return FolderSource(Path(rest).expanduser(), split)
     if kind == "webdataset" and rest:
-        return WebDatasetSource(split_pattern(rest, split))
+        return WebDatasetSource(files(split_pattern(rest, split)))
     if kind == "array_record" and rest:
-        return ArrayRecordSource(split_pattern(rest, split))
+        return ArrayRecordSource(files(split_pattern(rest, split)))
     raise unknown("data source", name, KINDS)
 
 

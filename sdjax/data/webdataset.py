@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sdjax.core.errors import UserError
 from sdjax.data.examples import CAPTION_KEYS, Example, Row, bad_row, caption_of, read_json
-from sdjax.data.patterns import files
+from sdjax.data.patterns import named
 from sdjax.data.pictures import picture_size, read_picture
 from sdjax.data.tar_index import PICTURES, TarIndex, tar_index
 
@@ -25,20 +25,20 @@ class WebDatasetSource:
     bytes of memory are needed for each; each is read with two calls of pread.
     """
 
-    def __init__(self, pattern: str):
-        """Indexes the shards that `patterns.files` finds, or reads their indices from the user's cache.
+    def __init__(self, paths: Sequence[Path]):
+        """Indexes the shards, or reads their indices from the user's cache.
 
         Raises:
             UserError: a shard is missing or damaged, or an example lacks its picture or its caption.
         """
-        self._paths = files(pattern)
+        self._paths = list(paths)
         with ThreadPoolExecutor() as pool:
             found = pool.map(tar_index, self._paths)
             self._indices = list(tqdm(found, "indexing", len(self._paths), leave=False, disable=len(self._paths) < 8))
         self._refuse_problems()
         self._ends = np.cumsum([len(index.is_json) for index in self._indices])
         if not len(self):
-            raise UserError(f"{pattern!r} holds no examples (a picture in {', '.join(PICTURES)} and its caption)")
+            raise UserError(f"{paths[0]} holds no examples (a picture in {', '.join(PICTURES)} and its caption)")
         self._names = names(self._paths)
 
     def _refuse_problems(self) -> None:
@@ -77,7 +77,7 @@ class WebDatasetSource:
 
 def rows(pattern: str) -> Iterator[Row]:
     """Every example of the shards, good or bad."""
-    paths = files(pattern)
+    paths = named(pattern)
     for path, name in zip(paths, names(paths), strict=True):
         try:
             index = tar_index(path)
