@@ -91,10 +91,10 @@ class Order:
             UserError: a bucket has rows, but fewer than a batch; all such buckets are named.
         """
         self._batch, self._seed = batch_size, seed
-        self.digest = zlib.crc32(np.ascontiguousarray(buckets, np.int64))
         used = np.flatnonzero(buckets >= 0)
         if not len(used):
             raise UserError("no row of the data set is in a bucket")
+        self.digest = zlib.crc32(np.ascontiguousarray(buckets, np.int64).data.cast("B"))
         self.names, self._counts = np.unique(buckets[used], return_counts=True)
         _refuse_small(self.names, self._counts, batch_size)
         self._rows = used[np.argsort(buckets[used], kind="stable")]

@@ -18,7 +18,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -59,6 +59,7 @@ class Ids:
         return {"id": self._pictures.id(index)}
 
 
+NAMES = ("source", "split", "processes", "resume_with", "epochs", "batch_size", "buckets", "seed")
 Make = Callable[[Shard], Loader]
 
 
@@ -72,29 +73,28 @@ def main() -> None:
     flags.DEFINE_integer("resume_with", None, "processes of the second half", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("buckets", 0, "side", lower_bound=0, flag_values=values)
     parse_flags(values, sys.argv, __doc__)
-    if values["source"].value is None:
+    given: dict[str, Any] = {name: values[name].value for name in NAMES}
+    if given["source"] is None:
         raise UserError("--source is required")
-    chosen = {name: values[name].value for name in ("batch_size", "seed", "buckets")}
-    pictures, groups, make = _prepare(source(values["source"].value, values["split"].value), **chosen)
-    processes = (values["processes"].value, values["resume_with"].value or values["processes"].value)
-    counts = count(make, [pictures.id(i) for i in range(len(pictures))], groups, processes, values["epochs"].value)
-    print(f"{values['source'].value}: {len(pictures)} ids, {values['epochs'].value} epochs in {counts.steps} steps")
+    pictures = source(given["source"], given["split"])
+    groups, make = _prepare(pictures, given["batch_size"], given["seed"], given["buckets"])
+    processes = (given["processes"], given["resume_with"] or given["processes"])
+    counts = count(make, [pictures.id(i) for i in range(len(pictures))], groups, processes, given["epochs"])
+    print(f"{given['source']}: {len(pictures)} ids, {given['epochs']} epochs in {counts.steps} steps")
     print("\n".join(_table(counts, processes)))
     if counts.repeated or counts.lost:
         raise UserError(f"{counts.repeated} ids were repeated within an epoch and {counts.lost} were lost")
 
 
-def _prepare(
-    pictures: Pictures, batch_size: int, seed: int, buckets: int
-) -> tuple[Pictures, Int64[np.ndarray, " n"], Make]:
-    """The pictures, the group of each within which an epoch is counted (-1: not read), and the loader of a process."""
+def _prepare(pictures: Pictures, batch_size: int, seed: int, buckets: int) -> tuple[Int64[np.ndarray, " n"], Make]:
+    """The group of each picture within which an epoch is counted (-1: not read), and the loader of a process."""
     if not buckets:
         make = functools.partial(loader, Ids(pictures), batch_size, seed, ())
-        return pictures, np.zeros(len(pictures), np.int64), make
+        return np.zeros(len(pictures), np.int64), make
     assigned = without_small(assign(pictures, table(buckets)), batch_size)
     if left := int((assigned < 0).sum()):
         print(f"{left} ids are in buckets that do not fill a batch, and are left out")
-    return pictures, assigned, functools.partial(bucketed, Ids(pictures), assigned, batch_size, seed, ())
+    return assigned, functools.partial(bucketed, Ids(pictures), assigned, batch_size, seed, ())
 
 
 def count(

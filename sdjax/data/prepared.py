@@ -40,7 +40,7 @@ class PreparedSource:
         self._plan, self._fields = _plan(index, self._folder), _fields(index, self._folder)
         self._sidecar = functools.lru_cache(maxsize=4)(functools.partial(read_sidecar, self._folder, self._plan))
         self._buckets = np.concatenate([self._checked(shard) for shard in range(self._plan.shards)])
-        if not set(self._buckets.tolist()) <= set(self._fields):
+        if not set(np.unique(self._buckets).tolist()) <= set(self._fields):
             raise UserError(
                 f"{self._folder / INDEX} does not describe all buckets that have rows: prepare the data again"
             )

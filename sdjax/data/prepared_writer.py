@@ -115,14 +115,11 @@ class PreparedWriter:
                 raise ValueError(f"shard {part.shard} needs {part.stop - part.start} rows, not {len(ids)}")
 
         path = self._path(part.shard)
-        # The list is renamed first: a file of rows under its final name is whole, and so is what stands beside it.
+        # What is left of a damaged shard goes first, so that a new file never stands beside an old list.
         for old in (path, self._sidecar(part.shard)):
             old.unlink(missing_ok=True)
-        complete = path.with_name(f"{path.name}.complete")
-        write_records(complete, records())
-        size = complete.stat().st_size
-        write_json(self._sidecar(part.shard), Sidecar(size, buckets, ids, fields).to_json())
-        complete.replace(path)
+        write_records(path, records())
+        write_json(self._sidecar(part.shard), Sidecar(path.stat().st_size, buckets, ids, fields).to_json())
 
     def finish(self, constants: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
         """Writes the arrays of the whole set, and last the index, with which the folder can be read.
@@ -150,7 +147,7 @@ class PreparedWriter:
             self._folder / INDEX,
             {**self._plan.to_json(), "fields": described, "constants": Fields.of(constants).to_json()},
         )
-        for left in (*self._folder.glob("*.partial"), *self._folder.glob("*.complete")):  # by writers that were killed
+        for left in self._folder.glob("*.partial"):  # by writers that were killed
             left.unlink(missing_ok=True)
 
     def _whole(self, shard: int) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -19,17 +19,14 @@ READING = {"max_parallelism": "0"}
 FAILURES = (RuntimeError, ValueError, IndexError, MemoryError)
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass
+class Part:
     """A file and how many records it has; the names are those that ArrayRecordDataSource reads."""
 
     filename: str
+    skip: int
     take: int
-    skip: int = 0
-
-    @property
-    def examples_in_shard(self) -> int:
-        """All records."""
-        return self.take
+    examples_in_shard: int
 
 
 class RecordFiles:
@@ -38,7 +35,7 @@ class RecordFiles:
     def __init__(self, paths: Sequence[Path], counts: Sequence[int]):
         """The files and how many records each has."""
         self._paths, self._ends = list(paths), np.cumsum(np.array(counts, np.int64))
-        parts = [Part(os.fspath(path), count) for path, count in zip(paths, counts, strict=True)]
+        parts = [Part(os.fspath(path), 0, count, count) for path, count in zip(paths, counts, strict=True)]
         self._records = ArrayRecordDataSource(parts, READING)
 
     def __len__(self) -> int:

@@ -123,7 +123,7 @@ def _members(path: Path) -> Iterator[Member | tuple[str, str]]:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         with tarfile.open(fileobj=content, mode="r:") as tar:  # type: ignore[arg-type]
             while (info := tar.next()) is not None:
-                tar.members.clear()  # it would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  (it would keep them all)
                 yield from _member(info, len(content))
             end = tar.offset
         # tarfile takes whatever is no header for the end.
@@ -176,7 +176,7 @@ def _save(cached: Path, stamp: Int64[np.ndarray, " 3"], index: TarIndex) -> None
         cached.parent.mkdir(parents=True, exist_ok=True)
         # Several processes may index the same file at once.
         with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".partial", delete=False) as file:
-            np.savez(file, stamp=stamp, **arrays)
+            np.savez(file, allow_pickle=False, stamp=stamp, **arrays)
         os.replace(file.name, cached)
     except OSError as error:
         logger.warning("the index of a tar file is not kept: %s", error)

@@ -129,3 +129,11 @@ def test_ten_million_rows_far_into_a_run():
     far = [order.row(10**12 + place) for place in range(4096)]
     assert len(set(far)) == 4096
     assert len({row % 40 for row in far[:2048]}) <= 2  # a batch of 2048 that begins anywhere touches two
+
+
+def test_buckets_of_one_size_have_orders_of_their_own():
+    order = Order(np.repeat([0, 1], 50), 10, 0)
+    rows = [order.row(place) for place in range(100)]
+    first, second = ([row % 50 for row in rows if row // 50 == bucket] for bucket in (0, 1))
+    assert sorted(first) == sorted(second)
+    assert first != second

@@ -100,7 +100,7 @@ class KilledError(Exception):
 
 
 def test_killed_before_any_rename_nothing_is_lost_and_nothing_half(tmp_path, monkeypatch):
-    """One shard renames three files, the plan and the end three more; the writer dies before each of them in turn."""
+    """One shard renames two files, the plan and the end three more; the writer dies before each of them in turn."""
     replace, deaths = Path.replace, 0
     for life in range(100):
         left = [1 if life % 2 else 2]
@@ -125,7 +125,7 @@ def test_killed_before_any_rename_nothing_is_lost_and_nothing_half(tmp_path, mon
             assert (tmp_path / name).read_bytes() == data
     assert deaths >= 6
     assert_whole(tmp_path)
-    assert not [path.name for path in tmp_path.iterdir() if path.suffix in (".partial", ".complete")]
+    assert not [path.name for path in tmp_path.iterdir() if path.suffix == ".partial"]
 
 
 SCRIPT = """
