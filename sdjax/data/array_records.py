@@ -8,7 +8,7 @@ is needed to write one.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def encode(example: Mapping[str, Any]) -> bytes:
     return pack({name: np.frombuffer(data, np.uint8) for name, data in {"image": image, **texts}.items()})
 
 
-def _reader(source: ArrayRecordSource, index: int):
+def _reader(source: ArrayRecordSource, index: int) -> Callable[[], Example]:
     return lambda: source[index]
 
 

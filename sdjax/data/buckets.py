@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -182,7 +182,7 @@ def without_small(assigned: Int64[np.ndarray, " n"], least: int) -> Int64[np.nda
     return np.where((assigned >= 0) & (counts[assigned] >= least), assigned, -1)
 
 
-def _sizes(source: Pictures, threads: int):
+def _sizes(source: Pictures, threads: int) -> Iterator[tuple[int, Int64[np.ndarray, "m 2"]]]:
     """(start, sizes int64 [m, 2]) of runs of pictures."""
     chunk = 4096
     with (

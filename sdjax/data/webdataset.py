@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -133,7 +133,7 @@ def _contents(path: Path, index: TarIndex, row: int, which: slice) -> list[bytes
     return found
 
 
-def _reader(path: Path, index: TarIndex, row: int, name: str):
+def _reader(path: Path, index: TarIndex, row: int, name: str) -> Callable[[], Example]:
     return lambda: _read(path, index, row, name)
 
 
