@@ -132,6 +132,7 @@ def count(
                 lost += sizes[group] - int(seen[groups == group].sum())
                 seen[groups == group] = False
         steps += 1
+    run.close()
     return Counts(run.seen, steps, repeated, lost)
 
 
@@ -155,6 +156,10 @@ class _Run(Iterator[list[str]]):
             self.seen[process] += len(part)
         self._bar.update(sum(map(len, parts)))
         return list(itertools.chain(*parts))
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self._bar.close()
 
 
 def _table(counts: Counts, processes: tuple[int, int]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
+from absl import flags
 
 from sdjax.core.errors import UserError
 from sdjax.data.examples import Source
@@ -72,6 +73,8 @@ class Loader(Iterator[dict[str, Any]]):
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         batches = self._batches[first :: self._shard.count].to_iter_dataset(options)
         if workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, which are not on this command line
+                flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead))
         self._step, self._iterator = step, iter(batches)
 

@@ -137,3 +137,9 @@ def test_buckets_of_one_size_have_orders_of_their_own():
     first, second = ([row % 50 for row in rows if row // 50 == bucket] for bucket in (0, 1))
     assert sorted(first) == sorted(second)
     assert first != second
+
+
+@pytest.mark.slow
+def test_worker_processes_do_not_change_the_order():
+    plain = [b["id"].tolist() for b in batches(20)]
+    assert [b["id"].tolist() for b in batches(20, reading=Reading(workers=2))] == plain
