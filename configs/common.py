@@ -37,6 +37,9 @@ def base() -> Config:
                 "sample_every": 1000,
                 "checkpoint_every": 1000,
                 "keep_checkpoints": 2,
+                "keep_best": "",  # a metric: as many checkpoints with its lowest means are retained, too
+                "restore": "latest",  # "previous" goes back by one where the latest cannot be read
+                "profile": "",  # START:STOP, the steps of a trace in workdir/profile
             },
             "sample": {},
             "eval": {},
