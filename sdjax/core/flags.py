@@ -13,7 +13,6 @@ from ml_collections import config_flags
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 
-
 Define = Callable[[flags.FlagValues], None]
 """Adds flags to a script's own."""
 

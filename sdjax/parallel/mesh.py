@@ -85,6 +85,8 @@ def parse_mesh(text: str) -> dict[str, int]:
         if axis in sizes:
             raise UserError(f"the mesh {text!r} names the axis {axis} twice")
         if not number.removeprefix("-").isdecimal() or (int(number) < 1 and int(number) != -1):
-            raise UserError(f"{part.strip()!r} in the mesh {text!r}: a number of devices is 1 or more, or -1 for the rest")
+            raise UserError(
+                f"{part.strip()!r} in the mesh {text!r}: a number of devices is 1 or more, or -1 for the rest"
+            )
         sizes[axis] = int(number)
     return sizes
