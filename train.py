@@ -1,67 +1,80 @@
 """Trains what a config describes: python train.py --config configs/NAME.py --workdir DIR [--config.section.key=value].
 
-The same command resumes. SIGTERM writes a checkpoint and ends the run with exit code 0.
+The same command resumes. SIGTERM and SIGUSR1 write a checkpoint and end the run with exit code 0.
+Several processes: SLURM, Open MPI and TPU pods are recognised; elsewhere each gets --coordinator HOST:PORT --processes N
+--process_id I (and --coordinator_timeout, --heartbeat_timeout in seconds). DIR is one folder for all; gs:// is possible.
 """
 
 from __future__ import annotations
 
-import signal
+import logging
+import os
 from pathlib import Path
-from types import FrameType
 
 import jax
+from etils import epath
 
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
-from sdjax.core.errors import run_or_exit
-from sdjax.core.flags import load_config, parse
+from sdjax.core.flags import command_line, define_processes, define_strings, load_config, processes, require
+from sdjax.parallel.distributed import initialise, run_together
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import check_batch, placer, put_batch
-from sdjax.tasks.base import export_folder, make_task
-from sdjax.training.checkpoint import Checkpoints, check_owner, claim
+from sdjax.tasks.base import make_task
+from sdjax.training.checkpoint import Checkpoints
+from sdjax.training.export import FOLDER, exported, local_folder, write_export
 from sdjax.training.metrics import Metrics
 from sdjax.training.optim import make_optimizer
+from sdjax.training.preemption import Preemption
+from sdjax.training.profile import Profile
 from sdjax.training.step import init_state, make_step
+from sdjax.training.workdir import check_owner, claim, open_workdir
 
 FIRST_STAGE = "first_stage"
-# What may change between two runs in one workdir: how long, how often to tell, and on which devices.
+# What may change between two runs in one workdir: how long, how often to tell, what to keep, and on which devices.
 FREE = ("train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep_checkpoints")
-FREE += ("mesh", "sample", "eval", f"task.{FIRST_STAGE}")
+FREE += ("train.keep_best", "train.restore", "train.profile", "mesh", "sample", "eval", f"task.{FIRST_STAGE}")
 
 
 def main() -> None:
-    """Reads the command line and trains."""
-    config, workdir = parse(__doc__, "workdir")
+    """Reads the command line, joins the other processes where there are some, and trains."""
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("sdjax").setLevel(logging.INFO)
+    flags = command_line(__doc__, define_strings("workdir"), define_processes)
+    workdir = require(flags, "workdir")
     keep_compiled()
-    train_and_evaluate(config, Path(workdir))
+    initialise(**processes(flags))
+    train_and_evaluate(flags["config"].value, workdir)
 
 
-def train_and_evaluate(config: Config, workdir: Path) -> Path:
+def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epath.Path:
     """Trains, its first stage before it where there is one; returns the folder of what was exported.
 
     Raises:
         UserError: the config, the data or the workdir is not what it should be, or the loss is not finite.
     """
     # ---- the first stage, unless it is a folder already ----
+    workdir = open_workdir(workdir)
     config = config.copy_and_resolve_references()
-    first = config.task.get(FIRST_STAGE, "")
-    if ".py" in first:
-        config.task[FIRST_STAGE] = str(train_and_evaluate(load_config(first), workdir / FIRST_STAGE))
+    if first := config.task.get(FIRST_STAGE, ""):
+        folder = train_and_evaluate(load_config(first), workdir / FIRST_STAGE) if ".py" in first else first
+        config.task[FIRST_STAGE] = local_folder(str(folder))
 
     # ---- what is trained, on which devices, in whose folder ----
-    options, folder = config.train, export_folder(workdir)
+    options = config.train
     mesh = make_mesh(config.mesh)
     check_batch(options.batch_size // options.accumulate, mesh, "train.batch_size / train.accumulate")
     check_owner(workdir, config.to_dict(), FREE)
     task = make_task(config, mesh)
     optimizer = make_optimizer(config.optim, options.steps)
     step_fn = make_step(task, optimizer, options.seed, decay=config.optim.ema_decay, accumulate=options.accumulate)
+    profile = Profile(workdir, options.profile, options.steps)
 
-    with jax.set_mesh(mesh), Checkpoints(workdir, options.keep_checkpoints) as checkpoints:
+    with jax.set_mesh(mesh), Preemption() as preemption, Checkpoints(workdir, config) as checkpoints:
         # ---- restore, or begin ----
         start = checkpoints.latest or 0
-        if start >= options.steps and folder.exists():
-            return folder
+        if start >= options.steps and exported(workdir, start):
+            return workdir / FOLDER
         stored = task.stored(placer(mesh))
         frozen = {name: stored.pop(name) for name in task.frozen}
         state = init_state(task, optimizer, options.seed, mesh, stored)
@@ -70,43 +83,29 @@ def train_and_evaluate(config: Config, workdir: Path) -> Path:
         if start:
             state, position = checkpoints.restore(state)
             batches.set_state(position)
+            start = int(state.step)
 
         # ---- train ----
-        with Metrics(workdir, start, options) as log, StopSignal() as stop:
+        with Metrics(workdir, start, options) as log, profile:
             for step in range(start + 1, options.steps + 1):
-                state, metrics = step_fn(state, frozen, put_batch(next(batches), mesh))
+                with profile.step(step):
+                    batch = log.wait_for(batches)
+                    state, metrics = step_fn(state, frozen, put_batch(batch, mesh))
+                profile.stepped(step, metrics)
                 log.report(step, metrics)
-                last = step == options.steps
-                if last or stop.asked or step % options.checkpoint_every == 0:
-                    log.flush()  # a loss that is not finite must stop the run before its parameters are kept
-                    checkpoints.save(state, batches.get_state())
-                if stop.asked:
+                stop, last = preemption.reached(), step == options.steps
+                if stop or last or step % options.checkpoint_every == 0:
+                    means = log.means()  # a loss that is not finite must stop the run before its parameters are kept
+                    checkpoints.save(state, batches.get_state(), means)
+                if stop:
                     raise SystemExit(0)
                 if last or step % options.sample_every == 0:
                     log.picture(step, "samples", task.sample({**frozen, **state.ema}))
 
-    # ---- what others can load ----
-    task.export({**frozen, **state.ema}, folder)
-    return folder
-
-
-class StopSignal:
-    """While it is entered, SIGTERM is a wish that the loop grants between two steps."""
-
-    def __enter__(self) -> StopSignal:
-        """Takes the signal over."""
-        self.asked = False
-        self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Gives it back."""
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self.asked = True
+        # ---- what others can load ----
+        write_export(task.export, {**frozen, **state.ema}, workdir, int(state.step), mesh)
+    return workdir / FOLDER
 
 
 if __name__ == "__main__":
-    run_or_exit(main)
+    run_together(main)

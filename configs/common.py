@@ -30,13 +30,16 @@ def base() -> Config:
                 "steps": 1000,
                 "batch_size": 16,
                 "accumulate": 1,
-                "remat": False,
+                "remat": "none",
                 "dtype": "float32",
                 "seed": 0,
                 "log_every": 50,
                 "sample_every": 1000,
                 "checkpoint_every": 1000,
                 "keep_checkpoints": 2,
+                "keep_best": "",  # a metric: as many checkpoints with its lowest means are retained, too
+                "restore": "latest",  # "previous" goes back by one where the latest cannot be read
+                "profile": "",  # START:STOP, the steps of a trace in workdir/profile
             },
             "sample": {},
             "eval": {},

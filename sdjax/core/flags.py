@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
+
+
+Define = Callable[[flags.FlagValues], None]
+"""Adds flags to a script's own."""
 
 
 def parse(usage: str | None, *required: str) -> tuple[Config, ...]:
@@ -26,15 +31,59 @@ def parse(usage: str | None, *required: str) -> tuple[Config, ...]:
     Raises:
         UserError: a flag is missing or unknown, the config file cannot be read, or it has no such key.
     """
+    values = command_line(usage, define_strings(*required))
+    return (values["config"].value, *(require(values, name) for name in required))
+
+
+def command_line(usage: str | None, *define: Define) -> flags.FlagValues:
+    """Reads the command line of a script whose flags are a config and those that `define` adds.
+
+    Raises:
+        UserError: --config is missing, a flag is unknown, the config file cannot be read, or it has no such key.
+    """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
-    for name in required:
-        flags.DEFINE_string(name, None, "required", flag_values=values)
+    for add in define:
+        add(values)
     parse_flags(values, sys.argv, usage)
-    missing = [name for name in ("config", *required) if values[name].value is None]
-    if missing:
-        raise UserError(f"--{missing[0]} is required")
-    return (values["config"].value, *(values[name].value for name in required))
+    require(values, "config")
+    return values
+
+
+def require(values: flags.FlagValues, name: str) -> Any:
+    """The value of a flag.
+
+    Raises:
+        UserError: it was not given.
+    """
+    if values[name].value is None:
+        raise UserError(f"--{name} is required")
+    return values[name].value
+
+
+def define_strings(*names: str) -> Define:
+    """Flags that hold text, None where they are not given."""
+
+    def define(values: flags.FlagValues) -> None:
+        for name in names:
+            flags.DEFINE_string(name, None, "", flag_values=values)
+
+    return define
+
+
+def define_processes(values: flags.FlagValues) -> None:
+    """The flags of a script that several processes run together; `processes` reads them."""
+    flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 listens", flag_values=values)
+    flags.DEFINE_integer("processes", None, "how many there are", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which one this is, from 0", flag_values=values)
+    for name, default in (("coordinator_timeout", 300), ("heartbeat_timeout", 100)):
+        flags.DEFINE_integer(name, default, "seconds", lower_bound=1, flag_values=values)
+
+
+def processes(values: flags.FlagValues) -> dict[str, Any]:
+    """What the flags of `define_processes` say, as `sdjax.parallel.distributed.initialise` takes it."""
+    names = ("coordinator", "processes", "process_id", "coordinator_timeout", "heartbeat_timeout")
+    return {name: values[name].value for name in names}
 
 
 def parse_flags(

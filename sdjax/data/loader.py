@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
+from absl import flags
 
 from sdjax.core.errors import UserError
-from sdjax.data.sources import Source
+from sdjax.data.examples import Source
 
 Transform = grain.transforms.Map | grain.transforms.RandomMap
 
@@ -72,6 +73,8 @@ class Loader(Iterator[dict[str, Any]]):
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         batches = self._batches[first :: self._shard.count].to_iter_dataset(options)
         if workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, which are not on this command line
+                flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead))
         self._step, self._iterator = step, iter(batches)
 
@@ -97,24 +100,35 @@ def loader(
     Raises:
         UserError: the processes do not divide the batch, or the batch is larger than the data.
     """
-    rows, rest = divmod(batch_size, shard.count)
-    if rest or rows < 1:
-        raise UserError(f"batch_size {batch_size} cannot be divided between {shard.count} processes")
+    rows = rows_of_each(batch_size, shard)
     if batch_size > len(source):
         raise UserError(f"batch_size {batch_size} is more than the {len(source)} examples of the data set")
     # Grain's own order of things: repeating after the shuffle makes each epoch a permutation of its own.
-    examples = _transformed(grain.MapDataset.source(source).seed(seed).shuffle().repeat(), transforms)
+    examples = transformed(grain.MapDataset.source(source).seed(seed).shuffle().repeat(), transforms)
     identity = {"examples": len(source), "batch_size": batch_size, "seed": seed}
     return Loader(examples.batch(rows, drop_remainder=True), shard, reading, identity)
 
 
 def in_order(source: Source, batch_size: int, transforms: Sequence[Transform] = ()) -> Iterator[dict[str, Any]]:
     """One pass over `source` in its own order, the last batch smaller: for evaluation and for caching latents."""
-    batches = _transformed(grain.MapDataset.source(source).seed(0), transforms).batch(batch_size)
+    batches = transformed(grain.MapDataset.source(source).seed(0), transforms).batch(batch_size)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def _transformed(examples: grain.MapDataset, transforms: Sequence[Transform]) -> grain.MapDataset:
+def rows_of_each(batch_size: int, shard: Shard) -> int:
+    """How many rows of a batch are each process's.
+
+    Raises:
+        UserError: the processes do not divide the batch.
+    """
+    rows, rest = divmod(batch_size, shard.count)
+    if rest or rows < 1:
+        raise UserError(f"batch_size {batch_size} cannot be divided between {shard.count} processes")
+    return rows
+
+
+def transformed(examples: grain.MapDataset, transforms: Sequence[Transform]) -> grain.MapDataset:
+    """The examples after each of the transforms in turn."""
     for transform in transforms:
         if isinstance(transform, grain.transforms.RandomMap):
             examples = examples.random_map(transform)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from sdjax.data.buckets import mirrored_sizes
 from sdjax.data.tokenizers import Tokenizer
 
 Example = Mapping[str, Any]
@@ -52,14 +53,18 @@ class ToFloat(grain.transforms.Map):
 
 @dataclasses.dataclass(frozen=True)
 class Flip(grain.transforms.RandomMap):
-    """Mirrors left and right with the given probability. Captions that speak of left and right do not survive it."""
+    """Mirrors left and right with the given probability. Captions that speak of left and right do not survive it.
+
+    Where a crop was recorded (`buckets.ToBucket`), its left edge becomes that in the mirrored picture.
+    """
 
     probability: float = 0.5
 
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         if rng.random() >= self.probability:
             return element
-        return {**element, "image": np.ascontiguousarray(element["image"][:, ::-1])}
+        sizes = {"sizes": mirrored_sizes(element["sizes"])} if "sizes" in element else {}
+        return {**element, "image": np.ascontiguousarray(element["image"][:, ::-1]), **sizes}
 
 
 @dataclasses.dataclass(frozen=True)

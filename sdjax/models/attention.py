@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from sdjax.core.partition import BATCH, SPATIAL, TENSOR, constrain, per_shard
 from sdjax.models.layers import GroupNorm
+from sdjax.models.remat import recomputed
 
 _platform: ContextVar[str | None] = ContextVar("attention_platform", default=None)
 CACHED_SCORES = 2**22  # 16 MiB in float32
@@ -201,7 +202,7 @@ class SpatialTransformer(nn.Module):
     depth: int = 1
     groups: int = 32
     cross_only: bool = False
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -214,7 +215,7 @@ class SpatialTransformer(nn.Module):
         b, h, w, c = x.shape
         tokens = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x).reshape(b, h * w, c)
         tokens = nn.Dense(c, dtype=self.dtype, name="proj_in")(tokens)
-        block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
+        block = recomputed(TransformerBlock, self.remat)
         for i in range(self.depth):
             name = f"transformer_blocks_{i}"
             tokens = block(self.heads, self.cross_only, self.dtype, name=name)(tokens, context, mask)

@@ -16,6 +16,7 @@ from sdjax.core.partition import BATCH, SPATIAL, constrain
 from sdjax.models.attention import SpatialTransformer
 from sdjax.models.conditioning import Cond
 from sdjax.models.layers import Conv, Downsample, EmbeddingMLP, GroupNorm, ResBlock, Upsample, timestep_embedding
+from sdjax.models.remat import recomputed
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,12 @@ class UNet(nn.Module):
 
     Attributes:
         config: the sizes.
-        remat: recompute residual and transformer blocks in the backward pass instead of storing them.
+        remat: what residual and transformer blocks compute again in the backward pass: a key of `remat.POLICIES`.
         dtype: the type of the arithmetic; parameters stay float32.
     """
 
     config: UNetConfig
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -155,8 +156,9 @@ class UNet(nn.Module):
         return temb
 
     def _res(self, name: str, features: int, x: Array, temb: Array) -> Array:
-        block = nn.remat(ResBlock) if self.remat else ResBlock
-        return block(features, self.config.groups, zero=True, dtype=self.dtype, name=name)(x, temb)
+        return recomputed(ResBlock, self.remat)(features, self.config.groups, zero=True, dtype=self.dtype, name=name)(
+            x, temb
+        )
 
     def _attend(self, name: str, level: int, x: Array, cond: Cond, depth: int) -> Array:
         """Args: `level` is -1 in the middle, which has the last level's heads."""

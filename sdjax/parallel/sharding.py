@@ -40,6 +40,16 @@ def placer(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:
     return place
 
 
+def whole_placer(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:
+    """A function that gives every device all of an array."""
+
+    def place(array: np.ndarray, name: str) -> jax.Array:
+        del name
+        return jax.device_put(array, replicated(mesh))
+
+    return place
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples are split over data and fsdp devices."""
     return NamedSharding(mesh, P(BATCH))

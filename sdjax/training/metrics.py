@@ -1,40 +1,69 @@
-"""What a run shows: a progress bar, TensorBoard files, and pictures in the workdir."""
+"""What a run shows: a progress bar, TensorBoard files, and pictures in the workdir; by the first process alone."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from pathlib import Path
+import os
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from sdjax.core.config import Config
-from sdjax.core.errors import UserError
+from sdjax.core.errors import UserError, unknown
+from sdjax.parallel.distributed import is_first
+from sdjax.training.workdir import is_remote
+
+# The packages with which tensorboardX writes to a bucket.
+WRITERS = {"gs": ("google.cloud.storage", "google-cloud-storage"), "s3": ("boto3", "boto3")}
 
 
 class Metrics:
     """Reports one step behind the device, so that it never waits for the host."""
 
-    def __init__(self, workdir: Path, start: int, options: Config):
-        """Opens workdir/tensorboard and a bar; `options` is the `train` section of a config."""
+    def __init__(self, workdir: epath.Path, start: int, options: Config):
+        """Opens workdir/tensorboard and a bar; `options` is the `train` section of a config.
+
+        Raises:
+            UserError: TensorBoard files cannot be written there.
+        """
+        check_tensorboard(workdir)
         self._workdir, self._every, self._batch_size = workdir, options.log_every, options.batch_size
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        self._best, self._shows = options.keep_best, is_first()
+        folder = os.fspath(workdir / "tensorboard")
+        self._writer = SummaryWriter(folder, purge_step=start, write_to_disk=self._shows)
+        name = workdir.name or "train"
         self._bar = tqdm(
-            total=options.steps, initial=start, unit="step", dynamic_ncols=True, desc=workdir.name or "train"
+            total=options.steps, initial=start, unit="step", dynamic_ncols=True, desc=name, disable=not self._shows
         )
         self._pending: tuple[int, dict[str, Any]] | None = None
+        self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
+        self._sums: dict[str, float] = {}
+        self._summed = 0
+
+    def wait_for(self, batches: Iterator[Any]) -> Any:
+        """The next batch; the time that it takes is counted as waiting for data."""
+        before = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - before
+        return batch
 
     def report(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes the metrics of `step`, still being computed, and shows those of the step before.
 
         Raises:
-            UserError: a loss is not finite; the message names its step.
+            UserError: a loss is not finite; the message names its step. Or `train.keep_best` is no metric.
         """
         self.flush()
+        if self._best and self._best not in metrics:
+            raise unknown("metric", self._best, metrics, "config.train.keep_best")
         self._pending = (step, metrics)
 
     def flush(self) -> None:
@@ -46,22 +75,44 @@ class Metrics:
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} at step {step}; the last checkpoint before it is intact")
+        self._add({"loss": loss} | ({self._best: float(metrics[self._best])} if self._best else {}))
+        self._steps += 1
+        elapsed = time.monotonic() - self._since
+        speed = self._steps * self._batch_size / elapsed
         self._bar.update()
-        rate = self._bar.format_dict["rate"]
-        speed = f"{rate * self._batch_size:.1f}" if rate else "?"
-        self._bar.set_postfix({"loss": f"{loss:.4f}", "images/s": speed}, refresh=False)
+        self._bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.1f}"}, refresh=False)
         if step % self._every == 0:
-            for name, value in metrics.items():
-                self._writer.add_scalar(f"train/{name}", float(value), step)
-            if rate:
-                self._writer.add_scalar("train/images_per_second", rate * self._batch_size, step)
+            shown = {name: float(value) for name, value in metrics.items()}
+            shown |= {"images_per_second": speed, "data_wait_share": min(self._waited / elapsed, 1.0)}
+            for name, value in shown.items():
+                self._writer.add_scalar(f"train/{name}", value, step)
+            self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
+
+    def means(self) -> dict[str, float]:
+        """The means of the loss and of `train.keep_best` since this was asked last; shows what is pending.
+
+        Raises:
+            UserError: the pending loss is not finite: its parameters must not be kept.
+        """
+        self.flush()
+        means = {name: value / self._summed for name, value in self._sums.items()}
+        self._sums, self._summed = {}, 0
+        return means
 
     def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """Writes a picture to TensorBoard and to workdir/samples."""
+        if not self._shows:
+            return
         folder = self._workdir / "samples"
         folder.mkdir(exist_ok=True)
-        Image.fromarray(image).save(folder / f"{name}_{step:07d}.png")
+        with (folder / f"{name}_{step:07d}.png").open("wb") as file:
+            Image.fromarray(image).save(file, "PNG")
         self._writer.add_image(name, image, step, dataformats="HWC")
+
+    def _add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._summed += 1
 
     def __enter__(self) -> Metrics:
         """For `with`."""
@@ -75,3 +126,15 @@ class Metrics:
         finally:
             self._bar.close()
             self._writer.close()
+
+
+def check_tensorboard(workdir: epath.Path) -> None:
+    """Raises a UserError unless tensorboardX can write to the file system of `workdir`."""
+    if not is_remote(workdir):
+        return
+    scheme = os.fspath(workdir).partition("://")[0]
+    if scheme not in WRITERS:
+        raise UserError(f"the workdir {workdir}: TensorBoard files are written to a local folder, gs:// or s3:// only")
+    module, package = WRITERS[scheme]
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise UserError(f"the workdir {workdir}: TensorBoard files there need pip install {package}")

@@ -153,7 +153,9 @@ def test_any_tfds_name_and_its_mistakes(small_openmoji):
 
 
 def test_unknown_source_names_the_choices():
-    with pytest.raises(UserError, match=r"unknown data source 'openmojis'; choose one of: folder:PATH, openmoji"):
+    with pytest.raises(
+        UserError, match=r"unknown data source 'openmojis'; choose one of: array_record:PATTERN, folder:PATH, openm"
+    ):
         source("openmojis")
 
 

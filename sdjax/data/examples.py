@@ -1,0 +1,79 @@
+"""What every data set gives: captioned pictures by index, and what a check can ask about each of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+
+from sdjax.core.errors import UserError
+
+CAPTION_KEYS = ("text", "caption")
+
+
+class Example(TypedDict):
+    """One captioned picture; `id` names it within its data set."""
+
+    image: UInt8[np.ndarray, "h w 3"]
+    caption: str
+    id: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What the loader reads: a length, and an example for each index below it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+@runtime_checkable
+class Pictures(Source, Protocol):
+    """A source that also knows a picture's name and size without decoding it."""
+
+    def id(self, index: int) -> str:
+        """What `self[index]["id"]` is."""
+        ...
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of `self[index]["image"]`, from the file's header."""
+        ...
+
+
+class Row(NamedTuple):
+    """A row as a data set lists it, good or bad: where it stands, and how it is read (which raises if it is bad)."""
+
+    place: str
+    read: Callable[[], Example]
+
+
+def bad_row(place: str, reason: str) -> Row:
+    """A row of which it is known already that it cannot be read."""
+
+    def read() -> Example:
+        raise UserError(f"{place} {reason}")
+
+    return Row(place, read)
+
+
+def read_json(data: bytes, place: str) -> Mapping[str, Any]:
+    """The JSON object in UTF-8 `data`; {} if it is JSON but no object.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:  # what is not UTF-8 is a ValueError, too
+        raise UserError(f"{place} is not JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def caption_of(entry: Mapping[str, Any]) -> str | None:
+    """The caption among metadata; None if there is none, or if it is no string."""
+    caption = next((entry[key] for key in CAPTION_KEYS if key in entry), None)
+    return caption if isinstance(caption, str) else None

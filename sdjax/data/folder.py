@@ -1,0 +1,173 @@
+"""A folder of pictures with `metadata.jsonl`, Hugging Face's imagefolder (datasets documentation, "image_dataset")."""
+
+from __future__ import annotations
+
+import functools
+import os
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from sdjax.core.errors import UserError
+from sdjax.data.examples import CAPTION_KEYS, Example, Row, caption_of, read_json
+from sdjax.data.pictures import picture_size, read_picture
+
+METADATA = "metadata.jsonl"
+
+
+class Line(NamedTuple):
+    """A line that is not blank: its number from 1, where it begins in bytes, and what it says."""
+
+    number: int
+    start: int
+    text: bytes
+
+
+class Entry(NamedTuple):
+    """A picture in the list."""
+
+    file: str
+    caption: str
+
+
+class FolderSource:
+    """The pictures that a folder's `metadata.jsonl` lists, in its order; `id` is the file's name there.
+
+    Of a row only its line's number and place are kept, 16 bytes.
+    """
+
+    def __init__(self, folder: Path, split: str = "train"):
+        """Reads and checks the list; the pictures are opened when they are asked for.
+
+        Raises:
+            UserError: no list, a line that is not JSON or lacks a key, a missing file, or one outside the folder.
+        """
+        self._folder = split_folder(folder, split)
+        check, numbers, starts = checker(self._folder), array("q"), array("q")
+        for line in lines(self._folder / METADATA):
+            check(line)
+            numbers.append(line.number)
+            starts.append(line.start)
+        if not numbers:
+            raise UserError(f"{self._folder / METADATA} lists no pictures")
+        self._numbers, self._starts = np.array(numbers), np.array(starts)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Example:
+        return read_entry(self._folder, *self._entry(index))
+
+    def id(self, index: int) -> str:
+        """The picture's file name, as the list has it."""
+        return self._entry(index)[1].file
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of the picture."""
+        line, entry = self._entry(index)
+        return picture_size(self._folder / entry.file, _short(line))
+
+    def _entry(self, index: int) -> tuple[Line, Entry]:
+        number, start = int(self._numbers[index]), int(self._starts[index])
+        with _opened(self._folder / METADATA) as file:
+            file.seek(start)
+            line = Line(number, start, file.readline())
+        return line, parse(line, _place(self._folder, line))
+
+
+def rows(folder: Path, split: str = "train") -> Iterator[Row]:
+    """Every row of the list, good or bad."""
+    folder = split_folder(folder, split)
+    check = checker(folder)
+
+    def read(line: Line) -> Example:
+        return read_entry(folder, line, check(line))
+
+    for line in lines(folder / METADATA):
+        yield Row(_place(folder, line), functools.partial(read, line))
+
+
+def split_folder(folder: Path, split: str) -> Path:
+    """FOLDER/split if it has a list, else FOLDER, which holds the split `train`.
+
+    Raises:
+        UserError: another split, which has no list.
+    """
+    if (folder / split / METADATA).is_file():
+        return folder / split
+    if split != "train":
+        raise UserError(f"no split {split!r} in {folder}: {folder / split / METADATA} does not exist")
+    return folder
+
+
+def lines(path: Path) -> Iterator[Line]:
+    """The lines of a file that are not blank.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    start = 0
+    with _opened(path) as file:
+        for number, text in enumerate(file, 1):
+            if text.strip():
+                yield Line(number, start, text)
+            start += len(text)
+
+
+def parse(line: Line, place: str) -> Entry:
+    """What a line says.
+
+    Raises:
+        UserError: it is not JSON, or lacks a key.
+    """
+    entry = read_json(line.text, place)
+    file, caption = entry.get("file_name"), caption_of(entry)
+    if not isinstance(file, str) or "\0" in file or caption is None:
+        raise UserError(f"{place} needs the strings file_name and {' or '.join(CAPTION_KEYS)}")
+    return Entry(file, caption)
+
+
+def checker(folder: Path) -> Callable[[Line], Entry]:
+    """`parse`, then whether the picture exists, and within the folder, symbolic links followed."""
+    root = os.path.realpath(folder)
+    # A link to a folder is followed once, not for every picture in it.
+    real = functools.lru_cache(maxsize=1024)(os.path.realpath)
+
+    def check(line: Line) -> Entry:
+        place = _place(folder, line)
+        entry = parse(line, place)
+        path = os.path.join(folder, entry.file)
+        target = os.path.join(real(os.path.dirname(path)), os.path.basename(path))
+        if os.path.islink(target) or os.path.basename(path) in ("", ".", ".."):
+            target = os.path.realpath(target)
+        if os.path.commonpath([root, target]) != root:
+            raise UserError(f"{place} names {entry.file!r}, which is outside the folder")
+        if not os.path.isfile(target):
+            raise UserError(f"{place} names {path}, which does not exist")
+        return entry
+
+    return check
+
+
+def read_entry(folder: Path, line: Line, entry: Entry) -> Example:
+    """The example of a line."""
+    image = read_picture(folder / entry.file, _short(line))
+    return Example(image=image, caption=entry.caption, id=entry.file)
+
+
+def _short(line: Line) -> str:
+    return f"{METADATA} line {line.number}"
+
+
+def _place(folder: Path, line: Line) -> str:
+    return f"{folder / METADATA} line {line.number}"
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,182 @@
+"""Where the members of tar shards are, so that any example can be read without those before it.
+
+WebDataset's rule (github.com/webdataset/webdataset): members whose paths agree up to the first dot of the last part are
+one example; what follows the dot is the kind. img2dataset writes such shards, as KEY.jpg, KEY.txt and KEY.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import mmap
+import os
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from sdjax.core.errors import UserError
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+CAPTIONS = ("txt", "json")
+VERSION = 1
+# What tarfile raises for headers that are wrong; a chain of extended headers is read by recursion.
+BROKEN = (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError, EOFError)
+PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+
+logger = logging.getLogger("sdjax")
+
+
+class TarIndex(NamedTuple):
+    """The examples of a tar file, in its order, and what is wrong with it."""
+
+    keys: UInt8[np.ndarray, " bytes"]
+    """All keys in UTF-8, one after the other."""
+    key_ends: Int64[np.ndarray, " n"]
+    spans: Int64[np.ndarray, "n 4"]
+    """Start and size of the picture, start and size of the caption, in bytes."""
+    is_json: UInt8[np.ndarray, " n"]
+    """Whether the caption is JSON, rather than text."""
+    problems: tuple[tuple[str, str], ...]
+    """(member, reason) of what is no whole example; the member "" is the file itself."""
+
+    def key(self, index: int) -> str:
+        """The path in the tar, up to the first dot of its last part."""
+        return self.keys[self.key_ends[index - 1] if index else 0 : self.key_ends[index]].tobytes().decode()
+
+
+class Member(NamedTuple):
+    """A file in the tar."""
+
+    key: str
+    kind: str
+    start: int
+    size: int
+
+
+def tar_index(path: Path) -> TarIndex:
+    """The index of a tar file, from the user's cache if the file's size and time of change are those of then.
+
+    Raises:
+        UserError: the file cannot be read at all; what is wrong within it is in `problems`.
+    """
+    try:
+        found = path.stat()
+        stamp = np.array([VERSION, found.st_size, found.st_mtime_ns], np.int64)
+        name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+        cached = cache_folder() / f"{name}.npz"
+        index = _load(cached, stamp)
+        if index is None:
+            index = build(path)
+            _save(cached, stamp, index)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return index
+
+
+def cache_folder() -> Path:
+    """`sdjax/tar_index` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdjax" / "tar_index"
+
+
+def build(path: Path) -> TarIndex:
+    """Reads the headers of a tar file."""
+    examples: dict[str, dict[str, Member]] = {}
+    problems: list[tuple[str, str]] = []
+    try:
+        for item in _members(path):
+            if not isinstance(item, Member):
+                problems.append(item)
+            elif item.kind in examples.setdefault(item.key, {}):
+                problems.append((f"{item.key}.{item.kind}", "is in the file twice"))
+            else:
+                examples[item.key][item.kind] = item
+    except BROKEN as error:
+        problems.append(("", _reason(path, error)))
+    keys, spans, is_json = [], [], []
+    for key, kinds in examples.items():
+        picture, caption = (next((k for k in wanted if k in kinds), None) for wanted in (PICTURES, CAPTIONS))
+        if picture is None or caption is None:
+            lacks = f"picture ({', '.join(PICTURES)})" if picture is None else f"caption ({', '.join(CAPTIONS)})"
+            problems.append((key, f"has no {lacks}"))
+            continue
+        keys.append(key.encode())
+        spans.append((*kinds[picture][2:], *kinds[caption][2:]))
+        is_json.append(caption == "json")
+    return TarIndex(
+        keys=np.frombuffer(b"".join(keys), np.uint8),
+        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
+        spans=np.array(spans, np.int64).reshape(-1, 4),
+        is_json=np.array(is_json, np.uint8),
+        problems=tuple(problems),
+    )
+
+
+def _members(path: Path) -> Iterator[Member | tuple[str, str]]:
+    """The pictures and captions of a tar file, and (name, reason) of members that cannot be read as they are."""
+    # A map answers no read with more than the file has, whatever size a header claims.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with tarfile.open(fileobj=content, mode="r:") as tar:  # type: ignore[arg-type]
+            while (info := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  (it would keep them all)
+                yield from _member(info, len(content))
+            end = tar.offset
+        # tarfile takes whatever is no header for the end.
+        if content[end : end + tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"there is no member and no end of the archive at byte {end}")
+
+
+def _member(info: tarfile.TarInfo, total: int) -> Iterator[Member | tuple[str, str]]:
+    folder, slash, name = info.name.rpartition("/")
+    stem, _, kind = name.partition(".")
+    if info.isdir() or kind.lower() not in (*PICTURES, *CAPTIONS) or not stem:
+        return
+    if info.type not in PLAIN or info.sparse:
+        yield info.name, "is a link or a special file"
+    elif info.size < 0 or info.offset_data + info.size > total:
+        yield info.name, f"should have {info.size} bytes, but the tar file ends before"
+    elif not info.name.isprintable():
+        yield repr(info.name), "is a name that cannot be printed"
+    else:
+        yield Member(f"{folder}{slash}{stem}", kind.lower(), info.offset_data, info.size)
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    with path.open("rb") as file:
+        start = file.read(6)
+    if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\xfd7zXZ\x00":
+        return "is compressed; examples can be found only in plain tar files"
+    return f"is truncated or no tar file: {str(error) or type(error).__name__}"
+
+
+def _load(cached: Path, stamp: Int64[np.ndarray, " 3"]) -> TarIndex | None:
+    """The index in a cache file; None if it is that of another state of the tar file, or damaged."""
+    try:
+        with np.load(cached, allow_pickle=False) as arrays:
+            if not np.array_equal(arrays["stamp"], stamp):
+                return None
+            problems = tuple((str(member), str(reason)) for member, reason in arrays["problems"])
+            index = TarIndex(*(arrays[name] for name in TarIndex._fields[:-1]), problems=problems)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    count, size = len(index.key_ends), int(stamp[1])
+    inside = (index.spans >= 0).all() and (index.spans[:, 0::2] + index.spans[:, 1::2] <= size).all()
+    whole = index.spans.shape == (count, 4) and len(index.is_json) == count
+    return index if whole and inside and len(index.keys) == (index.key_ends[-1] if count else 0) else None
+
+
+def _save(cached: Path, stamp: Int64[np.ndarray, " 3"], index: TarIndex) -> None:
+    arrays = index._asdict() | {"problems": np.array(index.problems, str).reshape(-1, 2)}
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        # Several processes may index the same file at once.
+        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".partial", delete=False) as file:
+            np.savez(file, allow_pickle=False, stamp=stamp, **arrays)
+        os.replace(file.name, cached)
+    except OSError as error:
+        logger.warning("the index of a tar file is not kept: %s", error)

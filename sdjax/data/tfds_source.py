@@ -1,0 +1,89 @@
+"""Any TensorFlow dataset that has pictures and texts, or names of classes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from sdjax.core.errors import UserError
+from sdjax.data import openmoji
+from sdjax.data.examples import CAPTION_KEYS, Example
+from sdjax.data.pictures import picture_size, read_picture
+
+
+class TfdsSource:
+    """A prepared TensorFlow dataset with an image feature; the caption is a text, or else the name of the class."""
+
+    def __init__(self, builder: Any, split: str):
+        """Opens `split`.
+
+        Raises:
+            UserError: no such split, no picture or no caption among the features, or records without random access.
+        """
+        features: Any = builder.info.features
+        self._image = _first(features, tfds.features.Image, "image", builder.name)
+        kinds = (tfds.features.Text, tfds.features.ClassLabel)
+        caption = next((key for key in reversed(CAPTION_KEYS) if key in features), None)
+        self._caption = caption or _first(features, kinds, "text or label", builder.name)
+        label = features[self._caption]
+        self._class_name = label.int2str if isinstance(label, tfds.features.ClassLabel) else None
+        decoders = {self._image: tfds.decode.SkipDecoding()}
+        try:
+            self._records: Any = builder.as_data_source(split, decoders=decoders)
+        except (ValueError, KeyError, NotImplementedError) as error:
+            splits = ", ".join(builder.info.splits) or "none"
+            raise UserError(f"cannot read split {split!r} of {builder.name} (splits: {splits}): {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        caption = record[self._caption]
+        text = self._class_name(caption).replace("_", " ") if self._class_name else _text(caption)
+        image = read_picture(record[self._image], f"index {index}")
+        return Example(image=image, caption=text, id=_id(record, index))
+
+    def id(self, index: int) -> str:
+        """The record's own `id`, else its index."""
+        return _id(self._records[index], index)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of the picture."""
+        return picture_size(self._records[index][self._image], f"index {index}")
+
+
+def tfds_builder(name: str, data_dir: str | os.PathLike | None) -> tfds.core.DatasetBuilder:
+    """The builder of a data set, which is prepared if it is not yet.
+
+    Raises:
+        UserError: there is none of that name, or a package that prepares it is missing.
+    """
+    try:
+        folder = os.fspath(data_dir or openmoji.default_data_dir())
+        builder = tfds.builder(name, data_dir=folder, try_gcs=False)
+        if not builder.data_path.exists():
+            builder = tfds.builder(name, data_dir=folder, try_gcs=False, file_format="array_record")
+            builder.download_and_prepare()
+        return builder
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(f"TensorFlow Datasets knows no {name!r}, and {folder} holds none of that name") from error
+    except ImportError as error:  # some builders need TensorFlow, or a package of their own, to write their records
+        raise UserError(f"preparing tfds:{name} needs a package that is not installed: {error}") from error
+
+
+def _first(features: Any, kinds: Any, wanted: str, name: str) -> str:
+    for key, feature in features.items():
+        if isinstance(feature, kinds):
+            return key
+    raise UserError(f"data set {name} has no {wanted} among its features: {', '.join(features)}")
+
+
+def _id(record: Any, index: int) -> str:
+    return _text(record.get("id", str(index)))
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

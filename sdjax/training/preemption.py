@@ -1,0 +1,56 @@
+"""A wish to end a run early, granted between two steps, at the same step by all processes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+# Counts the steps of a process over all its runs, such as a first stage and what follows: JAX's agreement is on the
+# next number that no process has reached, so numbers must never go back.
+_STEPS = itertools.count(1)
+
+
+class Preemption:
+    """While it is entered, SIGTERM and SIGUSR1 (which SLURM's `--signal` may send) are wishes to stop.
+
+    One process alone notes the signal. Among several, JAX's coordination service takes SIGTERM itself, tells all
+    processes in the background, and they agree on the next step that none has passed; asking whether this is the step
+    compares two numbers on the host and waits for no device (`multihost_utils.reached_preemption_sync_point`).
+    """
+
+    def __enter__(self) -> Preemption:
+        """Takes the signals over."""
+        self._asked = False
+        self._together = jax.distributed.is_initialized()
+        handlers = {signal.SIGUSR1: _as_sigterm} if self._together else dict.fromkeys(SIGNALS, self._ask)
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def reached(self) -> bool:
+        """Whether to stop after this step; to be asked by all processes, once a step."""
+        step = next(_STEPS)
+        return multihost_utils.reached_preemption_sync_point(step) if self._together else self._asked
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Gives the signals back; one that came after the last step ends the process here, with exit code 0."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._asked and kind is None:
+            raise SystemExit(0)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self._asked = True
+
+
+def _as_sigterm(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

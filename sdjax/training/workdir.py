@@ -1,0 +1,110 @@
+"""The folder of a run, on a local disk or in a bucket: whose it is, and that every process sees the same one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from typing import Any
+
+from etils import epath
+
+from sdjax.core.errors import UserError
+from sdjax.parallel.distributed import is_first, sync
+
+OWNER = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+def open_workdir(name: str | os.PathLike) -> epath.Path:
+    """The folder called `name`: a path, or gs://BUCKET/FOLDER and whatever else etils.epath knows.
+
+    Raises:
+        UserError: what that file system needs is not installed, or it does not answer.
+    """
+    folder = epath.Path(name)
+    try:
+        folder.exists()
+    except Exception as error:  # each file system's library has its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        needed = "; gs:// needs pip install gcsfs google-cloud-storage" if isinstance(error, ImportError) else ""
+        raise UserError(f"cannot open the workdir {folder}: {reason}{needed}") from error
+    return folder
+
+
+def is_remote(folder: epath.Path) -> bool:
+    """Whether ordinary system calls cannot reach it."""
+    return "://" in os.fspath(folder)
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a small file that is there with all its text, or not at all."""
+    beside = path.parent / f"{path.name}.tmp"
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def check_owner(workdir: epath.Path, config: dict[str, Any], free: tuple[str, ...]) -> None:
+    """Checks that a workdir is new, or this config's own.
+
+    Args:
+        workdir: the folder; config.json in it says whose it is.
+        config: plain data.
+        free: dotted keys that may change between runs, such as "train.steps"; a section's name frees all of it.
+
+    Raises:
+        UserError: the folder belongs to another config; the message names the first key that differs.
+    """
+    path, checkpoints = workdir / OWNER, workdir / CHECKPOINTS
+    if not path.exists():
+        if checkpoints.exists() and any(entry.name.isdigit() for entry in checkpoints.iterdir()):
+            raise UserError(f"{workdir} has checkpoints but no {OWNER} that says whose they are")
+        return
+    try:
+        owner = _dotted(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    mine = _dotted(json.loads(json.dumps(config)))
+    for key in sorted(owner.keys() | mine.keys()):
+        allowed = any(key == name or key.startswith(f"{name}.") for name in free)
+        if not allowed and owner.get(key) != mine.get(key):
+            raise UserError(
+                f"{workdir} belongs to another config: {key} is {owner.get(key)!r} there and {mine.get(key)!r} here; "
+                "choose another --workdir"
+            )
+
+
+def claim(workdir: epath.Path, config: dict[str, Any]) -> None:
+    """Makes a new workdir this config's own.
+
+    Raises:
+        UserError: another process of this run does not see what the first one wrote.
+    """
+    path = workdir / OWNER
+    if is_first() and not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(config, indent=2) + "\n")
+    sync("claim")
+    if not path.exists():
+        raise UserError(f"process 0 wrote {path} and this process does not see it; all of them need one file system")
+
+
+def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_dotted(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def copy_tree(source: epath.Path, target: epath.Path) -> None:
+    """Copies every file below `source`, between file systems too."""
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in source.iterdir():
+        if entry.is_dir():
+            copy_tree(entry, target / entry.name)
+        else:
+            with entry.open("rb") as read, (target / entry.name).open("wb") as write:
+                shutil.copyfileobj(read, write)

@@ -1,0 +1,94 @@
+"""Runs of tiny_run.py, and of train.py, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).parents[2]
+TINY = Path("tests/training/tiny_run.py")
+QUIET = ["--config.optim.schedule=constant", "--config.optim.name=adamw", "--config.optim.learning_rate=0.01"]
+QUIET += ["--config.train.sample_every=100000"]
+
+
+def start(workdir: Path, *flags: str, devices: int = 1, script: Path = TINY, **variables: str) -> subprocess.Popen:
+    """One process; its stderr goes to a pipe."""
+    command = [sys.executable, str(script), "--config=configs/openmoji.py:autoencoder_tiny", f"--workdir={workdir}"]
+    environment = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **variables,
+    }
+    return subprocess.Popen(
+        [*command, *QUIET, *flags], cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def start_together(count: int, workdir: Path, *flags: str, **options) -> list[subprocess.Popen]:
+    """Processes that find each other over loopback."""
+    address = f"--coordinator=localhost:{free_port()}"
+    return [
+        start(workdir, address, f"--processes={count}", f"--process_id={i}", *flags, **options) for i in range(count)
+    ]
+
+
+def finish(*processes: subprocess.Popen, timeout: float = 300.0) -> list[tuple[int, str]]:
+    """The exit codes and what was written to stderr; nothing is left running."""
+    deadline, ends = time.monotonic() + timeout, []
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=max(deadline - time.monotonic(), 1.0))
+            ends.append((process.returncode, errors))
+    finally:
+        for process in processes:
+            process.kill()
+    return ends
+
+
+def run(*processes: subprocess.Popen) -> None:
+    """Waits until all have ended well."""
+    for code, errors in finish(*processes):
+        assert code == 0, errors
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 240.0) -> bool:
+    """Whether it came true while the process ran."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.002)
+    return True
+
+
+def steps(workdir: Path) -> list[int]:
+    """Of the whole checkpoints, in order."""
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def state_of(workdir: Path, step: int) -> dict:
+    """Everything in a checkpoint's state, as NumPy arrays."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    folder = (workdir / "checkpoints" / str(step) / "state").absolute()
+    checkpointer = ocp.StandardCheckpointer()
+    metadata = checkpointer.metadata(folder).item_metadata.tree
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata)
+    return jax.tree.map(np.asarray, checkpointer.restore(folder, shapes))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,99 @@
+"""A workdir that is no local folder: what goes through etils.epath, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import fsspec
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from etils import epath
+from etils.epath import backend, gpath
+
+import train
+from sdjax.core.errors import UserError
+from sdjax.training.export import exported, local_folder, write_export
+from sdjax.training.metrics import check_tensorboard
+from sdjax.training.workdir import check_owner, claim, is_remote, open_workdir
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A bucket in memory: no system call reaches it, all goes through epath and fsspec."""
+    memory = fsspec.filesystem("memory")
+
+    class Memory(type(backend.fsspec_backend)):
+        def fs(self, path):
+            del path
+            return memory
+
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Memory())
+    yield epath.Path("gs://bucket/run")
+    memory.rm("/", recursive=True)
+
+
+def test_owner_and_export_in_a_bucket(bucket, tmp_path):
+    assert is_remote(bucket)
+    claim(bucket, {"optim": {"rate": 1}})
+    assert json.loads((bucket / "config.json").read_text()) == {"optim": {"rate": 1}}
+    with pytest.raises(UserError, match=r"gs://bucket/run belongs to another config: optim.rate is 1 there"):
+        check_owner(bucket, {"optim": {"rate": 2}}, ())
+    mesh = jax.make_mesh((1,), ("data",))
+
+    def write(params, folder: Path):
+        (folder / "net").mkdir(parents=True)
+        np.save(folder / "net" / "a.npy", params["a"])
+
+    assert not exported(bucket, 3)
+    write_export(write, {"a": np.arange(3)}, bucket, 3, mesh)
+    assert exported(bucket, 3)
+    assert not exported(bucket, 4)
+    copy = Path(local_folder(str(bucket / "export")))
+    np.testing.assert_array_equal(np.load(copy / "net" / "a.npy"), np.arange(3))
+    assert local_folder(str(tmp_path)) == str(tmp_path)
+
+
+def test_what_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setattr(gpath, "_PREFIX_TO_BACKEND", dict(gpath._PREFIX_TO_BACKEND))
+
+    def missing(self):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(gpath.PosixGPath, "exists", missing)
+    with pytest.raises(UserError, match=r"cannot open the workdir gs://b/run: .*pip install gcsfs google-cloud"):
+        open_workdir("gs://b/run")
+    with pytest.raises(UserError, match=r"TensorBoard files are written to a local folder, gs:// or s3:// only"):
+        check_tensorboard(epath.Path("az://b/run"))
+
+
+def test_an_export_that_was_cut_short_is_made_again(make_config, monkeypatch, tmp_path):
+    """It is written under another name; one of an earlier step does not stand for a later one."""
+    monkeypatch.setattr(train, "make_task", tiny_run.make_task)
+
+    def config(steps):
+        made = make_config("autoencoder_tiny", steps)
+        made.optim.update(name="adamw", learning_rate=0.01)
+        return made
+
+    def cut(task):
+        def export(params, folder):
+            task.export(params, folder)
+            raise KeyboardInterrupt
+
+        return task._replace(export=export)
+
+    train.train_and_evaluate(config(2), tmp_path)
+    first = (tmp_path / "export/net.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_task", lambda *args: cut(tiny_run.make_task(*args)))
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(config(4), tmp_path)
+    assert (tmp_path / "export/net.safetensors").read_bytes() == first
+    train.train_and_evaluate(config(4), tmp_path)
+    train.train_and_evaluate(config(4), tmp_path / "quiet")
+    again = (tmp_path / "export/net.safetensors").read_bytes()
+    assert again == (tmp_path / "quiet/export/net.safetensors").read_bytes() != first
+    assert not (tmp_path / "export.tmp").exists()
