@@ -2,34 +2,40 @@
 
 import json
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs.openmoji import get_config
+from sdjax.core.flags import load_config
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import device_bytes
 from sdjax.plan import training
+from sdjax.plan.__main__ import main
 from sdjax.plan.chips import GIB, Chip
 from sdjax.plan.plans import make_plan
 from sdjax.plan.programs import Program, compile_program
-from sdjax.plan.topology import find_target
-from sdjax.tasks.base import make_task
-from sdjax.training.step import init_state
+from sdjax.plan.topology import Target
+from sdjax.training.step import init_state, make_step, state_shapes
 
 TURNS, WIDTH, ROWS = 5, 256, 64
+CONFIG, BATCH = "configs/openmoji.py:autoencoder_tiny", 4
+CHANGES = {"optim.name": "adamw", "model.autoencoder.channels": (8, 8), "task.crop": 8, "data.size": 8}
 
 
 @dataclass
 class Known:
     """The target and the mesh of all programs here."""
 
-    target: object
-    mesh: object
+    target: Target
+    mesh: Mesh
 
     def on(self, shape: tuple[int, ...], *axes: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, P(*axes)))
@@ -74,36 +80,59 @@ def convolution(known: Known) -> dict:
     return {name: known.compiled(f, x, kernel).flops.device for name, f in (("apply", apply), ("gradient", gradient))}
 
 
-def training_step(known: Known) -> dict:
-    """The arguments of a training step against what its arrays take where they are made."""
-    config = get_config("autoencoder_tiny")
-    with config.unlocked():
-        config.optim.name = "adamw"
-    config.model.autoencoder.channels = (32, 32)
-    (program,) = training.training_programs(config, known.mesh, 8)
-    small = known.target._replace(chip=Chip(1.0, hbm=1e-3, usable=1e-3, bandwidth=1.0, links=1.0))
+def state(known: Known) -> dict:
+    """What planning says of a state's memory against the arrays that training makes."""
+
+    def init(key: jax.Array) -> dict:
+        return {"net": {"kernel": jax.random.normal(key, (256, 512)), "bias": jnp.zeros(512)}}
+
+    def loss(params, batch, key):
+        del key
+        return jnp.square(batch["x"] @ params["net"]["kernel"] + params["net"]["bias"]).mean(), {}
+
+    task: Any = SimpleNamespace(init=init, loss=loss)
+    optimizer = optax.adamw(1e-3)
+    made = init_state(task, optimizer, 0, known.mesh)
+    here = [s.data.nbytes for leaf in jax.tree.leaves(made) for s in leaf.addressable_shards if s.device.id == 0]
+    shapes = state_shapes(task, optimizer, known.mesh)
+    step = make_step(task, optimizer, 0, decay=0.99).__wrapped__
+    batch = {"x": known.on((8, 256), "fsdp")}
+    program = Program("step", step, (shapes, {}, batch), donated=(0,))
+    small = known.target._replace(chip=Chip(1.0, hbm=1e-4, usable=1e-4, bandwidth=1.0, links=1.0))
     plan = make_plan([program], 8, small, known.mesh)
-    state = init_state(make_task(config, known.mesh), optax.adamw(1e-3), 0, known.mesh)
-    first = jax.devices()[0]
-    live = sum(s.data.nbytes for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards if s.device == first)
     memory = plan.parts[0].result.memory
     return {
-        "arguments": memory.arguments + memory.beside,
-        "specs": device_bytes(program.args),
-        "batch": device_bytes(program.args[2]),
-        "live": live,
+        "live": sum(here),
+        "specs": device_bytes(shapes),
+        "batch": device_bytes(batch),
+        "arguments": memory.arguments,
         "aliased": memory.aliased,
+        "peak": memory.peak,
         "fits": plan.fits,
         "lacking": -plan.free,
-        "peak": memory.peak,
-        "usable": 1e-3 * GIB,
-        "flops": plan.parts[0].result.flops._asdict(),
-        "moved": {kind: list(moved) for kind, moved in plan.parts[0].result.moved.items()},
+        "usable": 1e-4 * GIB,
+        "seconds": plan.seconds,
+        "parts": list(plan.parts[0].estimate),
     }
 
 
+def command(known: Known) -> dict:
+    """What the command wrote of a tiny config, and what the arguments of its step take by their shardings."""
+    written = json.loads(Path(sys.argv[-1]).read_text())
+    config = load_config(CONFIG)
+    for key, value in CHANGES.items():
+        config.update_from_flattened_dict({key: value})
+    (program,) = training.training_programs(config, known.mesh, BATCH)
+    return {"plan": written["plans"][0], "specs": device_bytes(program.args), "told": written["command"]}
+
+
 if __name__ == "__main__":
-    target = find_target("cpu:4")
-    known = Known(target, make_mesh({"fsdp": 4}, target.devices))
-    found = {f.__name__: f(known) for f in (gathered_in_a_loop, donated, convolution, training_step)}
-    json.dump(found, sys.stdout)
+    sys.argv = [sys.argv[0], f"--config={CONFIG}", "--topology=cpu:4", "--mesh=fsdp=4", f"--batch_size={BATCH}"] + [
+        *(f"--config.{key}={value}" for key, value in CHANGES.items()),
+        *("--output", sys.argv[1]),
+    ]
+    with redirect_stdout(sys.stderr):
+        main()
+    devices = jax.devices()
+    known = Known(Target("cpu:4", "cpu", devices, Chip()), make_mesh({"fsdp": 4}))
+    json.dump({f.__name__: f(known) for f in (gathered_in_a_loop, donated, convolution, state, command)}, sys.stdout)
