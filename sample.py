@@ -64,7 +64,7 @@ from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.flags import define_processes, parse_flags
-from sdjax.parallel.distributed import agreed, initialise, is_first, is_mine, run_together, sync
+from sdjax.parallel.distributed import agreed, end_by_signals, initialise, is_first, is_mine, run_together, sync
 from sdjax.parallel.mesh import make_mesh
 from sdjax.pipeline.grids import Axis, cells, contact_sheet, parse_grid
 from sdjax.pipeline.orders import Order, groups, list_orders
@@ -112,6 +112,7 @@ def main() -> None:
     config, flag = read_command_line(sys.argv)
     work = read_work(config, flag)
     keep_compiled()
+    end_by_signals()
     initialise(**{name: flag[name] for name in PROCESSES})
     folder = make(work, *load(work.sources, config))
     if is_first():

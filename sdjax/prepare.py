@@ -33,7 +33,7 @@ from sdjax.core.flags import define_processes, parse_flags, processes
 from sdjax.data import buckets, sources
 from sdjax.data.prepared_writer import PreparedWriter, Range, Row
 from sdjax.data.tokenizers import Tokenizer
-from sdjax.parallel.distributed import initialise, run_together, sync
+from sdjax.parallel.distributed import end_by_signals, initialise, run_together, sync
 from sdjax.parallel.mesh import local_mesh
 from sdjax.parallel.sharding import put_batch, whole_placer
 from sdjax.tasks.base import this_shard
@@ -60,6 +60,7 @@ def main() -> None:
         if values[name].value is None:
             raise UserError(f"--{name} is required")
     keep_compiled()
+    end_by_signals()
     initialise(**processes(values))
     prepare(values["config"].value, Path(values["outdir"].value), values["batch_size"].value)
 

@@ -202,6 +202,11 @@ def initialise(
     threading.Thread(target=_listen, daemon=True).start()
 
 
+def end_by_signals() -> None:
+    """Before `initialise`: SIGTERM ends this process at once. Else JAX catches it, for a run that saves its state."""
+    jax.config.update("jax_enable_preemption_service", False)
+
+
 def sync(name: str) -> None:
     """Waits until all processes are here; nothing where there is one."""
     if jax.process_count() > 1:
