@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -14,7 +15,7 @@ from sdjax.core.partition import DATA, FSDP, SPATIAL, TENSOR
 AXES = (DATA, FSDP, TENSOR, SPATIAL)
 
 
-def make_mesh(sizes: Mapping[str, int], over: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], over: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices of all processes.
 
     Args:
@@ -85,6 +86,8 @@ def parse_mesh(text: str) -> dict[str, int]:
         if axis in sizes:
             raise UserError(f"the mesh {text!r} names the axis {axis} twice")
         if not number.removeprefix("-").isdecimal() or (int(number) < 1 and int(number) != -1):
-            raise UserError(f"{part.strip()!r} in the mesh {text!r}: a number of devices is 1 or more, or -1 for the rest")
+            raise UserError(
+                f"{part.strip()!r} in the mesh {text!r}: a number of devices is 1 or more, or -1 for the rest"
+            )
         sizes[axis] = int(number)
     return sizes
