@@ -1,8 +1,12 @@
 """Trains what a config describes: python train.py --config configs/NAME.py --workdir DIR [--config.section.key=value].
 
 The same command resumes. SIGTERM and SIGUSR1 write a checkpoint and end the run with exit code 0.
-Several processes: SLURM, Open MPI and TPU pods are recognised; elsewhere each gets --coordinator HOST:PORT --processes N
---process_id I (and --coordinator_timeout, --heartbeat_timeout in seconds). DIR is one folder for all; gs:// is possible.
+
+Several processes: SLURM, Open MPI and TPU pods are recognised; elsewhere start each with --coordinator HOST:PORT
+--processes N --process_id I. DIR is one folder for all of them, gs://BUCKET/FOLDER too. --coordinator_timeout SECONDS:
+how long to wait for the others at the start (300); --heartbeat_timeout: how long for one that is silent (100).
+
+--check_data reads the data instead, prints every bad row, and ends with exit code 2 if there is one.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from etils import epath
 
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
-from sdjax.core.flags import command_line, define_processes, define_strings, load_config, processes, require
+from sdjax.core.flags import command_line, define_processes, define_training, load_config, processes, require
+from sdjax.data import checking
 from sdjax.parallel.distributed import initialise, run_together
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import check_batch, placer, put_batch
@@ -40,11 +45,14 @@ def main() -> None:
     """Reads the command line, joins the other processes where there are some, and trains."""
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("sdjax").setLevel(logging.INFO)
-    flags = command_line(__doc__, define_strings("workdir"), define_processes)
+    flags = command_line(__doc__, define_training, define_processes)
+    config = flags["config"].value
+    if flags["check_data"].value:
+        raise SystemExit(2 if checking.report(config.data.source) else 0)
     workdir = require(flags, "workdir")
     keep_compiled()
     initialise(**processes(flags))
-    train_and_evaluate(flags["config"].value, workdir)
+    train_and_evaluate(config, workdir)
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epath.Path:

@@ -22,18 +22,18 @@ import grain
 import jax
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import config_flags
 from tqdm import tqdm
 
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
-from sdjax.core.errors import UserError, run_or_exit, unknown
-from sdjax.core.flags import parse_flags
+from sdjax.core.errors import UserError, unknown
+from sdjax.core.flags import define_processes, parse_flags, processes
 from sdjax.data import buckets, sources
 from sdjax.data.prepared_writer import PreparedWriter, Range, Row
 from sdjax.data.tokenizers import Tokenizer
+from sdjax.parallel.distributed import initialise, run_together, sync
 from sdjax.parallel.mesh import local_mesh
 from sdjax.parallel.sharding import put_batch, whole_placer
 from sdjax.tasks.base import this_shard
@@ -54,11 +54,13 @@ def main() -> None:
     config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
     flags.DEFINE_string("outdir", None, "the folder to write", flag_values=values)
     flags.DEFINE_integer("batch_size", 16, "pictures a device encodes at a time", lower_bound=1, flag_values=values)
+    define_processes(values)
     parse_flags(values, sys.argv, __doc__)
     for name in ("config", "outdir"):
         if values[name].value is None:
             raise UserError(f"--{name} is required")
     keep_compiled()
+    initialise(**processes(values))
     prepare(values["config"].value, Path(values["outdir"].value), values["batch_size"].value)
 
 
@@ -96,8 +98,7 @@ def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
     with tqdm(total=sum(part.stop - part.start for part in parts), unit="picture", dynamic_ncols=True) as bar:
         for part in parts:
             writer.write(part, encoder.rows(cut, part, bar.update))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("prepared")
+    sync("prepared")
     writer.finish(encoder.constants())
 
 
@@ -189,4 +190,4 @@ def make_encoder(config: Config, batch_size: int) -> Encoder:
 
 
 if __name__ == "__main__":
-    run_or_exit(main)
+    run_together(main)

@@ -13,26 +13,8 @@ from ml_collections import config_flags
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 
-
 Define = Callable[[flags.FlagValues], None]
 """Adds flags to a script's own."""
-
-
-def parse(usage: str | None, *required: str) -> tuple[Config, ...]:
-    """Reads the command line of a script whose flags are a config and some required strings.
-
-    Args:
-        usage: what --help says.
-        *required: names of string flags.
-
-    Returns:
-        The config, then the strings.
-
-    Raises:
-        UserError: a flag is missing or unknown, the config file cannot be read, or it has no such key.
-    """
-    values = command_line(usage, define_strings(*required))
-    return (values["config"].value, *(require(values, name) for name in required))
 
 
 def command_line(usage: str | None, *define: Define) -> flags.FlagValues:
@@ -61,14 +43,10 @@ def require(values: flags.FlagValues, name: str) -> Any:
     return values[name].value
 
 
-def define_strings(*names: str) -> Define:
-    """Flags that hold text, None where they are not given."""
-
-    def define(values: flags.FlagValues) -> None:
-        for name in names:
-            flags.DEFINE_string(name, None, "", flag_values=values)
-
-    return define
+def define_training(values: flags.FlagValues) -> None:
+    """The flags of train.py beside its config and its processes."""
+    flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
+    flags.DEFINE_bool("check_data", False, "report every bad row of the data and end", flag_values=values)
 
 
 def define_processes(values: flags.FlagValues) -> None:

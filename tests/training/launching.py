@@ -88,6 +88,15 @@ def state_of(workdir: Path, step: int) -> dict:
     return jax.tree.map(np.asarray, checkpointer.restore(folder, shapes))
 
 
+def corrupt(checkpoint: Path) -> None:
+    """Changes one byte of an array in the middle of the largest file."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    raw = bytearray(largest.read_bytes())
+    raw[len(raw) // 2] ^= 64
+    largest.write_bytes(raw)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

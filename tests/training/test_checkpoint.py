@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from launching import corrupt
 
 from configs.common import base
 from sdjax.core.errors import UserError
@@ -51,15 +52,6 @@ def names(workdir) -> set[str]:
     return {path.name for path in (workdir / "checkpoints").iterdir()}
 
 
-def corrupt(workdir, step: int) -> None:
-    """Changes one byte of an array in the middle of the largest file."""
-    folder = workdir / "checkpoints" / str(step)
-    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    raw = bytearray(largest.read_bytes())
-    raw[len(raw) // 2] ^= 64
-    largest.write_bytes(raw)
-
-
 def test_a_cut_copy_is_put_aside_and_never_restored(tmp_path):
     """What a killed writer leaves (Orbax's temporary name), and a folder that has its name without being complete."""
     save(tmp_path, 2)
@@ -76,7 +68,7 @@ def test_a_cut_copy_is_put_aside_and_never_restored(tmp_path):
 
 def test_a_changed_byte_stops_the_run_unless_the_previous_one_is_asked_for(tmp_path):
     save(tmp_path, 2, 4)
-    corrupt(tmp_path, 4)
+    corrupt(tmp_path / "checkpoints/4")
     before = names(tmp_path)
     with pytest.raises(UserError, match=r"checkpoints/4: .*restore=previous goes back to step 2") as error:
         restored(tmp_path)
@@ -90,7 +82,7 @@ def test_a_changed_byte_stops_the_run_unless_the_previous_one_is_asked_for(tmp_p
 
 def test_there_may_be_none_before(tmp_path):
     save(tmp_path, 2)
-    corrupt(tmp_path, 2)
+    corrupt(tmp_path / "checkpoints/2")
     with pytest.raises(UserError, match=r"checkpoints/2: .*there is none before it"):
         restored(tmp_path, restore="previous")
     assert names(tmp_path) == {"2"}

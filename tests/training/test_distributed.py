@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
+from launching import ROOT, free_port
 
 from sdjax.core.errors import UserError
 from sdjax.parallel.distributed import choose
@@ -31,7 +36,12 @@ BATCH_SCRIPT = {name: value for name, value in SLURM.items() if "STEP" not in na
 ENVIRONMENTS = {
     "nothing": ({}, False, None, True),
     "slurm, a task a node": (SLURM, False, "slurm", True),
-    "slurm, 4 tasks a node": (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NTASKS": "8"}, False, "slurm", False),
+    "slurm, 4 tasks a node": (
+        SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NTASKS": "8"},
+        False,
+        "slurm",
+        False,
+    ),
     "slurm, uneven": (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, False, "slurm", True),
     "slurm, uneven, the other node": (
         SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_NODEID": "0"},
@@ -101,3 +111,41 @@ def test_what_cannot_be_meant_is_one_line(case):
     with pytest.raises(UserError, match=message) as error:
         choose(environment, *flags)
     assert "\n" not in str(error.value)
+
+
+CODE = """
+import jax, json
+from sdjax.parallel.distributed import initialise, sync
+initialise(coordinator_timeout=60)
+sync("here")
+print(json.dumps([jax.process_count(), jax.process_index(), jax.device_count()]))
+"""
+
+
+def loopback(manager: str, process: int) -> dict[str, str]:
+    """What a job manager tells the first or the second of two processes on this machine."""
+    if manager == "slurm":
+        mine = {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+        return SLURM | mine | {"SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)}
+    mine = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_RANK": str(process)}
+    address = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911"}
+    return OPEN_MPI | mine | address | {"OMPI_COMM_WORLD_LOCAL_RANK": str(process)}
+
+
+@pytest.mark.parametrize("manager", ["slurm", "open mpi"])
+def test_a_job_manager_is_enough(manager):
+    """Two processes with nothing but the variables of a job find each other, by JAX's own reading of them."""
+    port = str(free_port())
+    common = {"PYTHONPATH": str(ROOT), "JAX_COORDINATOR_PORT": port, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", CODE],
+            env=os.environ | common | loopback(manager, process),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in (0, 1)
+    ]
+    ends = [process.communicate(timeout=120) for process in pair]
+    assert [out.split("\n")[-2] if out else errors for out, errors in ends] == ["[2, 0, 2]", "[2, 1, 2]"]

@@ -82,7 +82,7 @@ def endure(scenario: Scenario, workdir: Path) -> Iterator[str]:
 def check(scenario: Scenario, tmp_path: Path) -> int:
     """Kills; compares with an undisturbed run to the bit; returns how many kills there were."""
     kills = 0
-    for kills, line in enumerate(endure(scenario, tmp_path / "killed"), 1):  # noqa: B007  (counted after the loop)
+    for kills, line in enumerate(endure(scenario, tmp_path / "killed"), 1):
         print(f"\n{kills:2d}  {line}", end="")
     run(*launch(scenario, tmp_path / "quiet", pause="0"))
     killed, quiet = (state_of(tmp_path / name, scenario.steps) for name in ("killed", "quiet"))

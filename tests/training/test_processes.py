@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from launching import finish, free_port, run, start, start_together, state_of, steps, wait_until
+from launching import corrupt, finish, free_port, run, start, start_together, state_of, steps, wait_until
 from safetensors.numpy import load_file
 
 # A sum over four devices is in another order on each mesh; 8 steps of Adam amplify the last bit to this.
@@ -92,6 +92,20 @@ def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):
     assert code == 2
     assert errors.strip().splitlines()[-1].startswith("error: no coordinator answers at localhost:")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_agree_that_a_checkpoint_is_bad(tmp_path):
+    """Both stop with one line and exit code 2; with restore=previous both go on, and end as if nothing had happened."""
+    run(*start_together(2, tmp_path / "run", FOUR, devices=1))
+    quiet = state_of(tmp_path / "run", 4)
+    corrupt(tmp_path / "run/checkpoints/4")
+    for code, errors in finish(*start_together(2, tmp_path / "run", EIGHT, devices=1)):
+        assert code == 2, errors
+        assert "checkpoints/4" in errors or "of this run failed" in errors
+    run(*start_together(2, tmp_path / "run", FOUR, "--config.train.restore=previous", devices=1))
+    assert_same_bits(state_of(tmp_path / "run", 4), quiet)
+    assert (tmp_path / "run/checkpoints/4.corrupt").is_dir()
 
 
 @pytest.mark.slow

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from safetensors.numpy import load_file
 
 import train
 from sdjax.core.errors import UserError, run_or_exit
@@ -82,48 +77,6 @@ def test_a_run_begins_from_a_given_model(make_config, first_stage, tmp_path):
         make_task(config, mesh).stored(placer(mesh))
 
 
-def run_script(config: str, workdir: Path, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *overrides]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | cache, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 240.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()  # pyright: ignore[reportOptionalMemberAccess]
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.05)
-
-
-def test_killed_runs_go_on_as_if_nothing_had_happened(make_config, pictures, tmp_path):
-    """SIGTERM leaves a checkpoint and exit code 0; SIGKILL leaves the last one; the end is that of a quiet run."""
-    steps, workdir = 60, tmp_path / "killed"
-    overrides = [f"--config.data.source=folder:{pictures}", "--config.optim.schedule=constant"]
-    overrides += [f"--config.train.steps={steps}", "--config.train.checkpoint_every=10"]
-    overrides += ["--config.train.sample_every=100"]
-    for number, (wish, seen) in enumerate([(signal.SIGTERM, 10), (signal.SIGKILL, 30)]):
-        process = run_script("configs/openmoji.py:autoencoder_tiny", workdir, *overrides)
-        wait_for(workdir / "checkpoints" / str(seen) / "commit_success.txt", process)
-        process.send_signal(wish)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == (0 if number == 0 else -signal.SIGKILL), errors
-        assert "Traceback" not in errors
-
-    def quiet():
-        config = make_config("autoencoder_tiny", steps)
-        config.train.update(checkpoint_every=10, sample_every=100)
-        return config
-
-    train.train_and_evaluate(quiet(), workdir)
-    train.train_and_evaluate(quiet(), tmp_path / "quiet")
-    assert_same_bits(state_of(workdir, steps), state_of(tmp_path / "quiet", steps))
-    exported = [
-        load_file(path / "export/vae/diffusion_pytorch_model.safetensors") for path in (workdir, tmp_path / "quiet")
-    ]
-    assert_same_bits(*exported)
-
-
 def test_a_checkpoint_that_cannot_be_read_stops_the_run(make_config, tmp_path):
     train.train_and_evaluate(make_config("autoencoder_tiny", 2), tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/2/state/d")
@@ -163,6 +116,11 @@ BAD = {
     "reconstruction": (["--config.task.reconstruction=l3"], "unknown reconstruction loss 'l3'"),
     "optimizer": (["--config.optim.name=sgd"], "unknown optimizer 'sgd'"),
     "dtype": (["--config.train.dtype=fp8"], "unknown dtype 'fp8'"),
+    "restore": (["--config.train.restore=first"], "unknown choice 'first' in config.train.restore; choose one of"),
+    "profile": (["--config.train.profile=3"], "config.train.profile='3' is not START:STOP"),
+    "processes": (["--processes=2"], "--processes without --coordinator, --process_id: the three go together"),
+    "process": (["--processes=two"], "two"),
+    "timeout": (["--coordinator_timeout=0"], "coordinator_timeout"),
 }
 
 
@@ -178,6 +136,23 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, caps
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_check_data_reports_every_bad_row(pictures, tmp_path, monkeypatch, capsys):
+    """Exit code 2 and a line for each of two broken pictures; 0 for a sound folder; no workdir is asked for."""
+    broken = tmp_path / "pictures"
+    shutil.copytree(pictures, broken)
+    for name in ("3.png", "7.png"):
+        (broken / name).write_bytes((broken / name).read_bytes()[:60])
+    monkeypatch.chdir(ROOT)
+    for folder, code in ((broken, 2), (pictures, 0)):
+        flags = ["--config=configs/openmoji.py:autoencoder_tiny", f"--config.data.source=folder:{folder}"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--check_data"])
+        with pytest.raises(SystemExit) as exit_:
+            run_or_exit(train.main)
+        assert exit_.value.code == code
+        told = capsys.readouterr().out
+        assert ("3.png" in told, "7.png" in told, "4.png" in told) == (code == 2, code == 2, False)
 
 
 def test_an_unreadable_picture_is_named(make_config, pictures, tmp_path):
