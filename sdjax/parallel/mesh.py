@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -14,7 +15,7 @@ from sdjax.core.partition import DATA, FSDP, SPATIAL, TENSOR
 AXES = (DATA, FSDP, TENSOR, SPATIAL)
 
 
-def make_mesh(sizes: Mapping[str, int], over: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], over: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices of all processes.
 
     Args:

@@ -116,7 +116,11 @@ def _training(flag: dict[str, Any]) -> Subject:
     title = f"training of {_config_name(sys.argv)}"
     options = config.train
     return Subject(
-        title, lambda mesh, size: training_programs(config, mesh, size), dict(config.mesh), options.batch_size, options.accumulate
+        title,
+        lambda mesh, size: training_programs(config, mesh, size),
+        dict(config.mesh),
+        options.batch_size,
+        options.accumulate,
     )
 
 

@@ -70,7 +70,11 @@ def _call(computation: Computation, instruction: Instruction, times: int, device
 def _identity(computation: Computation, instruction: Instruction) -> str:
     """Of a collective: a TPU's compiler writes one that overlaps with other kernels into each of these."""
     channel = _CHANNEL.search(instruction.attributes)
-    return f"channel {channel[1]}" if channel and _CHAINED in instruction.attributes else f"{computation.name}/{instruction.name}"
+    return (
+        f"channel {channel[1]}"
+        if channel and _CHAINED in instruction.attributes
+        else f"{computation.name}/{instruction.name}"
+    )
 
 
 def _share(kind: str, group: int) -> float:

@@ -172,7 +172,9 @@ def parse_instruction(line: str) -> Instruction:
 def parse_shapes(text: str) -> tuple[Shape, ...]:
     """All arrays of a shape, which may be a tuple of them."""
     return tuple(
-        Shape(dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d), re.search(r"S\([1-9]", layout) is not None)
+        Shape(
+            dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d), re.search(r"S\([1-9]", layout) is not None
+        )
         for dtype, dims, layout in _ARRAY.findall(text)
     )
 

@@ -90,7 +90,8 @@ class Plan(NamedTuple):
 
     def _sum(self, name: str) -> float | None:
         seconds = [None if part.estimate is None else getattr(part.estimate, name) for part in self.parts]
-        return None if None in seconds or not seconds else sum(seconds)
+        known = [each for each in seconds if each is not None]
+        return sum(known) if known and len(known) == len(seconds) else None
 
 
 def make_plan(programs: Sequence[Program], images: int, target: Target, mesh: Mesh) -> Plan:

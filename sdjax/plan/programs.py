@@ -134,14 +134,14 @@ def compile_program(program: Program, target: Target, mesh: Mesh, counted: Flops
         jitted = jax.jit(program.function, donate_argnums=program.donated)
         trace = jitted.trace(*program.args)
         try:
-            compiled = trace.lower().compile(options() if target.platform == "cpu" else None)
+            compiled = trace.lower().compile({**options()} if target.platform == "cpu" else None)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return refused(str(error))
     seconds = time.perf_counter() - start
     beside = device_bytes(program.beside) + unused_bytes(trace.jaxpr.jaxpr, program.args)
-    module = Module(compiled.as_text())
+    module = Module(compiled.as_text() or "")
     work: Work = device_work(module)
     reported = (compiled.cost_analysis() or {}).get("flops", 0.0)
     return Figures(

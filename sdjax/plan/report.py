@@ -55,7 +55,9 @@ def search_report(heading: Heading, tried: Sequence[Tried], left: int) -> str:
     bad = sorted((t for t in tried if t.plan.fits is False), key=lambda t: -(t.plan.free or float("-inf")))
     sections = [_head(heading)]
     if good:
-        sections.append("## Fits\n\n" + table(list(SEARCHED), [[show(t.plan) for show in SEARCHED.values()] for t in good]))
+        sections.append(
+            "## Fits\n\n" + table(list(SEARCHED), [[show(t.plan) for show in SEARCHED.values()] for t in good])
+        )
     if bad:
         rows = [[t.plan.mesh, str(t.plan.images), verdict(t.plan)] for t in bad]
         sections.append("## Does not fit\n\n" + table(["mesh", "batch", "by how much"], rows))
@@ -77,12 +79,20 @@ def as_json(heading: Heading, plans: Sequence[Plan]) -> str:
 
     def plan_of(plan: Plan) -> dict[str, Any]:
         figures = {name: getattr(plan, name) for name in names}
-        return {"mesh": plan.mesh, "images": plan.images, "devices": plan.devices, **figures, "programs": [_part(p) for p in plan.parts]}
+        return {
+            "mesh": plan.mesh,
+            "images": plan.images,
+            "devices": plan.devices,
+            **figures,
+            "programs": [_part(p) for p in plan.parts],
+        }
 
     said = {"title": heading.title, "command": heading.command, "topology": heading.target.name}
     said |= {"device_kind": heading.target.kind, "versions": versions()}
     chip = heading.target.chip._asdict()
-    return json.dumps({**said, "chip": chip, "assumptions": ASSUMPTIONS, "plans": [plan_of(p) for p in plans]}, indent=1)
+    return json.dumps(
+        {**said, "chip": chip, "assumptions": ASSUMPTIONS, "plans": [plan_of(p) for p in plans]}, indent=1
+    )
 
 
 def write(path: Path, markdown: str, data: str) -> None:
@@ -117,9 +127,14 @@ def _part(part: Part) -> dict[str, Any]:
 
 def _head(heading: Heading) -> str:
     target, chip = heading.target, heading.target.chip
-    known = "of which nothing is published here" if chip.hbm is None else (
-        f"{chip.tflops:g} TFLOP/s in bfloat16, {chip.hbm:g} GiB ({chip.usable:g} for programs) at {chip.bandwidth:g} GB/s, "
-        f"links of {chip.links:g} GB/s in both directions over {chip.axes} {'axes' if chip.axes > 1 else 'axis'}"
+    known = (
+        "of which nothing is published here"
+        if chip.hbm is None
+        else (
+            f"{chip.tflops:g} TFLOP/s in bfloat16, {chip.hbm:g} GiB ({chip.usable:g} for programs) at "
+            f"{chip.bandwidth:g} GB/s, "
+            f"links of {chip.links:g} GB/s in both directions over {chip.axes} {'axes' if chip.axes > 1 else 'axis'}"
+        )
     )
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     return (
@@ -129,7 +144,11 @@ def _head(heading: Heading) -> str:
 
 
 def _section(title: str, columns: dict[str, Callable[[Figures], str]], parts: Sequence[Part]) -> str:
-    rows = [[part.name, *(show(part.result) for show in columns.values())] for part in parts if isinstance(part.result, Figures)]
+    rows = [
+        [part.name, *(show(part.result) for show in columns.values())]
+        for part in parts
+        if isinstance(part.result, Figures)
+    ]
     return f"## {title}\n\n{table(['program', *columns], rows)}"
 
 
@@ -145,7 +164,13 @@ def _collectives(parts: Sequence[Part]) -> str:
 
 def _time(plan: Plan, parts: Sequence[Part]) -> str:
     rows = [
-        [part.name, str(part.turns), *(_milli(t) for t in part.estimate), part.estimate.bound, _milli(part.estimate.seconds)]
+        [
+            part.name,
+            str(part.turns),
+            *(_milli(t) for t in part.estimate),
+            part.estimate.bound,
+            _milli(part.estimate.seconds),
+        ]
         for part in parts
         if part.estimate is not None
     ]

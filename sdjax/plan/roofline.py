@@ -16,9 +16,9 @@ ASSUMPTIONS = (
     "arithmetic that several devices repeat counts and that of hand-written kernels does not.",
     "Memory: every kernel reads its operands and writes its results once at the published bandwidth; what the compiler "
     "keeps in on-chip memory is free; the padding of tiles, and what hand-written kernels read twice, is not counted.",
-    "Communication: a device sends what ring algorithms send, over one axis of the torus: one direction of the links to "
-    "both neighbours there, at the published bandwidth. Slices too small to close their rings are slower; links between "
-    "hosts or slices other than the chips' own are not modelled.",
+    "Communication: a device sends what ring algorithms send, over one axis of the torus: one direction of the links "
+    "to both neighbours there, at the published bandwidth. Slices too small to close their rings are slower; links "
+    "between hosts or slices other than the chips' own are not modelled.",
     "Loops count with every turn, branches as if they were taken; a sampler's scan has one turn a network call.",
 )
 
@@ -59,7 +59,9 @@ def estimate(figures: Figures, chip: Chip, devices: int, turns: int = 1) -> Esti
     work = max(figures.flops.traced / devices, figures.flops.device)
     sent = sum(moved.nbytes for moved in figures.moved.values())
     bandwidth = None if chip.bandwidth is None else chip.bandwidth * 1e9
-    return Estimate(*(_over(turns * x, rate) for x, rate in ((work, chip.flops), (figures.traffic, bandwidth), (sent, chip.out))))
+    return Estimate(
+        *(_over(turns * x, rate) for x, rate in ((work, chip.flops), (figures.traffic, bandwidth), (sent, chip.out)))
+    )
 
 
 def _over(amount: float, rate: float | None) -> float | None:

@@ -52,7 +52,7 @@ def sampling_programs(model: Shaped, wanted: Wanted, mesh: Mesh) -> list[Program
     conditions = _rows(jax.eval_shape(text, params, asked)[0], mesh)
     latents = (wanted.batch_size, *(2 * (wanted.size // factor,)), system.autoencoder.config.latent_channels)
     start, keys = _rows((_start(latents), jax.eval_shape(_keys, np.arange(wanted.batch_size))), mesh)
-    whole = shapes_on(_shapes((table, Guidance(np.float32(GUIDANCE_SCALE), np.float32(0)))), replicated(mesh))
+    whole = shapes_on(_shapes((table, Guidance(jnp.float32(GUIDANCE_SCALE), jnp.float32(0)))), replicated(mesh))
     side, tiles = _tiles(latents[1], TILE // factor)
     tile = _rows(jax.ShapeDtypeStruct((latents[0], side, side, latents[3]), jnp.float32), mesh)
     others = {name: {k: v for k, v in params.items() if k not in kept} for name, kept in _stages(encoders).items()}
@@ -98,8 +98,8 @@ def _decode(system: System) -> Any:
 
 
 def _asked(system: System, batch: int) -> Asked:
-    ids, weights = (jax.ShapeDtypeStruct((batch, 1, TOKENS), kind) for kind in (jnp.int32, jnp.float32))
-    text: Any = Text(*((each,) * len(system.text_encoders) for each in (ids, weights)))
+    kinds: Any = (jax.ShapeDtypeStruct((batch, 1, TOKENS), kind) for kind in (jnp.int32, jnp.float32))
+    text = Text(*((each,) * len(system.text_encoders) for each in kinds))
     numbers: Any = jax.ShapeDtypeStruct((batch, system.numbers), jnp.float32) if system.numbers else None
     share: Any = jax.ShapeDtypeStruct((batch,), jnp.float32)
     return Asked(text, text, share, numbers, numbers)

@@ -46,7 +46,10 @@ def candidates(devices: int, batch_sizes: Sequence[int], accumulate: int = 1, mo
     """
     shapes = [s for s in shapes_of(devices) if s[2] <= MOST_TENSOR and s[3] <= most_spatial]
     found = [
-        Candidate(shape, size) for shape in shapes for size in batch_sizes if size // accumulate % (shape[0] * shape[1]) == 0
+        Candidate(shape, size)
+        for shape in shapes
+        for size in batch_sizes
+        if size // accumulate % (shape[0] * shape[1]) == 0
     ]
     if not found:
         sizes = ", ".join(map(str, batch_sizes))
@@ -54,9 +57,7 @@ def candidates(devices: int, batch_sizes: Sequence[int], accumulate: int = 1, mo
     return sorted(found, key=lambda c: (c.shape[2] * c.shape[3], -c.batch_size, -c.shape[1]))
 
 
-def search(
-    options: Sequence[Candidate], limit: int, plan: Callable[[Candidate], Plan]
-) -> tuple[list[Tried], int]:
+def search(options: Sequence[Candidate], limit: int, plan: Callable[[Candidate], Plan]) -> tuple[list[Tried], int]:
     """Compiles up to `limit` candidates, with a progress bar; returns those, and how many were left out."""
     tried = []
     with tqdm(options[:limit], desc="compiling", unit="plan") as bar:

@@ -37,7 +37,7 @@ class Target(NamedTuple):
 
     name: str
     platform: str
-    devices: Sequence[jax.Device]
+    devices: Sequence[Any]
     chip: Chip
 
     @property
@@ -65,11 +65,11 @@ def find_target(text: str) -> Target:
     raise UserError(f"unknown topology {text!r} in --topology; it is {UNDERSTOOD}")
 
 
-def _target(text: str, devices: Sequence[jax.Device]) -> Target:
+def _target(text: str, devices: Sequence[Any]) -> Target:
     return Target(text, devices[0].platform, devices, chip_of(devices[0].device_kind))
 
 
-def _virtual(size: str, text: str) -> Sequence[jax.Device]:
+def _virtual(size: str, text: str) -> Sequence[Any]:
     """So many devices that are all this machine's CPU."""
     if not size.isdecimal() or int(size) < 1:
         raise UserError(f"--topology {text}: cpu:N wants a number of devices, e.g. cpu:4")
@@ -82,7 +82,7 @@ def _virtual(size: str, text: str) -> Sequence[jax.Device]:
     return devices[: int(size)]
 
 
-def _slice(generation: str, size: str, text: str) -> Sequence[jax.Device]:
+def _slice(generation: str, size: str, text: str) -> Sequence[Any]:
     dimensions, how = GENERATIONS[generation]
     if not re.fullmatch(r"\d+(x\d+)*", size) or size.count("x") != dimensions - 1:
         example = "x".join(["2"] * (dimensions - 1) + ["4"])

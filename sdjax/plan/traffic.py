@@ -102,7 +102,9 @@ def device_work(module: Module) -> Work:
             flops += times * _dot(computation, instruction)
         elif instruction.opcode == "convolution":
             flops += times * _convolution(computation, instruction)
-        elif instruction.opcode == "custom-call" and re.search(r"tpu_custom_call|\$(gemm|conv|cublas|cudnn|fmha)|__cu", instruction.attributes):
+        elif instruction.opcode == "custom-call" and re.search(
+            r"tpu_custom_call|\$(gemm|conv|cublas|cudnn|fmha)|__cu", instruction.attributes
+        ):
             kernels += times
     return Work(flops, kernels)
 
@@ -131,7 +133,9 @@ def _windows(instruction: Instruction, dimensions: int) -> list[dict[str, list[i
     """Of each spatial dimension: stride, pad, lhs_dilate and rhs_dilate."""
     found = _WINDOW.search(instruction.attributes)
     fields = dict(word.split("=") for word in found[1].split()) if found else {}
-    columns = {name: fields[name].split("x") for name in ("stride", "pad", "lhs_dilate", "rhs_dilate") if name in fields}
+    columns = {
+        name: fields[name].split("x") for name in ("stride", "pad", "lhs_dilate", "rhs_dilate") if name in fields
+    }
     return [{name: [int(n) for n in parts[d].split("_")] for name, parts in columns.items()} for d in range(dimensions)]
 
 

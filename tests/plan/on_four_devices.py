@@ -27,7 +27,7 @@ from sdjax.training.step import init_state, make_step, state_shapes
 
 TURNS, WIDTH, ROWS = 5, 256, 64
 CONFIG, BATCH = "configs/openmoji.py:autoencoder_tiny", 4
-CHANGES = {"optim.name": "adamw", "model.autoencoder.channels": (8, 8), "task.crop": 8, "data.size": 8}
+CHANGES = {"optim.name": "adamw", "model.autoencoder.channels": (8,), "task.crop": 8, "data.size": 8}
 
 
 @dataclass
@@ -127,10 +127,9 @@ def command(known: Known) -> dict:
 
 
 if __name__ == "__main__":
-    sys.argv = [sys.argv[0], f"--config={CONFIG}", "--topology=cpu:4", "--mesh=fsdp=4", f"--batch_size={BATCH}"] + [
-        *(f"--config.{key}={value}" for key, value in CHANGES.items()),
-        *("--output", sys.argv[1]),
-    ]
+    changes = [f"--config.{key}={value}" for key, value in CHANGES.items()]
+    words = [f"--config={CONFIG}", "--topology=cpu:4", "--mesh=fsdp=4", f"--batch_size={BATCH}", *changes]
+    sys.argv = [sys.argv[0], *words, "--output", sys.argv[1]]
     with redirect_stdout(sys.stderr):
         main()
     devices = jax.devices()

@@ -40,7 +40,7 @@ ENTRY %main (x.1: f32[8,512]) -> f32[8,512] {
   %begin = s32[]{:T(128)} copy(%zero)
   %seven = s32[]{:T(128)} constant(7)
   %first = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)S(1)}, s32[]{:T(128)}) tuple(%begin, %x.1, %seven)
-  %while = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)S(1)}, s32[]{:T(128)}) while(%first), condition=%condition, body=%body
+  %while = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)S(1)}, s32[]) while(%first), body=%body, condition=%condition
   ROOT %last = f32[8,512]{1,0:T(8,128)} get-tuple-element(%while), index=1
 }
 """
@@ -68,7 +68,7 @@ OVERLAPPED = """
 
 %meanwhile (q: bf16[512,64]) -> bf16[4096,64] {
   %q = bf16[512,64]{1,0} parameter(0)
-  ROOT %gather.1 = bf16[4096,64]{1,0} all-gather(%q), channel_id=3, replica_groups={}, frontend_attributes={chain_id="0"}
+  ROOT %other = bf16[4096,64]{1,0} all-gather(%q), channel_id=3, replica_groups={}, frontend_attributes={chain_id="0"}
 }
 
 %wrapped (r: f32[4096]) -> f32[512] {
