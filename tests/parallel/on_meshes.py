@@ -1,6 +1,6 @@
 """Trains a tiny config for three steps and samples from it on several meshes of this process's devices.
 
-    python tests/parallel/on_meshes.py CONFIG OUTPUT.npz MESH [MESH ...]      with MESH like data=2,fsdp=4
+    python tests/parallel/on_meshes.py --config=NAME [--config.section.key=value] --output=FILE.npz --mesh=data=2,fsdp=4
 
 What came out is written as arrays: `losses` [meshes, 3], `pictures` [meshes, h, w, 3], and `bytes`, those of the
 training state that the first device holds.
@@ -15,10 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
+from ml_collections import config_flags
 
-from sdjax.core.flags import load_config
+from sdjax.core.flags import define_processes, parse_flags, processes
 from sdjax.core.tree import nbytes
-from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.distributed import initialise, is_first
+from sdjax.parallel.mesh import make_mesh, parse_mesh
 from sdjax.parallel.sharding import placer, put_batch, tree_shardings
 from sdjax.tasks.base import make_task
 from sdjax.training.optim import make_optimizer
@@ -28,9 +31,16 @@ from sdjax.training.task import Params, Task
 STEPS = 3
 
 
-def main(name: str, target: str, *meshes: str) -> None:
+def main() -> None:
     """Runs all meshes in turn, all from the state that the first one made."""
-    config = load_config(name)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    flags.DEFINE_string("output", None, "", flag_values=values)
+    flags.DEFINE_multi_string("mesh", None, "", flag_values=values)
+    define_processes(values)
+    parse_flags(values, sys.argv)
+    initialise(**processes(values))
+    config = values["config"].value.copy_and_resolve_references()
     if "components" in config.task:
         config.task.text = "frozen"  # whose captions need no prepared data
     first = make_mesh({"data": -1})
@@ -38,28 +48,35 @@ def main(name: str, target: str, *meshes: str) -> None:
     stored = task.stored(placer(first))
     frozen = {part: stored.pop(part) for part in task.frozen}
     state = init_state(task, optimizer, 0, first, stored)
-    made = [run(task, optimizer, state, frozen, dict(part.split("=") for part in mesh.split(","))) for mesh in meshes]
+    made = [run(task, optimizer, state, frozen, parse_mesh(mesh)) for mesh in values["mesh"].value]
     losses, pictures, held = zip(*made, strict=True)
-    np.savez(target, losses=losses, pictures=pictures, bytes=held)
+    if is_first():
+        np.savez(values["output"].value, losses=losses, pictures=pictures, bytes=held)
 
 
 def run(
-    task: Task, optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, sizes: dict[str, str]
+    task: Task, optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, sizes: dict[str, int]
 ) -> tuple[list[float], np.ndarray, int]:
     """The losses, a picture by the average of the parameters, and the bytes of state on one device."""
     started = time.perf_counter()
-    mesh = make_mesh({axis: int(size) for axis, size in sizes.items()})
+    mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
         state, frozen = (jax.tree.map(jnp.copy, jax.device_put(t, tree_shardings(t, mesh))) for t in (state, frozen))
         step = make_step(task, optimizer, 0, decay=0.9)
         losses = []
         for number in range(STEPS):
-            state, metrics = step(state, frozen, put_batch(batch(task.specimen(8), number), mesh))
+            state, metrics = step(state, frozen, put_batch(my_rows(batch(task.specimen(8), number)), mesh))
             losses.append(float(metrics["loss"]))
         held = nbytes([leaf.addressable_shards[0].data for leaf in jax.tree.leaves(state)])
         picture = task.sample({**frozen, **state.ema})
         print(sizes, losses, held, f"{time.perf_counter() - started:.0f} s", flush=True)
         return losses, picture, held
+
+
+def my_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """This process's part of a batch."""
+    count, index = jax.process_count(), jax.process_index()
+    return {name: np.split(values, count)[index] for name, values in rows.items()}
 
 
 def batch(shapes: dict[str, jax.ShapeDtypeStruct], number: int) -> dict[str, np.ndarray]:
@@ -75,4 +92,4 @@ def batch(shapes: dict[str, jax.ShapeDtypeStruct], number: int) -> dict[str, np.
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

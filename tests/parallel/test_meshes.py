@@ -1,0 +1,104 @@
+"""Every system trains and samples the same on every mesh: of one process, of two and of four."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from configs import openmoji, stable_diffusion_training
+from sdjax.parallel.mesh import shapes_of, text_of
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("on_meshes.py")
+# Optimising code that runs for three steps would take longer than they do.
+HASTY = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
+EVERY = [text_of(shape) for shape in shapes_of(8)]
+TINY = {
+    "autoencoder": "configs/openmoji.py:autoencoder_tiny",
+    "openmoji": "configs/openmoji.py:tiny",
+    **{name: f"configs/stable_diffusion_training.py:{name}" for name in stable_diffusion_training.TINY},
+}
+
+
+def start(case: str, pictures: Path, output: Path, meshes: list[str], devices: int, *flags: str) -> subprocess.Popen:
+    """A process with so many virtual devices of its own."""
+    command = [sys.executable, str(SCRIPT), f"--config={TINY[case]}", f"--config.data.source=folder:{pictures}"]
+    command += [f"--output={output}", *flags, *(f"--mesh={mesh}" for mesh in meshes)]
+    environment = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {HASTY}",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*running: subprocess.Popen) -> None:
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+
+
+def compare(case: str, tmp_path: Path, meshes: list[str], names: list[str]) -> None:
+    """Losses to 2e-5 of themselves, pictures to 2 levels of 255, and bytes as the meshes divide them."""
+    one, *others = (np.load(tmp_path / f"{name}.npz") for name in names)
+    assert len(set(one["losses"][0].tolist())) == 3
+    assert one["pictures"][0].std() > 1.0
+    for other in others:
+        for mesh, losses, picture, held in zip(meshes, other["losses"], other["pictures"], other["bytes"], strict=True):
+            np.testing.assert_allclose(losses, one["losses"][0], rtol=2e-5, err_msg=f"{case} {mesh}")
+            difference = np.abs(picture.astype(int) - one["pictures"][0].astype(int)).max()
+            assert difference <= 2, f"{case} {mesh}: {difference}"
+            if "fsdp" not in mesh and "tensor" not in mesh:
+                assert held == one["bytes"][0], mesh
+        by_mesh = dict(zip(meshes, other["bytes"].tolist(), strict=True))
+        grown = [by_mesh[mesh] for mesh in ("data=8", "data=4,fsdp=2", "data=2,fsdp=4", "fsdp=8") if mesh in by_mesh]
+        for fewer, more in itertools.pairwise(grown):
+            assert more < 0.8 * fewer, "memory per device falls as fsdp grows"
+
+
+@pytest.fixture(scope="session")
+def first_stage(pictures, tmp_path_factory) -> str:
+    """The flag that a config needs whose first stage is not its own."""
+    config = openmoji.get_config("autoencoder_tiny")
+    config.data.source = f"folder:{pictures}"
+    config.train.steps = 1
+    return f"--config.task.first_stage={train.train_and_evaluate(config, tmp_path_factory.mktemp('stage') / 'run')}"
+
+
+QUICK = ["data=8", "data=2,fsdp=4", "fsdp=2,tensor=2,spatial=2"]
+
+
+def test_an_autoencoder_is_the_same_on_three_meshes(pictures, tmp_path):
+    finish(start("autoencoder", pictures, tmp_path / "one.npz", ["data=1"], 1))
+    finish(start("autoencoder", pictures, tmp_path / "eight.npz", QUICK, 8))
+    compare("autoencoder", tmp_path, QUICK, ["one", "eight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TINY)
+def test_every_system_is_the_same_on_every_mesh_of_eight(case, pictures, tmp_path, request):
+    flags = [request.getfixturevalue("first_stage")] if case == "openmoji" else []
+    finish(start(case, pictures, tmp_path / "one.npz", ["data=1"], 1, *flags))
+    finish(start(case, pictures, tmp_path / "eight.npz", EVERY, 8, *flags))
+    compare(case, tmp_path, EVERY, ["one", "eight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["autoencoder", "sd1_tiny", "sdxl_tiny"])
+def test_two_and_four_processes_are_as_one(case, pictures, tmp_path):
+    meshes = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"]
+    finish(start(case, pictures, tmp_path / "one.npz", ["data=1"], 1))
+    for count in (2, 4):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            flags = (f"--coordinator=localhost:{probe.getsockname()[1]}", f"--processes={count}")
+        target = tmp_path / f"{count}.npz"
+        finish(*(start(case, pictures, target, meshes, 8 // count, *flags, f"--process_id={i}") for i in range(count)))
+    compare(case, tmp_path, meshes, ["one", "2", "4"])
