@@ -31,6 +31,11 @@ From pictures
 Where to
     --outdir DIR             without it, a new folder of outputs/
 
+On several hosts
+    as train.py: SLURM, Open MPI and TPU pods are recognised, elsewhere --coordinator HOST:PORT --processes N
+    --process_id I. All devices make every batch together, and each process writes its share of the files into the one
+    folder.
+
 Files are 00000.png, 00001.png, ... in the order of the prompts, each with its settings inside and in a JSON beside it,
 and grid.png when there are several. The same seed, prompt and place in that order give the same picture. Any value of
 the config can be set: --config.sample.dtype=bfloat16.
@@ -57,8 +62,9 @@ from tqdm import tqdm
 import sdjax
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
-from sdjax.core.errors import UserError, run_or_exit
-from sdjax.core.flags import parse_flags
+from sdjax.core.errors import UserError
+from sdjax.core.flags import define_processes, parse_flags
+from sdjax.parallel.distributed import agreed, initialise, is_first, is_mine, run_together, sync
 from sdjax.parallel.mesh import make_mesh
 from sdjax.pipeline.grids import Axis, cells, contact_sheet, parse_grid
 from sdjax.pipeline.orders import Order, groups, list_orders
@@ -79,6 +85,7 @@ CALL = (*TEXTS, *INTEGERS, *REALS, *PAIRS)
 SOURCES = ("checkpoint", "refiner", "vae", "family", "prediction", "variant", "dtype")
 LISTS = ("prompt", "embedding")
 OTHER = ("from_file", "from_image", "grid", "outdir")
+PROCESSES = ("coordinator", "processes", "process_id", "coordinator_timeout", "heartbeat_timeout")
 GRID_PIXELS = 2**25
 
 
@@ -105,7 +112,10 @@ def main() -> None:
     config, flag = read_command_line(sys.argv)
     work = read_work(config, flag)
     keep_compiled()
-    print(make(work, *load(work.sources, config)))
+    initialise(**{name: flag[name] for name in PROCESSES})
+    folder = make(work, *load(work.sources, config))
+    if is_first():
+        print(folder)
 
 
 def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
@@ -126,6 +136,7 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
         flags.DEFINE_list(name, None, "", flag_values=values)
     for name in LISTS:
         flags.DEFINE_multi_string(name, None, "", flag_values=values)
+    define_processes(values)
     parse_flags(values, argv, __doc__)
     flag: dict[str, Any] = {name: values[name].value for name in values}
     config = flag.pop("config")
@@ -228,24 +239,31 @@ def make(work: Work, pipe: sdjax.Pipeline, loaded: Mapping[str, Any], record: Ma
     if outdir is not None:
         files = [f"{order.number:05d}.{end}" for order in orders for end in ("png", "json")]
         check_free(outdir, files + ["grid.png"] * (len(orders) > 1), "choose another --outdir")
+    sync("nobody writes before all have looked")
 
     made: dict[int, np.ndarray] = {}
     passes = list(split(pipe, work.orders))
-    with tqdm(desc="compiling", unit="call", dynamic_ncols=True) as bar:
+    with tqdm(desc="compiling", unit="call", dynamic_ncols=True, disable=not is_first()) as bar:
         for done, (batch, chosen) in enumerate(passes):
             paints = 2 if "hires" in chosen[0].options else 1
             bars = [advance(bar, paints * (len(passes) - done) - i) for i in range(paints)]
             images = paint(pipe, chosen, {**loaded, "batch_size": batch}, bars)
-            outdir = outdir or fresh_folder(Path("outputs") / pipe.name)
+            outdir = outdir or shared_folder(Path("outputs") / pipe.name)
             for order, image in zip(chosen, to_uint8(images), strict=True):
                 settings = {**resolved(pipe, order.options), **record, "prompt": order.prompt, "index": order.index}
-                write_picture(outdir / f"{order.number:05d}.png", image, settings)
+                if is_mine(order.number):
+                    write_picture(outdir / f"{order.number:05d}.png", image, settings)
                 made[order.number] = image
     assert outdir is not None, "there is at least one prompt"
-    if len(made) > 1:
+    if len(made) > 1 and is_first():
         images = [made[number] for number in sorted(made)]
         write_grid(outdir / "grid.png", contact_sheet(images, work.axes) if work.axes else grid(images))
     return outdir
+
+
+def shared_folder(parent: Path) -> Path:
+    """A new folder that the first process makes for all."""
+    return Path(agreed(str(fresh_folder(parent)) if is_first() else ""))
 
 
 def resolved(pipe: sdjax.Pipeline, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,4 +344,4 @@ def grid(images: list[np.ndarray]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    run_or_exit(main)
+    run_together(main)

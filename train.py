@@ -15,6 +15,7 @@ import logging
 import os
 from pathlib import Path
 
+import jax
 from etils import epath
 
 from sdjax.core.compile_cache import keep_compiled
@@ -77,7 +78,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
     step_fn = make_step(task, optimizer, options.seed, decay=config.optim.ema_decay, accumulate=options.accumulate)
     profile = Profile(root, options.profile, options.steps)
 
-    with Preemption() as preemption, Checkpoints(root, config) as checkpoints:
+    with jax.set_mesh(mesh), Preemption() as preemption, Checkpoints(root, config) as checkpoints:
         # ---- restore, or begin ----
         start = checkpoints.latest or 0
         if start >= options.steps and exported(root, start):

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import flops
 from benchmarks.measuring import Call
 from sdjax.core.compilation import jit
 from sdjax.models.conditioning import Cond
 from sdjax.pipeline.pipeline import Pipeline
+from sdjax.plan import flops
 from sdjax.tasks.base import apply
 
 PROMPT = "a photo of a red heart on a wooden table"

@@ -22,11 +22,12 @@ from typing import Any
 import jax
 from absl import flags
 
-from benchmarks import flops, measuring
+from benchmarks import measuring
 from benchmarks.models import load
 from benchmarks.parts import PARTS, Subject, Work
 from sdjax.core.errors import UserError, run_or_exit, unknown
 from sdjax.core.flags import parse_flags
+from sdjax.plan.chips import chip_of
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 TEXTS = {"checkpoint": None, "variant": None, "part": "pipeline", "dtype": "float32", "sampler": None, "against": None}
@@ -106,7 +107,7 @@ def beside(times: measuring.Times) -> str:
 
 def utilisation(speed: float, dtype: str) -> str:
     """Matrix products and convolutions a second, counted in the traced program; their share of the published peak."""
-    peak = flops.peak(jax.devices()[0].device_kind)
+    peak = chip_of(jax.devices()[0].device_kind).flops
     if peak is None or dtype != "bfloat16":
         return f"{speed / 1e12:.3g}"
     return f"{speed / 1e12:.3g} ({speed / peak:.1%})"

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from sdjax.core.partition import BATCH, SPATIAL, TENSOR, constrain, per_shard
 from sdjax.models.layers import GroupNorm
+from sdjax.models.remat import recomputed
 
 _platform: ContextVar[str | None] = ContextVar("attention_platform", default=None)
 CACHED_SCORES = 2**22  # 16 MiB in float32
@@ -39,10 +42,18 @@ def dot_product_attention(
 ) -> Float[Array, "b q h d"]:
     """softmax(q k^T / sqrt(d)) v, the softmax in float32.
 
+    Over a mesh every device attends with its own images, heads and, unless causal, queries; kernels need not know.
+
     Args:
         mask: which keys may be attended to.
         causal: whether query i sees only keys up to i.
     """
+    queries = (BATCH, None if causal else SPATIAL, TENSOR, None)
+    keys = (BATCH, None, TENSOR, None)
+    return per_shard(partial(_on_one_device, causal=causal), (q, k, v, mask), (queries, keys, keys, (BATCH, None)))
+
+
+def _on_one_device(q: Array, k: Array, v: Array, mask: Array | None, *, causal: bool) -> Array:
     platform = _platform.get() or jax.default_backend()
     plain = mask is None and not causal
     if platform == "cpu":
@@ -147,7 +158,8 @@ class GEGLU(nn.Module):
     def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
         width = x.shape[-1]
         value, gate = jnp.split(nn.Dense(8 * width, dtype=self.dtype, name="proj_in")(x), 2, axis=-1)
-        return nn.Dense(width, dtype=self.dtype, name="proj_out")(value * nn.gelu(gate, approximate=False))
+        hidden = constrain(value * nn.gelu(gate, approximate=False), BATCH, SPATIAL, TENSOR)
+        return nn.Dense(width, dtype=self.dtype, name="proj_out")(hidden)
 
 
 class TransformerBlock(nn.Module):
@@ -175,7 +187,8 @@ class TransformerBlock(nn.Module):
         first = (context, mask) if self.cross_only else (None, None)
         x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1", x), *first)
         x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(norm("norm2", x), context, mask)
-        return x + GEGLU(dtype=self.dtype, name="ff")(norm("norm3", x))
+        x = x + GEGLU(dtype=self.dtype, name="ff")(norm("norm3", x))
+        return constrain(x, BATCH, SPATIAL, None)
 
 
 class SpatialTransformer(nn.Module):
@@ -189,7 +202,7 @@ class SpatialTransformer(nn.Module):
     depth: int = 1
     groups: int = 32
     cross_only: bool = False
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -202,7 +215,7 @@ class SpatialTransformer(nn.Module):
         b, h, w, c = x.shape
         tokens = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x).reshape(b, h * w, c)
         tokens = nn.Dense(c, dtype=self.dtype, name="proj_in")(tokens)
-        block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
+        block = recomputed(TransformerBlock, self.remat)
         for i in range(self.depth):
             name = f"transformer_blocks_{i}"
             tokens = block(self.heads, self.cross_only, self.dtype, name=name)(tokens, context, mask)

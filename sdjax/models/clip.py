@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sdjax.core.errors import UserError
+from sdjax.core.partition import BATCH, TENSOR, constrain
 from sdjax.core.tree import Tree
 from sdjax.models.attention import Attention
 
@@ -81,7 +82,8 @@ class CLIPLayer(nn.Module):
         x = x + Attention(c.heads, qkv_bias=True, dtype=self.dtype, name="self_attn")(h, causal=True)
         h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="layer_norm2")(x)
         h = ACTIVATIONS[c.activation](nn.Dense(c.feed_forward, dtype=self.dtype, name="fc1")(h))
-        return x + nn.Dense(c.width, dtype=self.dtype, name="fc2")(h)
+        h = constrain(h, BATCH, None, TENSOR)
+        return constrain(x + nn.Dense(c.width, dtype=self.dtype, name="fc2")(h), BATCH, None, None)
 
 
 class CLIPText(nn.Module):

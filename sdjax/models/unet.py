@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sdjax.core.partition import BATCH, SPATIAL, constrain
 from sdjax.models.attention import SpatialTransformer
 from sdjax.models.conditioning import Cond
 from sdjax.models.layers import Conv, Downsample, EmbeddingMLP, GroupNorm, ResBlock, Upsample, timestep_embedding
+from sdjax.models.remat import recomputed
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,12 @@ class UNet(nn.Module):
 
     Attributes:
         config: the sizes.
-        remat: recompute residual and transformer blocks in the backward pass instead of storing them.
+        remat: what residual and transformer blocks compute again in the backward pass: a key of `remat.POLICIES`.
         dtype: the type of the arithmetic; parameters stay float32.
     """
 
     config: UNetConfig
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -123,7 +125,8 @@ class UNet(nn.Module):
         """
         c = self.config
         x = x if cond.concat is None else jnp.concatenate([x, cond.concat], axis=-1)
-        temb = self._embedding(t, cond)
+        x = constrain(x, BATCH, SPATIAL, None, None)
+        temb = constrain(self._embedding(t, cond), BATCH, None)
         skips = self._down(x.astype(self.dtype), temb, cond)
         x = self._middle(skips[-1], temb, cond)
         if cond.control is not None:
@@ -153,8 +156,9 @@ class UNet(nn.Module):
         return temb
 
     def _res(self, name: str, features: int, x: Array, temb: Array) -> Array:
-        block = nn.remat(ResBlock) if self.remat else ResBlock
-        return block(features, self.config.groups, zero=True, dtype=self.dtype, name=name)(x, temb)
+        return recomputed(ResBlock, self.remat)(features, self.config.groups, zero=True, dtype=self.dtype, name=name)(
+            x, temb
+        )
 
     def _attend(self, name: str, level: int, x: Array, cond: Cond, depth: int) -> Array:
         """Args: `level` is -1 in the middle, which has the last level's heads."""

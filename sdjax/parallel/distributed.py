@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from sdjax.core.errors import UserError, run_or_exit
@@ -28,6 +29,7 @@ SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", 
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 FAILED = "sdjax/failed"
 LISTEN_EVERY = 1.0  # seconds
+AGREED_BYTES = 4096
 
 logger = logging.getLogger("sdjax")
 
@@ -204,6 +206,23 @@ def sync(name: str) -> None:
     """Waits until all processes are here; nothing where there is one."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def agreed(text: str) -> str:
+    """What the first process says, in all of them.
+
+    Args:
+        text: of the first process; at most 4,096 bytes. That of the others counts for nothing.
+    """
+    if jax.process_count() == 1:
+        return text
+    said = np.frombuffer(text.encode().ljust(AGREED_BYTES, b"\0"), np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(said)).rstrip(b"\0").decode()
+
+
+def is_mine(number: int) -> bool:
+    """Whether this process is to do the work of that number: all take turns."""
+    return number % jax.process_count() == jax.process_index()
 
 
 def is_first() -> bool:

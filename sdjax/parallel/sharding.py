@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,16 @@ def placer(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:
     return place
 
 
+def whole_placer(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:
+    """A function that gives every device all of an array."""
+
+    def place(array: np.ndarray, name: str) -> jax.Array:
+        del name
+        return jax.device_put(array, replicated(mesh))
+
+    return place
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples are split over data and fsdp devices."""
     return NamedSharding(mesh, P(BATCH))
@@ -66,3 +77,21 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of a batch of host arrays, as one global array a leaf."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def shapes_on(shapes: Any, shardings: Any) -> Any:
+    """Shapes of arrays that would live as `shardings` says: one for every leaf, or one for all."""
+
+    def on(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda leaf: on(leaf, shardings), shapes)
+    return jax.tree.map(on, shapes, shardings)
+
+
+def device_bytes(shapes: Any) -> int:
+    """What one device holds of a tree of arrays, or of shapes that have a sharding."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)
+    )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from sdjax.core.partition import BATCH
-from sdjax.parallel.sharding import batch_sharding, replicated
+from sdjax.core.partition import BATCH, fitting
+from sdjax.parallel.sharding import replicated
 
 
 class Devices(NamedTuple):
@@ -22,13 +25,36 @@ class Devices(NamedTuple):
         """Over how many devices a batch is split."""
         return 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in BATCH]))
 
+    @property
+    def fewest(self) -> int:
+        """The images that keep every device busy: guidance makes two rows of each."""
+        return self.shards // 2 if self.shards % 2 == 0 else self.shards
+
+    def working(self) -> AbstractContextManager[Any]:
+        """While it is entered, networks split their activations over the mesh."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
     def rows(self, values: Any) -> Any:
-        """One row an image, split over the devices of the batch axes."""
-        return jax.device_put(values, None if self.mesh is None else batch_sharding(self.mesh))
+        """One row an image, split over so many devices of the batch axes as divide them."""
+        return self._put(values, lambda mesh, array: fitting(dict(mesh.shape), array.shape[:1], (BATCH,)))
 
     def whole(self, values: Any) -> Any:
         """All of it on every device."""
-        return jax.device_put(values, None if self.mesh is None else replicated(self.mesh))
+        return self._put(values, lambda mesh, array: P())
+
+    def _put(self, values: Any, spec: Callable[[Mesh, Any], P]) -> Any:
+        mesh = self.mesh
+        if mesh is None:
+            return jax.device_put(values)
+
+        def put(value: Any) -> jax.Array:
+            array = value if isinstance(value, jax.Array) else np.asarray(value)
+            sharding = NamedSharding(mesh, spec(mesh, array))
+            if isinstance(array, jax.Array):
+                return jax.device_put(array, sharding)
+            return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+        return jax.tree.map(put, values)
 
     def everywhere(self, values: Any) -> Any:
         """Arrays of devices, so that every process can read all of them."""

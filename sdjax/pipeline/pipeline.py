@@ -115,7 +115,9 @@ class Pipeline:
 
     def batch_size(self, images: int, height: int, width: int) -> int:
         """The number of images of each pass when the caller does not say: a power of two that suits their size."""
-        shards = self._devices.shards
+        shards, fewest = self._devices.shards, self._devices.fewest
+        if images <= fewest:
+            return fewest
         most = max(1, BATCH_PIXELS // (height * width))
         each = 2 ** (min(-(-images // shards), most) - 1).bit_length()
         return shards * min(each, 2 ** (most.bit_length() - 1))
@@ -205,8 +207,8 @@ class Pipeline:
             first_index: the first image's index: with first_index=5 it is the sixth of a call without.
             torch_batch: with rng="torch", how many images the batch has that PyTorch draws for; None for those up to
                 this call's last.
-            batch_size: images of one pass, a multiple of the mesh's data x fsdp devices; the last pass is filled up,
-                so that with a fixed one any number of prompts compiles once.
+            batch_size: images of one pass, a multiple of the mesh's data x fsdp devices or half of them, which guidance
+                doubles; the last pass is filled up, so that with a fixed one any number of prompts compiles once.
             progress: told of every network call.
             dry_run: check all that can be checked before the networks run, and make nothing.
 
@@ -259,7 +261,7 @@ class Pipeline:
         )
         size = (settings.height, settings.width)
         batch = self.batch_size(len(prompted), *size) if batch_size is None else whole("batch_size", batch_size)
-        if self._devices.mesh is not None:
+        if self._devices.mesh is not None and batch != self._devices.fewest:
             check_batch(batch, self._devices.mesh, "batch_size")
         faded = real("feather", FEATHER if feather is None else feather, 0.0)
         first = whole("first_index", first_index, 0, 2**31 - 1 - len(prompted))
@@ -282,7 +284,8 @@ class Pipeline:
         total = last if torch_batch is None else whole("torch_batch", torch_batch, last)
         pictures = count_of(given, count, -(-total // num_images))
         runs = self._with_noises(runs, settings, latents, pictures, total)
-        images = finish(runs, settings, batch, output == "image", progress)
+        with self._devices.working():
+            images = finish(runs, settings, batch, output == "image", progress)
         if output == "latent" or inputs.mask is None or inputs.pictures is None or not paste:
             return images
         return paste_back(images, inputs.pictures / 2.0 + 0.5, inputs.mask, faded)

@@ -109,9 +109,13 @@ def finish(
         chosen = np.minimum(np.arange(first, first + batch), count - 1)
         latents: Any = None
         for run, calls in zip(runs, rows, strict=True):
-            listener = None if progress is None else _Counter(progress, done, total)
+            # A program of several processes that calls back to one of them would wait for the others.
+            told = progress is not None and jax.process_count() == 1
+            listener = _Counter(progress, done, total) if told else None
             latents = sample_latents(run._replace(job=run.job.rows(chosen)), settings, listener, latents)
             done += calls
+            if progress is not None:
+                progress(done, total)
         if decoded:
             parts.append(decode(last, latents, settings.tile))
         else:

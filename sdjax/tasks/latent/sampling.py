@@ -113,10 +113,17 @@ def _unguided(system: System, params: Params, conditions: tuple[Cond, ...], guid
 
 
 def _guided(system: System, params: Params, conditions: tuple[Cond, ...], guidance: Guidance) -> Network:
-    network = _network(system, params, jax.tree.map(lambda *halves: jnp.concatenate(halves), *conditions))
+    # An image's two rows are neighbours, so that a device which holds the image makes both of them.
+    network = _network(system, params, jax.tree.map(lambda *halves: _neighbours(jnp.stack(halves, 1)), *conditions))
 
     def pair(x: Array, t: Array) -> tuple[Array, Array]:
-        cond, uncond = jnp.split(network(jnp.tile(x, (2, 1, 1, 1)), jnp.tile(t, 2)), 2)
-        return cond, uncond
+        made = network(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2))
+        made = made.reshape(-1, 2, *made.shape[1:])
+        return made[:, 0], made[:, 1]
 
     return guided(pair, guidance.scale, guidance.rescale)
+
+
+def _neighbours(pairs: Array) -> Array:
+    """[b 2 ...] to [2b ...]."""
+    return pairs.reshape(-1, *pairs.shape[2:])

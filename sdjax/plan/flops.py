@@ -1,4 +1,4 @@
-"""Floating-point operations of a traced program, and what devices can do at most."""
+"""Floating-point operations of a traced program: of all devices together, with every turn of every loop."""
 
 from __future__ import annotations
 
@@ -11,35 +11,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from sdjax.models.attention import compiling_for
 
-# Dense bfloat16 with float32 sums, in TFLOP/s, by the beginning of JAX's device_kind; longer names first.
-# NVIDIA: the data sheets of H200, H100, A100, L40S, L4, and the architecture papers "NVIDIA Ada GPU" and "NVIDIA RTX
-# Blackwell GPU". TPU: cloud.google.com/tpu/docs, "System architecture" of each version, a chip; a device of v2 and v3
-# is half a chip.
-PEAKS = {
-    "NVIDIA H200": 989.4,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA H100": 989.4,
-    "NVIDIA A100": 312.0,
-    "NVIDIA L40S": 362.0,
-    "NVIDIA L4": 121.0,
-    "NVIDIA GeForce RTX 4090": 165.2,
-    "NVIDIA GeForce RTX 5090": 209.5,
-    "TPU v2": 22.5,
-    "TPU v3": 61.5,
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5": 459.0,
-    "TPU v6 lite": 918.0,
-}
-
-
-def peak(device_kind: str) -> float | None:
-    """The device's published bfloat16 peak in FLOP/s; None where the table has none."""
-    return next((1e12 * value for name, value in PEAKS.items() if device_kind.startswith(name)), None)
-
 
 def count(function: Callable[..., Any], *args: Any) -> int:
-    """Operations of all matrix products and convolutions of a function, two a multiplication; the rest is not counted.
+    """Operations of all matrix products and convolutions of a function, two a multiplication; nothing else is counted.
+
+    Of branches it is the one with most work that counts.
 
     Args:
         *args: arrays, or `jax.ShapeDtypeStruct`s.
@@ -62,6 +38,8 @@ def _of(equation: Any) -> int:
         kernel = equation.invars[1].aval
         features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
         return 2 * equation.outvars[0].aval.size * (kernel.size // features)
+    if name == "cond":
+        return max(_in_jaxpr(branch.jaxpr) for branch in equation.params["branches"])
     repeats = equation.params["length"] if name == "scan" else 1
     return repeats * sum(_in_jaxpr(inner) for value in equation.params.values() for inner in _jaxprs(value))
 

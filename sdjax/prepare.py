@@ -1,0 +1,193 @@
+"""Computes latents and text embeddings once, for the training that reads them many times.
+
+    python -m sdjax.prepare --config configs/stable_diffusion_training.py:sdxl --outdir DATA --config.data.source=SOURCE
+
+SOURCE is what `--config.data.source` takes everywhere: openmoji, tfds:NAME, folder:PATH, webdataset:PATTERN or
+array_record:PATTERN. Run it again after an interruption and it computes what is missing; run it on several hosts, with
+the flags or the environment of a cluster (docs/cluster.md), and each computes its part.
+    --batch_size 16                pictures encoded at a time, on each device
+    --coordinator HOST:PORT --processes N --process_id I       by hand, where the environment does not say
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from sdjax.core.compile_cache import keep_compiled
+from sdjax.core.config import Config
+from sdjax.core.errors import UserError, unknown
+from sdjax.core.flags import define_processes, parse_flags, processes
+from sdjax.data import buckets, sources
+from sdjax.data.prepared_writer import PreparedWriter, Range, Row
+from sdjax.data.tokenizers import Tokenizer
+from sdjax.parallel.distributed import initialise, run_together, sync
+from sdjax.parallel.mesh import local_mesh
+from sdjax.parallel.sharding import put_batch, whole_placer
+from sdjax.tasks.base import this_shard
+from sdjax.tasks.latent import System
+from sdjax.tasks.latent.networks import VAE, Origin, system_of, tokenizers_of
+from sdjax.tasks.latent.preparation import STORED, blank_of, encode_captions, encode_moments, identity_of
+from sdjax.training.task import Params
+
+TABLES: dict[str, Callable[[int], buckets.Table]] = {
+    "square": lambda size: (buckets.Size(size, size),),
+    "aspect": lambda size: buckets.SDXL if size == 1024 else buckets.table(size),
+}
+
+
+def main() -> None:
+    """Reads the command line and prepares."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
+    flags.DEFINE_string("outdir", None, "the folder to write", flag_values=values)
+    flags.DEFINE_integer("batch_size", 16, "pictures a device encodes at a time", lower_bound=1, flag_values=values)
+    define_processes(values)
+    parse_flags(values, sys.argv, __doc__)
+    for name in ("config", "outdir"):
+        if values[name].value is None:
+            raise UserError(f"--{name} is required")
+    keep_compiled()
+    initialise(**processes(values))
+    prepare(values["config"].value, Path(values["outdir"].value), values["batch_size"].value)
+
+
+def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
+    """Writes what `sdjax.data.prepared.PreparedSource` reads.
+
+    Args:
+        config: of the task "stable_diffusion"; its `data` says of which pictures, and how they are cut.
+        folder: where to.
+        batch_size: pictures a device encodes at a time.
+
+    Raises:
+        UserError: the config, the pictures or the folder are not what they should be, or a row is not finite.
+    """
+    config = config.copy_and_resolve_references()
+    if config.task.name != "stable_diffusion":
+        raise UserError(f"config.task.name is {config.task.name!r}; data is prepared for 'stable_diffusion'")
+    if config.data.buckets not in TABLES:
+        raise unknown("buckets", config.data.buckets, TABLES, "config.data.buckets")
+    pictures = sources.source(config.data.source, "train")
+    table = TABLES[config.data.buckets](config.data.size)
+    if len(table) > 1:  # a batch is of one bucket, so a bucket has a batch at least
+        table = buckets.occupied(pictures, table, config.train.batch_size)
+    encoder = make_encoder(config, batch_size)
+    identity = {
+        **identity_of(config, encoder.system),
+        **{name: config.data[name] for name in ("source", "size", "crop")},
+        "seed": config.train.seed,
+    }
+    writer = PreparedWriter(folder, identity, table, len(pictures), config.data.rows_per_shard, this_shard())
+    cut = (
+        grain.MapDataset.source(pictures).seed(config.train.seed).random_map(buckets.ToBucket(table, config.data.crop))
+    )
+    parts = list(writer.pending())
+    with tqdm(total=sum(part.stop - part.start for part in parts), unit="picture", dynamic_ncols=True) as bar:
+        for part in parts:
+            writer.write(part, encoder.rows(cut, part, bar.update))
+    sync("prepared")
+    writer.finish(encoder.constants())
+
+
+class Encoder(NamedTuple):
+    """The networks, on this process's devices, and what they make of pictures.
+
+    Attributes:
+        system, params, tokenizers: the networks.
+        text: "prepared" where embeddings are stored, else tokens.
+        batch: pictures at a time.
+        mesh: of this process's devices.
+    """
+
+    system: System
+    params: Params
+    tokenizers: tuple[Tokenizer, ...]
+    text: str
+    batch: int
+    mesh: Mesh
+
+    def rows(self, examples: grain.MapDataset, part: Range, done: Callable[[int], Any]) -> Iterator[Row]:
+        """The rows of a range in its order; `done` is told how many were encoded."""
+        reading = grain.ReadOptions(num_threads=4, prefetch_buffer_size=2 * self.batch)
+        made: dict[int, Row] = {}
+        waiting: dict[int, list[tuple[int, Mapping[str, Any]]]] = defaultdict(list)
+        for index, example in enumerate(examples[part.start : part.stop].to_iter_dataset(reading)):
+            group = waiting[int(example["bucket"])]
+            group.append((index, example))
+            if len(group) == self.batch:
+                made.update(self._encode(group))
+                done(len(group))
+                group.clear()
+        for group in waiting.values():
+            if group:
+                made.update(self._encode(group))
+                done(len(group))
+        return (made[index] for index in range(part.stop - part.start))
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """What stands for no caption, where embeddings are stored."""
+        return blank_of(self.system, self.params, self._tokens([""])[0]) if self.text == "prepared" else {}
+
+    def _encode(self, group: list[tuple[int, Mapping[str, Any]]]) -> Iterable[tuple[int, Row]]:
+        missing = self.batch - len(group)
+        images = np.stack([example["image"] for _, example in group] + [group[-1][1]["image"]] * missing)
+        captions = [example["caption"] for _, example in group] + [""] * missing
+        tokens = self._tokens(captions)
+        batch = put_batch({"images": images, "tokens": tokens}, self.mesh)
+        made = {"moments": _moments(self.system, self.params, batch["images"])}
+        made |= _captions(self.system, self.params, batch["tokens"]) if self.text == "prepared" else {"tokens": tokens}
+        arrays = {name: np.asarray(values) for name, values in made.items()}
+        for place, (index, example) in enumerate(group):
+            row = {name: values[place] for name, values in arrays.items()}
+            for name, values in row.items():
+                if not np.isfinite(values).all():
+                    raise UserError(f"the {name} of {example['id']} are not finite in {np.dtype(STORED).name}")
+            if self.system.numbers:
+                row["sizes"] = example["sizes"]
+            yield index, Row(int(example["bucket"]), example["id"], row)
+
+    def _tokens(self, captions: list[str]) -> np.ndarray:
+        return np.stack([tokenizer.encode(captions) for tokenizer in self.tokenizers], axis=1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _moments(system: System, params: Params, images: jax.Array) -> jax.Array:
+    return encode_moments(system, params, images).astype(STORED)
+
+
+@partial(jax.jit, static_argnums=0)
+def _captions(system: System, params: Params, tokens: jax.Array) -> dict[str, jax.Array]:
+    return {name: value.astype(STORED) for name, value in encode_captions(system, params, tokens).items()}
+
+
+def make_encoder(config: Config, batch_size: int) -> Encoder:
+    """The frozen networks of a config, whole on each of this process's devices.
+
+    Raises:
+        UserError: they cannot be read, or are not those that the config describes.
+    """
+    system, mesh = system_of(config), local_mesh()
+    prepared = config.task.text == "prepared"
+    names = [VAE, *(encoder.name for encoder in system.text_encoders if prepared)]
+    origin = Origin(config.task.components, config.train.seed)
+    params = origin.read(system, names, whole_placer(mesh), "config.task.components")
+    tokenizers = tokenizers_of(system, config.task.components)
+    text = "prepared" if prepared else "tokens"
+    return Encoder(system, params, tokenizers, text, batch_size * mesh.size, mesh)
+
+
+if __name__ == "__main__":
+    run_together(main)

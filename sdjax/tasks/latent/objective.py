@@ -1,0 +1,79 @@
+"""What a latent diffusion model is trained to do: tell noise from latents (LDM, eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from sdjax.core.config import Config
+from sdjax.core.errors import unknown
+from sdjax.diffusion.denoise import Network
+from sdjax.diffusion.loss import diffusion_loss, gather, offset_noise, q_sample, uniform_timesteps
+from sdjax.diffusion.samplers import schedule_of
+from sdjax.diffusion.schedule import Schedule
+
+Timesteps = Callable[[PRNGKeyArray, int, int], Int[Array, " b"]]
+
+
+def late_timesteps(key: PRNGKeyArray, batch: int, steps: int) -> Int[Array, " b"]:
+    """The density rises with t^2: where the prompt decides what the picture is, there is most to learn."""
+    return (jnp.cbrt(jax.random.uniform(key, (batch,))) * steps).astype(jnp.int32)
+
+
+TIMESTEPS: dict[str, Timesteps] = {"uniform": uniform_timesteps, "late": late_timesteps}
+
+
+class Objective(NamedTuple):
+    """The loss of a config's `task` section.
+
+    Attributes:
+        schedule: of the noise.
+        timesteps: their distribution.
+        prediction, weighting: as `sdjax.diffusion.loss.diffusion_loss` takes them.
+        offset: level of SDXL's offset noise; 0 for none.
+    """
+
+    schedule: Schedule
+    timesteps: Timesteps
+    prediction: str
+    weighting: str
+    offset: float
+
+    def loss(self, network: Network, x0: Float[Array, "b h w z"], key: PRNGKeyArray) -> Float[Array, ""]:
+        """The mean over a batch of scaled latents.
+
+        Args:
+            network: (noisy latents of unit variance, timesteps) -> the raw prediction.
+            x0: clean latents.
+            key: of the noise and of the timesteps.
+        """
+        noise_key, time_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, x0.shape)
+        if self.offset:
+            noise = offset_noise(jax.random.fold_in(noise_key, 1), noise, self.offset)
+        t = self.timesteps(time_key, len(x0), self.schedule.num_timesteps)
+        abar = gather(self.schedule.alphas_cumprod, t)
+        output = network(q_sample(x0, noise, abar), t)
+        return diffusion_loss(output, x0, noise, abar, self.prediction, self.weighting).mean()
+
+
+def objective_of(task: Config) -> Objective:
+    """Reads `scheduler`, `timesteps`, `weighting` and `offset_noise` of a task section.
+
+    Raises:
+        UserError: one of the names is unknown.
+    """
+    scheduler = task.scheduler.to_dict()
+    if task.timesteps not in TIMESTEPS:
+        raise unknown("timestep distribution", task.timesteps, TIMESTEPS, "config.task.timesteps")
+    return Objective(
+        schedule_of(scheduler),
+        TIMESTEPS[task.timesteps],
+        scheduler["prediction_type"],
+        task.weighting,
+        task.offset_noise,
+    )

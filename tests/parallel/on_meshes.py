@@ -1,0 +1,78 @@
+"""Trains a tiny config for three steps and samples from it on several meshes of this process's devices.
+
+    python tests/parallel/on_meshes.py CONFIG OUTPUT.npz MESH [MESH ...]      with MESH like data=2,fsdp=4
+
+What came out is written as arrays: `losses` [meshes, 3], `pictures` [meshes, h, w, 3], and `bytes`, those of the
+training state that the first device holds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sdjax.core.flags import load_config
+from sdjax.core.tree import nbytes
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.sharding import placer, put_batch, tree_shardings
+from sdjax.tasks.base import make_task
+from sdjax.training.optim import make_optimizer
+from sdjax.training.step import TrainState, init_state, make_step
+from sdjax.training.task import Params, Task
+
+STEPS = 3
+
+
+def main(name: str, target: str, *meshes: str) -> None:
+    """Runs all meshes in turn, all from the state that the first one made."""
+    config = load_config(name)
+    if "components" in config.task:
+        config.task.text = "frozen"  # whose captions need no prepared data
+    first = make_mesh({"data": -1})
+    task, optimizer = make_task(config, first), make_optimizer(config.optim, STEPS)
+    stored = task.stored(placer(first))
+    frozen = {part: stored.pop(part) for part in task.frozen}
+    state = init_state(task, optimizer, 0, first, stored)
+    made = [run(task, optimizer, state, frozen, dict(part.split("=") for part in mesh.split(","))) for mesh in meshes]
+    losses, pictures, held = zip(*made, strict=True)
+    np.savez(target, losses=losses, pictures=pictures, bytes=held)
+
+
+def run(
+    task: Task, optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, sizes: dict[str, str]
+) -> tuple[list[float], np.ndarray, int]:
+    """The losses, a picture by the average of the parameters, and the bytes of state on one device."""
+    started = time.perf_counter()
+    mesh = make_mesh({axis: int(size) for axis, size in sizes.items()})
+    with jax.set_mesh(mesh):
+        state, frozen = (jax.tree.map(jnp.copy, jax.device_put(t, tree_shardings(t, mesh))) for t in (state, frozen))
+        step = make_step(task, optimizer, 0, decay=0.9)
+        losses = []
+        for number in range(STEPS):
+            state, metrics = step(state, frozen, put_batch(batch(task.specimen(8), number), mesh))
+            losses.append(float(metrics["loss"]))
+        held = nbytes([leaf.addressable_shards[0].data for leaf in jax.tree.leaves(state)])
+        picture = task.sample({**frozen, **state.ema})
+        print(sizes, losses, held, f"{time.perf_counter() - started:.0f} s", flush=True)
+        return losses, picture, held
+
+
+def batch(shapes: dict[str, jax.ShapeDtypeStruct], number: int) -> dict[str, np.ndarray]:
+    """Rows of random numbers in the form of a training batch."""
+    rng = np.random.default_rng(number)
+
+    def draw(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        if np.issubdtype(shape.dtype, np.integer):
+            return rng.integers(0, 255, shape.shape).astype(shape.dtype)
+        return (0.5 * rng.standard_normal(shape.shape)).astype(shape.dtype)
+
+    return {name: draw(shape) for name, shape in shapes.items()}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
