@@ -46,7 +46,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("sdjax").setLevel(logging.INFO)
     flags = command_line(__doc__, define_training, define_processes)
-    config = flags["config"].value
+    config = require(flags, "config")
     if flags["check_data"].value:
         raise SystemExit(2 if checking.report(config.data.source) else 0)
     workdir = require(flags, "workdir")

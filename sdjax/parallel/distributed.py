@@ -182,7 +182,7 @@ def initialise(
     if cluster.method is None:
         logger.info("processes: %s", cluster.name)
         return
-    if jax.config.jax_cpu_collectives_implementation != "mpi":
+    if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         with _deadline(coordinator_timeout, cluster):
