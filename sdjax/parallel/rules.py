@@ -26,7 +26,7 @@ TENSOR_DIMENSIONS = (
     (r"resnets_\d+/(conv1|time_emb_proj)/kernel", OUTPUTS),
     (r"resnets_\d+/conv2/kernel", INPUTS),
 )
-_PATTERNS = [(re.compile(rf"(^|/){pattern}$"), dimension) for pattern, dimension in TENSOR_DIMENSIONS]
+_PATTERNS = [(re.compile(rf"(^|[/_]){pattern}$"), dimension) for pattern, dimension in TENSOR_DIMENSIONS]
 
 
 def spec_of(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:

@@ -1,0 +1,82 @@
+"""What stays whole on every device under FSDP, in bytes, for every published size of network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sdjax.convert.components import FORMATS
+from sdjax.core.errors import UserError
+from sdjax.core.tree import nbytes
+from sdjax.models import autoencoder, clip, unet
+from sdjax.parallel.audit import LIMIT, audit, check
+from sdjax.parallel.rules import spec_of
+
+ROOT = Path(__file__).parents[2]
+NETWORKS = [("unet", name, unet.VARIANTS[name]) for name in ("sd1", "sd2", "x4_upscaler", "sdxl", "sdxl_refiner")]
+NETWORKS += [("vae", name, config) for name, config in autoencoder.VARIANTS.items()]
+NETWORKS += [("text_encoder", name, config) for name, config in clip.VARIANTS.items()]
+
+
+@pytest.mark.parametrize(("kind", "name", "config"), NETWORKS, ids=[f"{kind}-{name}" for kind, name, _ in NETWORKS])
+def test_at_most_one_percent_of_the_bytes_is_replicated(kind, name, config):
+    """For fsdp 2 to 64; and a device of n holds an n-th of the rest."""
+    shapes = FORMATS[kind].shapes(config)
+    for fsdp in (2, 4, 8, 16, 32, 64):
+        found = audit(shapes, {"fsdp": fsdp})
+        assert found.total == nbytes(shapes)
+        assert found.share < LIMIT, (fsdp, found.share)
+        assert found.per_device == found.replicated + (found.total - found.replicated) // fsdp
+        check(found, {"fsdp": fsdp}, name)
+
+
+def test_a_mesh_that_divides_too_little_is_refused():
+    shapes = FORMATS["vae"].shapes(autoencoder.VARIANTS["sd"])
+    with pytest.raises(UserError, match=r"of vae is on every device whole, more than 1%; the largest is .*kernel"):
+        check(audit(shapes, {"fsdp": 48}), {"fsdp": 48}, "vae")
+
+
+def test_tensor_parallelism_splits_what_makes_heads_and_takes_back_what_they_made():
+    """Of SDXL's transformers and residual blocks; norms, biases and the time embedding's own layers are not split."""
+    found = audit(FORMATS["unet"].shapes(unet.SDXL), {"tensor": 4, "fsdp": 2})
+    spec = {entry.name.split("transformer_blocks_0/")[-1]: entry.spec for entry in found.entries}
+    assert spec["attn1/to_q/kernel"] == P("fsdp", "tensor")
+    assert spec["attn1/to_out/kernel"] == P("tensor", "fsdp")
+    assert spec["ff/proj_in/kernel"] == P("fsdp", "tensor")
+    assert spec["ff/proj_out/kernel"] == P("tensor", "fsdp")
+    assert spec["down_blocks_0_resnets_0/conv1/kernel"] == P(None, None, "fsdp", "tensor")
+    assert spec["down_blocks_0_resnets_0/conv2/kernel"] == P(None, None, "tensor", "fsdp")
+    split = sum(entry.nbytes for entry in found.entries if "tensor" in entry.spec)
+    assert split > 0.9 * found.total
+    # one head cannot be split
+    assert spec_of("vae/encoder/mid_block/attentions_0/attention/to_q/kernel", (512, 512), {"tensor": 2}) == (), (
+        "1 head"
+    )
+
+
+def test_moments_of_the_optimiser_are_split_as_their_parameters():
+    import optax
+
+    from sdjax.parallel.sharding import path_name
+
+    params = {"unet": {"attn1": {"to_q": {"kernel": jax.ShapeDtypeStruct((640, 640), np.float32)}}}}
+    state = jax.eval_shape(optax.adamw(1e-3).init, params)
+    leaves = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state) if leaf.ndim]
+    assert len(leaves) == 2
+    assert all(spec_of(name, leaf.shape, {"tensor": 2, "fsdp": 2}) == P("fsdp", "tensor") for name, leaf in leaves)
+
+
+def test_the_command_prints_every_kind_and_the_sum():
+    command = [sys.executable, "-m", "sdjax.parallel", "--config", "configs/stable_diffusion_training.py:sdxl_tiny"]
+    done = subprocess.run([*command, "--mesh", "fsdp=8"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "(-, -, -, fsdp)" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("all: ")
+    wrong = subprocess.run([*command, "--mesh", "model=8"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: unknown mesh axis 'model'")
