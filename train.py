@@ -46,7 +46,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("sdjax").setLevel(logging.INFO)
     flags = command_line(__doc__, define_training, define_processes)
-    config = flags["config"].value
+    config = require(flags, "config")
     if flags["check_data"].value:
         raise SystemExit(2 if checking.report(config.data.source) else 0)
     workdir = require(flags, "workdir")
@@ -62,39 +62,39 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
         UserError: the config, the data or the workdir is not what it should be, or the loss is not finite.
     """
     # ---- the first stage, unless it is a folder already ----
-    workdir = open_workdir(workdir)
+    root = open_workdir(workdir)
     config = config.copy_and_resolve_references()
     if first := config.task.get(FIRST_STAGE, ""):
-        folder = train_and_evaluate(load_config(first), workdir / FIRST_STAGE) if ".py" in first else first
+        folder = train_and_evaluate(load_config(first), root / FIRST_STAGE) if ".py" in first else first
         config.task[FIRST_STAGE] = local_folder(str(folder))
 
     # ---- what is trained, on which devices, in whose folder ----
     options = config.train
     mesh = make_mesh(config.mesh)
     check_batch(options.batch_size // options.accumulate, mesh, "train.batch_size / train.accumulate")
-    check_owner(workdir, config.to_dict(), FREE)
+    check_owner(root, config.to_dict(), FREE)
     task = make_task(config, mesh)
     optimizer = make_optimizer(config.optim, options.steps)
     step_fn = make_step(task, optimizer, options.seed, decay=config.optim.ema_decay, accumulate=options.accumulate)
-    profile = Profile(workdir, options.profile, options.steps)
+    profile = Profile(root, options.profile, options.steps)
 
-    with jax.set_mesh(mesh), Preemption() as preemption, Checkpoints(workdir, config) as checkpoints:
+    with jax.set_mesh(mesh), Preemption() as preemption, Checkpoints(root, config) as checkpoints:
         # ---- restore, or begin ----
         start = checkpoints.latest or 0
-        if start >= options.steps and exported(workdir, start):
-            return workdir / FOLDER
+        if start >= options.steps and exported(root, start):
+            return root / FOLDER
         stored = task.stored(placer(mesh))
         frozen = {name: stored.pop(name) for name in task.frozen}
         state = init_state(task, optimizer, options.seed, mesh, stored)
         batches = task.batch({**frozen, **state.params})
-        claim(workdir, config.to_dict())
+        claim(root, config.to_dict())
         if start:
             state, position = checkpoints.restore(state)
             batches.set_state(position)
             start = int(state.step)
 
         # ---- train ----
-        with Metrics(workdir, start, options) as log, profile:
+        with Metrics(root, start, options) as log, profile:
             for step in range(start + 1, options.steps + 1):
                 with profile.step(step):
                     batch = log.wait_for(batches)
@@ -111,8 +111,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
                     log.picture(step, "samples", task.sample({**frozen, **state.ema}))
 
         # ---- what others can load ----
-        write_export(task.export, {**frozen, **state.ema}, workdir, int(state.step), mesh)
-    return workdir / FOLDER
+        write_export(task.export, {**frozen, **state.ema}, root, int(state.step), mesh)
+    return root / FOLDER
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from launching import ROOT, free_port
 
 from sdjax.core.errors import UserError
-from sdjax.parallel.distributed import choose
+from sdjax.parallel.clusters import choose
 
 SLURM = {
     "SLURM_JOB_ID": "123456",

@@ -98,13 +98,13 @@ def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):
 def test_two_processes_agree_that_a_checkpoint_is_bad(tmp_path):
     """Both stop with one line and exit code 2; with restore=previous both go on, and end as if nothing had happened."""
     run(*start_together(2, tmp_path / "run", FOUR, devices=1))
-    quiet = state_of(tmp_path / "run", 4)
     corrupt(tmp_path / "run/checkpoints/4")
     for code, errors in finish(*start_together(2, tmp_path / "run", EIGHT, devices=1)):
         assert code == 2, errors
         assert "checkpoints/4" in errors or "of this run failed" in errors
-    run(*start_together(2, tmp_path / "run", FOUR, "--config.train.restore=previous", devices=1))
-    assert_same_bits(state_of(tmp_path / "run", 4), quiet)
+    run(*start_together(2, tmp_path / "run", EIGHT, "--config.train.restore=previous", devices=1))
+    run(*start_together(2, tmp_path / "quiet", EIGHT, devices=1))
+    assert_same_bits(state_of(tmp_path / "run", 8), state_of(tmp_path / "quiet", 8))
     assert (tmp_path / "run/checkpoints/4.corrupt").is_dir()
 
 
