@@ -31,12 +31,12 @@ from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.flags import define_processes, parse_flags, processes
 from sdjax.data import buckets, sources
+from sdjax.data.loader import Shard
 from sdjax.data.prepared_writer import PreparedWriter, Range, Row
 from sdjax.data.tokenizers import Tokenizer
 from sdjax.parallel.distributed import end_by_signals, initialise, run_together, sync
 from sdjax.parallel.mesh import local_mesh
 from sdjax.parallel.sharding import put_batch, whole_placer
-from sdjax.tasks.base import this_shard
 from sdjax.tasks.latent import System
 from sdjax.tasks.latent.networks import VAE, Origin, system_of, tokenizers_of
 from sdjax.tasks.latent.preparation import STORED, blank_of, encode_captions, encode_moments, identity_of
@@ -91,7 +91,8 @@ def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
         **{name: config.data[name] for name in ("source", "size", "crop")},
         "seed": config.train.seed,
     }
-    writer = PreparedWriter(folder, identity, table, len(pictures), config.data.rows_per_shard, this_shard())
+    shard = Shard(jax.process_index(), jax.process_count())
+    writer = PreparedWriter(folder, identity, table, len(pictures), config.data.rows_per_shard, shard)
     cut = (
         grain.MapDataset.source(pictures).seed(config.train.seed).random_map(buckets.ToBucket(table, config.data.crop))
     )

@@ -45,6 +45,11 @@ def constrain(x: Array, *wishes: Axes) -> Array:
     return x if not sizes else jax.lax.with_sharding_constraint(x, fitting(sizes, x.shape, wishes))
 
 
+def gathered(x: Array) -> Array:
+    """x, whole on every device, so that every process can read it."""
+    return constrain(x, *[None] * x.ndim)
+
+
 def per_shard(
     function: Callable[..., Array], arrays: Sequence[Array | None], wishes: Sequence[Sequence[Axes]]
 ) -> Array:

@@ -73,6 +73,32 @@ def check_batch(batch_size: int, mesh: Mesh, place: str) -> None:
         )
 
 
+def rows_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Which part of every batch a process reads, and into how many parts it is divided.
+
+    Processes whose devices hold the same rows, because tensor or spatial axes span them, read the same part.
+
+    Args:
+        mesh: of all processes.
+        process: which one; None for this.
+
+    Raises:
+        UserError: two processes share some of their rows and not all.
+    """
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    held: dict[int, set[int]] = {}
+    for device, (part,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        held.setdefault(device.process_index, set()).add(part.indices(shards)[0])
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(len(rows) for rows in parts) != shards or len({len(rows) for rows in parts}) != 1:
+        raise UserError(
+            f"{dict(mesh.shape)} over {len(held)} processes: some of them share a part of their rows; choose data x "
+            "fsdp so that the processes divide it, or it the processes"
+        )
+    mine = tuple(sorted(held[jax.process_index() if process is None else process]))
+    return parts.index(mine), len(parts)
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of a batch of host arrays, as one global array a leaf."""
     sharding = batch_sharding(mesh)

@@ -28,9 +28,9 @@ from sdjax.models.unet import UNet
 from sdjax.parallel.sharding import placer
 from sdjax.pipeline.few_step import few_step_defaults
 from sdjax.pipeline.pipeline import Pipeline
-from sdjax.tasks.base import export_folder
 from sdjax.tasks.latent import System, TextEncoder
 from sdjax.tasks.latent.system import AESTHETICS, SIZES, extra_channels
+from sdjax.training.export import FOLDER
 
 UNDERSTOOD = (
     f"a diffusers folder (one with {INDEX}), a Hub id (owner/name), a single .safetensors or .ckpt file, or the "
@@ -107,13 +107,11 @@ def find(source: Source, variant: str | None = None) -> Path:
     """
     path = resolve(source, variant=variant)
     if path.is_dir():
-        for folder in (path, export_folder(path)):
+        for folder in (path, path / FOLDER):
             if (folder / INDEX).is_file():
                 return folder.resolve()
         if (path / "checkpoints").is_dir():
-            raise UserError(
-                f"{path} is a workdir without {export_folder(path).name}: train.py writes it when training ends"
-            )
+            raise UserError(f"{path} is a workdir without {FOLDER}: train.py writes it when training ends")
         raise UserError(f"{path} is no checkpoint: it has no {INDEX}; give {UNDERSTOOD}")
     if path.suffix not in SINGLE_FILES:
         raise UserError(f"{path} is no checkpoint file ({', '.join(SINGLE_FILES)}); give {UNDERSTOOD}")
@@ -127,7 +125,7 @@ def _name(source: Source, path: Path) -> str:
         return last.removesuffix(path.suffix) if path.is_file() else last
     if path.is_file():
         return path.stem
-    return path.parent.name if path.name == export_folder(Path()).name else path.name
+    return path.parent.name if path.name == FOLDER else path.name
 
 
 def make_system(checkpoint: Checkpoint, kind: Any, place: object) -> System:

@@ -19,12 +19,13 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from sdjax.convert.folder import Component, write_component
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
+from sdjax.core.partition import gathered
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream
 from sdjax.core.tree import Tree
 from sdjax.data import loader, sources, transforms
 from sdjax.models.autoencoder import Autoencoder, AutoencoderConfig
-from sdjax.tasks.base import apply, this_shard, tile, to_uint8
+from sdjax.tasks.base import apply, my_rows, tile, to_uint8
 from sdjax.training.task import Metrics, Params, Task
 
 ERRORS = {"l1": jnp.abs, "l2": jnp.square}
@@ -35,7 +36,6 @@ SHOWN = 8
 
 def make(config: Config, mesh: Mesh) -> Task:
     """The task of a config whose `task.name` is "autoencoder"."""
-    del mesh
     size, error = config.data.size, ERRORS.get(config.task.reconstruction)
     if error is None:
         raise unknown("reconstruction loss", config.task.reconstruction, ERRORS, "config.task.reconstruction")
@@ -67,7 +67,7 @@ def make(config: Config, mesh: Mesh) -> Task:
     def batch(params: Params) -> loader.Loader:
         del params
         select = transforms.Select(("image",))
-        return loader.loader(pictures, config.train.batch_size, config.train.seed, [select], this_shard())
+        return loader.loader(pictures, config.train.batch_size, config.train.seed, [select], my_rows(mesh))
 
     def export(params: Params, folder: Path) -> None:
         scaling_factor = 1.0 / latent_std(model, params["vae"], pictures)
@@ -114,7 +114,7 @@ def reconstruct(model: Autoencoder, params: Tree, images: UInt8[np.ndarray, "b h
 def _reconstruct(model: Autoencoder, params: Params, images: Array) -> Array:
     x = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
     mean = apply(model, params, x, method="encode").mean
-    return apply(model, params, mean, method="decode").astype(jnp.float32)
+    return gathered(apply(model, params, mean, method="decode").astype(jnp.float32))
 
 
 def latent_std(model: Autoencoder, params: Params, pictures: sources.Source, most: int = 1024) -> float:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
@@ -17,6 +15,7 @@ import sdjax.tasks
 from sdjax.core.config import Config
 from sdjax.core.errors import unknown
 from sdjax.data.loader import Shard
+from sdjax.parallel.sharding import rows_of_process
 from sdjax.training.task import Params, Task
 
 
@@ -43,9 +42,13 @@ def apply(module: nn.Module, params: Params, *inputs: Any, method: str | None = 
     return module.apply({"params": params}, *inputs, method=method)
 
 
-def this_shard() -> Shard:
-    """The part of every batch that this process reads."""
-    return Shard(jax.process_index(), jax.process_count())
+def my_rows(mesh: Mesh) -> Shard:
+    """The part of every batch that this process reads.
+
+    Raises:
+        UserError: as `sdjax.parallel.sharding.rows_of_process`.
+    """
+    return Shard(*rows_of_process(mesh))
 
 
 def to_uint8(images: Float[np.ndarray, "*b h w 3"]) -> UInt8[np.ndarray, "*b h w 3"]:
@@ -60,8 +63,3 @@ def tile(images: UInt8[np.ndarray, "n h w 3"], columns: int) -> UInt8[np.ndarray
     missing = np.full((rows * columns - n, h, w, c), 255, np.uint8)
     cells = np.concatenate([images, missing]).reshape(rows, columns, h, w, c)
     return cells.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, c)
-
-
-def export_folder(workdir: Path) -> Path:
-    """Where a run leaves what it has learnt."""
-    return workdir / "export"

@@ -27,7 +27,7 @@ from sdjax.data.loader import Loader
 from sdjax.data.prepared import PreparedSource
 from sdjax.data.transforms import Select
 from sdjax.models.autoencoder import posterior
-from sdjax.tasks.base import apply, this_shard, tile, to_uint8
+from sdjax.tasks.base import apply, my_rows, tile, to_uint8
 from sdjax.tasks.latent import Encoded, System, Text, cond, encode_text
 from sdjax.tasks.latent.networks import (
     UNET,
@@ -91,7 +91,6 @@ def make(config: Config, mesh: Mesh) -> Task:
     Raises:
         UserError: a name in the config is not what it should be, or sizes do not fit each other.
     """
-    del mesh
     if config.task.text not in READINGS:
         raise unknown("text", config.task.text, READINGS, "config.task.text")
     reading, system, objective = READINGS[config.task.text], system_of(config), objective_of(config.task)
@@ -132,7 +131,7 @@ def make(config: Config, mesh: Mesh) -> Task:
         return tile(to_uint8(np.asarray(images)), config.sample.columns)
 
     frozen = {**shapes_of(system, still), BLANK: blank_shapes(system, config.task.text)}
-    batch, export = partial(_batches, config, system), partial(_export, config, system)
+    batch, export = partial(_batches, config, system, mesh), partial(_export, config, system)
     return Task(init, loss, sample, batch, export, specimen, frozen, stored)
 
 
@@ -154,12 +153,12 @@ def _source(config: Config, system: System) -> PreparedSource:
     return source
 
 
-def _batches(config: Config, system: System, params: Params) -> Loader:
+def _batches(config: Config, system: System, mesh: Mesh, params: Params) -> Loader:
     del params
     source = _source(config, system)
     names = tuple(fields_of(system, config.task.text, (1, 1)))
     options = config.train
-    return bucketed(source, source.buckets, options.batch_size, options.seed, [Select(names)], this_shard())
+    return bucketed(source, source.buckets, options.batch_size, options.seed, [Select(names)], my_rows(mesh))
 
 
 def _export(config: Config, system: System, params: Params, folder: Path) -> None:

@@ -20,6 +20,7 @@ from sdjax.convert.components import FORMATS
 from sdjax.convert.folder import Checkpoint, Component, read_component, read_config, write_folder
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
+from sdjax.core.partition import gathered
 from sdjax.core.precision import dtype_named
 from sdjax.data import loader, sources, transforms
 from sdjax.data.tokenizers import Tokenizer, load_tokenizer
@@ -27,7 +28,7 @@ from sdjax.models.autoencoder import Autoencoder, posterior
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet, UNetConfig
-from sdjax.tasks.base import apply, this_shard, tile, to_uint8
+from sdjax.tasks.base import apply, my_rows, tile, to_uint8
 from sdjax.tasks.latent import System, Text, TextEncoder, cond, encode_text
 from sdjax.tasks.latent.objective import objective_of
 from sdjax.tasks.latent.rehearsal import sample_prompts
@@ -40,7 +41,6 @@ def make(config: Config, mesh: Mesh) -> Task:
     Raises:
         UserError: the first stage, the tokenizer or a name in the config is not what it should be.
     """
-    del mesh
     vae = Path(config.task.first_stage) / "vae"
     first_stage = read_config(vae, "vae")
     tokenizer = load_tokenizer(config.model.tokenizer)
@@ -69,7 +69,7 @@ def make(config: Config, mesh: Mesh) -> Task:
         pictures = grain.MapDataset.source(sources.source(config.data.source, "train"))
         pictures = pictures.map(transforms.Square(config.data.size))
         rows = cache_latents(system.autoencoder, params["vae"], pictures, tokenizer)
-        return loader.loader(rows, config.train.batch_size, config.train.seed, (), this_shard())
+        return loader.loader(rows, config.train.batch_size, config.train.seed, (), my_rows(mesh))
 
     def sample(params: Params) -> UInt8[np.ndarray, "h w 3"]:
         images = sample_prompts(config, system, params, (tokenizer,))
@@ -153,7 +153,7 @@ def cache_latents(
     def encode(params: Params, images: Array) -> Array:
         x = images.astype(jnp.float32) / 127.5 - 1.0
         latent = apply(autoencoder, params, x, method="encode")
-        return jnp.concatenate([latent.mean, latent.logvar], axis=-1)
+        return gathered(jnp.concatenate([latent.mean, latent.logvar], axis=-1))
 
     moments, captions, size = [], [], 64
     for start in range(0, len(pictures), size):

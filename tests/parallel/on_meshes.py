@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from sdjax.core.flags import define_processes, parse_flags, processes
 from sdjax.core.tree import nbytes
 from sdjax.parallel.distributed import initialise, is_first
 from sdjax.parallel.mesh import make_mesh, parse_mesh
-from sdjax.parallel.sharding import placer, put_batch, tree_shardings
+from sdjax.parallel.sharding import placer, put_batch, rows_of_process, tree_shardings
 from sdjax.tasks.base import make_task
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import TrainState, init_state, make_step
@@ -65,7 +66,7 @@ def run(
         step = make_step(task, optimizer, 0, decay=0.9)
         losses = []
         for number in range(STEPS):
-            state, metrics = step(state, frozen, put_batch(my_rows(batch(task.specimen(8), number)), mesh))
+            state, metrics = step(state, frozen, put_batch(my_rows(batch(task.specimen(8), number), mesh), mesh))
             losses.append(float(metrics["loss"]))
         held = nbytes([leaf.addressable_shards[0].data for leaf in jax.tree.leaves(state)])
         picture = task.sample({**frozen, **state.ema})
@@ -73,9 +74,9 @@ def run(
         return losses, picture, held
 
 
-def my_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def my_rows(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
     """This process's part of a batch."""
-    count, index = jax.process_count(), jax.process_index()
+    index, count = rows_of_process(mesh)
     return {name: np.split(values, count)[index] for name, values in rows.items()}
 
 

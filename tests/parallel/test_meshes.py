@@ -31,7 +31,7 @@ TINY = {
 def start(case: str, pictures: Path, output: Path, meshes: list[str], devices: int, *flags: str) -> subprocess.Popen:
     """A process with so many virtual devices of its own."""
     command = [sys.executable, str(SCRIPT), f"--config={TINY[case]}", f"--config.data.source=folder:{pictures}"]
-    command += [f"--output={output}", *flags, *(f"--mesh={mesh}" for mesh in meshes)]
+    command += ["--config.optim.name=adamw", f"--output={output}", *flags, *(f"--mesh={mesh}" for mesh in meshes)]
     environment = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {HASTY}",
         "PYTHONPATH": str(ROOT),
@@ -93,7 +93,7 @@ def test_every_system_is_the_same_on_every_mesh_of_eight(case, pictures, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["autoencoder", "sd1_tiny", "sdxl_tiny"])
 def test_two_and_four_processes_are_as_one(case, pictures, tmp_path):
-    meshes = ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"]
+    meshes = ["data=8", "fsdp=8", "data=2,tensor=2,spatial=2", "spatial=8"]
     finish(start(case, pictures, tmp_path / "one.npz", ["data=1"], 1))
     for count in (2, 4):
         with socket.socket() as probe:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sdjax.core.config import Config
+from sdjax.core.partition import gathered
 from sdjax.core.prng import image_keys
 from sdjax.data.tokenizers import Tokenizer
 from sdjax.diffusion.samplers import SamplerOptions, first_noise, make_table, schedule_of
@@ -64,4 +65,4 @@ def _sample(
     noise = first_noise(keys, shape)
     start = Start(noise * table.first_scale, jnp.zeros_like(noise), noise, jnp.ones_like(noise[..., :1]))
     latents = denoise_latents(system, params, table, conditions(system, params, asked), Guidance(scale), start, keys)
-    return decode(system, params, latents)
+    return gathered(decode(system, params, latents))
