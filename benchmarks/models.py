@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -86,7 +87,7 @@ def random_params(shapes: Tree, place: Place) -> dict[str, Any]:
     """
 
     def value(name: str, leaf: Any) -> jax.Array:
-        if len(leaf.shape) < 2 or not jax.dtypes.issubdtype(leaf.dtype, np.floating):
+        if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return place(np.full(leaf.shape, name.endswith("scale"), leaf.dtype), name)
         array = np.resize(NOISE, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]), dtype=np.float32)
         return place(array.astype(leaf.dtype), name)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
@@ -177,7 +178,7 @@ def synthetic(task: Task, batch_size: int) -> Iterator[Any]:
 
     def rows(leaf: Any) -> np.ndarray:
         shape = (leaf.shape[0] // jax.process_count(), *leaf.shape[1:])
-        if jax.dtypes.issubdtype(leaf.dtype, np.floating):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
             return rng.standard_normal(shape, np.float32).astype(leaf.dtype)
         return rng.integers(0, 2, shape).astype(leaf.dtype)
 
