@@ -66,8 +66,8 @@ def compile_seconds() -> Iterator[dict[str, float]]:
 
 
 def peak_memory() -> tuple[float, str]:
-    """The most GiB in use so far, and of what: the first device where it counts, else this process."""
-    statistics = jax.devices()[0].memory_stats()
+    """The most GiB in use so far, and of what: this process's first device where it counts, else the process."""
+    statistics = jax.local_devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"] / 2**30, "device"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "process"

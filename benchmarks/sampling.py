@@ -57,6 +57,8 @@ def main() -> None:
         rows = [{**row, **facts("sampling", OURS, devices[: int(row["devices"])])} for row in rows]
     else:
         mesh = make_mesh(sizes, devices) if flag["mesh"] else None
+        if mesh is not None:
+            scaling.check_rows(flag["batch"], mesh)
         figures = measure_on(mesh, flag["batch"], flag)
         rows = [{**figures.row, **facts("sampling", OURS + THEIRS * bool(flag["against"]), devices)}]
         show(rows[0])

@@ -68,10 +68,15 @@ def points(sizes: Mapping[str, int], batch: int, kind: str, devices: Sequence[ja
     for count in counts:
         mesh = make_mesh({"data": 1} if count % fixed else sizes, devices[:count])
         rows = batch * count if kind == "weak" else batch
-        if rows != Devices(mesh).fewest:
-            check_batch(rows, mesh, f"on {mesh_text(mesh)}, --batch")
+        check_rows(rows, mesh)
         found.append(Point(mesh, rows))
     return found
+
+
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Raises a UserError unless every device of the mesh gets as many rows as the others."""
+    if rows != Devices(mesh).fewest:  # with guidance a picture has two
+        check_batch(rows, mesh, f"on {mesh_text(mesh)}, --batch")
 
 
 def rows(measured: Sequence[tuple[Point, Measured]]) -> list[dict[str, str]]:

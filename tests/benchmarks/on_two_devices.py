@@ -49,9 +49,9 @@ def points(kind: str) -> list:
     return [[mesh_text(point.mesh), point.batch] for point in found]
 
 
-def refusal() -> str:
+def refusal(sizes: dict[str, int], batch: int) -> str:
     try:
-        scaling.points({"fsdp": 2}, 2, "weak", jax.devices())
+        scaling.points(sizes, batch, "strong", jax.devices())
     except UserError as error:
         return str(error)
     return ""
@@ -68,4 +68,6 @@ def rows() -> list:
 
 if __name__ == "__main__":
     found = decoder()
-    print(json.dumps({**found, "weak": points("weak"), "strong": points("strong"), "fixed": refusal(), "rows": rows()}))
+    found |= {"weak": points("weak"), "strong": points("strong"), "rows": rows()}
+    found |= {"fixed": refusal({"fsdp": 2}, 2), "uneven": refusal({"fsdp": -1}, 3)}
+    print(json.dumps(found))

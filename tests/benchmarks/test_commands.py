@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from benchmarks import sampling, training
-from benchmarks.results import RESULTS, append
+from benchmarks.results import RESULTS, append, utilisation
 from sdjax.core.errors import UserError
 
 AUTOENCODER = "--config=configs/openmoji.py:autoencoder_tiny"
@@ -50,6 +52,14 @@ def test_training_refuses(monkeypatch, words, message):
         training.main()
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_utilisation_is_of_the_published_peak_of_all_devices():
+    """Two H100 have 2 x 989.4 TFLOP/s in bfloat16; of what is not published nothing is said."""
+    cards: Any = [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 2
+    assert utilisation(989.4e12, "bfloat16", cards) == "989 (50.0%)"
+    assert utilisation(989.4e12, "float32", cards) == "989"
+    assert utilisation(1e12, "bfloat16", [SimpleNamespace(device_kind="cpu")]) == "1"
 
 
 def test_a_row_goes_to_the_table_with_its_columns(tmp_path):
@@ -91,6 +101,10 @@ def test_scaling_shares_or_multiplies_the_batch(found):
     assert found["weak"] == [["data=1", 2], ["fsdp=2", 4]]
     assert found["strong"] == [["data=1", 2], ["fsdp=2", 2]]
     assert "with one axis that grows" in found["fixed"]
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(found):
+    assert "on fsdp=2, --batch=3 is not divisible by the 2 devices" in found["uneven"]
 
 
 def test_efficiency_is_the_speed_of_a_device_by_that_of_one_alone(found):
