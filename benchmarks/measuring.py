@@ -8,7 +8,7 @@ import resource
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -66,21 +66,21 @@ def compile_seconds() -> Iterator[dict[str, float]]:
 
 
 def peak_memory() -> tuple[float, str]:
-    """The most GiB in use so far, and of what: the first device where it counts, else this process."""
-    statistics = jax.devices()[0].memory_stats()
+    """The most GiB in use so far, and of what: this process's first device where it counts, else the process."""
+    statistics = jax.local_devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"] / 2**30, "device"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "process"
 
 
-def device_name() -> str:
+def device_name(devices: Sequence[jax.Device]) -> str:
     """The accelerators, or the processor and how many of its cores this process may use."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
+    if devices[0].platform != "cpu":
+        return f"{len(devices)} x {devices[0].device_kind}"
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{len(os.sched_getaffinity(0))} cores of {name}"
+    virtual = f"{len(devices)} virtual devices on " if len(devices) > 1 else ""
+    return f"{virtual}{len(os.sched_getaffinity(0))} cores of {name}"
 
 
 def versions(packages: tuple[str, ...]) -> str:

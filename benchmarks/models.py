@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import sdjax
 from sdjax.convert.components import FORMATS, TOKENIZERS, Checkpoint, Component
@@ -16,41 +18,32 @@ from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree, flatten, unflatten
 from sdjax.data.tokenizers import load_tokenizer
 from sdjax.models import autoencoder, clip, unet
+from sdjax.parallel.sharding import placer
 from sdjax.pipeline.loading import make_system
 from sdjax.pipeline.pipeline import Pipeline
+from sdjax.plan import variants
+from sdjax.training.task import Place
 
 NOISE = np.random.default_rng(0).standard_normal(1_000_003).astype(np.float32)
 
 
-class Variant(NamedTuple):
-    """A family of `FAMILIES`, and rows of the models' tables; None where the family has no such encoder."""
-
-    family: str
-    unet: str
-    vae: str
-    text_encoder: str
-    text_encoder_2: str | None = None
+VARIANTS = {"sd15": variants.VARIANTS["sd1"], "sd2": variants.VARIANTS["sd2"], "sdxl": variants.VARIANTS["sdxl"]}
 
 
-VARIANTS = {
-    "sd15": Variant("sd1", "sd1", "sd", "clip_l"),
-    "sd2": Variant("sd2", "sd2", "sd", "openclip_h_sd2"),
-    "sdxl": Variant("sdxl", "sdxl", "sdxl", "clip_l", "openclip_bigg"),
-}
-
-
-def load(checkpoint: str | None, variant: str | None, dtype: str) -> Pipeline:
-    """The pipeline that the flags ask for.
+def load(checkpoint: str | None, variant: str | None, dtype: str, mesh: Mesh | None = None) -> Pipeline:
+    """The pipeline that the flags ask for, spread over a mesh where there is one.
 
     Raises:
         UserError: not exactly one of both is given, or there is no such checkpoint, variant or dtype.
     """
     if (checkpoint is None) == (variant is None):
         raise UserError("give either --checkpoint or --variant")
-    return sdjax.load(checkpoint, dtype) if checkpoint is not None else random_pipeline(variant or "", dtype)
+    if checkpoint is not None:
+        return sdjax.load(checkpoint, dtype, mesh)
+    return random_pipeline(variant or "", dtype, mesh)
 
 
-def random_pipeline(name: str, dtype: str) -> Pipeline:
+def random_pipeline(name: str, dtype: str, mesh: Mesh | None = None) -> Pipeline:
     """Random weights of unit gain in the real configuration; the autoencoder's in float32, as `sdjax.load` has it.
 
     Raises:
@@ -58,16 +51,22 @@ def random_pipeline(name: str, dtype: str) -> Pipeline:
     """
     if name not in VARIANTS:
         raise unknown("variant", name, VARIANTS, "--variant")
-    variant = VARIANTS[name]
+    variant, place = VARIANTS[name], _alone if mesh is None else placer(mesh)
+
+    def component(part: str, config: Any, kind: str, extra: dict[str, Any] | None = None) -> Component:
+        shapes = FORMATS[part].shapes(config)
+        typed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype_named(kind)), shapes)
+        return Component(config, random_params(typed, place), extra or {})
+
     size = FAMILIES[variant.family].size // autoencoder.VARIANTS[variant.vae].factor
     parts: dict[str, Any] = {
-        "unet": _component("unet", unet.VARIANTS[variant.unet], dtype, {"sample_size": size}),
-        "vae": _component("vae", autoencoder.VARIANTS[variant.vae], "float32"),
+        "unet": component("unet", unet.VARIANTS[variant.unet], dtype, {"sample_size": size}),
+        "vae": component("vae", autoencoder.VARIANTS[variant.vae], "float32"),
     }
     for encoder in TOKENIZERS:
         row = getattr(variant, encoder)
         if row is not None:
-            parts[encoder] = _component(encoder, clip.VARIANTS[row], dtype)
+            parts[encoder] = component(encoder, clip.VARIANTS[row], dtype)
             parts[TOKENIZERS[encoder]] = TOKENIZER_FOLDERS / ("clip_l" if row == "clip_l" else "open_clip")
     checkpoint = Checkpoint(**parts, scheduler_config=scheduler_config(variant.family, "epsilon", ()))
     system = make_system(checkpoint, dtype_named(dtype), name)
@@ -76,22 +75,26 @@ def random_pipeline(name: str, dtype: str) -> Pipeline:
         for encoder in TOKENIZERS
         if encoder in parts
     ]
-    return Pipeline(name, checkpoint, system, tuple(tokenizers), dtype)
+    return Pipeline(name, checkpoint, system, tuple(tokenizers), dtype, mesh)
 
 
-def _component(name: str, config: Any, dtype: str, extra: dict[str, Any] | None = None) -> Component:
-    params = random_params(FORMATS[name].shapes(config), dtype)
-    return Component(config, params, extra or {})
+def random_params(shapes: Tree, place: Place) -> dict[str, Any]:
+    """Kernels whose outputs are about as large as their inputs, scales of 1, biases and whole numbers of 0.
+
+    Args:
+        shapes: with the types that the arrays are to have.
+        place: puts each array onto the devices.
+    """
+
+    def value(name: str, leaf: Any) -> jax.Array:
+        if len(leaf.shape) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return place(np.full(leaf.shape, name.endswith("scale"), leaf.dtype), name)
+        array = np.resize(NOISE, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]), dtype=np.float32)
+        return place(array.astype(leaf.dtype), name)
+
+    return unflatten({name: value(name, leaf) for name, leaf in flatten(shapes).items()})
 
 
-def random_params(shapes: Tree, dtype: str) -> dict[str, Any]:
-    """On the first device: kernels whose outputs are about as large as their inputs, scales of 1, biases of 0."""
-
-    def value(name: str, shape: tuple[int, ...]) -> jax.Array:
-        if len(shape) == 1:
-            array = np.full(shape, float(name.endswith("scale")), np.float32)
-        else:
-            array = np.resize(NOISE, shape) / np.sqrt(np.prod(shape[:-1]), dtype=np.float32)
-        return jax.device_put(array.astype(dtype_named(dtype)))
-
-    return unflatten({name: value(name, leaf.shape) for name, leaf in flatten(shapes).items()})
+def _alone(array: np.ndarray, name: str) -> jax.Array:
+    del name
+    return jax.device_put(array)

@@ -9,12 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from benchmarks.measuring import Call
 from sdjax.core.compilation import jit
 from sdjax.models.conditioning import Cond
+from sdjax.pipeline.devices import Devices
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.plan import flops
+from sdjax.plan.programs import Program
+from sdjax.plan.sampling import Wanted, sampling_programs
+from sdjax.plan.variants import Shaped
 from sdjax.tasks.base import apply
 
 PROMPT = "a photo of a red heart on a wooden table"
@@ -23,12 +28,26 @@ TOKENS = 77
 
 
 class Work(NamedTuple):
-    """What is asked for: pixels of a side, rows a batch, steps, and the sampler's name, None for the checkpoint's."""
+    """What is asked for.
+
+    Attributes:
+        size: pixels of a side.
+        batch: rows.
+        steps: of the sampler.
+        sampler: its name, None for the checkpoint's.
+        mesh: over which it is spread; None for one device.
+    """
 
     size: int
     batch: int
     steps: int
     sampler: str | None
+    mesh: Mesh | None = None
+
+    @property
+    def devices(self) -> Devices:
+        """Where arrays go."""
+        return Devices(self.mesh)
 
 
 class Subject(NamedTuple):
@@ -41,6 +60,7 @@ class Subject(NamedTuple):
         flops: of matrix products and convolutions in one call.
         pictures: how many a call makes; 0 where it makes none.
         network_seconds: of one call of the UNet, known after `ours`; None where the UNet is not called.
+        programs: the same as programs whose communication can be counted, on a mesh.
     """
 
     ours: Call
@@ -49,15 +69,21 @@ class Subject(NamedTuple):
     flops: int
     pictures: int
     network_seconds: Callable[[float], float | None]
+    programs: Callable[[Mesh], list[Program]]
 
 
 def unet_subject(pipe: Pipeline, work: Work) -> Subject:
     """One call of the UNet on `work.batch` latents."""
-    x, t, cond = unet_inputs(pipe, work.size, work.batch)
+    x, t, cond = inputs = work.devices.rows(unet_inputs(pipe, work.size, work.batch))
 
-    @jit
     def unet(params: Any, x: Any, t: Any, cond: Cond) -> Any:
         return apply(pipe.system.unet, params, x, t, cond)
+
+    compiled = jit(unet)
+
+    def ours() -> Any:
+        with work.devices.working():
+            return jax.block_until_ready(compiled(pipe.params["unet"], *inputs))
 
     def theirs(dtype: str) -> Call:
         from benchmarks.against_diffusers import unet_call
@@ -65,22 +91,28 @@ def unet_subject(pipe: Pipeline, work: Work) -> Subject:
         return unet_call(pipe, (x, t, cond), dtype)
 
     return Subject(
-        ours=lambda: jax.block_until_ready(unet(pipe.params["unet"], x, t, cond)),
+        ours=ours,
         theirs=theirs,
         compiled=("unet",),
         flops=unet_flops(pipe, work.size, work.batch),
         pictures=0,
         network_seconds=lambda seconds: seconds,
+        programs=lambda mesh: [Program("UNet", unet, (pipe.params["unet"], *inputs))],
     )
 
 
 def decoder_subject(pipe: Pipeline, work: Work) -> Subject:
     """One call of the autoencoder's decoder, in float32 as the pipeline has it."""
-    z = _noise(work.batch, *pipe.shape.latents(work.size, work.size))
+    z = work.devices.rows(_noise(work.batch, *pipe.shape.latents(work.size, work.size)))
 
-    @jit
     def decode(params: Any, z: Any) -> Any:
         return apply(pipe.system.autoencoder, params, z, method="decode")
+
+    compiled = jit(decode)
+
+    def ours() -> Any:
+        with work.devices.working():
+            return jax.block_until_ready(compiled(pipe.params["vae"], z))
 
     def theirs(dtype: str) -> Call:
         del dtype
@@ -89,12 +121,13 @@ def decoder_subject(pipe: Pipeline, work: Work) -> Subject:
         return decoder_call(pipe, z)
 
     return Subject(
-        ours=lambda: jax.block_until_ready(decode(pipe.params["vae"], z)),
+        ours=ours,
         theirs=theirs,
         compiled=("decode",),
         flops=decoder_flops(pipe, work.size, work.batch),
         pictures=work.batch,
         network_seconds=lambda seconds: None,
+        programs=lambda mesh: [Program("decoder", decode, (pipe.params["vae"], z))],
     )
 
 
@@ -133,6 +166,7 @@ def pipeline_subject(pipe: Pipeline, work: Work) -> Subject:
         flops=text + network + decoder_flops(pipe, work.size, work.batch),
         pictures=work.batch,
         network_seconds=lambda seconds: clock.interval(),
+        programs=lambda mesh: sampling_programs(_shaped(pipe), Wanted(*work[:4]), mesh),
     )
 
 
@@ -178,6 +212,11 @@ def decoder_flops(pipe: Pipeline, size: int, batch: int) -> int:
     """Of decoding `batch` latents."""
     z = jax.ShapeDtypeStruct((batch, *pipe.shape.latents(size, size)), jnp.float32)
     return flops.count(lambda p, z: apply(pipe.system.autoencoder, p, z, method="decode"), pipe.params["vae"], z)
+
+
+def _shaped(pipe: Pipeline) -> Shaped:
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), pipe.params)
+    return Shaped(pipe.system, params, dict(pipe.scheduler_config), pipe.shape.default[0])
 
 
 def _noise(*shape: int) -> jax.Array:

@@ -1,19 +1,22 @@
-"""Times sampling, alone or beside PyTorch diffusers with the same weights in the same run.
+"""Times sampling: on one device, sharded over a mesh, or beside PyTorch diffusers with the same weights.
 
     python -m benchmarks.sampling --checkpoint SOURCE | --variant sd15|sd2|sdxl  [--part unet|decoder|pipeline]
-        [--size PIXELS] [--batch 1] [--steps 20] [--dtype float32] [--sampler NAME] [--against diffusers]
-        [--repetitions 5] [--append]
+        [--size PIXELS] [--batch 1] [--steps 20] [--dtype float32] [--sampler NAME] [--repetitions 5] [--append]
+        [--against diffusers] [--mesh data=4,fsdp=2] [--scaling weak|strong] [--devices N]
 
 A --variant has random weights in its published configuration. --batch is the number of latents for the UNet, of
 pictures elsewhere. --against runs ours, theirs, ours, theirs ...; the ratio is the median over those pairs of our
-seconds by theirs, so below 1 ours is faster. --append writes a row to benchmarks/RESULTS.md.
+seconds by theirs, so below 1 ours is faster. --append writes rows to benchmarks/RESULTS.md.
+
+--mesh spreads the model and the batch over devices, and counts what each of them sends. --scaling measures on 1, 2, 4
+... up to --devices N (without it: all); of --mesh, data=-1 unless given, one axis grows and so is -1. weak gives each
+device --batch rows, strong shares --batch rows among all. A machine with only a CPU makes N virtual devices of it:
+their speed says nothing, what they send is what so many real ones would for the same compiled program.
 """
 
 from __future__ import annotations
 
-import datetime
 import os
-import shlex
 import sys
 from pathlib import Path
 from statistics import median
@@ -21,17 +24,20 @@ from typing import Any
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 
-from benchmarks import measuring
+from benchmarks import measuring, scaling
+from benchmarks.devices import mesh_text, sent, sent_text, take, tell_virtual
 from benchmarks.models import load
 from benchmarks.parts import PARTS, Subject, Work
+from benchmarks.results import RESULTS, append, facts, show, utilisation
 from sdjax.core.errors import UserError, run_or_exit, unknown
 from sdjax.core.flags import parse_flags
-from sdjax.plan.chips import chip_of
+from sdjax.parallel.mesh import make_mesh, parse_mesh
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
 TEXTS = {"checkpoint": None, "variant": None, "part": "pipeline", "dtype": "float32", "sampler": None, "against": None}
-INTEGERS = {"size": None, "batch": 1, "steps": 20, "repetitions": 5}
+TEXTS |= {"mesh": None, "scaling": None}
+INTEGERS = {"size": None, "batch": 1, "steps": 20, "repetitions": 5, "devices": None}
 RIVALS = ("diffusers",)
 OURS, THEIRS = ("jax", "jaxlib", "flax"), ("torch", "diffusers")
 
@@ -42,23 +48,31 @@ def main() -> None:
     if flag["against"]:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some of a GPU's memory
     jax.config.update("jax_enable_compilation_cache", False)  # which would hide what compiling costs
-    pipe = load(flag["checkpoint"], flag["variant"], flag["dtype"])
-    size = flag["size"] or pipe.shape.default[0]
-    work = Work(size, flag["batch"], flag["steps"], flag["sampler"])
-    figures = measure(PARTS[flag["part"]](pipe, work), flag)
-    what = f"{pipe.name} {flag['part']}, {size} px, batch {work.batch}, {flag['dtype']}"
-    what += f", {work.steps} steps of {work.sampler or 'its own sampler'}" if flag["part"] == "pipeline" else ""
-    figures = {"what": what, **figures}
-    print("\n".join(f"{name}: {value}" for name, value in figures.items()))
-    if flag["append"]:
-        append(figures, RESULTS)
+    sizes = parse_mesh(flag["mesh"] or "data=-1")
+    devices = take(sizes, flag["devices"]) if flag["mesh"] or flag["scaling"] else jax.devices()[:1]
+    if flag["scaling"]:
+        points = scaling.points(sizes, flag["batch"], flag["scaling"], devices)
+        rows = scaling.rows([(point, measure_on(point.mesh, point.batch, flag)) for point in points])
+        print(scaling.table(rows))
+        rows = [{**row, **facts("sampling", OURS, devices[: int(row["devices"])])} for row in rows]
+    else:
+        mesh = make_mesh(sizes, devices) if flag["mesh"] else None
+        if mesh is not None:
+            scaling.check_rows(flag["batch"], mesh)
+        figures = measure_on(mesh, flag["batch"], flag)
+        rows = [{**figures.row, **facts("sampling", OURS + THEIRS * bool(flag["against"]), devices)}]
+        show(rows[0])
+    tell_virtual(devices)
+    for row in rows:
+        if flag["append"]:
+            append(row, RESULTS)
 
 
 def read_command_line(argv: list[str]) -> dict[str, Any]:
     """The flags by name.
 
     Raises:
-        UserError: one is unknown, or has a value that is no choice of its own.
+        UserError: one is unknown, has a value that is no choice of its own, or does not go with another.
     """
     values = flags.FlagValues()
     for name, default in TEXTS.items():
@@ -68,17 +82,39 @@ def read_command_line(argv: list[str]) -> dict[str, Any]:
     flags.DEFINE_boolean("append", False, "", flag_values=values)
     parse_flags(values, argv, __doc__)
     flag: dict[str, Any] = {name: values[name].value for name in values}
-    if flag["part"] not in PARTS:
-        raise unknown("part", flag["part"], PARTS, "--part")
-    if flag["against"] not in (None, *RIVALS):
-        raise unknown("library", flag["against"], RIVALS, "--against")
+    for name, what, choices in (
+        ("part", "part", PARTS),
+        ("against", "library", RIVALS),
+        ("scaling", "scaling", scaling.KINDS),
+    ):
+        if flag[name] not in (None, *choices):
+            raise unknown(what, flag[name], choices, f"--{name}")
     if flag["checkpoint"] and not Path(flag["checkpoint"]).exists() and "/" not in flag["checkpoint"]:
         raise UserError(f"there is no --checkpoint {flag['checkpoint']}")
+    spread = flag["mesh"] or flag["scaling"]
+    if flag["against"] and spread:
+        raise UserError("--against compares one device; leave --mesh and --scaling out")
+    if flag["devices"] and not spread:
+        raise UserError("--devices goes with --mesh or --scaling")
     return flag
 
 
-def measure(subject: Subject, flag: dict[str, Any]) -> dict[str, str]:
-    """The figures of a row by the name of their column."""
+def measure_on(mesh: Mesh | None, batch: int, flag: dict[str, Any]) -> scaling.Measured:
+    """Loads the model onto a mesh, None for one device, and measures `batch` rows."""
+    pipe = load(flag["checkpoint"], flag["variant"], flag["dtype"], mesh)
+    work = Work(flag["size"] or pipe.shape.default[0], batch, flag["steps"], flag["sampler"], mesh)
+    what = f"{pipe.name} {flag['part']}, {work.size} px, batch {work.batch}, {flag['dtype']}"
+    what += f", {work.steps} steps of {work.sampler or 'its own sampler'}" if flag["part"] == "pipeline" else ""
+    what += f", mesh {mesh_text(mesh)}" if mesh else ""
+    subject = PARTS[flag["part"]](pipe, work)
+    seconds, figures = measure(subject, flag, mesh)
+    nbytes = {} if mesh is None else sent(subject.programs(mesh), mesh)
+    row = {"what": what, **figures, "each device sends": sent_text(nbytes) if mesh else "-"}
+    return scaling.Measured(seconds, subject.pictures or batch, nbytes, row)
+
+
+def measure(subject: Subject, flag: dict[str, Any], mesh: Mesh | None) -> tuple[float, dict[str, str]]:
+    """The seconds of a call, and the figures of a row by the name of their column."""
     with measuring.compile_seconds() as compiling:
         subject.ours()
     memory, owner = measuring.peak_memory()  # before torch takes its share
@@ -88,54 +124,21 @@ def measure(subject: Subject, flag: dict[str, Any]) -> dict[str, str]:
     times = measuring.alternate(subject.ours, theirs, flag["repetitions"])
     seconds = median(times.ours)
     call = subject.network_seconds(seconds)
-    return {
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    return seconds, {
         "seconds": f"{seconds:.3g}",
         "compile s": ", ".join(f"{name.removesuffix('_stage')} {compiling[name]:.1f}" for name in subject.compiled),
         "s a network call": "-" if call is None else f"{call:.3g}",
         "images/s": f"{subject.pictures / seconds:.3g}" if subject.pictures else "-",
         "peak memory": f"{memory:.2f} GiB of the {owner}",
-        "TFLOP/s (of peak)": utilisation(subject.flops / seconds, flag["dtype"]),
+        "TFLOP/s (of peak)": utilisation(subject.flops / seconds, flag["dtype"], devices),
         "ours / diffusers": beside(times) if times.theirs else "-",
-        **facts(theirs is not None),
     }
 
 
 def beside(times: measuring.Times) -> str:
     """The ratio, and what it is of."""
     return f"{times.ratio:.3f} ({median(times.ours):.3g} s / {median(times.theirs):.3g} s, {len(times.ours)} pairs)"
-
-
-def utilisation(speed: float, dtype: str) -> str:
-    """Matrix products and convolutions a second, counted in the traced program; their share of the published peak."""
-    peak = chip_of(jax.devices()[0].device_kind).flops
-    if peak is None or dtype != "bfloat16":
-        return f"{speed / 1e12:.3g}"
-    return f"{speed / 1e12:.3g} ({speed / peak:.1%})"
-
-
-def facts(compared: bool) -> dict[str, str]:
-    """When, where and what was measured."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": measuring.commit(),
-        "device": measuring.device_name(),
-        "versions": measuring.versions(OURS + THEIRS * compared),
-        "command": f"`python -m benchmarks.sampling {shlex.join(sys.argv[1:])}`",
-    }
-
-
-def append(figures: dict[str, str], path: Path) -> None:
-    """Adds a row to the table that the file ends with.
-
-    Raises:
-        UserError: the file's table has other columns.
-    """
-    header = f"| {' | '.join(figures)} |"
-    text = path.read_text(encoding="utf-8")
-    if header not in text.splitlines():
-        raise UserError(f"{path} has no table with the columns {', '.join(figures)}")
-    row = " | ".join(value.replace("|", "\\|") for value in figures.values())
-    path.write_text(f"{text.rstrip()}\n| {row} |\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
