@@ -70,7 +70,7 @@ def initialise(
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"cannot join the processes ({cluster.name}): {' '.join(str(error).split())}") from error
     logger.info("processes: %d by %s, this is process %d", jax.process_count(), cluster.name, jax.process_index())
-    threading.Thread(target=_listen, daemon=True).start()
+    threading.Thread(target=_listen, args=(f"process {jax.process_index()}",), daemon=True).start()
 
 
 def end_by_signals() -> None:
@@ -130,8 +130,8 @@ def _leave(code: int) -> None:
     _end(code)
 
 
-def _listen() -> None:
-    """Ends this process when another one has failed; the main thread may be waiting for that one for ever."""
+def _listen(me: str) -> None:
+    """Ends this process, `me`, when another one has failed; the main thread may be waiting for that one for ever."""
     client = _client()
     while True:
         threading.Event().wait(LISTEN_EVERY)
@@ -141,7 +141,7 @@ def _listen() -> None:
             if "NOT_FOUND" in str(error):
                 continue
             return
-        if who != f"process {jax.process_index()}":
+        if who != me:
             print(f"error: {who} of this run failed; what it wrote says why", file=sys.stderr)
             _end(2)
         return
