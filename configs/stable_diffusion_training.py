@@ -112,6 +112,7 @@ def stage(name: str) -> Config:
         "prepared": "",
         "size": size,
         "buckets": "square",
+        "bucket_step": 64,
         "crop": "random",
         "rows_per_shard": 1024,
         **rest.get("data", {}),
@@ -151,7 +152,7 @@ def tiny(config: Config) -> Config:
     config.model.unet.update(layers_per_block=1, groups=8, vector_dim=16 + 6 * 256 if pooled else None)
     config.model.autoencoder.update(channels=(8, 16), layers_per_block=1, groups=4)
     config.task.components = ""
-    config.data.update(size=32, rows_per_shard=8)
+    config.data.update(size=32, bucket_step=16, rows_per_shard=8)
     config.optim.warmup_steps = 1
     config.mesh.fsdp = 1
     config.train.update(steps=4, batch_size=8, dtype="float32", sample_every=4, checkpoint_every=2, log_every=1)

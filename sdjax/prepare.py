@@ -42,10 +42,11 @@ from sdjax.tasks.latent.networks import VAE, Origin, system_of, tokenizers_of
 from sdjax.tasks.latent.preparation import STORED, blank_of, encode_captions, encode_moments, identity_of
 from sdjax.training.task import Params
 
-TABLES: dict[str, Callable[[int], buckets.Table]] = {
-    "square": lambda size: (buckets.Size(size, size),),
-    "aspect": lambda size: buckets.SDXL if size == 1024 else buckets.table(size),
+TABLES: dict[str, Callable[[int, int], buckets.Table]] = {
+    "square": lambda size, step: (buckets.Size(size, size),),
+    "aspect": lambda size, step: buckets.SDXL if (size, step) == (1024, 64) else buckets.table(size, step),
 }
+"""What `data.buckets` may be: of `data.size` and `data.bucket_step` the sizes of pictures."""
 
 
 def main() -> None:
@@ -82,7 +83,7 @@ def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
     if config.data.buckets not in TABLES:
         raise unknown("buckets", config.data.buckets, TABLES, "config.data.buckets")
     pictures = sources.source(config.data.source, "train")
-    table = TABLES[config.data.buckets](config.data.size)
+    table = TABLES[config.data.buckets](config.data.size, config.data.bucket_step)
     if len(table) > 1:  # a batch is of one bucket, so a bucket has a batch at least
         table = buckets.occupied(pictures, table, config.train.batch_size)
     encoder = make_encoder(config, batch_size)

@@ -8,6 +8,7 @@ from pathlib import Path
 import diffusers
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
@@ -19,14 +20,15 @@ import train
 from configs import stable_diffusion_training as configs
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
-from sdjax.data.buckets import Size, cover, resize_crop
+from sdjax.data.buckets import cover, resize_crop
 from sdjax.data.prepared import PreparedSource
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import placer
+from sdjax.parallel.sharding import placer, put_batch
 from sdjax.prepare import prepare
 from sdjax.tasks.base import make_task
 from sdjax.tasks.latent.networks import tokenizers_of
 from sdjax.tasks.stable_diffusion import make
+from sdjax.training.step import init_state, make_step
 
 TINY = tuple(configs.TINY)
 
@@ -81,9 +83,10 @@ def test_prepared_rows_are_what_pytorch_says(case):
     for index in (0, 1, 23):
         row, name = source[index], source.id(index)
         picture = np.asarray(Image.open(Path(config.data.source.removeprefix("folder:")) / name))
-        whole = cover(*picture.shape[:2], Size(32, 32))
-        top, left = (whole.height - 32) // 2, (whole.width - 32) // 2
-        cut = resize_crop(picture, Size(32, 32), top, left).astype(np.float32) / 127.5 - 1.0
+        target = source.table[source.buckets[index]]
+        whole = cover(*picture.shape[:2], target)
+        top, left = (whole.height - target.height) // 2, (whole.width - target.width) // 2
+        cut = resize_crop(picture, target, top, left).astype(np.float32) / 127.5 - 1.0
         with torch.no_grad():
             moments = vae.encode(torch.tensor(cut).permute(2, 0, 1)[None]).latent_dist.parameters
         expected = {"moments": moments[0].permute(1, 2, 0)}
@@ -91,7 +94,7 @@ def test_prepared_rows_are_what_pytorch_says(case):
         for key, value in expected.items():
             np.testing.assert_allclose(row[key], value, atol=2e-3 * float(np.abs(value).max()), err_msg=key)
         if "sizes" in row:
-            assert row["sizes"].tolist() == [*picture.shape[:2], top, left, 32, 32]
+            assert row["sizes"].tolist() == [*picture.shape[:2], top, left, *target]
     blank = texts(folder / "theirs", [""])
     for key, value in source.constants.items():
         expected = np.zeros_like(value) if "pooled" in source.constants else blank[key][0]
@@ -160,11 +163,15 @@ def test_frozen_text_is_the_prepared_one(case):
     captions = [f"a picture of the number {i}" for i in range(24)]
     ids = np.stack([t.encode(captions) for t in tokenizers_of(task_system(tokens), "")], axis=1)
     source = PreparedSource(folder / "data")
-    rows = [int(np.argmin([np.abs(source[i]["moments"] - row).max() for i in range(24)])) for row in batch["moments"]]
+    stored = [source[i]["moments"] for i in range(24)]
+    rows = [next(i for i in range(24) if np.array_equal(stored[i], row)) for row in batch["moments"]]
     told = {**{k: v for k, v in batch.items() if k in ("moments", "sizes")}, "tokens": ids[rows]}
     other = make(tokens, make_mesh({"data": -1}))
-    stored = params | {"blank": other.stored(placer(make_mesh({"data": -1})))["blank"]}
-    a, b = (jax.jit(t.loss)(p, x, jax.random.key(0))[0] for t, p, x in ((task, params, batch), (other, stored, told)))
+    params_of_tokens = params | {"blank": other.stored(placer(make_mesh({"data": -1})))["blank"]}
+    a, b = (
+        jax.jit(t.loss)(p, x, jax.random.key(0))[0]
+        for t, p, x in ((task, params, batch), (other, params_of_tokens, told))
+    )
     assert float(b) == pytest.approx(float(a), rel=1e-3)
 
 
@@ -175,20 +182,27 @@ def task_system(config: ConfigDict):
 
 
 def test_a_run_from_pictures_to_a_folder_that_diffusers_loads(pictures, tmp_path):
-    """Prepared in buckets, trained with one compilation a bucket, exported, sampled."""
-    config = config_of("sdxl_tiny", pictures, tmp_path / "data", buckets="aspect", size=64)
-    config.train.update(batch_size=4, steps=3)
-    config.data.rows_per_shard = 10
-    with pytest.raises(UserError, match="multiple of the step"):
-        prepare(config_of("sdxl_tiny", pictures, buckets="aspect", size=40), tmp_path / "none")
+    """Prepared in buckets, trained with one compilation for each, exported, sampled."""
+    config = config_of("sdxl_tiny", pictures, tmp_path / "data")
     prepare(config, tmp_path / "data", batch_size=3)
-    source = PreparedSource(tmp_path / "data")
-    assert len(source.table) >= 1
+    assert np.bincount(PreparedSource(tmp_path / "data").buckets).tolist() == [8, 16]
+    mesh = make_mesh({"data": -1})
+    task, optimizer = make(config, mesh), optax.sgd(0.1)
+    stored = task.stored(placer(mesh))
+    frozen = {name: stored.pop(name) for name in task.frozen}
+    state = init_state(task, optimizer, 0, mesh, stored)
+    step, batches = make_step(task, optimizer, 0, decay=0.9), task.batch({})
+    shapes = [next(batches)["moments"].shape for _ in range(3)]
+    batches.set_state(task.batch({}).get_state())
+    for _ in range(6):
+        state, _ = step(state, frozen, put_batch(next(batches), mesh))
+    assert sorted(set(shapes)) == [(8, 8, 32, 8), (8, 16, 16, 8)]
+    assert step._cache_size() == 2  # pyright: ignore[reportFunctionMemberAccess]
     folder = train.train_and_evaluate(config, tmp_path / "run")
     pipe = sdjax.load(folder)
-    image = pipe("a red heart", steps=2, width=64, height=64, seed=1)
+    image = pipe("a red heart", steps=2, seed=1)
     theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    assert theirs.unet.config.sample_size == 32
+    assert theirs.unet.config.sample_size == 16
     assert np.isfinite(image).all()
     assert image.std() > 0
 
