@@ -118,7 +118,7 @@ def stage(name: str) -> Config:
         **rest.get("data", {}),
     }
     config.optim.update(learning_rate=1e-4, warmup_steps=10_000, weight_decay=0.01, ema_decay=0.9999)
-    config.train.update(steps=steps, batch_size=2048, dtype="bfloat16", remat="blocks", sample_every=5000)
+    config.train.update(steps=steps, batch_size=2048, dtype="bfloat16", remat="scanned", sample_every=5000)
     config.mesh.update(data=-1, fsdp=8)
     config.sample = {
         "prompts": ("a red heart", "a lighthouse at dusk", "a cat on a bicycle", "an astronaut in a garden"),

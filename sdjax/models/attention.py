@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from sdjax.core.partition import BATCH, SPATIAL, TENSOR, constrain, per_shard
 from sdjax.models.layers import GroupNorm
-from sdjax.models.remat import recomputed
+from sdjax.models.remat import is_scanned, recomputed, scan_blocks
 
 _platform: ContextVar[str | None] = ContextVar("attention_platform", default=None)
 CACHED_SCORES = 2**22  # 16 MiB in float32
@@ -215,9 +215,14 @@ class SpatialTransformer(nn.Module):
         b, h, w, c = x.shape
         tokens = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x).reshape(b, h * w, c)
         tokens = nn.Dense(c, dtype=self.dtype, name="proj_in")(tokens)
-        block = recomputed(TransformerBlock, self.remat)
-        for i in range(self.depth):
-            name = f"transformer_blocks_{i}"
-            tokens = block(self.heads, self.cross_only, self.dtype, name=name)(tokens, context, mask)
+        names = [f"transformer_blocks_{i}" for i in range(self.depth)]
+        if is_scanned(self.remat) and self.depth > 1 and not self.is_initializing():
+            block = TransformerBlock(self.heads, self.cross_only, self.dtype, parent=None)
+            own = self.variables["params"]
+            tokens = scan_blocks(block, [own[name] for name in names], tokens, context, mask)
+        else:
+            for name in names:
+                block = recomputed(TransformerBlock, self.remat)(self.heads, self.cross_only, self.dtype, name=name)
+                tokens = block(tokens, context, mask)
         tokens = nn.Dense(c, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="proj_out")(tokens)
         return x + tokens.reshape(b, h, w, c)

@@ -189,7 +189,8 @@ def _residuals(loss, params) -> int:
 
 
 def test_remat_changes_neither_output_nor_gradient_and_bfloat16_stays_close():
-    config = UNetConfig(channels=(16,), depths=(1,), heads=(2,), context_dim=6, layers_per_block=1, groups=4)
+    sizes = {"channels": (16,), "depths": (3,), "mid_depth": 4, "heads": (2,), "layers_per_block": 1, "groups": 4}
+    config = UNetConfig(**sizes, context_dim=6)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape, np.float32) / np.sqrt(leaf.size / leaf.shape[-1]),
@@ -203,15 +204,17 @@ def test_remat_changes_neither_output_nor_gradient_and_bfloat16_stays_close():
 
     grad = jax.jit(jax.value_and_grad(loss_and_output, has_aux=True), static_argnums=1)
     (_, plain), plain_gradient = grad(params, "none")
-    for policy in ("products", "blocks"):
+    for policy in ("products", "blocks", "scanned"):
         (_, recomputed), gradient = grad(params, policy)
         np.testing.assert_allclose(recomputed, plain, atol=1e-5, rtol=0)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-3), gradient, plain_gradient)
     traced = [jax.make_jaxpr(lambda p, r=remat: loss_and_output(p, r))(params).eqns for remat in ("none", "blocks")]
     recomputed_blocks = [sum("prevent_cse" in equation.params for equation in equations) for equations in traced]
-    assert recomputed_blocks == [0, 9], "five residual and four transformer blocks are recomputed"
+    assert recomputed_blocks == [0, 18], "five residual and thirteen transformer blocks are recomputed"
     kept = [_residuals(lambda p, r=remat: loss_and_output(p, r)[0], params) for remat in ("blocks", "products", "none")]
     assert kept == sorted(kept), "each policy keeps more than the one before it"
+    program = str(jax.make_jaxpr(lambda p: loss_and_output(p, "scanned"))(params))
+    assert [program.count(f" length={depth}\n") for depth in (3, 4)] == [3, 1], "a loop for each transformer"
     assert kept[0] < 0.7 * kept[1] < 0.7 * 0.7 * kept[2]
 
     half = UNet(config, dtype=jnp.bfloat16)
