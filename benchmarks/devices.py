@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -16,7 +17,7 @@ from sdjax.plan.programs import Figures, Flops, Program, compile_program
 from sdjax.plan.topology import Target
 
 
-def take(sizes: Mapping[str, int], count: int | None = None) -> Sequence[jax.Device]:
+def take(sizes: Mapping[str, int], count: int | None = None) -> Sequence[Any]:
     """The first devices of all: `count`, else as many as a mesh names, else every one.
 
     Where there is only a CPU it becomes that many, if JAX has not looked for devices yet.
@@ -39,7 +40,7 @@ def take(sizes: Mapping[str, int], count: int | None = None) -> Sequence[jax.Dev
     return jax.devices()[:wanted]
 
 
-def tell_virtual(devices: Sequence[jax.Device]) -> None:
+def tell_virtual(devices: Sequence[Any]) -> None:
     """Says what figures of virtual devices are worth."""
     if devices[0].platform == "cpu" and len(devices) > 1:
         print("note: these devices share one CPU; their speed says nothing of real ones. What they send is exact.")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -73,7 +73,7 @@ def peak_memory() -> tuple[float, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "process"
 
 
-def device_name(devices: Sequence[jax.Device]) -> str:
+def device_name(devices: Sequence[Any]) -> str:
     """The accelerators, or the processor and how many of its cores this process may use."""
     if devices[0].platform != "cpu":
         return f"{len(devices)} x {devices[0].device_kind}"

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
-
 from benchmarks import measuring
 from sdjax.core.errors import UserError
 from sdjax.plan.chips import chip_of
@@ -17,7 +15,7 @@ from sdjax.plan.chips import chip_of
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
-def facts(script: str, packages: tuple[str, ...], devices: Sequence[jax.Device]) -> dict[str, str]:
+def facts(script: str, packages: tuple[str, ...], devices: Sequence[Any]) -> dict[str, str]:
     """When, where and what was measured, by a script of this folder."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -28,7 +26,7 @@ def facts(script: str, packages: tuple[str, ...], devices: Sequence[jax.Device])
     }
 
 
-def utilisation(speed: float, dtype: str, devices: Sequence[jax.Device]) -> str:
+def utilisation(speed: float, dtype: str, devices: Sequence[Any]) -> str:
     """Floating-point operations a second of all devices together; their share of the published peak."""
     peak = chip_of(devices[0].device_kind).flops
     if peak is None or dtype != "bfloat16":

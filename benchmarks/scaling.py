@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from benchmarks.devices import mesh_text
@@ -48,7 +47,7 @@ class Measured(NamedTuple):
         return self.images / self.seconds
 
 
-def points(sizes: Mapping[str, int], batch: int, kind: str, devices: Sequence[jax.Device]) -> list[Point]:
+def points(sizes: Mapping[str, int], batch: int, kind: str, devices: Sequence[Any]) -> list[Point]:
     """One device, then every power of two of them, up to all, over which the mesh can be laid.
 
     Args:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
-from sdjax.core.flags import define_processes, parse_flags, processes
+from sdjax.core.flags import define_processes, parse_flags, processes, require
 from sdjax.data import buckets, sources
 from sdjax.data.loader import Shard
 from sdjax.data.prepared_writer import PreparedWriter, Range, Row
@@ -57,13 +57,11 @@ def main() -> None:
     flags.DEFINE_integer("batch_size", 16, "pictures a device encodes at a time", lower_bound=1, flag_values=values)
     define_processes(values)
     parse_flags(values, sys.argv, __doc__)
-    for name in ("config", "outdir"):
-        if values[name].value is None:
-            raise UserError(f"--{name} is required")
+    config, folder = require(values, "config"), Path(require(values, "outdir"))
     keep_compiled()
     end_by_signals()
     initialise(**processes(values))
-    prepare(values["config"].value, Path(values["outdir"].value), values["batch_size"].value)
+    prepare(config, folder, require(values, "batch_size"))
 
 
 def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:

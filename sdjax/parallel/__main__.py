@@ -35,14 +35,15 @@ def main() -> None:
     flags.DEFINE_string("mesh", "fsdp=8", "devices along each axis, e.g. data=2,fsdp=8", flag_values=values)
     flags.DEFINE_boolean("all", False, "every parameter", flag_values=values)
     parse_flags(values, sys.argv, __doc__)
-    config, sizes = values["config"].value, parse_mesh(values["mesh"].value)
+    config, every = values["config"].value, bool(values["all"].value)
+    sizes = parse_mesh(str(values["mesh"].value))
     if config is None:
         raise UserError("--config is required")
     task = make_task(config, None)  # pyright: ignore[reportArgumentType]  (shapes need no devices)
     shapes = {**jax.eval_shape(task.init, jax.random.key(0)), **task.frozen}
     found = {name: audit({name: tree}, sizes) for name, tree in shapes.items()}
     for name, result in found.items():
-        print("\n".join(lines(result.entries, values["all"].value)))
+        print("\n".join(lines(result.entries, every)))
         print(f"{name}: {summary(result)}\n")
     print(f"all: {summary(Audit([entry for result in found.values() for entry in result.entries]))}")
     for name, result in found.items():

@@ -110,8 +110,8 @@ def finish(
         latents: Any = None
         for run, calls in zip(runs, rows, strict=True):
             # A program of several processes that calls back to one of them would wait for the others.
-            told = progress is not None and jax.process_count() == 1
-            listener = _Counter(progress, done, total) if told else None
+            alone = jax.process_count() == 1
+            listener = _Counter(progress, done, total) if progress is not None and alone else None
             latents = sample_latents(run._replace(job=run.job.rows(chosen)), settings, listener, latents)
             done += calls
             if progress is not None:

@@ -164,11 +164,15 @@ def _batches(config: Config, system: System, mesh: Mesh, params: Params) -> Load
 def _export(config: Config, system: System, params: Params, folder: Path) -> None:
     side = config.data.size // system.autoencoder.config.factor
     extra = {UNET: {"sample_size": side}, VAE: {"sample_size": config.data.size}}
-    parts = {name: Component(sizes, params[name], extra.get(name, {})) for name, sizes in configs_of(system).items()}
-    folders = tokenizer_folders(system, config.task.components)
+    parts: Any = {
+        name: Component(sizes, params[name], extra.get(name, {})) for name, sizes in configs_of(system).items()
+    }
+    tokenizers: Any = {
+        TOKENIZERS[name]: path for name, path in tokenizer_folders(system, config.task.components).items()
+    }
     checkpoint = Checkpoint(
         **parts,
-        **{TOKENIZERS[name]: path for name, path in folders.items()},
+        **tokenizers,
         scheduler_config=config.task.scheduler.to_dict(),
         defaults={name: config.sample[name] for name in ("steps", "guidance_scale")},
     )

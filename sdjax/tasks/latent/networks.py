@@ -107,12 +107,13 @@ def init_component(system: System, name: str, key: PRNGKeyArray) -> dict[str, An
             context=jnp.zeros((1, 1, config.context_dim)),
             vector=None if config.vector_dim is None else jnp.zeros((1, config.vector_dim)),
         )
-        return system.unet.init(key, jnp.zeros((1, side, side, config.in_channels)), jnp.zeros(1), cond)["params"]
+        made = system.unet.init(key, jnp.zeros((1, side, side, config.in_channels)), jnp.zeros(1), cond)
+        return dict(made["params"])
     if name == VAE:
         side = system.autoencoder.config.factor
-        return system.autoencoder.init(key, jnp.zeros((1, side, side, 3)), key)["params"]
+        return dict(system.autoencoder.init(key, jnp.zeros((1, side, side, 3)), key)["params"])
     (encoder,) = (encoder for encoder in system.text_encoders if encoder.name == name)
-    return encoder.module.init(key, jnp.zeros((1, encoder.module.config.max_length), jnp.int32))["params"]
+    return dict(encoder.module.init(key, jnp.zeros((1, encoder.module.config.max_length), jnp.int32))["params"])
 
 
 class Origin(NamedTuple):

@@ -46,7 +46,7 @@ def blank_shapes(system: System, text: str) -> dict[str, jax.ShapeDtypeStruct]:
     length = system.text_encoders[0].module.config.max_length
     if text != "prepared":
         return {"tokens": jax.ShapeDtypeStruct((len(system.text_encoders), length), jnp.int32)}
-    shapes = {"context": (length, system.context_width)}
+    shapes: dict[str, tuple[int, ...]] = {"context": (length, system.context_width)}
     if system.numbers:
         shapes["pooled"] = (system.pooled_width,)
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
@@ -58,9 +58,9 @@ def encode_moments(system: System, params: Params, images: Array) -> Float[Array
     return jnp.concatenate([latent.mean, latent.logvar], axis=-1)
 
 
-def encode_captions(system: System, params: Params, tokens: Int[Array, "b e l"]) -> dict[str, Array]:
+def encode_captions(system: System, params: Params, tokens: Int[Array | np.ndarray, "b e l"]) -> dict[str, Array]:
     """What the UNet is told of captions, under the names of `blank_shapes`."""
-    encoded = encode_text(system, params, Text(tuple(jnp.swapaxes(tokens, 0, 1)[:, :, None])))
+    encoded = encode_text(system, params, Text(tuple(jnp.swapaxes(jnp.asarray(tokens), 0, 1)[:, :, None])))
     return {"context": encoded.context} | ({"pooled": encoded.pooled} if system.numbers else {})
 
 

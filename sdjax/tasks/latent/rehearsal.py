@@ -34,9 +34,10 @@ def sample_prompts(
     prompts = list(options.prompts)
     chosen = SamplerOptions.from_scheduler_config(scheduler, options.sampler)
     table = make_table(options.sampler, schedule_of(scheduler), options.steps, chosen)
-    size, sizes = config.data.size, system.autoencoder.config
+    size, sizes = int(config.data.size), system.autoencoder.config
     side = size // sizes.factor
-    numbers = np.tile(np.float32([size, size, 0, 0, size, size]), (len(prompts), 1)) if system.numbers else None
+    told = np.array([size, size, 0, 0, size, size], np.float32)
+    numbers = np.tile(told, (len(prompts), 1)) if system.numbers else None
     asked = Asked(
         text=_text(tokenizers, prompts),
         negative=_text(tokenizers, [""] * len(prompts)),
