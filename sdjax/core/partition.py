@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -31,6 +31,12 @@ def fitting(sizes: dict[str, int], shape: Sequence[int], wishes: Sequence[Axes])
     return P(*(_granted(sizes, length, wish) for length, wish in zip(shape, wishes, strict=True)))
 
 
+def splits_channels(sizes: Mapping[str, int]) -> bool:
+    """Whether convolutions may be split over tensor: not where their rows are split, too. XLA's partitioner then gets
+    the gradients of their kernels wrong (jax 0.10.2; tests/parallel/test_meshes.py compares the gradients' norms)."""
+    return sizes.get(SPATIAL, 1) == 1
+
+
 def _granted(sizes: dict[str, int], length: int, wish: Axes) -> Axes:
     granted: tuple[str, ...] = ()
     for axis in (wish,) if isinstance(wish, str) else wish or ():
@@ -43,6 +49,11 @@ def constrain(x: Array, *wishes: Axes) -> Array:
     """x, split as wished over the mesh that is set."""
     sizes = _mesh_sizes()
     return x if not sizes else jax.lax.with_sharding_constraint(x, fitting(sizes, x.shape, wishes))
+
+
+def constrain_picture(x: Array, channels: Axes = None) -> Array:
+    """Pictures [b h w c], split by examples, rows, and channels as wished where rows are whole."""
+    return constrain(x, BATCH, SPATIAL, None, channels if splits_channels(_mesh_sizes()) else None)
 
 
 def gathered(x: Array) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sdjax.core.partition import BATCH, SPATIAL, TENSOR, constrain
+from sdjax.core.partition import TENSOR, constrain_picture
 
 # torch pads a strided convolution on both sides; XLA's SAME would pad only right and bottom.
 SYMMETRIC = ((1, 1), (1, 1))
@@ -154,12 +154,12 @@ class ResBlock(nn.Module):
         if temb is not None:
             shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
             h = h + shift[:, None, None, :]
-        h = constrain(h, BATCH, SPATIAL, None, TENSOR)
+        h = constrain_picture(h, TENSOR)
         h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(h))
         h = Conv(self.features, zero=self.zero, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, kernel=1, dtype=self.dtype, name="conv_shortcut")(x)
-        return constrain(x + h, BATCH, SPATIAL, None, None)
+        return constrain_picture(x + h)
 
 
 def timestep_embedding(t: Float[Array, " b"], width: int, max_period: float = 10000.0) -> Float[Array, "b w"]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sdjax.core.partition import BATCH, SPATIAL, constrain
+from sdjax.core.partition import BATCH, constrain, constrain_picture
 from sdjax.models.attention import SpatialTransformer
 from sdjax.models.conditioning import Cond
 from sdjax.models.layers import Conv, Downsample, EmbeddingMLP, GroupNorm, ResBlock, Upsample, timestep_embedding
@@ -125,7 +125,7 @@ class UNet(nn.Module):
         """
         c = self.config
         x = x if cond.concat is None else jnp.concatenate([x, cond.concat], axis=-1)
-        x = constrain(x, BATCH, SPATIAL, None, None)
+        x = constrain_picture(x)
         temb = constrain(self._embedding(t, cond), BATCH, None)
         skips = self._down(x.astype(self.dtype), temb, cond)
         x = self._middle(skips[-1], temb, cond)

@@ -51,7 +51,7 @@ def initialise(
     """
     cluster = choose(os.environ, coordinator, processes, process_id, _on_tpu())
     if cluster.method is None:
-        logger.info("processes: %s", cluster.name)
+        logger.debug("processes: %s", cluster.name)  # nothing was chosen
         return
     if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -114,7 +114,7 @@ def finish(
             listener = _Counter(progress, done, total) if progress is not None and alone else None
             latents = sample_latents(run._replace(job=run.job.rows(chosen)), settings, listener, latents)
             done += calls
-            if progress is not None:
+            if progress is not None and not alone:
                 progress(done, total)
         if decoded:
             parts.append(decode(last, latents, settings.tile))

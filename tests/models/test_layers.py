@@ -27,11 +27,12 @@ def test_sinusoids_of_fractional_times_are_the_formula():
 
 @pytest.mark.parametrize("width", [256, 7])
 def test_guidance_sinusoids_are_those_of_diffusers(width: int):
-    """To 1e-4, although angles reach 14,000, where one bit of a frequency moves a sine by 1e-3."""
+    """To 2e-3: angles reach 14,000, where one bit of a frequency moves a sine by 1e-3, and torch's exp differs by a bit
+    between processors."""
     scales = np.array([0.0, 0.123, 1.0, 7.5, 14.0], np.float32)
     expected = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.from_numpy(scales), width)
     found = jax.jit(guidance_embedding, static_argnums=1)(scales, width)
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found, expected, atol=2e-3, rtol=0)
     assert found[2, 0] == pytest.approx(np.sin(1000.0), abs=1e-5)
 
 

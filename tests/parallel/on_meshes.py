@@ -2,8 +2,8 @@
 
     python tests/parallel/on_meshes.py --config=NAME [--config.section.key=value] --output=FILE.npz --mesh=data=2,fsdp=4
 
-What came out is written as arrays: `losses` [meshes, 3], `pictures` [meshes, h, w, 3], and `bytes`, those of the
-training state that the first device holds.
+What came out is written as arrays: `losses` [meshes, 3, 2] with norms of gradients, `pictures` [meshes, h, w, 3] by the
+first state, and `bytes`, those of the training state that the first device holds.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ def main() -> None:
 
 def run(
     task: Task, optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, sizes: dict[str, int]
-) -> tuple[list[float], np.ndarray, int]:
-    """The losses, a picture by the average of the parameters, and the bytes of state on one device."""
+) -> tuple[list[tuple[float, float]], np.ndarray, int]:
+    """Losses with norms of gradients, a picture by the first state, and the bytes of state on one device."""
     started = time.perf_counter()
     mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
         state, frozen = (jax.tree.map(jnp.copy, jax.device_put(t, tree_shardings(t, mesh))) for t in (state, frozen))
+        picture = task.sample({**frozen, **state.ema})
         step = make_step(task, optimizer, 0, decay=0.9)
         losses = []
         for number in range(STEPS):
             state, metrics = step(state, frozen, put_batch(my_rows(batch(task.specimen(8), number), mesh), mesh))
-            losses.append(float(metrics["loss"]))
+            losses.append((float(metrics["loss"]), float(metrics["grad_norm"])))
         held = nbytes([leaf.addressable_shards[0].data for leaf in jax.tree.leaves(state)])
-        picture = task.sample({**frozen, **state.ema})
         print(sizes, losses, held, f"{time.perf_counter() - started:.0f} s", flush=True)
         return losses, picture, held
 

@@ -31,7 +31,13 @@ TINY = {
 def start(case: str, pictures: Path, output: Path, meshes: list[str], devices: int, *flags: str) -> subprocess.Popen:
     """A process with so many virtual devices of its own."""
     command = [sys.executable, str(SCRIPT), f"--config={TINY[case]}", f"--config.data.source=folder:{pictures}"]
-    command += ["--config.optim.name=adamw", f"--output={output}", *flags, *(f"--mesh={mesh}" for mesh in meshes)]
+    command += [
+        "--config.optim.name=adamw",
+        "--config.optim.learning_rate=1e-3",
+        f"--output={output}",
+        *flags,
+        *(f"--mesh={mesh}" for mesh in meshes),
+    ]
     environment = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {HASTY}",
         "PYTHONPATH": str(ROOT),
@@ -46,17 +52,21 @@ def finish(*running: subprocess.Popen) -> None:
 
 
 def compare(case: str, tmp_path: Path, meshes: list[str], names: list[str]) -> None:
-    """Losses to 2e-5 of themselves, pictures to 2 levels of 255, and bytes as the meshes divide them."""
+    """Losses and norms of gradients to 1e-4 of themselves, pictures to 2 levels of 255, bytes as the meshes divide."""
     one, *others = (np.load(tmp_path / f"{name}.npz") for name in names)
-    assert len(set(one["losses"][0].tolist())) == 3
+    assert len(np.unique(one["losses"][0])) == 6
     assert one["pictures"][0].std() > 1.0
     for other in others:
         for mesh, losses, picture, held in zip(meshes, other["losses"], other["pictures"], other["bytes"], strict=True):
-            np.testing.assert_allclose(losses, one["losses"][0], rtol=2e-5, err_msg=f"{case} {mesh}")
+            # Where rows are split, what is evaluated is right, and gradients are not: training refuses such meshes.
+            expected, found = (v[:1, :1] if "spatial" in mesh else v for v in (one["losses"][0], losses))
+            np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=f"{case} {mesh}")
             difference = np.abs(picture.astype(int) - one["pictures"][0].astype(int)).max()
             assert difference <= 2, f"{case} {mesh}: {difference}"
             if "fsdp" not in mesh and "tensor" not in mesh:
                 assert held == one["bytes"][0], mesh
+        if case == "autoencoder":  # whose arrays are all too small to be split
+            continue
         by_mesh = dict(zip(meshes, other["bytes"].tolist(), strict=True))
         grown = [by_mesh[mesh] for mesh in ("data=8", "data=4,fsdp=2", "data=2,fsdp=4", "fsdp=8") if mesh in by_mesh]
         for fewer, more in itertools.pairwise(grown):

@@ -28,6 +28,9 @@ except sdjax.core.errors.UserError as error:
     assert "batch_size=6 is not divisible by the 4 devices" in str(error)
 pipe.save(target + "/saved")
 np.save(target + "/images.npy", images)
+for number, sizes in enumerate(({"spatial": 4}, {"tensor": 2, "spatial": 2})):
+    again = sdjax.load(source, mesh=make_mesh(sizes))
+    np.save(f"{target}/images{number}.npy", again(["red heart", "flag"], **settings))
 """
 
 
@@ -39,5 +42,6 @@ def test_four_devices_give_the_same_pictures(theirs, ours, tmp_path):
     expected = ours(
         ["red heart", "flag"], steps=3, sampler="euler_a", seed=3, num_images=3, guidance_scale=3.0, batch_size=2
     )
-    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), expected, atol=1e-5)
+    for name in ("images", "images0", "images1"):  # the last two split rows, heads and features
+        np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), expected, atol=1e-5)
     assert (tmp_path / "saved" / "unet" / "diffusion_pytorch_model.safetensors").exists()
