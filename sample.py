@@ -63,7 +63,7 @@ import sdjax
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
-from sdjax.core.flags import define_processes, parse_flags
+from sdjax.core.flags import PROCESSES, define_processes, parse_flags
 from sdjax.parallel.distributed import agreed, end_by_signals, initialise, is_first, is_mine, run_together, sync
 from sdjax.parallel.mesh import make_mesh
 from sdjax.pipeline.grids import Axis, cells, contact_sheet, parse_grid
@@ -85,7 +85,6 @@ CALL = (*TEXTS, *INTEGERS, *REALS, *PAIRS)
 SOURCES = ("checkpoint", "refiner", "vae", "family", "prediction", "variant", "dtype")
 LISTS = ("prompt", "embedding")
 OTHER = ("from_file", "from_image", "grid", "outdir")
-PROCESSES = ("coordinator", "processes", "process_id", "coordinator_timeout", "heartbeat_timeout")
 GRID_PIXELS = 2**25
 
 

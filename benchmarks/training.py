@@ -40,7 +40,7 @@ from sdjax.core.flags import command_line, define_processes, load_config, proces
 from sdjax.models.autoencoder import AutoencoderConfig
 from sdjax.parallel.distributed import initialise, is_first, run_together
 from sdjax.parallel.mesh import make_mesh, parse_mesh
-from sdjax.parallel.sharding import check_batch, placer, put_batch
+from sdjax.parallel.sharding import check_batch, placer, put_batch, rows_of_process
 from sdjax.plan.programs import count_flops
 from sdjax.plan.training import check_config, training_programs
 from sdjax.tasks.base import make_task
@@ -165,19 +165,20 @@ def begin(config: Config, mesh: Mesh, data: str) -> Run:
     if data == "synthetic":
         frozen = random_params(task.frozen, placer(mesh))
         state = init_state(task, optimizer, options.seed, mesh)
-        return Run(step, state, frozen, synthetic(task, options.batch_size))
+        return Run(step, state, frozen, synthetic(task, options.batch_size, mesh))
     stored = task.stored(placer(mesh))
     frozen = {name: stored.pop(name) for name in task.frozen}
     state = init_state(task, optimizer, options.seed, mesh, stored)
     return Run(step, state, frozen, task.batch({**frozen, **state.params}))
 
 
-def synthetic(task: Task, batch_size: int) -> Iterator[Any]:
+def synthetic(task: Task, batch_size: int, mesh: Mesh) -> Iterator[Any]:
     """The same random rows of this process for ever: noise where there are real numbers, 0 and 1 elsewhere."""
     rng = np.random.default_rng(0)
+    _, parts = rows_of_process(mesh)
 
     def rows(leaf: Any) -> np.ndarray:
-        shape = (leaf.shape[0] // jax.process_count(), *leaf.shape[1:])
+        shape = (leaf.shape[0] // parts, *leaf.shape[1:])
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             return rng.standard_normal(shape, np.float32).astype(leaf.dtype)
         return rng.integers(0, 2, shape).astype(leaf.dtype)

@@ -4,6 +4,16 @@ from ml_collections import ConfigDict
 
 from sdjax.core.config import Config
 
+SCALED_LINEAR = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+}
+"""Stable Diffusion's noise schedule, as a scheduler_config.json says it."""
+
 
 def base() -> Config:
     """A config with the sections `model task data optim mesh train sample eval`; a system's file fills them in."""

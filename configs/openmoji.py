@@ -7,7 +7,7 @@ the text encoder together. A step of the second stage takes about
 a second there. Results stand in checkpoints/openmoji/README.md. `:tiny` is for the tests.
 """
 
-from configs.common import base, locked
+from configs.common import SCALED_LINEAR, base, locked
 from sdjax.core.config import Config
 
 CHECKPOINT = "checkpoints/openmoji"
@@ -65,14 +65,9 @@ def text_to_image() -> Config:
         "offset_noise": 0.0,
         "export_dtype": "float16",
         "scheduler": {
-            "_class_name": "DDIMScheduler",
-            "num_train_timesteps": 1000,
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
+            **SCALED_LINEAR,
             "prediction_type": "v_prediction",
             "timestep_spacing": "trailing",
-            "clip_sample": False,
             "set_alpha_to_one": True,
             "steps_offset": 0,
         },

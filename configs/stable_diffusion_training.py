@@ -18,11 +18,12 @@ The first writes latents and text embeddings once, the second trains; both may r
 | sdxl | then about 1024 x 1024 px in buckets of aspect, offset noise 0.05 |
 | sd1_tune, sd2_tune, sdxl_tune | all of the UNet from the published weights, batch 64, learning rate 1e-5 |
 
-Where a paper is silent (SDXL's learning rate, its optimiser), SD 1's stand here. `_tiny` after sd1, sd2_zero and sdxl
+Where a paper is silent (SDXL's learning rate, its optimiser), SD 1's stand here; the 100,000 steps of `sdxl` and all
+of fine-tuning are this project's own choice. `_tiny` after sd1, sd2_zero and sdxl
 are for the tests: the same system, small, with text encoders and autoencoder drawn at random.
 """
 
-from configs.common import base, locked
+from configs.common import SCALED_LINEAR, base, locked
 from sdjax.core.config import Config
 
 FAMILIES = {
@@ -92,14 +93,9 @@ def stage(name: str) -> Config:
         "offset_noise": 0.0,
         "export_dtype": "float16",
         "scheduler": {
-            "_class_name": "DDIMScheduler",
-            "num_train_timesteps": 1000,
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
+            **SCALED_LINEAR,
             "prediction_type": "epsilon",
             "timestep_spacing": "leading",
-            "clip_sample": False,
             "set_alpha_to_one": False,
             "steps_offset": 1,
             "rescale_betas_zero_snr": False,

@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 
+PROCESSES = ("coordinator", "processes", "process_id", "coordinator_timeout", "heartbeat_timeout")
 Define = Callable[[flags.FlagValues], None]
 """Adds flags to a script's own."""
 
@@ -60,8 +61,7 @@ def define_processes(values: flags.FlagValues) -> None:
 
 def processes(values: flags.FlagValues) -> dict[str, Any]:
     """What the flags of `define_processes` say, as `sdjax.parallel.distributed.initialise` takes it."""
-    names = ("coordinator", "processes", "process_id", "coordinator_timeout", "heartbeat_timeout")
-    return {name: values[name].value for name in names}
+    return {name: values[name].value for name in PROCESSES}
 
 
 def parse_flags(

@@ -43,7 +43,7 @@ class Chip(NamedTuple):
 # 50 GB/s in each direction (Jouppi et al. 2023, "TPU v4", table 4). A device of v2 and v3 is half a chip. What a
 # program may have of the HBM is what libtpu 0.0.42's compiler names as available when it refuses one.
 # NVIDIA: the data sheets of H200, H100, A100, L40S, L4 (memory, its bandwidth, NVLink), and the architecture papers
-# "NVIDIA Ada GPU" and "NVIDIA RTX Blackwell GPU".
+# "NVIDIA Ada GPU" and "NVIDIA RTX Blackwell GPU", from memory: not looked up again, nor is v4's link.
 CHIPS = {
     "NVIDIA H200": Chip(989.4, 141, 141, 4800, 900),
     "NVIDIA H100 PCIe": Chip(756.0, 80, 80, 2000, 600),

@@ -20,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.parallel.distributed import is_first, sync
+from sdjax.parallel.sharding import path_name
 from sdjax.training.step import TrainState
 from sdjax.training.workdir import CHECKPOINTS
 
@@ -143,7 +144,7 @@ def fingerprint(state: TrainState) -> dict[str, int]:
     sharding = leaves[0][1].sharding
     everywhere = jax.NamedSharding(sharding.mesh, jax.P()) if isinstance(sharding, jax.NamedSharding) else sharding
     sums = np.asarray(_sums(everywhere)([leaf for _, leaf in leaves]))
-    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+    names = (path_name(path) for path, _ in leaves)
     return dict(zip(names, sums.tolist(), strict=True))
 
 
