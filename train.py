@@ -23,7 +23,7 @@ from sdjax.core.config import Config
 from sdjax.core.flags import command_line, define_processes, define_training, load_config, processes, require
 from sdjax.data import checking
 from sdjax.parallel.distributed import initialise, run_together
-from sdjax.parallel.mesh import check_trains, make_mesh
+from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import check_batch, placer, put_batch
 from sdjax.tasks.base import make_task
 from sdjax.training.checkpoint import Checkpoints
@@ -71,7 +71,6 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
     # ---- what is trained, on which devices, in whose folder ----
     options = config.train
     mesh = make_mesh(config.mesh)
-    check_trains(mesh)
     check_batch(options.batch_size // options.accumulate, mesh, "train.batch_size / train.accumulate")
     check_owner(root, config.to_dict(), FREE)
     task = make_task(config, mesh)

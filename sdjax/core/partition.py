@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -31,12 +31,6 @@ def fitting(sizes: dict[str, int], shape: Sequence[int], wishes: Sequence[Axes])
     return P(*(_granted(sizes, length, wish) for length, wish in zip(shape, wishes, strict=True)))
 
 
-def splits_channels(sizes: Mapping[str, int]) -> bool:
-    """Whether convolutions may be split over tensor: not where their rows are split, too. XLA's partitioner then gets
-    the gradients of their kernels wrong (jax 0.10.2; tests/parallel/test_meshes.py compares the gradients' norms)."""
-    return sizes.get(SPATIAL, 1) == 1
-
-
 def _granted(sizes: dict[str, int], length: int, wish: Axes) -> Axes:
     granted: tuple[str, ...] = ()
     for axis in (wish,) if isinstance(wish, str) else wish or ():
@@ -47,13 +41,13 @@ def _granted(sizes: dict[str, int], length: int, wish: Axes) -> Axes:
 
 def constrain(x: Array, *wishes: Axes) -> Array:
     """x, split as wished over the mesh that is set."""
-    sizes = _mesh_sizes()
+    sizes = mesh_sizes()
     return x if not sizes else jax.lax.with_sharding_constraint(x, fitting(sizes, x.shape, wishes))
 
 
 def constrain_picture(x: Array, channels: Axes = None) -> Array:
-    """Pictures [b h w c], split by examples, rows, and channels as wished where rows are whole."""
-    return constrain(x, BATCH, SPATIAL, None, channels if splits_channels(_mesh_sizes()) else None)
+    """Pictures [b h w c], split by examples, rows, and channels as wished."""
+    return constrain(x, BATCH, SPATIAL, None, channels)
 
 
 def gathered(x: Array) -> Array:
@@ -71,14 +65,14 @@ def per_shard(
         arrays: None where an argument is not given.
         wishes: of each array.
     """
-    sizes = _mesh_sizes()
+    sizes = mesh_sizes()
     if not sizes:
         return function(*arrays)
     specs = tuple(P() if a is None else fitting(sizes, a.shape, wish) for a, wish in zip(arrays, wishes, strict=True))
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
-def _mesh_sizes() -> dict[str, int]:
+def mesh_sizes() -> dict[str, int]:
     """Devices along each axis of the mesh that is set; {} where there is but one device."""
     mesh: Any = jax.sharding.get_abstract_mesh()
     return {} if mesh.empty or mesh.size == 1 else dict(mesh.shape)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sdjax.core.convolution import Edges, convolve, over_rows
 from sdjax.core.partition import TENSOR, constrain_picture
 
 # torch pads a strided convolution on both sides; XLA's SAME would pad only right and bottom.
@@ -63,6 +64,7 @@ class Conv(nn.Module):
             padding=((half, half), (half, half)),
             kernel_init=init,
             dtype=self.dtype,
+            conv_general_dilated=convolve,
         )
         nn.share_scope(self, conv)
         return conv(x)
@@ -86,17 +88,23 @@ class DoublingConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w f"]:
-        b, h, w, c = x.shape
+        c = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         rows = _doubled(kernel)  # [i r 3 c f]: what output row i sees of input row r
         both = _doubled(jnp.moveaxis(rows, 2, 0))  # [j s i r c f]
         both = jnp.transpose(both, (3, 1, 4, 2, 0, 5)).reshape(2, 2, c, 4 * self.features).astype(self.dtype)
-        names = ("NHWC", "HWIO", "NHWC")
-        out = jax.lax.conv_general_dilated(x.astype(self.dtype), both, (1, 1), SYMMETRIC, dimension_numbers=names)
-        out = out.reshape(b, h + 1, w + 1, 2, 2, self.features)
-        pixels = jnp.stack([jnp.stack([out[:, i : i + h, j : j + w, i, j] for j in (0, 1)], 3) for i in (0, 1)], 2)
-        return pixels.reshape(b, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)
+        return over_rows(_doubled_rows, x.astype(self.dtype), both, (1, 1)) + bias.astype(self.dtype)
+
+
+def _doubled_rows(x: Float[Array, "b r w c"], kernel: Float[Array, "2 2 c 4*f"], edges: Edges) -> Array:
+    """The doubled picture of rows that are seen with one more above and below, in x or still to be added."""
+    names = ("NHWC", "HWIO", "NHWC")
+    out = jax.lax.conv_general_dilated(x, kernel, (1, 1), (edges, (1, 1)), dimension_numbers=names)
+    b, h, w = out.shape[0], out.shape[1] - 1, out.shape[2] - 1
+    out = out.reshape(b, h + 1, w + 1, 2, 2, -1)
+    pixels = jnp.stack([jnp.stack([out[:, i : i + h, j : j + w, i, j] for j in (0, 1)], 3) for i in (0, 1)], 2)
+    return pixels.reshape(b, 2 * h, 2 * w, -1)
 
 
 def _doubled(taps: Float[Array, "3 ..."]) -> Float[Array, "2 2 ..."]:
@@ -132,7 +140,16 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
-        return nn.Conv(x.shape[-1], (3, 3), strides=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
+        conv = nn.Conv(
+            x.shape[-1],
+            (3, 3),
+            strides=2,
+            padding=self.padding,
+            dtype=self.dtype,
+            conv_general_dilated=convolve,
+            name="conv",
+        )
+        return conv(x)
 
 
 class ResBlock(nn.Module):

@@ -42,23 +42,6 @@ def make_mesh(sizes: Mapping[str, int], over: Sequence[Any] | None = None) -> Me
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=over)
 
 
-def check_trains(mesh: Mesh) -> None:
-    """Refuses a mesh on which XLA computes wrong gradients, without a word.
-
-    With the rows of pictures split, and parts of the mesh idle or as many devices as rows, the gradients of
-    convolution kernels came out wrong by up to a factor (jax 0.10.2 on CPU, data=8 against fsdp=2,tensor=2,spatial=2
-    and spatial=8). What is only evaluated, as in sampling, is right.
-
-    Raises:
-        UserError: the mesh has a spatial axis of more than one device.
-    """
-    if mesh.shape[SPATIAL] > 1:
-        free = {name: size for name, size in mesh.shape.items() if name != SPATIAL} | {SPATIAL: 1, DATA: -1}
-        near = "; ".join(text_of(shape) for shape in nearest_shapes(free, mesh.size) if shape[-1] == 1)
-        asked = f"mesh.spatial={mesh.shape[SPATIAL]}"
-        raise UserError(f"{asked} is for sampling: training does not split rows; nearest: {near}")
-
-
 def local_mesh() -> Mesh:
     """This process's own devices, along the data axis: for work that processes share without talking."""
     devices = jax.local_devices()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sdjax.core.partition import FSDP, TENSOR, splits_channels
+from sdjax.core.partition import FSDP, TENSOR
 
 # Gathering a small array costs more than keeping a copy of it.
 SMALLEST_SHARDED = 2**12
@@ -45,8 +45,6 @@ def spec_of(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
         return P()
     tensor, fsdp = sizes.get(TENSOR, 1), sizes.get(FSDP, 1)
     dimension = next((d for pattern, d in _PATTERNS if pattern.search(name)), None)
-    if len(shape) == 4 and not splits_channels(sizes):
-        dimension = None
     if dimension is not None and len(shape) >= 2 and tensor > 1 and shape[dimension] % tensor == 0:
         axes[dimension] = TENSOR
     left = [d for d, size in enumerate(shape) if axes[d] is None and size % fsdp == 0]

@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
-from sdjax.parallel.mesh import check_trains
 from sdjax.parallel.sharding import batch_sharding, check_batch, shapes_on, tree_shardings
 from sdjax.plan.programs import Program
 from sdjax.tasks.base import make_task
@@ -24,7 +23,6 @@ def training_programs(config: Config, mesh: Mesh, batch_size: int) -> list[Progr
     """
     check_config(config)
     options = config.train
-    check_trains(mesh)
     check_batch(batch_size // options.accumulate, mesh, "batch_size / train.accumulate")
     task, optimizer = make_task(config, mesh), make_optimizer(config.optim, options.steps)
     state = state_shapes(task, optimizer, mesh)

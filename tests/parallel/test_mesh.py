@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sdjax.core.errors import UserError
-from sdjax.parallel.mesh import check_trains, make_mesh, nearest_shapes, shapes_of
+from sdjax.parallel.mesh import make_mesh, nearest_shapes, shapes_of
 from sdjax.parallel.rules import spec_of
 from sdjax.parallel.sharding import check_batch
 
@@ -53,13 +53,6 @@ def test_the_nearest_meshes_are_those_with_the_fewest_doublings():
     assert len(set(shapes_of(8))) == len(shapes_of(8)) == 20
     assert nearest_shapes({"fsdp": 4, "tensor": 4}, 8, 2) == [(1, 4, 2, 1), (1, 2, 4, 1)]
     assert nearest_shapes({"data": -1, "spatial": 3}, 8, 1) == [(2, 1, 1, 4)], "an axis that may be anything is"
-
-
-def test_rows_are_not_split_in_training():
-    sizes = (2, 2, 1, 2)
-    mesh = jax.sharding.AbstractMesh(sizes, ("data", "fsdp", "tensor", "spatial"))
-    with pytest.raises(UserError, match=r"mesh\.spatial=2 is for sampling.*nearest: data=4,fsdp=2"):
-        check_trains(mesh)  # pyright: ignore[reportArgumentType]
 
 
 def test_wrong_meshes_are_one_line():
