@@ -12,10 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Most tests run a program once or twice, so optimising its machine code would take longer than it saves.
+HASTY = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # whose environment is that of the process that started it
 if not IS_WORKER:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sdjax-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not IS_WORKER and config.option.markexpr == "not slow":
+        os.environ.setdefault("XLA_FLAGS", HASTY)
 
 
 def pytest_unconfigure() -> None:

@@ -71,7 +71,7 @@ def test_a_real_step_waits_for_a_slow_source():
         specimen=lambda rows: {"x": np.empty((rows, 8), np.float32), "ids": np.empty((rows,), np.int32)},
     )
     mesh, optimizer = make_mesh({"data": 1}), optax.sgd(1e-3)
-    rows = next(synthetic(task, 4))
+    rows = next(synthetic(task, 4, mesh))
     assert rows["x"].std() > 0.5
     assert set(rows["ids"]) <= {0, 1}
 
