@@ -7,6 +7,7 @@ CompVis/latent-diffusion ldm/modules/diffusionmodules/openaimodel.py and model.p
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -115,11 +116,13 @@ def vae_pieces(keys: Iterable[str], levels: int, layers: int) -> dict[str, Piece
         down, up = f"encoder.down.{i}", f"decoder.up.{levels - 1 - i}"
         for j in range(layers):
             modules |= _below(f"encoder.down_blocks.{i}.resnets.{j}", f"{down}.block.{j}", VAE_RESBLOCK)
+            modules |= _below(f"encoder.down_blocks.{i}.attentions.{j}", f"{down}.attn.{j}", VAE_ATTENTION)
         for j in range(layers + 1):
             modules |= _below(f"decoder.up_blocks.{i}.resnets.{j}", f"{up}.block.{j}", VAE_RESBLOCK)
+            modules |= _below(f"decoder.up_blocks.{i}.attentions.{j}", f"{up}.attn.{j}", VAE_ATTENTION)
         modules[f"encoder.down_blocks.{i}.downsamplers.0.conv"] = f"{down}.downsample.conv"
         modules[f"decoder.up_blocks.{i}.upsamplers.0.conv"] = f"{up}.upsample.conv"
-    modules |= {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    modules |= {name: name for name in ("quant_conv", "post_quant_conv", "quantize.embedding")}
 
     def piece(key: str) -> Piece:
         name = _renamed(key, modules)
@@ -130,7 +133,7 @@ def vae_pieces(keys: Iterable[str], levels: int, layers: int) -> dict[str, Piece
 
 def is_vae_attention(key: str) -> bool:
     """Whether an original key is one of the matrices that are stored as 1x1 convolutions."""
-    return ".attn_1." in key and key.endswith(".weight") and ".norm." not in key
+    return re.search(r"\.(attn_1|attn\.\d+)\.(q|k|v|proj_out)\.weight$", key) is not None
 
 
 def clip_pieces(keys: Iterable[str]) -> dict[str, Piece]:

@@ -114,24 +114,28 @@ def vae_config(shapes: Shapes, scaling_factor: float, place: object) -> dict[str
     """diffusers' config of an autoencoder whose original tensors have `shapes`.
 
     Raises:
-        UserError: a tensor that says a size is missing, or there is attention outside the middle.
+        UserError: a tensor that says a size is missing.
     """
     sizes = _Shapes(shapes, place)
     levels = max(sizes.count("encoder.down"), 1)
-    if any(sizes.count(f"encoder.down.{i}.attn") for i in range(levels)):
-        raise UserError(f"{place} has attention outside its middle block, which is not supported")
-    return {
-        "_class_name": autoencoder.CLASS_NAME,
+    attends = [sizes.count(f"encoder.down.{i}.attn") > 0 for i in range(levels)]
+    codebook = "quantize.embedding.weight"
+    is_vq = codebook in sizes
+    special: dict[str, Any] = {"num_vq_embeddings": sizes.axis(codebook, 0)} if is_vq else {}
+    if "encoder.mid.attn_1.norm.weight" not in sizes:
+        special["mid_block_add_attention"] = False
+    return special | {
+        "_class_name": autoencoder.VQ_CLASS_NAME if is_vq else autoencoder.CLASS_NAME,
         "act_fn": "silu",
         "block_out_channels": [sizes.axis(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)],
-        "down_block_types": [autoencoder.DOWN] * levels,
+        "down_block_types": [autoencoder.DOWN[here] for here in attends],
         "in_channels": sizes.axis("encoder.conv_in.weight", 1),
         "latent_channels": sizes.axis("post_quant_conv.weight", 0),
         "layers_per_block": max(sizes.count("encoder.down.0.block"), 1),
         "norm_num_groups": 32,
         "out_channels": sizes.axis("decoder.conv_out.weight", 0),
         "scaling_factor": scaling_factor,
-        "up_block_types": [autoencoder.UP] * levels,
+        "up_block_types": [autoencoder.UP[here] for here in reversed(attends)],
     }
 
 

@@ -1,56 +1,129 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers import AutoencoderKL, VQModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, VectorQuantizer
 from torch_reference import GAINS, channels_first, channels_last, randomised, translated
 
 from sdjax.convert import autoencoder as conversion
 from sdjax.core.tree import size
-from sdjax.models.autoencoder import VARIANTS, Autoencoder, posterior
+from sdjax.models import quantize
+from sdjax.models.autoencoder import VARIANTS, Autoencoder, autoencoder_of, posterior
+from sdjax.models.quantize import BETA
 
 # Exact sizes of the published first stages (CompVis/latent-diffusion, Stability-AI/stablediffusion).
-TOTALS = {"sd": 83_653_863, "sdxl": 83_653_863, "x4_upscaler": 55_325_927, "kl_f4": 55_312_063}
+TOTALS = {
+    "sd": 83_653_863,
+    "sdxl": 83_653_863,
+    "x4_upscaler": 55_325_927,
+    "kl_f4": 55_312_063,
+    "kl_f8": 83_653_863,
+    "kl_f16": 69_610_963,
+    "kl_f32": 103_880_131,
+    "vq_f4": 55_322_782,
+    "vq_f4_noattn": 53_219_486,
+    "vq_f8": 67_717_295,
+    "vq_f8_n256": 67_652_783,
+    "vq_f16": 69_593_371,
+}
 
 
-def reference() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=(16, 32, 32),
-        layers_per_block=2,
-        latent_channels=3,
-        norm_num_groups=8,
-        scaling_factor=0.7,
-    )
+RNG = np.random.default_rng(0)
+PICTURES = RNG.uniform(-1, 1, (2, 32, 48, 3)).astype(np.float32)
+LATENTS = RNG.standard_normal((2, 8, 12, 3), np.float32)
+SIZES = {"block_out_channels": (16, 32, 32), "layers_per_block": 2, "latent_channels": 3, "norm_num_groups": 8}
+PLAIN = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+ATTENDING = {
+    "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+    "up_block_types": ["AttnUpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
+}
+KL = {
+    "as in Stable Diffusion": PLAIN,
+    "attention beside the middle": ATTENDING,
+    "no attention": {**PLAIN, "mid_block_add_attention": False},
+}
 
 
 def test_parameter_totals_are_those_of_the_published_models():
-    assert {name: size(conversion.shapes(config)) for name, config in VARIANTS.items()} == TOTALS
+    assert {name: size(conversion.shapes(VARIANTS[name])) for name in TOTALS} == TOTALS
+    # Not published as weights: LDM's table 8 gives their codes and channels.
+    assert VARIANTS.keys() - TOTALS.keys() == {"kl_f2", "vq_f2"}
 
 
-def test_moments_and_pictures_agree_with_diffusers_to_1e_4():
-    torch_vae = reference()
+@pytest.mark.parametrize("structure", KL.values(), ids=KL)
+def test_moments_and_pictures_agree_with_diffusers_to_1e_4(structure):
+    torch_vae = AutoencoderKL(**SIZES, **structure, scaling_factor=0.7)
     config = conversion.from_diffusers_config(torch_vae.config)
     assert (config.scaling_factor, config.latent_channels, config.factor) == (0.7, 3, 4)
     model, shapes = Autoencoder(config), conversion.shapes(config)
     encode = jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode"))
     decode = jax.jit(lambda params, z: model.apply({"params": params}, z, method="decode"))
-    rng = np.random.default_rng(0)
-    pictures = rng.uniform(-1, 1, (2, 32, 48, 3)).astype(np.float32)
-    latents = rng.standard_normal((2, 8, 12, 3), np.float32)
     for gain in GAINS:
         params = translated(randomised(torch_vae, gain), conversion.TABLE, shapes)
         with torch.no_grad():
-            expected = torch_vae.encode(channels_first(pictures)).latent_dist
-            decoded = channels_last(torch_vae.decode(channels_first(latents)).sample)
-        found = encode(params, pictures)
+            expected = torch_vae.encode(channels_first(PICTURES)).latent_dist
+            decoded = channels_last(torch_vae.decode(channels_first(LATENTS)).sample)
+        found = encode(params, PICTURES)
         np.testing.assert_allclose(found.mean, channels_last(expected.mean), atol=1e-4, rtol=0)
         np.testing.assert_allclose(found.logvar, channels_last(expected.logvar), atol=1e-4, rtol=0)
         assert decoded.std() > 0.1
-        np.testing.assert_allclose(decode(params, latents), decoded, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(decode(params, LATENTS), decoded, atol=1e-4, rtol=0)
+    assert conversion.from_diffusers_config(conversion.to_diffusers_config(config)) == config
+
+
+@pytest.mark.parametrize("structure", [ATTENDING, KL["no attention"]], ids=["attention", "no attention"])
+def test_rounded_latents_agree_with_diffusers_to_1e_4(structure):
+    torch_vae = VQModel(**SIZES, **structure, num_vq_embeddings=40)
+    config = conversion.from_diffusers_config({"_class_name": "VQModel", **torch_vae.config})
+    assert config.codes == 40
+    params = translated(randomised(torch_vae), conversion.TABLE, conversion.shapes(config))
+    model = autoencoder_of(config)
+    found = jax.jit(lambda x: model.apply({"params": params}, x, method="encode"))(PICTURES)
+    pictures = jax.jit(lambda z: model.apply({"params": params}, z, method="decode"))(LATENTS)
+    with torch.no_grad():
+        expected = torch_vae.encode(channels_first(PICTURES)).latents
+        decoded = torch_vae.decode(channels_first(LATENTS)).sample
+        unrounded = torch_vae.decode(channels_first(LATENTS), force_not_quantize=True).sample
+    np.testing.assert_allclose(found.mean, channels_last(expected), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(pictures, channels_last(decoded), atol=1e-4, rtol=0)
+    assert (decoded - unrounded).abs().max() > 0.1
+    assert conversion.from_diffusers_config(conversion.to_diffusers_config(config)) == config
+
+
+def test_the_loss_of_rounding_and_its_gradients_are_diffusers():
+    """Loss to 1e-6 of itself, gradients to 1e-5 of their largest; through rounding the gradient passes unchanged."""
+    torch_quantizer = VectorQuantizer(40, 3, beta=BETA, sane_index_shape=True)  # legacy, as LDM trained
+    with torch.no_grad():
+        torch_quantizer.embedding.weight.copy_(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)))
+    z, weights = channels_first(LATENTS).requires_grad_(), np.random.default_rng(1).standard_normal(LATENTS.shape)
+    rounded, loss, (_, _, codes) = torch_quantizer(z)
+    (3.0 * loss + (rounded * channels_first(weights.astype("f"))).sum()).backward()
+    model = quantize.VectorQuantizer(40, 3)
+    params = {"embedding": {"embedding": torch_quantizer.embedding.weight.detach().numpy()}}
+
+    def total(params, z):
+        found = model.apply({"params": params}, z)
+        return 3.0 * found.loss + (found.z * weights).sum(), found
+
+    (_, found), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(params, jnp.asarray(LATENTS))
+    np.testing.assert_array_equal(found.codes, codes)
+    np.testing.assert_allclose(found.z, channels_last(rounded), atol=1e-6)
+    np.testing.assert_allclose(found.loss, loss.item(), rtol=1e-6)
+    expected = torch_quantizer.embedding.weight.grad.numpy(), channels_last(z.grad)
+    for ours, theirs in zip((grads[0]["embedding"]["embedding"], grads[1]), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_usage_counts_what_is_used():
+    found = quantize.counts(jnp.array([[[0, 0], [3, 3]], [[1, 1], [2, 2]]]), 8)
+    np.testing.assert_array_equal(found, [2, 2, 2, 2, 0, 0, 0, 0])
+    share, perplexity = quantize.usage(found)
+    assert (float(share), float(perplexity)) == (0.5, pytest.approx(4.0))
+    assert float(quantize.usage(jnp.array([7.0, 0.0])).perplexity) == pytest.approx(1.0)
 
 
 def test_posterior_agrees_with_diffusers_and_its_samples_have_its_moments():
