@@ -37,13 +37,14 @@ from sdjax.convert.folder import write_component
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.flags import command_line, define_processes, load_config, processes
-from sdjax.models.autoencoder import AutoencoderConfig
+from sdjax.models.autoencoder import VARIANTS
 from sdjax.parallel.distributed import initialise, is_first, run_together
 from sdjax.parallel.mesh import make_mesh, parse_mesh
 from sdjax.parallel.sharding import check_batch, placer, put_batch, rows_of_process
 from sdjax.plan.programs import count_flops
 from sdjax.plan.training import check_config, training_programs
 from sdjax.tasks.base import make_task
+from sdjax.tasks.latent.networks import sizes_of
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import StepFn, TrainState, init_state, make_step
 from sdjax.training.task import Params, Task
@@ -119,7 +120,7 @@ def drawn_first_stage(config: Config) -> Iterator[None]:
     if ".py" not in first:
         yield
         return
-    sizes = AutoencoderConfig(**load_config(first).model.autoencoder)
+    sizes = sizes_of(load_config(first).model.autoencoder, VARIANTS, "config.model.autoencoder")
     with tempfile.TemporaryDirectory() as folder:
         drawn = random_params(FORMATS["vae"].shapes(sizes), lambda array, name: jax.device_put(array))
         write_component(Path(folder) / "vae", "vae", Component(sizes, drawn))

@@ -1,5 +1,7 @@
 """Pieces that configs share: every section with every key it may have, and the values that suit most."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from sdjax.core.config import Config
@@ -34,6 +36,7 @@ def base() -> Config:
                 "weight_decay": 0.01,
                 "clip_norm": 1.0,
                 "ema_decay": 0.9999,
+                "components": {},  # name: what differs for this network, which then has an optimiser of its own
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "spatial": 1},
             "train": {
@@ -55,6 +58,22 @@ def base() -> Config:
             "eval": {},
         }
     )
+
+
+def autoencoder_task(**changes: Any) -> dict[str, Any]:
+    """The `task` section of a first stage, with LDM's weights and without a discriminator."""
+    return {
+        "name": "autoencoder",
+        "reconstruction": "l1",
+        "kl_weight": 1e-6,
+        "codebook_weight": 1.0,
+        "learn_logvar": False,
+        "noiseless_start": False,
+        "crop": 256,
+        "perceptual_weight": 1.0,
+        "discriminator": {"weight": 0.0, "start": 50_001, "layers": 3, "criterion": "hinge"},
+        **changes,
+    }
 
 
 def locked(config: Config) -> Config:

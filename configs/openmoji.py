@@ -7,7 +7,7 @@ the text encoder together. A step of the second stage takes about
 a second there. Results stand in checkpoints/openmoji/README.md. `:tiny` is for the tests.
 """
 
-from configs.common import SCALED_LINEAR, base, locked
+from configs.common import SCALED_LINEAR, autoencoder_task, base, locked
 from sdjax.core.config import Config
 
 CHECKPOINT = "checkpoints/openmoji"
@@ -30,12 +30,13 @@ def autoencoder() -> Config:
     """128 px pictures to 16x16 latents of 16 channels."""
     config = base()
     config.model.autoencoder = {
+        "variant": "kl_f8",
         "channels": (8, 16, 32, 64),
         "latent_channels": 16,
         "layers_per_block": 1,
         "groups": 8,
     }
-    config.task = {"name": "autoencoder", "reconstruction": "l2", "kl_weight": 1e-6, "crop": 64}
+    config.task = autoencoder_task(reconstruction="l2", crop=64, noiseless_start=True, perceptual_weight=0.0)
     config.data.source = "openmoji"
     config.optim.update(name="muon", learning_rate=0.03, schedule="cosine", warmup_steps=50, weight_decay=0.0, b2=0.99)
     config.optim.ema_decay = 0.99

@@ -7,7 +7,7 @@ from jaxtyping import Float, Shaped
 
 from sdjax.core.tree import Tree
 from sdjax.data.sources import Source
-from sdjax.models.autoencoder import Autoencoder
+from sdjax.models.autoencoder import AnyAutoencoder
 from sdjax.tasks.autoencoder import reconstruct
 
 
@@ -17,7 +17,7 @@ def psnr(a: Shaped[np.ndarray, "b h w c"], b: Shaped[np.ndarray, "b h w c"]) -> 
     return -10.0 * np.log10(error)
 
 
-def reconstruction_psnr(model: Autoencoder, params: Tree, pictures: Source, batch_size: int = 16) -> float:
+def reconstruction_psnr(model: AnyAutoencoder, params: Tree, pictures: Source, batch_size: int = 16) -> float:
     """The mean over all pictures of the PSNR of their reconstruction from the posterior's mean."""
     values: list[float] = []
     for start in range(0, len(pictures), batch_size):

@@ -203,7 +203,7 @@ class Decoder(nn.Module):
             if i < len(c.channels) - 1:
                 x = Upsample(dtype, name=f"up_blocks_{i}_upsamplers_0")(x)
         x = nn.silu(GroupNorm(c.groups, EPS, dtype, name="conv_norm_out")(x))
-        self.sow("last", "features", x, reduce_fn=lambda _, new: new)
+        self.sow("last", "features", x)
         return Conv(3, dtype=dtype, name="conv_out")(x)
 
 
@@ -267,6 +267,9 @@ class VQAutoencoder(nn.Module):
         return self._decode(quantized.z), quantized
 
 
-def autoencoder_of(config: AutoencoderConfig, dtype: DTypeLike = jnp.float32) -> Autoencoder | VQAutoencoder:
+AnyAutoencoder: TypeAlias = Autoencoder | VQAutoencoder
+
+
+def autoencoder_of(config: AutoencoderConfig, dtype: DTypeLike = jnp.float32) -> AnyAutoencoder:
     """The module of these sizes."""
     return VQAutoencoder(config, dtype) if isinstance(config, VQConfig) else Autoencoder(config, dtype)

@@ -22,7 +22,7 @@ from sdjax.core.precision import dtype_named
 from sdjax.data.textual_inversion import fit, read_embedding
 from sdjax.data.tokenizers import Tokenizer, load_tokenizer, with_placeholders
 from sdjax.diffusion.denoise import check_prediction
-from sdjax.models.autoencoder import Autoencoder
+from sdjax.models.autoencoder import autoencoder_of
 from sdjax.models.clip import TEXT_LAYERS, CLIPText, extend_vocabulary
 from sdjax.models.unet import UNet
 from sdjax.parallel.sharding import placer
@@ -141,7 +141,7 @@ def make_system(checkpoint: Checkpoint, kind: Any, place: object) -> System:
     check_prediction(prediction)
     system = System(
         unet=UNet(unet, dtype=kind),
-        autoencoder=Autoencoder(checkpoint.vae.config),
+        autoencoder=autoencoder_of(checkpoint.vae.config),
         text_encoders=tuple(TextEncoder(n, CLIPText(part.config, kind), layer) for n, part in encoders if part),
         prediction=prediction,
         number_width=checkpoint.unet.extra.get("addition_time_embed_dim") or 256,

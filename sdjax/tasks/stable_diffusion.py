@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt8
 
 from sdjax.convert.components import TOKENIZERS, Checkpoint, Component
 from sdjax.convert.folder import write_folder
@@ -103,7 +103,8 @@ def make(config: Config, mesh: Mesh) -> Task:
     def init(key: PRNGKeyArray) -> Params:
         return {name: init_component(system, name, jax.random.fold_in(key, i)) for i, name in enumerate(trained)}
 
-    def loss(params: Params, batch: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+    def loss(params: Params, batch: Any, key: PRNGKeyArray, step: Int[Array, ""]) -> tuple[Array, Metrics]:
+        del step
         latent_key, drop_key, noise_key = jax.random.split(key, 3)
         x0 = posterior(batch["moments"]).sample(latent_key) * system.scale
         dropped = jax.random.bernoulli(drop_key, config.task.caption_dropout, (len(x0),))

@@ -24,7 +24,7 @@ from sdjax.core.partition import gathered
 from sdjax.core.precision import dtype_named
 from sdjax.data import loader, sources, transforms
 from sdjax.data.tokenizers import Tokenizer, load_tokenizer
-from sdjax.models.autoencoder import Autoencoder, posterior
+from sdjax.models.autoencoder import AnyAutoencoder, autoencoder_of, posterior
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet, UNetConfig
@@ -57,7 +57,8 @@ def make(config: Config, mesh: Mesh) -> Task:
         unet = system.unet.init(unet_key, x, jnp.zeros(1), context)["params"]
         return {"unet": unet, "text_encoder": text}
 
-    def loss(params: Params, batch: Any, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+    def loss(params: Params, batch: Any, key: PRNGKeyArray, step: Int[Array, ""]) -> tuple[Array, Metrics]:
+        del step
         latent_key, noise_key, drop_key = jax.random.split(key, 3)
         x0 = posterior(batch["moments"]).sample(latent_key) * system.scale
         dropped = jax.random.bernoulli(drop_key, config.task.caption_dropout, (len(x0), 1))
@@ -126,7 +127,7 @@ def make_system(config: Config, first_stage: Any, tokenizer: Tokenizer) -> Syste
     unet = UNetConfig(**config.model.unet, in_channels=latent, out_channels=latent, context_dim=text.width)
     return System(
         unet=UNet(unet, config.train.remat, dtype),
-        autoencoder=Autoencoder(first_stage),
+        autoencoder=autoencoder_of(first_stage),
         text_encoders=(TextEncoder("text_encoder", CLIPText(text, dtype)),),
         prediction=config.task.scheduler.prediction_type,
     )
@@ -145,7 +146,7 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def cache_latents(
-    autoencoder: Autoencoder, params: Params, pictures: sources.Source, tokenizer: Tokenizer
+    autoencoder: AnyAutoencoder, params: Params, pictures: sources.Source, tokenizer: Tokenizer
 ) -> sources.ArraySource:
     """The moments of every picture's latents, float32, and the tokens of its caption: what an epoch reads."""
 

@@ -30,11 +30,29 @@ def learning_rate(optim: Config, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optim: Config, steps: int) -> optax.GradientTransformation:
-    """Gradient clipping, then the optimiser called `optim.name`.
+    """Gradient clipping, then the optimiser called `optim.name`; networks in `optim.components` have their own.
 
     Raises:
-        UserError: `optim.name` is unknown.
+        UserError: `optim.name` or what `optim.components` changes is unknown.
     """
+    changed = {name: _changed(optim, name) for name in optim.components}
+    rest = _one(optim, steps)
+    if not changed:
+        return rest
+    own = {name: _one(section, steps) for name, section in changed.items()}
+    return optax.partition({**own, "": rest}, lambda params: {name: name if name in own else "" for name in params})
+
+
+def _changed(optim: Config, name: str) -> Config:
+    section = optim.copy_and_resolve_references()
+    for key, value in optim.components[name].items():
+        if key not in section or key in ("components", "ema_decay"):
+            raise unknown("setting", key, optim, f"config.optim.components.{name}")
+        section[key] = value
+    return section
+
+
+def _one(optim: Config, steps: int) -> optax.GradientTransformation:
     if optim.name not in OPTIMIZERS:
         raise unknown("optimizer", optim.name, OPTIMIZERS, "config.optim.name")
     rate = learning_rate(optim, steps)

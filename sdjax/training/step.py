@@ -81,29 +81,33 @@ def make_step(
         accumulate: how many equal parts a batch is worked through in; the gradient is their mean.
     """
 
-    def gradients(params: Params, frozen: Params, batch: Any, key: PRNGKeyArray) -> tuple[Params, Metrics]:
+    def gradients(
+        params: Params, frozen: Params, batch: Any, key: PRNGKeyArray, count: Array
+    ) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[Array, Metrics]:
-            value, metrics = task.loss({**frozen, **params}, batch, key)
+            value, metrics = task.loss({**frozen, **params}, batch, key, count)
             return value, {"loss": value, **metrics}
 
         return jax.grad(loss, has_aux=True)(params)
 
-    def accumulated(params: Params, frozen: Params, batch: Any, key: PRNGKeyArray) -> tuple[Params, Metrics]:
+    def accumulated(
+        params: Params, frozen: Params, batch: Any, key: PRNGKeyArray, count: Array
+    ) -> tuple[Params, Metrics]:
         parts = jax.tree.map(lambda rows: _interleaved(rows, accumulate), batch)
 
         def add(total: Any, part: tuple[Any, Array]) -> tuple[Any, None]:
             rows, index = part
-            result = gradients(params, frozen, rows, jax.random.fold_in(key, index))
+            result = gradients(params, frozen, rows, jax.random.fold_in(key, index), count)
             return jax.tree.map(jnp.add, total, result), None
 
         first = jax.tree.map(lambda rows: rows[0], parts)
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, params, frozen, first, key))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, params, frozen, first, key, count))
         total, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))
         return jax.tree.map(lambda value: value / accumulate, total)
 
     def step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         key = stream(seed, "train", state.step)
-        grads, metrics = (gradients if accumulate == 1 else accumulated)(state.params, frozen, batch, key)
+        grads, metrics = (gradients if accumulate == 1 else accumulated)(state.params, frozen, batch, key, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         kept = ema_decay(state.step, decay)

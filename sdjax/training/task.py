@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from sdjax.data.loader import Loader
 
@@ -30,7 +30,7 @@ class Task(NamedTuple):
 
     Attributes:
         init: key -> the components that are trained; traceable, so that it may be jitted to a sharding.
-        loss: (all params, batch, key) -> the scalar to descend, and more scalars to log.
+        loss: (all params, batch, key, optimiser steps so far) -> the scalar to descend, and more scalars to log.
         sample: params -> a picture that shows what the run has learnt, uint8 [h w 3].
         batch: params -> the endless iterator over this process's rows of the batches.
         export: (params, folder) -> None; writes what `sdjax.load` reads.
@@ -41,7 +41,7 @@ class Task(NamedTuple):
     """
 
     init: Callable[[PRNGKeyArray], Params]
-    loss: Callable[[Params, Any, PRNGKeyArray], tuple[Float[Array, ""], Metrics]]
+    loss: Callable[[Params, Any, PRNGKeyArray, Int[Array, ""]], tuple[Float[Array, ""], Metrics]]
     sample: Callable[[Params], UInt8[np.ndarray, "h w 3"]]
     batch: Callable[[Params], Loader]
     export: Callable[[Params, Path], None]

@@ -64,7 +64,7 @@ def test_waiting_is_what_computing_does_not_hide(source, device, wait, compute):
 def test_a_real_step_waits_for_a_slow_source():
     task = Task(
         init=lambda key: {"w": np.ones((8, 8), np.float32)},
-        loss=lambda params, batch, key: (((batch["x"] @ params["w"]) ** 2).mean(), {}),
+        loss=lambda params, batch, key, step: (((batch["x"] @ params["w"]) ** 2).mean(), {}),
         sample=None,  # pyright: ignore[reportArgumentType]
         batch=None,  # pyright: ignore[reportArgumentType]
         export=None,  # pyright: ignore[reportArgumentType]

@@ -25,7 +25,7 @@ def network() -> Task:
         a, b = jax.random.split(key)
         return {"a": jax.random.normal(a, (WIDTH, WIDTH)), "b": jax.random.normal(b, (WIDTH, WIDTH))}
 
-    def loss(params, batch, key):
+    def loss(params, batch, key, step):
         x = batch + 0.1 * jax.random.normal(key, batch.shape)
         return jnp.square(jnp.tanh(x @ params["a"]) @ params["b"] / WIDTH - batch).mean(), {}
 

@@ -86,7 +86,7 @@ def state(known: Known) -> dict:
     def init(key: jax.Array) -> dict:
         return {"net": {"kernel": jax.random.normal(key, (256, 512)), "bias": jnp.zeros(512)}}
 
-    def loss(params, batch, key):
+    def loss(params, batch, key, step):
         del key
         return jnp.square(batch["x"] @ params["net"]["kernel"] + params["net"]["bias"]).mean(), {}
 

@@ -151,7 +151,7 @@ def test_the_loss_is_that_of_diffusers(case):
     source = PreparedSource(folder / "data")
     for number in range(2):
         key = jax.random.key(number)
-        value, _ = jax.jit(make(config, make_mesh({"data": -1})).loss)(params, batch, key)
+        value, _ = jax.jit(make(config, make_mesh({"data": -1})).loss)(params, batch, key, 0)
         expected = reference_loss(config, folder / "theirs", batch, dict(source.constants), key)
         assert float(value) == pytest.approx(expected, rel=1e-5)
 
@@ -171,7 +171,7 @@ def test_frozen_text_is_the_prepared_one(case):
     other = make(tokens, make_mesh({"data": -1}))
     params_of_tokens = params | {"blank": other.stored(placer(make_mesh({"data": -1})))["blank"]}
     a, b = (
-        jax.jit(t.loss)(p, x, jax.random.key(0))[0]
+        jax.jit(t.loss)(p, x, jax.random.key(0), 0)[0]
         for t, p, x in ((task, params, batch), (other, params_of_tokens, told))
     )
     assert float(b) == pytest.approx(float(a), rel=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def test_one_process_that_fails_ends_the_other(tmp_path):
     assert second == 1
     assert "the disk is gone" in why
     assert first != 0
-    assert "process 1 of this run failed" in told or "another task died" in told or "Connection closed" in told
+    # Whichever the first process notices first: its neighbour's word, the coordinator's, or a broken connection.
+    assert re.search("process 1 of this run failed|another task died|Connection (closed|reset)", told)
 
 
 def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):

@@ -25,7 +25,7 @@ def regression() -> Task:
     def init(key):
         return {"model": {"kernel": jax.random.normal(key, (WIDTH, 1))}}
 
-    def loss(params, batch, key):
+    def loss(params, batch, key, step):
         del key
         prediction = batch["x"] @ params["model"]["kernel"] + params["offset"]["value"]
         return jnp.square(prediction - batch["y"]).mean(), {"mean": prediction.mean()}

@@ -35,7 +35,7 @@ def make_task(config, mesh) -> Task:
         draw = lambda key: jax.random.normal(key, (WIDTH, WIDTH)) / WIDTH**0.5  # noqa: E731
         return {"net": {"a": {"kernel": draw(a)}, "b": {"kernel": draw(b), "bias": jnp.zeros(WIDTH)}}}
 
-    def loss(params, batch, key):
+    def loss(params, batch, key, step):
         net, x = params["net"], batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
         y = jnp.tanh(x @ net["a"]["kernel"]) @ net["b"]["kernel"] + net["b"]["bias"]
         value = jnp.square(y - batch["x"]).mean()

@@ -23,7 +23,7 @@ from sdjax.core.prng import stream
 from sdjax.core.tree import flatten, unflatten
 from sdjax.data.tokenizers import Tokenizer, load_tokenizer
 from sdjax.models import autoencoder, clip, unet
-from sdjax.models.autoencoder import Autoencoder
+from sdjax.models.autoencoder import autoencoder_of
 from sdjax.models.clip import TEXT_LAYERS, CLIPText, CLIPTextConfig
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet
@@ -75,7 +75,7 @@ def system_of(config: Config) -> System:
             raise unknown("text encoder", encoder.name, TOKENIZERS, "config.model.text_encoders")
     system = System(
         unet=UNet(sizes, config.train.remat, dtype),
-        autoencoder=Autoencoder(sizes_of(model.autoencoder, autoencoder.VARIANTS, "config.model.autoencoder")),
+        autoencoder=autoencoder_of(sizes_of(model.autoencoder, autoencoder.VARIANTS, "config.model.autoencoder")),
         text_encoders=tuple(encoders),
         prediction=config.task.scheduler.prediction_type,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sdjax.models.autoencoder import Autoencoder
+from sdjax.models.autoencoder import AnyAutoencoder
 from sdjax.models.clip import TEXT_LAYERS, CLIPText, TextLayer
 from sdjax.models.unet import UNet
 
@@ -38,7 +38,7 @@ class System(NamedTuple):
     """
 
     unet: UNet
-    autoencoder: Autoencoder
+    autoencoder: AnyAutoencoder
     text_encoders: tuple[TextEncoder, ...]
     prediction: str
     number_width: int = 256
@@ -76,6 +76,6 @@ class System(NamedTuple):
         return {channels: name for name, channels in extra_channels(self.autoencoder).items()}[surplus]
 
 
-def extra_channels(autoencoder: Autoencoder) -> dict[str, int]:
+def extra_channels(autoencoder: AnyAutoencoder) -> dict[str, int]:
     """Channels that the UNets of depth, upscaling and inpainting models take beside the noisy latents."""
     return {"nothing": 0, "depth": 1, "picture": 3, "masked": 1 + autoencoder.config.latent_channels}

@@ -1,0 +1,120 @@
+"""The objective of LDM's autoencoders: reconstruction, regularisation, and a discriminator that is trained beside them.
+
+CompVis/latent-diffusion, ldm/modules/losses/contperceptual.py and vqperceptual.py. Two networks learn by one gradient
+of one sum: the autoencoder's terms hold the discriminator fixed, and the discriminator's hold the picture fixed. Both
+take their step from the same state, where the original's discriminator sees the autoencoder after its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sdjax.training.task import Metrics
+
+MOST = 1e4  # of the adversarial weight, before `Adversary.weight`
+EPS = 1e-4
+
+Pictures = Float[Array, "b h w 3"]
+Judge = Callable[[Any, Pictures], Float[Array, "b h2 w2 1"]]
+"""(the discriminator's parameters, pictures) -> logits."""
+
+
+def hinge(real: Array, fake: Array) -> Float[Array, ""]:
+    """Of logits: real ones shall be above 1, false ones below -1."""
+    return 0.5 * (jax.nn.relu(1.0 - real).mean() + jax.nn.relu(1.0 + fake).mean())
+
+
+def vanilla(real: Array, fake: Array) -> Float[Array, ""]:
+    """The cross entropy of logits (Goodfellow et al. 2014), halved as in the original."""
+    return 0.5 * (jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean())
+
+
+CRITERIA = {"hinge": hinge, "vanilla": vanilla}
+
+
+class Adversary(NamedTuple):
+    """How the discriminator takes part.
+
+    Attributes:
+        judge: the discriminator.
+        criterion: what it descends: a value of `CRITERIA`.
+        weight: of what it thinks of reconstructions, beside the ratio of gradients.
+        start: the first step (counted from 0) at which either network feels the other.
+        most: the largest ratio of gradients.
+    """
+
+    judge: Judge
+    criterion: Callable[[Array, Array], Float[Array, ""]]
+    weight: float
+    start: int
+    most: float = MOST
+
+
+def reconstruction(
+    error: Float[Array, "b h w 3"], perceptual: Float[Array, " b"] | None, logvar: Float[Array, ""] | float
+) -> Float[Array, ""]:
+    """The mean over all values of (error + LPIPS) / exp(logvar) + logvar.
+
+    Args:
+        error: |x - x̂|, or its square.
+        perceptual: of each picture, weighted; joins the error of all of its values.
+        logvar: of the observation; 0 where it is not learned.
+    """
+    if perceptual is not None:
+        error = error + perceptual[:, None, None, None]
+    return (error / jnp.exp(logvar) + logvar).mean()
+
+
+def adversarial(
+    adversary: Adversary,
+    params: Any,
+    x: Pictures,
+    made: Pictures,
+    likelihood: Callable[[Pictures], Float[Array, ""]],
+    at_last_layer: Callable[[Pictures], Array],
+    step: Int[Array, ""],
+) -> tuple[Float[Array, ""], Metrics]:
+    """The reconstruction loss with both networks' adversarial terms, and what to log.
+
+    Each term's gradient with respect to the picture is computed once, for its weight and for the descent.
+
+    Args:
+        params: the discriminator's.
+        x: pictures.
+        made: their reconstructions.
+        likelihood: `reconstruction`, of the reconstructed picture.
+        at_last_layer: a gradient with respect to the reconstruction -> that of the decoder's last kernel.
+        step: optimiser steps taken so far.
+    """
+    starts = (step >= adversary.start).astype(jnp.float32)
+    fixed = jax.lax.stop_gradient(params)
+    nll, nll_pull = jax.value_and_grad(likelihood)(made)
+    doubt, doubt_pull = jax.value_and_grad(lambda y: -adversary.judge(fixed, y).mean())(made)
+    ratio = _norm(at_last_layer(nll_pull)) / (_norm(at_last_layer(doubt_pull)) + EPS)
+    weight = adversary.weight * jnp.clip(jax.lax.stop_gradient(ratio), 0.0, adversary.most)
+    loss = with_gradient(nll + starts * weight * doubt, made, nll_pull + starts * weight * doubt_pull)
+    real, fake = adversary.judge(params, x), adversary.judge(params, jax.lax.stop_gradient(made))
+    judged = starts * adversary.criterion(real, fake)
+    metrics = {
+        "g_loss": doubt,
+        "d_loss": judged,
+        "d_weight": weight,
+        "logits_real": real.mean(),
+        "logits_fake": fake.mean(),
+    }
+    return loss + judged, metrics
+
+
+def with_gradient(value: Float[Array, ""], x: Array, gradient: Array) -> Float[Array, ""]:
+    """`value`, whose gradient with respect to x is known already."""
+    pulled = (x * jax.lax.stop_gradient(gradient)).sum()
+    return jax.lax.stop_gradient(value - pulled) + pulled
+
+
+def _norm(x: Array) -> Float[Array, ""]:
+    return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum())

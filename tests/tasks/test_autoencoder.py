@@ -1,0 +1,222 @@
+"""The objective of LDM's autoencoders beside PyTorch: every term, the adaptive weight, and both networks' gradients."""
+
+from __future__ import annotations
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from torch_critics import TorchDiscriminator, TorchLPIPS, vgg16
+from torch_reference import channels_first, randomised, translated
+
+from configs import autoencoders
+from sdjax.convert import autoencoder as conversion
+from sdjax.convert import critics, published
+from sdjax.convert.files import read_safetensors
+from sdjax.convert.folder import read_component
+from sdjax.convert.rules import export
+from sdjax.core.errors import UserError
+from sdjax.core.tree import flatten
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.sharding import placer
+from sdjax.tasks.autoencoder import make
+from sdjax.training.optim import make_optimizer
+from sdjax.training.step import init_state, make_step
+
+CASES = {
+    "kl": ("kl_f4_tiny", {}),
+    "kl, learned variance, vanilla": ("kl_f4_tiny", {"learn_logvar": True, "criterion": "vanilla"}),
+    "vq": ("vq_f4_tiny", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder with VGG16's weights, drawn at random, under their published name."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save(randomised(vgg16()).state_dict(), folder / "vgg16-397923af.pth")
+    return folder
+
+
+def config_of(name: str, pictures, **changes: object):
+    config = autoencoders.get_config(name)
+    config.data.source = f"folder:{pictures}"
+    config.data.size = 32
+    config.task.learn_logvar = changes.pop("learn_logvar", False)
+    config.task.discriminator.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def case(request, weights, pictures, tmp_path_factory):
+    """A task, its parameters, and PyTorch's modules with the same ones."""
+    name, changes = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDJAX_WEIGHTS", str(weights))
+        task = make(config_of(name, pictures, start=3, **changes), make_mesh({"data": -1}))
+        stored = task.stored(placer(make_mesh({"data": -1})))
+    params = jax.jit(task.init)(jax.random.key(0)) | stored
+    if "logvar" in params:
+        params["logvar"] = {"value": np.float32(-0.3)}
+    folder = tmp_path_factory.mktemp("theirs")
+    task.export(params, folder)
+    kind = diffusers.VQModel if name.startswith("vq") else diffusers.AutoencoderKL
+    vae = kind.from_pretrained(folder / "vae")
+    critic = TorchDiscriminator(2).train()
+    state = export(critics.discriminator_table(2), params["discriminator"], critics.discriminator_shapes(2), "")
+    critic.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()}, strict=False)
+    linear = [torch.from_numpy(np.asarray(v)) for _, v in sorted(read_safetensors(published.LINEAR).items())]
+    vgg = vgg16()
+    vgg.load_state_dict(torch.load(weights / "vgg16-397923af.pth", weights_only=True))
+    config = read_component(folder / "vae", "vae").config
+    return task, params, changes, (vae, config, critic, TorchLPIPS(vgg, linear))
+
+
+def reference(modules, changes, x: torch.Tensor, noise: torch.Tensor, logvar: torch.Tensor, started: bool):
+    """ldm/modules/losses/contperceptual.py or vqperceptual.py, both optimisers' losses: (autoencoder, critic, log)."""
+    vae, _, critic, lpips = modules
+    is_kl = isinstance(vae, diffusers.AutoencoderKL)
+    if is_kl:
+        posterior = vae.encode(x).latent_dist
+        made = vae.decode(posterior.mean + posterior.std * noise).sample
+    else:
+        z = vae.encode(x).latents
+        rounded, regular, _ = vae.quantize(z)
+        made = vae.decoder(vae.post_quant_conv(rounded))
+    rec = (x - made).abs() + lpips(x, made)
+    if is_kl:
+        nll = (rec / logvar.exp() + logvar).sum() / len(x)
+        regular = 1e-6 * posterior.kl().sum() / len(x)
+    else:
+        nll = rec.mean()
+    doubt = -critic(made).mean()
+    last = vae.decoder.conv_out.weight
+    nll_grad, doubt_grad = (torch.autograd.grad(v, last, retain_graph=True)[0] for v in (nll, doubt))
+    weight = 0.5 if is_kl else 0.75
+    weight *= (nll_grad.norm() / (doubt_grad.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+    real, fake = critic(x), critic(made.detach())
+    if changes.get("criterion") == "vanilla":
+        judged = 0.5 * (torch.nn.functional.softplus(-real).mean() + torch.nn.functional.softplus(fake).mean())
+    else:
+        judged = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
+    return nll + regular + started * weight * doubt, started * judged, {"d_weight": weight, "g_loss": doubt}
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_the_objective_and_its_gradients_are_those_of_the_original(case, step):
+    """1e-4 of each value and of the length of each parameter's gradient, or 2e-5 of the longest's (biases before norms
+    are differences of large sums). The discriminator begins at step 3."""
+    task, params, changes, modules = case
+    vae, config, critic, _ = modules
+    image = np.random.default_rng(step).integers(0, 256, (4, 32, 32, 3)).astype(np.uint8)
+    key = jax.random.key(step)
+    learned = {name: params[name] for name in ("vae", "discriminator", "logvar") if name in params}
+
+    def loss(learned):
+        return task.loss(params | learned, {"image": image}, key, np.int32(step))
+
+    (value, metrics), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(learned)
+    latent_key = jax.random.split(key)[1]
+    noise = np.asarray(jax.random.normal(latent_key, (4, 8, 8, config.latent_channels)))
+    x = channels_first(image.astype(np.float32) / 127.5 - 1.0)
+    logvar = torch.tensor(float(params.get("logvar", {"value": 0.0})["value"]), requires_grad=True)
+    own, judged, log = reference(modules, changes, x, channels_first(noise), logvar, step >= 3)
+    # What the original sums over a picture is a mean here.
+    scale = x[0].numel() if isinstance(vae, diffusers.AutoencoderKL) else 1
+    for module in (vae, critic):
+        module.zero_grad()
+    own.backward(retain_graph=True)
+    own_gradients = {name: parameter.grad.clone() / scale for name, parameter in vae.named_parameters()}
+    critic.zero_grad()
+    judged.backward()
+    expected = float((own.detach() / scale + judged.detach()).detach())
+    assert float(value) == pytest.approx(expected, rel=1e-4)
+    assert float(metrics["d_weight"]) * scale == pytest.approx(float(log["d_weight"]), rel=1e-4)
+    assert float(metrics["g_loss"]) == pytest.approx(float(log["g_loss"].detach()), rel=1e-4)
+    if "logvar" in gradients:
+        assert float(gradients["logvar"]["value"]) == pytest.approx(float(logvar.grad) / scale, rel=1e-4)
+    tables = {
+        "vae": (vae, own_gradients, conversion.TABLE, conversion.shapes(config)),
+        "discriminator": (
+            critic,
+            {name: parameter.grad for name, parameter in critic.named_parameters()},
+            critics.discriminator_table(2),
+            critics.discriminator_shapes(2),
+        ),
+    }
+    for name, (module, theirs, table, shapes) in tables.items():
+        kept = {key: parameter.data.clone() for key, parameter in module.named_parameters()}
+        for key, parameter in module.named_parameters():
+            parameter.data = theirs[key]
+        wanted, found = flatten(translated(module, table, shapes)), flatten(gradients[name])
+        for key, parameter in module.named_parameters():
+            parameter.data = kept[key]
+        largest = max(float(np.linalg.norm(leaf)) for leaf in wanted.values())
+        assert (largest > 0) == (name == "vae" or step >= 3)
+        for key, leaf in wanted.items():
+            close = max(1e-4 * float(np.linalg.norm(leaf)), 2e-5 * largest)
+            assert np.linalg.norm(found[key] - leaf) <= close, f"{name}/{key}"
+
+
+def test_without_vgg_a_run_says_so_and_goes_on(pictures, tmp_path, monkeypatch, caplog):
+    for name in ("SDJAX_WEIGHTS", "TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    with caplog.at_level("WARNING"):
+        task = make(config_of("kl_f4_tiny", pictures), make_mesh({"data": -1}))
+    assert "vgg16-397923af.pth" in caplog.text
+    assert task.frozen == {}
+
+
+def test_each_network_has_its_own_optimiser(pictures, tmp_path, monkeypatch):
+    """With a rate of 0 for the discriminator it rests while the autoencoder learns, and the other way round."""
+    for name in ("SDJAX_WEIGHTS", "TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    mesh = make_mesh({"data": -1})
+    for resting in ("discriminator", "vae"):
+        config = config_of("vq_f4_tiny", pictures, start=0)
+        config.optim.learning_rate = 0.0 if resting == "vae" else 1e-3
+        config.optim.components.discriminator.learning_rate = 1e-3 if resting == "vae" else 0.0
+        task, optimizer = make(config, mesh), make_optimizer(config.optim, 4)
+        state = init_state(task, optimizer, 0, mesh)
+        before = jax.tree.map(np.array, state.params)
+        batch = {"image": np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype(np.uint8)}
+        state, _ = make_step(task, optimizer, 0, decay=0.0)(state, {}, batch)
+        moved = {name: change(before[name], state.params[name]) for name in before}
+        assert moved[resting] == 0.0
+        assert min(value for name, value in moved.items() if name != resting) > 1e-4
+
+
+def change(before, after) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("task", {"reconstruction": "l3"}, "unknown reconstruction loss 'l3' in config.task.reconstruction"),
+        ("task", {"crop": 30}, "task.crop=30 must be multiples of 4"),
+        ("discriminator", {"criterion": "wgan"}, "unknown criterion 'wgan' in config.task.discriminator.criterion"),
+        (
+            "discriminator",
+            {"layers": 4},
+            "task.crop=32 is too small for a discriminator of task.discriminator.layers=4",
+        ),
+        ("model", {"variant": "kl_f64"}, "unknown variant 'kl_f64' in config.model.autoencoder.variant"),
+        ("optim", {"rate": 1.0}, "unknown setting 'rate' in config.optim.components.discriminator"),
+    ],
+)
+def test_bad_configs_are_one_line(pictures, section, changes, message):
+    config = config_of("kl_f4_tiny", pictures)
+    places = {
+        "task": config.task,
+        "discriminator": config.task.discriminator,
+        "model": config.model.autoencoder,
+        "optim": config.optim.components.discriminator,
+    }
+    with places[section].unlocked():
+        places[section].update(changes)
+    with pytest.raises(UserError) as error:
+        make(config, make_mesh({"data": -1})), make_optimizer(config.optim, 4)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
