@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdjax.convert import critics
+from sdjax.convert import critics, inception
 from sdjax.convert.files import read_safetensors
 from sdjax.convert.rules import Stored, Table, read
 from sdjax.convert.weights import read_file
@@ -34,7 +34,7 @@ class Published(NamedTuple):
     title: str
     files: tuple[str, ...]
     home: str
-    table: Table
+    table: Callable[[], Table]
     shapes: Callable[[], Mapping[str, Any]]
     ours: Callable[[], Mapping[str, Stored]] = dict
 
@@ -44,9 +44,20 @@ PUBLISHED = {
         "VGG16, of ImageNet",
         ("vgg16-397923af.pth", "vgg16.safetensors"),
         "torchvision",
-        critics.LPIPS_TABLE,
+        lambda: critics.LPIPS_TABLE,
         critics.lpips_shapes,
         lambda: read_safetensors(LINEAR),
+    ),
+    "inception": Published(
+        "Inception v3, FID's",
+        (
+            "pt_inception-2015-12-05-6726825d.pth",
+            "weights-inception-2015-12-05-6726825d.pth",
+            "inception-2015-12-05.safetensors",
+        ),
+        "pytorch-fid or torch-fidelity",
+        inception.table,
+        inception.shapes,
     ),
 }
 
@@ -84,4 +95,4 @@ def load(name: str) -> dict[str, Any]:
     if path is None:
         raise UserError(missing(name))
     wanted = PUBLISHED[name]
-    return read(wanted.table, {**wanted.ours(), **read_file(path).tensors}, wanted.shapes(), np.float32, path)
+    return read(wanted.table(), {**wanted.ours(), **read_file(path).tensors}, wanted.shapes(), np.float32, path)

@@ -16,10 +16,11 @@ from sdjax.data.array_records import ArrayRecordSource
 from sdjax.data.examples import Example, Pictures, Source
 from sdjax.data.folder import FolderSource
 from sdjax.data.patterns import files, split_pattern
+from sdjax.data.plain_folder import PlainFolder
 from sdjax.data.tfds_source import TfdsSource, tfds_builder
 from sdjax.data.webdataset import WebDatasetSource
 
-KINDS = ("openmoji", "tfds:NAME", "folder:PATH", "webdataset:PATTERN", "array_record:PATTERN")
+KINDS = ("openmoji", "tfds:NAME", "folder:PATH", "pictures:PATH", "webdataset:PATTERN", "array_record:PATTERN")
 
 
 def source(name: str, split: str = "train", data_dir: str | os.PathLike | None = None) -> Pictures:
@@ -28,7 +29,8 @@ def source(name: str, split: str = "train", data_dir: str | os.PathLike | None =
     Args:
         name: `openmoji` (splits `train`, `held_out`); `tfds:NAME`, e.g. `tfds:oxford_flowers102`; `folder:PATH`,
             Hugging Face's imagefolder: pictures and a `metadata.jsonl` whose lines hold `file_name` and `text` (or
-            `caption`), in PATH/split or in PATH; `webdataset:PATTERN`, tar shards as img2dataset writes them;
+            `caption`), in PATH/split or in PATH; `pictures:PATH`, all pictures below a folder, without captions, whose
+            only split is `train`; `webdataset:PATTERN`, tar shards as img2dataset writes them;
             `array_record:PATTERN`, what `array_records.write_array_record` writes. A PATTERN is what `patterns.files`
             understands, e.g. `shards/{000..127}.tar`; `{split}` in it stands for the split, and without it there is
             but `train`.
@@ -45,6 +47,8 @@ def source(name: str, split: str = "train", data_dir: str | os.PathLike | None =
         return TfdsSource(tfds_builder(rest, data_dir), split)
     if kind == "folder" and rest:
         return FolderSource(Path(rest).expanduser(), split)
+    if kind == "pictures" and rest:
+        return PlainFolder(Path(rest).expanduser())
     if kind == "webdataset" and rest:
         return WebDatasetSource(files(split_pattern(rest, split)))
     if kind == "array_record" and rest:

@@ -1,8 +1,15 @@
-"""Figures of a checkpoint on its data set: python -m sdjax.eval --config configs/openmoji.py [--checkpoint FOLDER].
+"""Metrics of pictures, autoencoders and checkpoints. Figures are printed, and written as JSON with --output FILE.
 
-Prints, and with --output writes as JSON, the autoencoder's PSNR on held-out pictures, and retrieval: the share of
-sampled pictures whose nearest neighbour among all pictures of the data set is the prompt's own, for
-`config.eval.captions` training captions and for all held-out ones. Seeds are fixed.
+    python -m sdjax.eval --fake SAMPLES --real SOURCE [--metrics fid,kid] [--size 256]
+    python -m sdjax.eval --autoencoder FOLDER --real SOURCE [--size 256]
+    python -m sdjax.eval --config configs/openmoji.py [--checkpoint FOLDER]
+
+SAMPLES is a folder of pictures. SOURCE is a folder of pictures, a data source as configs name it (openmoji:held_out,
+tfds:NAME, webdataset:PATTERN ...), or an .npz file of statistics (pytorch-fid's, guided-diffusion's). Metrics: fid,
+sfid, kid, inception_score, precision_recall; in pairs, by order of names: psnr, ssim, lpips. An autoencoder is judged
+by all pairs and its reconstructions' FID; one with a codebook also by how much of it is used. Networks that judge need
+their published weights; what a missing file is called, and where it was looked for, is said, and the rest is computed.
+--batch_size is a device's, --kid_subset and --splits are KID's and the Inception Score's, --limit takes some pictures.
 """
 
 from __future__ import annotations
@@ -12,78 +19,70 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
-from tqdm import tqdm
 
-import sdjax
 from sdjax.core.compile_cache import keep_compiled
-from sdjax.core.config import Config
 from sdjax.core.errors import UserError, run_or_exit
-from sdjax.core.flags import parse_flags
-from sdjax.data.sources import Source, source
-from sdjax.eval.reconstruction import reconstruction_psnr
-from sdjax.eval.retrieval import features, retrieval
+from sdjax.core.flags import parse_flags, require
+from sdjax.data.examples import Pictures
+from sdjax.data.plain_folder import PlainFolder
+from sdjax.data.sources import source
+from sdjax.eval.checkpoint import evaluate
+from sdjax.eval.comparison import Options, Real, chosen, compare, read_statistics
+from sdjax.eval.first_stage import judge
+from sdjax.eval.subset import Evenly
+
+TEXTS = ("fake", "real", "autoencoder", "checkpoint", "metrics", "output")
+INTEGERS: dict[str, Any] = {"size": None, "batch_size": 16, "kid_subset": 1000, "splits": 10, "limit": None}
 
 
 def main() -> None:
     """Reads the command line, evaluates and prints."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, flag_values=values)
-    flags.DEFINE_string("checkpoint", None, "folder to evaluate", flag_values=values)
-    flags.DEFINE_string("output", None, "JSON file to write", flag_values=values)
+    for name in TEXTS:
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    for name, default in INTEGERS.items():
+        flags.DEFINE_integer(name, default, "", lower_bound=1, flag_values=values)
     parse_flags(values, sys.argv, __doc__)
-    if values["config"].value is None:
-        raise UserError("--config is required")
-    config = values["config"].value
     keep_compiled()
-    figures = evaluate(config, values["checkpoint"].value or config.sample.checkpoint)
+    figures = _figures(values)
     for name, value in figures.items():
         print(f"{name}: {value}")
     if values["output"].value:
         Path(values["output"].value).write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def evaluate(config: Config, checkpoint: str) -> dict[str, Any]:
-    """All figures of a checkpoint, by name: PSNR in decibels, retrieval as shares."""
-    pipe = sdjax.load(checkpoint)
-    train, held_out = source(config.data.source, "train"), source(config.data.source, config.eval.held_out)
-    figures: dict[str, Any] = {
-        "psnr_held_out_db": round(reconstruction_psnr(pipe.system.autoencoder, pipe.params["vae"], held_out), 2)
-    }
-    gallery, captions = _gallery(train, held_out)
-    chosen = np.random.default_rng(config.eval.seed).choice(
-        len(train), min(config.eval.captions, len(train)), replace=False
-    )
-    groups = {"train": np.sort(chosen), "held_out": np.arange(len(train), len(captions))}
-    for group, rows in groups.items():
-        sampled = _sample(pipe, [captions[row] for row in rows], config, group)
-        figures[f"prompts_{group}"] = len(rows)
-        for k, share in retrieval(sampled, rows, gallery)._asdict().items():
-            figures[f"{k}_{group}"] = round(share, 4)
-    return figures
+def _figures(values: flags.FlagValues) -> dict[str, Any]:
+    flag: dict[str, Any] = {name: values[name].value for name in (*TEXTS, *INTEGERS)}
+    if config := values["config"].value:
+        return evaluate(config, flag["checkpoint"] or config.sample.checkpoint)
+    real = _real(require(values, "real"), flag["limit"])
+    options = Options(flag["size"], flag["batch_size"], flag["kid_subset"], flag["splits"])
+    if flag["autoencoder"]:
+        return judge(Path(flag["autoencoder"]), real, options, _say)
+    if not flag["fake"]:
+        raise UserError("one of --fake, --autoencoder and --config is required")
+    fake = PlainFolder(Path(flag["fake"]).expanduser())
+    return compare(fake, real, chosen(flag["metrics"] or ""), options, _say)
 
 
-def _gallery(train: Source, held_out: Source) -> tuple[np.ndarray, list[str]]:
-    """Features and captions of all pictures, the held-out ones last."""
-    examples = [pictures[i] for pictures in (train, held_out) for i in range(len(pictures))]
-    return np.concatenate([features(example["image"][None]) for example in examples]), [
-        example["caption"] for example in examples
-    ]
+def _real(name: str, limit: int | None) -> Real:
+    path = Path(name).expanduser()
+    if path.suffix == ".npz":
+        return Real(name, None, read_statistics(path))
+    if path.is_dir():
+        pictures: Pictures = PlainFolder(path)
+    elif name.startswith("openmoji:"):
+        pictures = source("openmoji", name.partition(":")[2])
+    else:
+        pictures = source(name)
+    return Real(f"{name} {limit}", pictures if limit is None else Evenly(pictures, limit), {})
 
 
-def _sample(pipe: Any, prompts: list[str], config: Config, name: str) -> np.ndarray:
-    """Features of one picture for each prompt; each has the noise of its own place in the list."""
-    with tqdm(desc=name, unit="call") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return features(
-            pipe(prompts, seed=config.eval.seed, batch_size=config.eval.batch_size, syntax="plain", progress=progress)
-        )
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Shaped
 
 from sdjax.core.tree import Tree
 from sdjax.data.sources import Source
+from sdjax.eval.similarity import psnr
 from sdjax.models.autoencoder import AnyAutoencoder
 from sdjax.tasks.autoencoder import reconstruct
-
-
-def psnr(a: Shaped[np.ndarray, "b h w c"], b: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, " b"]:
-    """Peak signal-to-noise ratio of each picture in decibels; pictures are in [0, 1]."""
-    error = np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean(axis=(1, 2, 3))
-    return -10.0 * np.log10(error)
 
 
 def reconstruction_psnr(model: AnyAutoencoder, params: Tree, pictures: Source, batch_size: int = 16) -> float:

@@ -256,14 +256,18 @@ class VQAutoencoder(nn.Module):
 
     def decode(self, z: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
         """Pictures, nominally in [-1, 1], of latents that need not be in the codebook."""
-        return self._decode(self.quantize(z).z)
+        return self._decode(self.round(z).z)
+
+    def round(self, z: Float[Array, "b h w z"]) -> Quantized:
+        """Latents rounded to the codebook."""
+        return self.quantize(z)
 
     def _decode(self, z: Array) -> Array:
         return self.decoder(self.post_quant_conv(z))
 
     def __call__(self, x: Float[Array, "b H W 3"], key: PRNGKeyArray) -> tuple[Float[Array, "b H W 3"], Quantized]:
         """A reconstruction, and what rounding did: what training needs. The key is not used."""
-        quantized = self.quantize(self.encode(x).sample(key))
+        quantized = self.round(self.encode(x).sample(key))
         return self._decode(quantized.z), quantized
 
 

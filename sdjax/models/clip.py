@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -69,17 +69,31 @@ class CLIPTextOutput(NamedTuple):
     pooled: Float[Array, "b p"]
 
 
-class CLIPLayer(nn.Module):
-    """Causal self-attention and a feed-forward, each on a LayerNorm and added."""
+class Sizes(Protocol):
+    """What a layer must know of a tower."""
 
-    config: CLIPTextConfig
+    @property
+    def width(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def feed_forward(self) -> int: ...
+    @property
+    def activation(self) -> str: ...
+
+
+class CLIPLayer(nn.Module):
+    """Self-attention, causal for text, and a feed-forward, each on a LayerNorm and added."""
+
+    config: Sizes
+    causal: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
         h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="layer_norm1")(x)
-        x = x + Attention(c.heads, qkv_bias=True, dtype=self.dtype, name="self_attn")(h, causal=True)
+        x = x + Attention(c.heads, qkv_bias=True, dtype=self.dtype, name="self_attn")(h, causal=self.causal)
         h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="layer_norm2")(x)
         h = ACTIVATIONS[c.activation](nn.Dense(c.feed_forward, dtype=self.dtype, name="fc1")(h))
         h = constrain(h, BATCH, None, TENSOR)
@@ -97,7 +111,7 @@ class CLIPText(nn.Module):
         normal = nn.initializers.normal(0.02)
         self.token_embedding = nn.Embed(c.vocab_size, c.width, embedding_init=normal)
         self.position_embedding = nn.Embed(c.max_length, c.width, embedding_init=nn.initializers.normal(0.01))
-        self.layers = [CLIPLayer(c, self.dtype, name=f"layers_{i}") for i in range(c.layers)]
+        self.layers = [CLIPLayer(c, dtype=self.dtype, name=f"layers_{i}") for i in range(c.layers)]
         self.final_layer_norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)
         if c.projection_dim is not None:
             self.text_projection = nn.Dense(c.projection_dim, use_bias=False, dtype=self.dtype)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sdjax.eval.reconstruction import psnr
 from sdjax.eval.retrieval import features, retrieval
+from sdjax.eval.similarity import psnr
 
 
 def test_psnr_is_minus_ten_log_mse():

@@ -1,0 +1,42 @@
+"""A folder of pictures and nothing else: no captions, found by their suffixes, in order of their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sdjax.core.errors import UserError
+from sdjax.data.examples import Example
+from sdjax.data.pictures import picture_size, read_picture
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+class PlainFolder:
+    """All pictures of a folder and of those below it, with empty captions; `id` is the path below the folder."""
+
+    def __init__(self, folder: Path):
+        """Lists the files; they are opened when they are asked for.
+
+        Raises:
+            UserError: there is no such folder, or no picture in it.
+        """
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}")
+        self._folder = folder
+        self._files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not self._files:
+            raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"image": read_picture(self._files[index]), "caption": "", "id": self.id(index)}
+
+    def id(self, index: int) -> str:
+        """The picture's path below the folder."""
+        return str(self._files[index].relative_to(self._folder))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of the picture."""
+        return picture_size(self._files[index])

@@ -1,0 +1,238 @@
+"""Sampled pictures beside real ones: which metrics there are, what each needs, and all that can be computed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sdjax.convert import published
+from sdjax.core.errors import UserError, unknown
+from sdjax.data.examples import Pictures
+from sdjax.data.transforms import square
+from sdjax.eval.features import Arrays, identity, inception_features, kept
+from sdjax.eval.frechet import Gaussian, frechet_distance, gaussian
+from sdjax.eval.inception_score import inception_score
+from sdjax.eval.kernel_distance import kernel_distance
+from sdjax.eval.manifold import precision_recall
+from sdjax.eval.similarity import psnr, ssim
+from sdjax.models.lpips import LPIPS
+from sdjax.tasks.base import apply
+
+# Statistics as others publish them: (mean, covariance) by metric, under pytorch-fid's and guided-diffusion's names.
+STORED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
+Figures = dict[str, float]
+
+
+class Real(NamedTuple):
+    """What pictures are compared with.
+
+    Attributes:
+        name: of the pictures, or of a file of statistics.
+        pictures: None where there are only statistics.
+        statistics: by metric; {} where there are pictures.
+    """
+
+    name: str
+    pictures: Pictures | None
+    statistics: dict[str, Gaussian]
+
+
+class Options(NamedTuple):
+    """How metrics are taken; the defaults are those of torch-fidelity and of the papers."""
+
+    size: int | None = None
+    batch_size: int = 16
+    subset: int = 1000
+    splits: int = 10
+    neighbours: int = 3
+
+
+class Comparison:
+    """Two sets of pictures; what several metrics need of them is computed once, and of the real ones kept on disk."""
+
+    def __init__(self, fake: Pictures, real: Real, options: Options):
+        self.fake, self.real, self.options = fake, real, options
+
+    @functools.cached_property
+    def sampled(self) -> Arrays:
+        """Inception's features of the sampled pictures."""
+        return inception_features(self.fake, "sampled", self.options.size, self.options.batch_size)
+
+    @functools.cached_property
+    def reference(self) -> Arrays:
+        """Inception's features of the real pictures."""
+        pictures, options = self.originals, self.options
+        key = identity(pictures, self.real.name, options.size)
+        return kept(key, lambda: inception_features(pictures, "real", options.size, options.batch_size))
+
+    @property
+    def originals(self) -> Pictures:
+        """The real pictures.
+
+        Raises:
+            UserError: there are only statistics.
+        """
+        if self.real.pictures is None:
+            raise UserError(f"{self.real.name} holds statistics, and this metric needs the pictures themselves")
+        return self.real.pictures
+
+    def gaussian_of(self, metric: str, feature: str) -> Gaussian:
+        """Mean and covariance of a feature of the real pictures, or those that a file holds."""
+        if self.real.pictures is not None:
+            return gaussian(self.reference[feature], "real pictures")
+        if metric not in self.real.statistics:
+            raise UserError(f"{self.real.name} holds no statistics for {metric} ({', '.join(STORED[metric])})")
+        return self.real.statistics[metric]
+
+    def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Sampled and real pictures of the same place in their order, in [0, 1], some at a time.
+
+        Raises:
+            UserError: there are not as many of the one as of the other, or two have different sizes.
+        """
+        real, rows = self.originals, self.options.batch_size
+        if len(self.fake) != len(real):
+            raise UserError(f"pairs are compared, and there are {len(self.fake)} sampled and {len(real)} real pictures")
+        for start in range(0, len(real), rows):
+            chosen = range(start, min(start + rows, len(real)))
+            yield tuple(np.stack([self._picture(source, i) for i in chosen]) / 255.0 for source in (self.fake, real))  # pyright: ignore[reportReturnType]
+
+    def _picture(self, source: Pictures, index: int) -> np.ndarray:
+        image = source[index]["image"]
+        image = image if self.options.size is None else square(image, self.options.size)
+        if source is not self.fake and image.shape != (own := self._picture(self.fake, index).shape):
+            raise UserError(
+                f"{source.id(index)} is {image.shape[1]}x{image.shape[0]}, and its pair {self.fake.id(index)} is "
+                f"{own[1]}x{own[0]}; --size makes them alike"
+            )
+        return image
+
+
+def _fid(given: Comparison) -> Figures:
+    own = gaussian(given.sampled["pooled"], "sampled pictures")
+    return {"fid": frechet_distance(own, given.gaussian_of("fid", "pooled"))}
+
+
+def _sfid(given: Comparison) -> Figures:
+    own = gaussian(given.sampled["spatial"], "sampled pictures")
+    return {"sfid": frechet_distance(own, given.gaussian_of("sfid", "spatial"))}
+
+
+def _kid(given: Comparison) -> Figures:
+    found = kernel_distance(given.sampled["pooled"], given.reference["pooled"], size=given.options.subset)
+    return {"kid": found.mean, "kid_std": found.std}
+
+
+def _inception_score(given: Comparison) -> Figures:
+    found = inception_score(given.sampled["logits"], splits=given.options.splits)
+    return {"inception_score": found.mean, "inception_score_std": found.std}
+
+
+def _precision_recall(given: Comparison) -> Figures:
+    how = {"neighbours": given.options.neighbours}
+    found = precision_recall(given.sampled["pooled"], given.reference["pooled"], **how)
+    return {"precision": found.precision, "recall": found.recall}
+
+
+def _paired(name: str, measure: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[Comparison], Figures]:
+    return lambda given: {name: float(np.mean(np.concatenate([measure(a, b) for a, b in given.pairs()])))}
+
+
+def _lpips(given: Comparison) -> Figures:
+    params = published.load("vgg16")
+    return _paired("lpips", lambda a, b: np.asarray(_distance(params, jnp.asarray(a), jnp.asarray(b))))(given)
+
+
+@jax.jit
+def _distance(params: Any, a: Float[Array, "b h w 3"], b: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
+    return apply(LPIPS(), params, 2.0 * a - 1.0, 2.0 * b - 1.0)
+
+
+class Metric(NamedTuple):
+    """A figure, or a few that belong together.
+
+    Attributes:
+        figures: of a comparison.
+        needs: a key of `published.PUBLISHED`; "" where no network judges.
+        paired: whether sampled and real pictures are compared one by one.
+    """
+
+    figures: Callable[[Comparison], Figures]
+    needs: str = "inception"
+    paired: bool = False
+
+
+METRICS = {
+    "fid": Metric(_fid),
+    "sfid": Metric(_sfid),
+    "kid": Metric(_kid),
+    "inception_score": Metric(_inception_score),
+    "precision_recall": Metric(_precision_recall),
+    "psnr": Metric(_paired("psnr", psnr), needs="", paired=True),
+    "ssim": Metric(_paired("ssim", ssim), needs="", paired=True),
+    "lpips": Metric(_lpips, needs="vgg16", paired=True),
+}
+UNPAIRED = tuple(name for name, metric in METRICS.items() if not metric.paired)
+
+
+def chosen(names: str) -> list[str]:
+    """The metrics of a list with commas; "" for all that need no pairs.
+
+    Raises:
+        UserError: one is unknown.
+    """
+    wanted = [name.strip() for name in names.split(",")] if names else list(UNPAIRED)
+    for name in wanted:
+        if name not in METRICS:
+            raise unknown("metric", name, METRICS, "--metrics")
+    return wanted
+
+
+def compare(
+    fake: Pictures, real: Real, metrics: Iterable[str], options: Options, say: Callable[[str], None]
+) -> Figures:
+    """All figures that can be had.
+
+    Args:
+        metrics: names of `METRICS`.
+        say: is told which metrics are left out, and which file they want.
+
+    Raises:
+        UserError: a metric cannot be taken of these pictures.
+    """
+    given, figures = Comparison(fake, real, options), {}
+    for name in metrics:
+        needs = METRICS[name].needs
+        if needs and published.find(needs) is None:
+            say(f"{name} is left out: {published.missing(needs)}")
+            continue
+        figures |= METRICS[name].figures(given)
+    return figures
+
+
+def read_statistics(path: Path) -> dict[str, Gaussian]:
+    """The moments that an .npz file of pytorch-fid or guided-diffusion holds, by metric.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            found = {
+                metric: Gaussian(*(np.asarray(stored[key], np.float64) for key in keys))
+                for metric, keys in STORED.items()
+                if set(keys) <= set(stored.files)
+            }
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not found:
+        wanted: Sequence[str] = [" and ".join(keys) for keys in STORED.values()]
+        raise UserError(f"{path} holds neither {' nor '.join(wanted)}")
+    return found

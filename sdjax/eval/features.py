@@ -1,0 +1,110 @@
+"""What networks see in pictures: Inception's and CLIP's features, over all devices, kept for the next time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from sdjax.convert import published
+from sdjax.data.examples import Pictures
+from sdjax.data.transforms import square
+from sdjax.models.inception import Inception
+from sdjax.parallel.mesh import local_mesh
+from sdjax.parallel.sharding import put_batch, replicated
+from sdjax.tasks.base import apply
+
+Arrays = dict[str, np.ndarray]
+
+
+def cache_folder() -> Path:
+    """Where features of pictures are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdjax" / "features"
+
+
+def inception_features(pictures: Pictures, what: str, size: int | None, batch_size: int) -> Arrays:
+    """`pooled`, `spatial` and `logits` of all pictures.
+
+    Args:
+        what: they are called on the progress bar.
+        size: pictures are cut and resampled to this square first; None leaves each as it is.
+        batch_size: pictures on each device at a time.
+
+    Raises:
+        UserError: Inception's weights are nowhere, or a picture cannot be read.
+    """
+    params = published.load("inception")
+    return _over(batches(pictures, size, batch_size * jax.local_device_count()), what, len(pictures), _seen, params)
+
+
+def kept(key: str, make: Callable[[], Arrays], folder: Path | None = None) -> Arrays:
+    """What `make` gives, read from disk where it was made before.
+
+    Args:
+        key: whatever it depends on; another key is another file.
+        folder: default `cache_folder()`.
+    """
+    path = (folder or cache_folder()) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(partial, **made)  # pyright: ignore[reportArgumentType]
+    partial.rename(path)
+    return made
+
+
+def identity(pictures: Pictures, name: str, size: int | None) -> str:
+    """What the features of pictures depend on: their names, number and size, and the file of the weights."""
+    names = hashlib.sha256("\n".join(map(pictures.id, range(len(pictures)))).encode()).hexdigest()
+    path = published.find("inception")
+    weights = "" if path is None else f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    return f"{name} {len(pictures)} {names} {size} {weights}"
+
+
+def batches(pictures: Pictures, size: int | None, rows: int) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
+    """Pictures of one shape together, at most `rows`, in their order."""
+    held: list[np.ndarray] = []
+    for index in range(len(pictures)):
+        image = pictures[index]["image"]
+        image = image if size is None else square(image, size)
+        if held and (len(held) == rows or held[0].shape != image.shape):
+            yield np.stack(held)
+            held = []
+        held.append(image)
+    yield np.stack(held)
+
+
+def _over(
+    given: Iterator[np.ndarray], what: str, count: int, see: Callable[[Mesh, Any, np.ndarray], Arrays], params: Any
+) -> Arrays:
+    mesh, found = local_mesh(), []
+    placed = jax.device_put(params, replicated(mesh))
+    with jax.set_mesh(mesh), tqdm(total=count, desc=what, unit="picture") as bar:
+        for images in given:
+            # The last rows are filled up, so that one compilation serves all.
+            rows = -(-len(images) // mesh.size) * mesh.size
+            padded = np.pad(images, [(0, rows - len(images)), (0, 0), (0, 0), (0, 0)], mode="edge")
+            found.append({name: values[: len(images)] for name, values in see(mesh, placed, padded).items()})
+            bar.update(len(images))
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+def _seen(mesh: Mesh, params: Mapping[str, Any], images: np.ndarray) -> Arrays:
+    features = _inception(params, put_batch({"images": images}, mesh)["images"])
+    return {name: np.asarray(value) for name, value in features._asdict().items()}
+
+
+@jax.jit
+def _inception(params: Any, images: jax.Array) -> Any:
+    return apply(Inception(), params, images)

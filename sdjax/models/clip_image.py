@@ -1,0 +1,57 @@
+"""CLIP's image tower, a vision transformer (Radford et al. 2021), for scores of pictures beside captions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from sdjax.models.clip import CLIPLayer
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class CLIPImageConfig:
+    """Sizes of an image tower; `activation` as in `CLIPTextConfig`."""
+
+    size: int = 224
+    patch: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    feed_forward: int = 4096
+    activation: str = "quick_gelu"
+    projection_dim: int = 768
+
+
+VARIANTS = {
+    "clip_l": CLIPImageConfig(),  # 303,966,208 parameters with its projection
+    "openclip_h": CLIPImageConfig(width=1280, layers=32, feed_forward=5120, activation="gelu", projection_dim=1024),
+}
+
+
+class CLIPImage(nn.Module):
+    """Pictures to their embeddings, beside those of captions."""
+
+    config: CLIPImageConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s s 3"]) -> Float[Array, "b p"]:
+        """Args: x, pictures of `config.size`, normalised by MEAN and STD."""
+        c, normal = self.config, nn.initializers.normal(0.02)
+        patch = (c.patch, c.patch)
+        x = nn.Conv(c.width, patch, patch, "VALID", use_bias=False, dtype=self.dtype, name="patch_embedding")(x)
+        x = x.reshape(len(x), -1, c.width)
+        token = self.param("class_embedding", normal, (c.width,)).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, c.width)), x], axis=1)
+        x = x + nn.Embed(x.shape[1], c.width, embedding_init=normal, name="position_embedding")(jnp.arange(x.shape[1]))
+        x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="pre_layrnorm")(x.astype(self.dtype))
+        for i in range(c.layers):
+            x = CLIPLayer(c, causal=False, dtype=self.dtype, name=f"layers_{i}")(x)
+        pooled = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="post_layernorm")(x[:, 0])
+        return nn.Dense(c.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection")(pooled)

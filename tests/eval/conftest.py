@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from fidelity import fidelity
+from torch_critics import vgg16
+from torch_reference import randomised
+
+from sdjax.convert import published
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A folder for weights under their published names, drawn at random; VGG16's are there."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save(randomised(vgg16()).state_dict(), folder / "vgg16-397923af.pth")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def networks(weights):
+    """torch-fidelity's Inception with random weights, and ours, read from where users have theirs."""
+    name = "weights-inception-2015-12-05-6726825d.pth"
+    module, layers = fidelity("feature_extractor_inceptionv3"), ["2048", "logits_unbiased"]
+    made: dict = {}
+
+    def remember(self, state, *args, **kwargs):
+        # The constructor loads a file; there is none before the module that it makes.
+        made["module"] = self
+        torch.save(randomised(self).state_dict(), weights / name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", remember)
+        torch.save({}, weights / "empty.pth")
+        theirs = module.FeatureExtractorInceptionV3("inception", layers, str(weights / "empty.pth"))
+        for norm in (m for m in theirs.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.running_mean.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+            norm.running_var.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(2))
+        torch.save(theirs.state_dict(), weights / name)
+        patch.setenv("SDJAX_WEIGHTS", str(weights))
+        return theirs.eval(), published.load("inception")

@@ -1,0 +1,156 @@
+"""python -m sdjax.eval on folders of pictures, with networks drawn at random under their published names."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+from fidelity import fidelity
+from PIL import Image
+from torch_critics import TorchLPIPS, vgg16
+
+from configs import autoencoders
+from sdjax.convert import published
+from sdjax.convert.files import read_safetensors
+from sdjax.core.errors import UserError
+from sdjax.eval.__main__ import main
+from sdjax.eval.comparison import read_statistics
+from sdjax.parallel.mesh import make_mesh
+from sdjax.tasks.autoencoder import make
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Real pictures, and sampled ones that are near their pairs."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name in ("real", "fake"):
+        (root / name).mkdir()
+    for i in range(COUNT):
+        picture = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((48, 48)))
+        noisy = np.clip(picture + 20.0 * rng.standard_normal(picture.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(picture).save(root / "real" / f"{i:02}.png")
+        Image.fromarray(noisy).save(root / "fake" / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, weights, capsys):
+    """Runs the command; returns its figures and what it said."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("SDJAX_WEIGHTS", str(weights))
+
+    def command(*flags: object) -> tuple[dict[str, float], str]:
+        target = tmp_path / "figures.json"
+        monkeypatch.setattr(sys, "argv", ["eval", *map(str, flags), f"--output={target}"])
+        main()
+        return json.loads(target.read_text()), capsys.readouterr().err
+
+    return command
+
+
+def pictures_of(folder) -> torch.Tensor:
+    files = sorted(folder.glob("*.png"))
+    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).permute(0, 3, 1, 2)
+
+
+def test_all_metrics_of_two_folders(run, folders, networks, tmp_path):
+    """FID and the Inception Score are torch-fidelity's of its own features, 1e-3, KID to 1e-6; LPIPS is PyTorch's."""
+    names = "fid,sfid,kid,inception_score,precision_recall,psnr,ssim,lpips"
+    sizes = ("--kid_subset=10", "--splits=2", "--batch_size=5")
+    figures, said = run(f"--fake={folders}/fake", f"--real={folders}/real", f"--metrics={names}", *sizes)
+    theirs, _ = networks
+    with torch.no_grad():
+        (fake, logits), (real, _) = (theirs(pictures_of(folders / name)) for name in ("fake", "real"))
+    fid, kid, isc = map(fidelity, ("metric_fid", "metric_kid", "metric_isc"))
+    moments = [fid.fid_features_to_statistics(x.double()) for x in (fake, real)]
+    expected = fid.fid_statistics_to_metric(*moments, verbose=False)["frechet_inception_distance"]
+    assert figures["fid"] == pytest.approx(expected, rel=1e-3)
+    expected = kid.kid_features_to_metric(fake, real, kid_subset_size=10, verbose=False)
+    assert figures["kid"] == pytest.approx(expected["kernel_inception_distance_mean"], abs=1e-6)
+    expected = isc.isc_features_to_metric(logits, splits=2)
+    assert figures["inception_score"] == pytest.approx(expected["inception_score_mean"], rel=1e-3)
+    linear = [torch.from_numpy(np.asarray(v)) for _, v in sorted(read_safetensors(published.LINEAR).items())]
+    vgg = vgg16()
+    vgg.load_state_dict(torch.load(published.find("vgg16"), weights_only=True))
+    scaled = [pictures_of(folders / name).float() / 127.5 - 1.0 for name in ("fake", "real")]
+    with torch.no_grad():
+        assert figures["lpips"] == pytest.approx(float(TorchLPIPS(vgg, linear)(*scaled).mean()), rel=1e-3)
+    error = ((scaled[0] - scaled[1]).double() / 2.0).square().mean((1, 2, 3))
+    assert figures["psnr"] == pytest.approx(float(-10.0 * error.log10().mean()), rel=1e-5)
+    assert 0.3 < figures["ssim"] < 1.0
+    assert {"sfid", "precision", "recall"} <= set(figures)
+    # The real pictures' features are kept.
+    again, said = run(f"--fake={folders}/fake", f"--real={folders}/real", "--metrics=fid")
+    assert again["fid"] == figures["fid"]
+    assert "real:" not in said
+    # Statistics of others take the pictures' place.
+    np.savez(tmp_path / "stats.npz", mu=moments[1]["mu"], sigma=moments[1]["sigma"])
+    again, _ = run(f"--fake={folders}/fake", f"--real={tmp_path}/stats.npz", "--metrics=fid")
+    assert again["fid"] == pytest.approx(figures["fid"], rel=1e-3)
+    with pytest.raises(UserError, match=r"stats\.npz holds statistics, and this metric needs the pictures"):
+        run(f"--fake={folders}/fake", f"--real={tmp_path}/stats.npz", "--metrics=kid")
+
+
+def test_an_autoencoder_with_a_codebook(run, folders, networks, tmp_path):
+    config = autoencoders.get_config("vq_f4_tiny")
+    config.data.source = f"pictures:{folders}/real"
+    config.data.size = 48
+    config.task.perceptual_weight = 0.0
+    task = make(config, make_mesh({"data": -1}))
+    params = jax.jit(task.init)(jax.random.key(0))
+    task.export(params, tmp_path / "export")
+    figures, _ = run(f"--autoencoder={tmp_path}/export", f"--real={folders}/real", "--batch_size=5")
+    assert set(figures) == {"rfid", "psnr", "ssim", "lpips", "codes_used", "perplexity"}
+    assert 1 / 16 <= figures["codes_used"] <= 1.0
+    assert 1.0 <= figures["perplexity"] <= 16 * figures["codes_used"] + 1e-3
+    config.model.autoencoder.update(variant="vq_f8", channels=(8,) * 6)
+    config.task.crop = config.data.size = 64
+    other = make(config, make_mesh({"data": -1}))
+    other.export(jax.jit(other.init)(jax.random.key(0)), tmp_path / "other")
+    with pytest.raises(UserError, match="pictures of 48x48 do not suit"):
+        run(f"--autoencoder={tmp_path}/other", f"--real={folders}/real")
+
+
+def test_a_missing_network_is_named_and_the_rest_computed(run, folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("SDJAX_WEIGHTS", str(tmp_path / "nothing"))
+    figures, said = run(f"--fake={folders}/fake", f"--real={folders}/real", "--metrics=fid,psnr,lpips")
+    assert set(figures) == {"psnr"}
+    assert "fid is left out: no weights of Inception v3" in said
+    assert "pt_inception-2015-12-05-6726825d.pth" in said
+    assert "lpips is left out: no weights of VGG16" in said
+    assert str(tmp_path / "nothing") in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--real={0}/real"], "one of --fake, --autoencoder and --config is required"),
+        (["--fake={0}/fake"], "--real is required"),
+        (["--fake={0}/fake", "--real={0}/real", "--metrics=fidd"], "unknown metric 'fidd' in --metrics; choose"),
+        (["--fake={0}/nowhere", "--real={0}/real"], "there is no folder"),
+        (["--fake={0}/fake", "--real={0}/real", "--limit=3", "--metrics=psnr"], "12 sampled and 3 real pictures"),
+        (["--fake={0}/fake", "--real={0}/none.npz"], "cannot read"),
+    ],
+)
+def test_bad_flags_are_one_line(run, folders, flags, message):
+    with pytest.raises(UserError) as error:
+        run(*(flag.format(folders) for flag in flags))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_statistics_of_others(tmp_path):
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(4), sigma=np.eye(4), mu_s=np.ones(3), sigma_s=np.eye(3))
+    found = read_statistics(tmp_path / "adm.npz")
+    assert set(found) == {"fid", "sfid"}
+    assert found["sfid"].mean.shape == (3,)
+    np.savez(tmp_path / "empty.npz", a=np.zeros(3))
+    with pytest.raises(UserError, match="holds neither mu and sigma nor mu_s and sigma_s"):
+        read_statistics(tmp_path / "empty.npz")
