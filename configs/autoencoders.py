@@ -82,8 +82,8 @@ def published(name: str) -> Config:
     """One of the first stages of the paper."""
     recipe, config = RECIPES[name], base()
     config.model.autoencoder = {"variant": name}
-    critic = {"weight": recipe.weight, "start": recipe.start, "layers": recipe.layers, "criterion": "hinge"}
-    config.task = autoencoder_task(discriminator=critic)
+    config.task = autoencoder_task()
+    config.task.discriminator.update(weight=recipe.weight, start=recipe.start, layers=recipe.layers)
     config.data.size = 384
     config.optim.update(_adam(RATE * recipe.batch))
     config.train.update(steps=recipe.steps, batch_size=recipe.batch, sample_every=5000, checkpoint_every=5000)
@@ -111,8 +111,8 @@ def openmoji(name: str) -> Config:
     channels = (8, 16, 32, 64) if kl else (16, 32, 64)
     sizes = {"channels": channels, "latent_channels": 16 if kl else 4, "layers_per_block": 1, "groups": 8}
     config.model.autoencoder = OPENMOJI[name] | sizes
-    critic = {"weight": 0.1, "start": 1500, "layers": 2, "criterion": "hinge"}
-    config.task = autoencoder_task(reconstruction="l2", crop=64, noiseless_start=kl, discriminator=critic)
+    config.task = autoencoder_task(reconstruction="l2", crop=64, noiseless_start=kl)
+    config.task.discriminator.update(weight=0.1, start=1500, layers=2, width=16)
     config.data.update(source="openmoji", size=128)
     config.optim.update(name="muon", learning_rate=0.03, schedule="cosine", warmup_steps=50, weight_decay=0.0, b2=0.99)
     config.optim.ema_decay = 0.99

@@ -71,7 +71,7 @@ def autoencoder_task(**changes: Any) -> dict[str, Any]:
         "noiseless_start": False,
         "crop": 256,
         "perceptual_weight": 1.0,
-        "discriminator": {"weight": 0.0, "start": 50_001, "layers": 3, "criterion": "hinge"},
+        "discriminator": {"weight": 0.0, "start": 50_001, "layers": 3, "width": 64, "criterion": "hinge"},
         **changes,
     }
 

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sdjax.core.convolution import convolve
 
-WIDTH, WIDEST = 64, 512
 EPS = 1e-5
 
 
@@ -36,17 +35,19 @@ class PatchDiscriminator(nn.Module):
 
     Attributes:
         layers: halvings of the resolution: 3 judges patches of 70 pixels.
+        width: features of the first convolution; later ones have up to eight times as many.
         dtype: the type of the arithmetic.
     """
 
     layers: int = 3
+    width: int = 64
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b h w 1"]:
         """Sides of at least 2^(layers + 2) pixels, below which nothing is left to judge."""
         for i in range(self.layers + 1):
-            features, stride = min(WIDTH * 2**i, WIDEST), 2 if i < self.layers else 1
+            features, stride = self.width * min(2**i, 8), 2 if i < self.layers else 1
             x = self._conv(features, stride, use_bias=i == 0, name=f"conv_{i}")(x)
             x = BatchNorm(name=f"norm_{i}")(x) if i else x
             x = nn.leaky_relu(x, 0.2)

@@ -2,7 +2,7 @@
 
 Reads config.model.autoencoder (a variant, and what differs from it), config.data, and of config.task: reconstruction
 ("l1" or "l2"), kl_weight, codebook_weight, learn_logvar, crop, noiseless_start, perceptual_weight (0: without LPIPS)
-and discriminator (weight, start, layers, criterion; a weight of 0: without one).
+and discriminator (weight, start, layers, width, criterion; a weight of 0: without one).
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _adversary(config: Config, values: int) -> tuple[PatchDiscriminator, Adversa
     options = config.task.discriminator
     if options.criterion not in CRITERIA:
         raise unknown("criterion", options.criterion, CRITERIA, "config.task.discriminator.criterion")
-    critic = PatchDiscriminator(options.layers, dtype_named(config.train.dtype, "config.train.dtype"))
+    critic = PatchDiscriminator(options.layers, options.width, dtype_named(config.train.dtype, "config.train.dtype"))
     if not options.weight:
         return critic, None
     smallest = 2 ** (options.layers + 2)

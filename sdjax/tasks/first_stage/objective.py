@@ -18,6 +18,7 @@ from sdjax.training.task import Metrics
 
 MOST = 1e4  # of the adversarial weight, before `Adversary.weight`
 EPS = 1e-4
+LOGGED = ("g_loss", "d_loss", "d_weight", "logits_real", "logits_fake")
 
 Pictures = Float[Array, "b h w 3"]
 Judge = Callable[[Any, Pictures], Float[Array, "b h2 w2 1"]]
@@ -81,7 +82,8 @@ def adversarial(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The reconstruction loss with both networks' adversarial terms, and what to log.
 
-    Each term's gradient with respect to the picture is computed once, for its weight and for the descent.
+    Each term's gradient with respect to the picture is computed once, for its weight and for the descent. Until the
+    discriminator's start it costs nothing, and zeros are logged of it.
 
     Args:
         params: the discriminator's.
@@ -91,23 +93,22 @@ def adversarial(
         at_last_layer: a gradient with respect to the reconstruction -> that of the decoder's last kernel.
         step: optimiser steps taken so far.
     """
-    starts = (step >= adversary.start).astype(jnp.float32)
-    fixed = jax.lax.stop_gradient(params)
-    nll, nll_pull = jax.value_and_grad(likelihood)(made)
-    doubt, doubt_pull = jax.value_and_grad(lambda y: -adversary.judge(fixed, y).mean())(made)
-    ratio = _norm(at_last_layer(nll_pull)) / (_norm(at_last_layer(doubt_pull)) + EPS)
-    weight = adversary.weight * jnp.clip(jax.lax.stop_gradient(ratio), 0.0, adversary.most)
-    loss = with_gradient(nll + starts * weight * doubt, made, nll_pull + starts * weight * doubt_pull)
-    real, fake = adversary.judge(params, x), adversary.judge(params, jax.lax.stop_gradient(made))
-    judged = starts * adversary.criterion(real, fake)
-    metrics = {
-        "g_loss": doubt,
-        "d_loss": judged,
-        "d_weight": weight,
-        "logits_real": real.mean(),
-        "logits_fake": fake.mean(),
-    }
-    return loss + judged, metrics
+
+    def together() -> tuple[Float[Array, ""], Metrics]:
+        fixed = jax.lax.stop_gradient(params)
+        nll, nll_pull = jax.value_and_grad(likelihood)(made)
+        doubt, doubt_pull = jax.value_and_grad(lambda y: -adversary.judge(fixed, y).mean())(made)
+        ratio = _norm(at_last_layer(nll_pull)) / (_norm(at_last_layer(doubt_pull)) + EPS)
+        weight = adversary.weight * jnp.clip(jax.lax.stop_gradient(ratio), 0.0, adversary.most)
+        loss = with_gradient(nll + weight * doubt, made, nll_pull + weight * doubt_pull)
+        real, fake = adversary.judge(params, x), adversary.judge(params, jax.lax.stop_gradient(made))
+        judged = adversary.criterion(real, fake)
+        return loss + judged, dict(zip(LOGGED, (doubt, judged, weight, real.mean(), fake.mean()), strict=True))
+
+    def alone() -> tuple[Float[Array, ""], Metrics]:
+        return likelihood(made), {name: jnp.zeros(()) for name in LOGGED}
+
+    return jax.lax.cond(step >= adversary.start, together, alone)
 
 
 def with_gradient(value: Float[Array, ""], x: Array, gradient: Array) -> Float[Array, ""]:

@@ -1,0 +1,273 @@
+"""The UNet of DDPM, ADM and LDM's models without cross-attention (openai/guided-diffusion unet.py; LDM openaimodel.py).
+
+Module names follow PyTorch diffusers' `UNet2DModel`, with `_` where its checkpoints have `.` before a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from sdjax.core.partition import BATCH, TENSOR, constrain, constrain_picture
+from sdjax.models.attention import Attention
+from sdjax.models.conditioning import Cond
+from sdjax.models.layers import (
+    Conv,
+    Downsample,
+    EmbeddingMLP,
+    GroupNorm,
+    Upsample,
+    resize_nearest,
+    timestep_embedding,
+)
+from sdjax.models.remat import recomputed
+
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class UNet2DConfig:
+    """Sizes of a UNet; each level but the last halves height and width.
+
+    Attributes:
+        attention_levels: levels, 0 the finest, whose every residual block is followed by self-attention.
+        heads: attention heads of each level; the middle, which always has attention, has the last level's.
+        width: of the sinusoids of the timestep, a quarter of its embedding; None means the first level's channels.
+        classes: how many values `Cond.label` has; None where there is none.
+        scale_shift: whether the embedding scales and shifts the second norm's output (ADM) or is added before it.
+        resblock_updown: whether residual blocks change the resolution (ADM), not convolutions.
+    """
+
+    channels: tuple[int, ...] = (224, 448, 672, 896)
+    attention_levels: tuple[int, ...] = (1, 2, 3)
+    heads: tuple[int, ...] = (7, 14, 21, 28)
+    width: int | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    layers_per_block: int = 2
+    groups: int = 32
+    classes: int | None = None
+    scale_shift: bool = False
+    resblock_updown: bool = False
+
+
+def _adm(
+    width: int, multipliers: tuple[float, ...], attention: tuple[int, ...], layers: int, *, wide: int = 0, of: int = 0
+) -> UNet2DConfig:
+    """A row of ADM's table: it learns variances (6 channels), knows 1000 classes.
+
+    Args:
+        wide: channels of a head; or
+        of: heads of every level.
+    """
+    channels = tuple(int(width * m) for m in multipliers)
+    return UNet2DConfig(
+        channels=channels,
+        attention_levels=attention,
+        heads=tuple(of or max(c // wide, 1) for c in channels),
+        width=width,
+        out_channels=6,
+        layers_per_block=layers,
+        classes=1000,
+        scale_shift=True,
+        resblock_updown=True,
+    )
+
+
+MULTIPLIERS_256 = (1, 1, 2, 2, 4, 4)
+ADM_256 = _adm(256, MULTIPLIERS_256, (3, 4, 5), 2, wide=64)
+VARIANTS = {
+    "ldm_celebahq": UNet2DConfig(),  # 274,056,163 parameters; FFHQ's and LSUN bedrooms', too
+    "ldm_churches": UNet2DConfig(  # 294,966,916
+        channels=(192, 384, 384, 768, 768),
+        attention_levels=(0, 1, 2, 3),
+        heads=(8,) * 5,
+        in_channels=4,
+        out_channels=4,
+        scale_shift=True,
+        resblock_updown=True,
+    ),
+    "ldm_bsr_sr": UNet2DConfig(  # 113,622,563
+        channels=(160, 320, 320, 640), attention_levels=(3,), heads=(5, 10, 10, 20), in_channels=6
+    ),
+    "ldm_inpainting": UNet2DConfig(  # 387,245,827
+        channels=(256, 512, 768, 1024), heads=(8,) * 4, in_channels=7, resblock_updown=True
+    ),
+    "ldm_semantic": UNet2DConfig(  # 215,229,315
+        channels=(128, 512, 1024), attention_levels=(), heads=(8,) * 3, in_channels=6
+    ),
+    "adm_64": _adm(192, (1, 2, 3, 4), (1, 2, 3), 3, wide=64),  # 295,904,454
+    "adm_128": _adm(256, (1, 1, 2, 3, 4), (2, 3, 4), 2, of=4),  # 421,529,606
+    "adm_256": ADM_256,  # 553,838,086
+    "adm_256_uncond": replace(ADM_256, classes=None),  # 552,814,086
+    "adm_512": _adm(256, (0.5, 1, 1, 2, 2, 4, 4), (4, 5, 6), 2, wide=64),  # 558,997,638
+    "adm_64_256": replace(_adm(192, MULTIPLIERS_256, (3, 4, 5), 2, of=4), in_channels=6),  # 311,795,910
+    "adm_128_512": replace(_adm(192, MULTIPLIERS_256, (4, 5), 2, wide=64), in_channels=6),  # 308,835,270
+}
+
+
+class ResBlock2D(nn.Module):
+    """Norm, SiLU, convolution, twice, the timestep's embedding between; its second convolution starts at zero.
+
+    Attributes:
+        features: that come out.
+        scale_shift: see `UNet2DConfig`.
+        resample: "" or what is done to the resolution after the first norm, and to what is added: "down", the mean of
+            four pixels, or "up", each pixel four times.
+    """
+
+    features: int
+    groups: int = 32
+    scale_shift: bool = False
+    resample: str = ""
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"], size: tuple[int, ...] | None = None
+    ) -> Float[Array, "b h2 w2 f"]:
+        """Args: `size`, the height and width that "up" reaches, where they are not the double."""
+        norm, resampled = partial(GroupNorm, self.groups, EPS, self.dtype), RESAMPLINGS[self.resample]
+        h = resampled(nn.silu(norm(name="norm1")(x)), size)
+        h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
+        told = nn.Dense(self.features * (1 + self.scale_shift), dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
+        h = constrain_picture(h, TENSOR)
+        if self.scale_shift:
+            scale, shift = jnp.split(told[:, None, None, :], 2, axis=-1)
+            h = norm(name="norm2")(h) * (1 + scale) + shift
+        else:
+            h = norm(name="norm2")(h + told[:, None, None, :])
+        h = Conv(self.features, zero=True, dtype=self.dtype, name="conv2")(nn.silu(h))
+        x = resampled(x, size)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, kernel=1, dtype=self.dtype, name="conv_shortcut")(x)
+        return constrain_picture(x + h)
+
+
+def _halved(x: Array, size: tuple[int, ...] | None) -> Array:
+    del size
+    return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+def _doubled(x: Array, size: tuple[int, ...] | None) -> Array:
+    height, width = (2 * x.shape[1], 2 * x.shape[2]) if size is None else size
+    return resize_nearest(x, height, width)
+
+
+RESAMPLINGS = {"": lambda x, size: x, "down": _halved, "up": _doubled}
+
+
+class SelfAttention(nn.Module):
+    """A norm, attention of all pixels to all, and what was there."""
+
+    heads: int
+    groups: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        tokens = GroupNorm(self.groups, EPS, self.dtype, name="group_norm")(x).reshape(b, h * w, c)
+        tokens = Attention(heads=self.heads, qkv_bias=True, dtype=self.dtype, name="attention")(tokens)
+        return constrain_picture(x + tokens.reshape(b, h, w, c))
+
+
+class UNet2D(nn.Module):
+    """Predicts noise, velocity or clean pictures, and log-variances where it has the channels, from noisy ones.
+
+    Attributes:
+        config: the sizes.
+        remat: what blocks compute again in the backward pass: a key of `remat.POLICIES`.
+        dtype: the type of the arithmetic; parameters stay float32.
+    """
+
+    config: UNet2DConfig
+    remat: str = "none"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        cond: Cond = Cond(),  # noqa: B008
+    ) -> Float[Array, "b h w o"]:
+        """The raw output of the network, in float32.
+
+        Args:
+            x: noisy latents or pictures of unit variance.
+            t: timesteps in [0, 999]; fractional ones are allowed.
+            cond: `label` where the config has classes; `concat` is joined to x on channels.
+        """
+        c = self.config
+        x = x if cond.concat is None else jnp.concatenate([x, cond.concat], axis=-1)
+        temb = constrain(self._embedding(t, cond), BATCH, None)
+        x = Conv(c.channels[0], dtype=self.dtype, name="conv_in")(constrain_picture(x).astype(self.dtype))
+        x, skips = self._down(x, temb)
+        x = self._res("mid_block_resnets_0", c.channels[-1])(x, temb)
+        x = self._attend("mid_block_attentions_0", -1)(x)
+        x = self._res("mid_block_resnets_1", c.channels[-1])(x, temb)
+        x = self._up(x, skips, temb)
+        x = nn.silu(GroupNorm(c.groups, EPS, self.dtype, name="conv_norm_out")(x))
+        return Conv(c.out_channels, zero=True, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
+
+    def _embedding(self, t: Array, cond: Cond) -> Array:
+        width = self.config.width or self.config.channels[0]
+        temb = EmbeddingMLP(4 * width, self.dtype, name="time_embedding")(
+            timestep_embedding(t, width).astype(self.dtype)
+        )
+        if self.config.classes is None:
+            return temb
+        assert cond.label is not None, "this UNet was built for a label"
+        normal = nn.initializers.normal(1.0)
+        embed = nn.Embed(self.config.classes, 4 * width, self.dtype, embedding_init=normal, name="class_embedding")
+        return temb + embed(cond.label)
+
+    def _res(self, name: str, features: int, resample: str = "") -> nn.Module:
+        c = self.config
+        block = recomputed(ResBlock2D, self.remat)
+        return block(features, c.groups, c.scale_shift, resample, dtype=self.dtype, name=name)
+
+    def _attend(self, name: str, level: int) -> nn.Module:
+        """Args: `level` is -1 in the middle, which has the last level's heads."""
+        block = recomputed(SelfAttention, self.remat)
+        return block(self.config.heads[level], self.config.groups, dtype=self.dtype, name=name)
+
+    def _down(self, x: Array, temb: Array) -> tuple[Array, list[Array]]:
+        c, skips = self.config, [x]
+        for i, features in enumerate(c.channels):
+            for j in range(c.layers_per_block):
+                x = self._res(f"down_blocks_{i}_resnets_{j}", features)(x, temb)
+                if i in c.attention_levels:
+                    x = self._attend(f"down_blocks_{i}_attentions_{j}", i)(x)
+                skips.append(x)
+            if i < len(c.channels) - 1:
+                name = f"down_blocks_{i}_downsamplers_0"
+                if c.resblock_updown:
+                    x = self._res(name, features, "down")(x, temb)
+                else:
+                    x = Downsample(dtype=self.dtype, name=name)(x)
+                skips.append(x)
+        return x, skips
+
+    def _up(self, x: Array, skips: list[Array], temb: Array) -> Array:
+        c = self.config
+        for i, features in enumerate(reversed(c.channels)):
+            level = len(c.channels) - 1 - i
+            for j in range(c.layers_per_block + 1):
+                x = jnp.concatenate([x, skips.pop()], -1)
+                x = self._res(f"up_blocks_{i}_resnets_{j}", features)(x, temb)
+                if level in c.attention_levels:
+                    x = self._attend(f"up_blocks_{i}_attentions_{j}", level)(x)
+            if level:
+                name, size = f"up_blocks_{i}_upsamplers_0", skips[-1].shape[1:3]
+                if c.resblock_updown:
+                    x = self._res(name, features, "up")(x, temb, size)
+                else:
+                    x = Upsample(self.dtype, name=name)(x, size)
+        return x
