@@ -60,20 +60,22 @@ def base() -> Config:
     )
 
 
-def autoencoder_task(**changes: Any) -> dict[str, Any]:
+def autoencoder_task(**changes: Any) -> Config:
     """The `task` section of a first stage, with LDM's weights and without a discriminator."""
-    return {
-        "name": "autoencoder",
-        "reconstruction": "l1",
-        "kl_weight": 1e-6,
-        "codebook_weight": 1.0,
-        "learn_logvar": False,
-        "noiseless_start": False,
-        "crop": 256,
-        "perceptual_weight": 1.0,
-        "discriminator": {"weight": 0.0, "start": 50_001, "layers": 3, "width": 64, "criterion": "hinge"},
-        **changes,
-    }
+    return ConfigDict(
+        {
+            "name": "autoencoder",
+            "reconstruction": "l1",
+            "kl_weight": 1e-6,
+            "codebook_weight": 1.0,
+            "learn_logvar": False,
+            "noiseless_start": False,
+            "crop": 256,
+            "perceptual_weight": 1.0,
+            "discriminator": {"weight": 0.0, "start": 50_001, "layers": 3, "width": 64, "criterion": "hinge"},
+            **changes,
+        }
+    )
 
 
 def locked(config: Config) -> Config:

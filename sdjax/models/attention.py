@@ -120,11 +120,13 @@ class Attention(nn.Module):
     """Multi-head attention from x to a context, or to itself; output has x's width.
 
     Attributes:
-        heads: the number of heads; their size is the inner width divided by it.
+        heads: the number of heads.
+        head_size: of each; None divides x's width among them.
         qkv_bias: CLIP and the autoencoder have biases on q, k and v; the UNet's transformers do not.
     """
 
     heads: int
+    head_size: int | None = None
     qkv_bias: bool = False
     dtype: DTypeLike = jnp.float32
 
@@ -138,15 +140,16 @@ class Attention(nn.Module):
         causal: bool = False,
     ) -> Float[Array, "b q c"]:
         context = x if context is None else context
-        width = x.shape[-1]
+        size = self.head_size or x.shape[-1] // self.heads
 
         def project(name: str, tokens: Array) -> Array:
-            out = nn.Dense(width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(tokens)
-            return out.reshape(*out.shape[:-1], self.heads, width // self.heads)
+            out = nn.Dense(self.heads * size, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(tokens)
+            return out.reshape(*out.shape[:-1], self.heads, size)
 
         q, k, v = project("to_q", x), project("to_k", context), project("to_v", context)
         out = dot_product_attention(q, k, v, mask=mask, causal=causal)
-        return nn.Dense(width, dtype=self.dtype, name="to_out")(out.reshape(x.shape))
+        joined = out.reshape(*x.shape[:-1], self.heads * size)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out")(joined)
 
 
 class GEGLU(nn.Module):

@@ -64,7 +64,32 @@ SDXL = UNetConfig(
     vector_dim=2816,
     linear_projection=True,
 )
+LDM_VQ_F4 = UNetConfig(
+    channels=(192, 384, 576, 960), depths=(0, 1, 1, 1), context_dim=512, in_channels=3, out_channels=3
+)
 VARIANTS = {
+    # The LDM paper's, with cross-attention (CompVis/latent-diffusion, configs/).
+    "ldm_cin_f4": replace(LDM_VQ_F4, heads=(1, 1, 1, 1)),  # 400,920,579: cin256-v2
+    "ldm_cin_f8": UNetConfig(  # 394,984,196
+        channels=(256, 512, 1024), depths=(1, 1, 1), heads=(8, 16, 32), context_dim=512
+    ),
+    "ldm_text_f4": replace(LDM_VQ_F4, heads=(6, 12, 18, 30), context_dim=640),  # 403,623,939: text2img256
+    "ldm_text": replace(SD1, context_dim=1280),  # 872,300,484: txt2img-1p4B
+    "ldm_layout": UNetConfig(  # 246,277,379: layout2img-openimages256
+        channels=(128, 256, 384, 512),
+        depths=(0, 3, 3, 3),
+        mid_depth=3,
+        heads=(4, 8, 12, 16),
+        context_dim=512,
+        in_channels=3,
+        out_channels=3,
+    ),
+    "ldm_rdm": UNetConfig(  # 1,335,480,400: retrieval-augmented, 768 pixels
+        channels=(448, 896, 1344, 1792),
+        heads=(14, 28, 42, 56),
+        in_channels=16,
+        out_channels=16,
+    ),
     "sd1": SD1,  # 859,520,964 parameters
     "sd1_inpaint": replace(SD1, in_channels=9),  # 859,535,364
     "sd1_lcm": replace(SD1, guidance_dim=256),  # 859,602,884

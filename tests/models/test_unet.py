@@ -15,8 +15,14 @@ from sdjax.core.tree import size
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import VARIANTS, UNet, UNetConfig
 
-# Exact sizes of the published checkpoints' UNets.
+# Exact sizes of the published checkpoints' UNets (CompVis/latent-diffusion, Stability-AI, diffusers).
 TOTALS = {
+    "ldm_cin_f4": 400_920_579,
+    "ldm_cin_f8": 394_984_196,
+    "ldm_text_f4": 403_623_939,
+    "ldm_text": 872_300_484,
+    "ldm_layout": 246_277_379,
+    "ldm_rdm": 1_335_480_400,
     "sd1": 859_520_964,
     "sd1_inpaint": 859_535_364,
     "sd1_lcm": 859_520_964 + 256 * 320,
