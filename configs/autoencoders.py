@@ -21,8 +21,7 @@ goes on without. What the paper trained on is OpenImages; shorter sides of 384 p
 
 (CompVis/latent-diffusion, models/first_stage_models and README; figures: LDM, table 8, on ImageNet-val at 256 px.) The
 learning rate is 4.5e-6 a picture of the batch for both networks, Adam's betas are 0.5 and 0.9. `kl_f2` and `vq_f2`
-were not released; their recipes here are those of f4. `_tiny` after a name is for the tests; `openmoji_kl` and
-`openmoji_vq` train in minutes on two CPU cores.
+were not released; their recipes here are those of f4. `_tiny` after a name is for the tests.
 """
 
 from typing import Any, NamedTuple
@@ -62,20 +61,17 @@ RECIPES = {
     "vq_f8_n256": Recipe(10, 1_608_649, 250_001, 0.75),
     "vq_f16": Recipe(14, 1_101_166, 250_001, 0.75, layers=2),
 }
-OPENMOJI = {"openmoji_kl": {"variant": "kl_f8"}, "openmoji_vq": {"variant": "vq_f4", "codes": 1024}}
 RATE = 4.5e-6
 UNCLIPPED = 1e9
 
 
 def get_config(arg: str = "kl_f8") -> Config:
-    """arg: a key of RECIPES, one of them with "_tiny" after it, or a key of OPENMOJI."""
+    """arg: a key of RECIPES, or one of them with "_tiny" after it."""
     name = arg.removesuffix("_tiny")
-    if arg in OPENMOJI:
-        return locked(openmoji(arg))
     if name in RECIPES:
         return locked(published(name) if name == arg else tiny(published(name)))
-    names = ", ".join((*RECIPES, *OPENMOJI))
-    raise ValueError(f"unknown variant {arg!r} of configs/autoencoders.py; choose one of: {names}, or *_tiny")
+    names = ", ".join(RECIPES)
+    raise ValueError(f"unknown variant {arg!r} of configs/autoencoders.py; choose one of: {names}; or NAME_tiny")
 
 
 def published(name: str) -> Config:
@@ -102,23 +98,6 @@ def _adam(rate: float) -> dict[str, Any]:
         "ema_decay": 0.0,
         "components": {"discriminator": {"learning_rate": rate}},
     }
-
-
-def openmoji(name: str) -> Config:
-    """Narrow first stages for pictures of 128 px, with a discriminator from half of the run on."""
-    config = base()
-    kl = name.endswith("kl")
-    channels = (8, 16, 32, 64) if kl else (16, 32, 64)
-    sizes = {"channels": channels, "latent_channels": 16 if kl else 4, "layers_per_block": 1, "groups": 8}
-    config.model.autoencoder = OPENMOJI[name] | sizes
-    config.task = autoencoder_task(reconstruction="l2", crop=64, noiseless_start=kl)
-    config.task.discriminator.update(weight=0.1, start=1500, layers=2, width=16)
-    config.data.update(source="openmoji", size=128)
-    config.optim.update(name="muon", learning_rate=0.03, schedule="cosine", warmup_steps=50, weight_decay=0.0, b2=0.99)
-    config.optim.ema_decay = 0.99
-    config.optim.components.discriminator = {"name": "adamw", "learning_rate": 2e-4, "b1": 0.5, "b2": 0.9}
-    config.train.update(steps=2500, batch_size=16, sample_every=500, checkpoint_every=500)
-    return config
 
 
 def tiny(config: Config) -> Config:

@@ -95,7 +95,9 @@ def vae_in(shapes: sizes.Shapes, family: Family, prefix: str, path: object) -> N
     Raises:
         UserError: it is no autoencoder of a structure that is here.
     """
-    raw = sizes.vae_config(shapes, family.scaling_factor, path)
+    # LDM diffuses the latents of a codebook as they are (scale_factor 1.0 in its configs).
+    scale = 1.0 if sizes.CODEBOOK in shapes else family.scaling_factor
+    raw = sizes.vae_config(shapes, scale, path)
     return _network("vae", prefix, raw, {**raw, **family.vae}, path)
 
 

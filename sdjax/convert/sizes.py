@@ -11,6 +11,7 @@ from sdjax.core.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD_WIDTH = 64
+CODEBOOK = "quantize.embedding.weight"
 
 
 class _Shapes:
@@ -119,9 +120,8 @@ def vae_config(shapes: Shapes, scaling_factor: float, place: object) -> dict[str
     sizes = _Shapes(shapes, place)
     levels = max(sizes.count("encoder.down"), 1)
     attends = [sizes.count(f"encoder.down.{i}.attn") > 0 for i in range(levels)]
-    codebook = "quantize.embedding.weight"
-    is_vq = codebook in sizes
-    special: dict[str, Any] = {"num_vq_embeddings": sizes.axis(codebook, 0)} if is_vq else {}
+    is_vq = CODEBOOK in sizes
+    special: dict[str, Any] = {"num_vq_embeddings": sizes.axis(CODEBOOK, 0)} if is_vq else {}
     if "encoder.mid.attn_1.norm.weight" not in sizes:
         special["mid_block_add_attention"] = False
     return special | {

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
+import jax
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,12 @@ from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import FAMILIES, assert_same, tiny_checkpoint
 
-from sdjax.convert import unet
+from sdjax.convert import autoencoder, unet
 from sdjax.convert.components import FORMATS, Checkpoint
-from sdjax.convert.folder import pipeline_class, read_folder
-from sdjax.convert.layout import VOCABULARY
-from sdjax.convert.rules import export
+from sdjax.convert.folder import pipeline_class, read_folder, write_component
+from sdjax.convert.layout import VOCABULARY, pieces_of
+from sdjax.convert.original import outward
+from sdjax.convert.rules import export, stored_shapes
 from sdjax.convert.single_file import (
     TOKENIZER_FOLDERS,
     detect,
@@ -28,6 +31,7 @@ from sdjax.convert.single_file import (
     write_single_file,
 )
 from sdjax.core.errors import UserError
+from sdjax.models.autoencoder import VQAutoencoder, VQConfig
 
 Tensors = dict[str, torch.Tensor]
 PREDICTIONS = {"sd2": "v_prediction", "x4_upscaler": "v_prediction"}
@@ -297,3 +301,29 @@ def test_channels_that_the_layouts_32_groups_do_not_divide(tmp_path):
     with pytest.raises(UserError, match=r"norm_num_groups = 32 in .* must be a divisor of each of \[8, 16, 32, 64\]"):
         write_single_file(tmp_path / "file.safetensors", checkpoint)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_first_stage_with_a_codebook_and_its_critics(tmp_path: Path):
+    """LDM's `model.ckpt` of a VQ autoencoder: what trained it is left out; diffusers' VQModel decodes the same."""
+    config = VQConfig((32, 32), 3, 1, 32, codes=20, attention_levels=(1,))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype("f"), autoencoder.shapes(config))
+    keys = stored_shapes(autoencoder.TABLE, autoencoder.shapes(config))
+    pieces = pieces_of("vae", "", config)
+    assert pieces.keys() == keys.keys()
+    state = {k: np.array(v) for k, v in outward(pieces, export(autoencoder.TABLE, params, params, "")).items()}
+    state = {key: torch.from_numpy(value) for key, value in state.items()}
+    state |= {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4)}
+    state |= {"loss.discriminator.main.3.num_batches_tracked": torch.tensor(7)}
+    state |= {"loss.perceptual_loss.net.slice1.0.weight": torch.zeros(4, 3, 3, 3)}
+    torch.save({"state_dict": state, "global_step": 3}, tmp_path / "model.ckpt")
+    assert is_autoencoder_file(tmp_path / "model.ckpt")
+    component = read_autoencoder_file(tmp_path / "model.ckpt")
+    assert component.config == dataclasses.replace(config, scaling_factor=1.0)
+    write_component(tmp_path / "vae", "vae", component)
+    theirs = diffusers.VQModel.from_pretrained(tmp_path / "vae").eval()
+    z = rng.standard_normal((1, 4, 4, 3)).astype("f")
+    with torch.no_grad():
+        expected = theirs.decode(torch.from_numpy(z).permute(0, 3, 1, 2)).sample.permute(0, 2, 3, 1)
+    found = VQAutoencoder(config).apply({"params": component.params}, z, method="decode")
+    np.testing.assert_allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
