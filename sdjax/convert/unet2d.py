@@ -198,9 +198,8 @@ def from_original(
             raise UserError(f"{key} is no part of a UNet of {len(config.channels)} levels")
         name, rest = modules[stem], key.removeprefix(f"{stem}.")
         if rest.startswith("qkv."):
-            level = _level(name, config)
-            parts = _split_heads(tensor, config.heads[level], new_order)
-            kind = rest.removeprefix("qkv.")
+            heads, kind = config.heads[_level(name, config)], rest.removeprefix("qkv.")
+            parts = split_heads(tensor, heads, new_order)
             found |= {f"{name}.to_{letter}.{kind}": part for letter, part in zip("qkv", parts, strict=True)}
         elif rest.startswith("proj_out."):
             kind = rest.removeprefix("proj_out.")
@@ -221,7 +220,7 @@ def _inner(rest: str) -> str:
     return rest
 
 
-def _split_heads(tensor: np.ndarray, heads: int, new_order: bool) -> Iterable[np.ndarray]:
+def split_heads(tensor: np.ndarray, heads: int, new_order: bool) -> Iterable[np.ndarray]:
     """Queries, keys and values of a joint layer of size 3 h d."""
     matrix = tensor[:, :, 0] if tensor.ndim == 3 else tensor
     if new_order:

@@ -79,8 +79,14 @@ def _adm(
     )
 
 
-MULTIPLIERS_256 = (1, 1, 2, 2, 4, 4)
-ADM_256 = _adm(256, MULTIPLIERS_256, (3, 4, 5), 2, wide=64)
+# Of ADM's width, by the pictures' size.
+MULTIPLIERS = {
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+}
+ADM_256 = _adm(256, MULTIPLIERS[256], (3, 4, 5), 2, wide=64)
 VARIANTS = {
     "ldm_celebahq": UNet2DConfig(),  # 274,056,163 parameters; FFHQ's and LSUN bedrooms', too
     "ldm_churches": UNet2DConfig(  # 294,966,916
@@ -101,13 +107,13 @@ VARIANTS = {
     "ldm_semantic": UNet2DConfig(  # 215,229,315
         channels=(128, 512, 1024), attention_levels=(), heads=(8,) * 3, in_channels=6
     ),
-    "adm_64": _adm(192, (1, 2, 3, 4), (1, 2, 3), 3, wide=64),  # 295,904,454
-    "adm_128": _adm(256, (1, 1, 2, 3, 4), (2, 3, 4), 2, of=4),  # 421,529,606
+    "adm_64": _adm(192, MULTIPLIERS[64], (1, 2, 3), 3, wide=64),  # 295,904,454
+    "adm_128": _adm(256, MULTIPLIERS[128], (2, 3, 4), 2, of=4),  # 421,529,606
     "adm_256": ADM_256,  # 553,838,086
     "adm_256_uncond": replace(ADM_256, classes=None),  # 552,814,086
-    "adm_512": _adm(256, (0.5, 1, 1, 2, 2, 4, 4), (4, 5, 6), 2, wide=64),  # 558,997,638
-    "adm_64_256": replace(_adm(192, MULTIPLIERS_256, (3, 4, 5), 2, of=4), in_channels=6),  # 311,795,910
-    "adm_128_512": replace(_adm(192, MULTIPLIERS_256, (4, 5), 2, wide=64), in_channels=6),  # 308,835,270
+    "adm_512": _adm(256, MULTIPLIERS[512], (4, 5, 6), 2, wide=64),  # 558,997,638
+    "adm_64_256": replace(_adm(192, MULTIPLIERS[256], (3, 4, 5), 2, of=4), in_channels=6),  # 311,795,910
+    "adm_128_512": replace(_adm(192, MULTIPLIERS[256], (4, 5), 2, wide=64), in_channels=6),  # 308,835,270
 }
 
 
@@ -177,8 +183,8 @@ class SelfAttention(nn.Module):
         return constrain_picture(x + tokens.reshape(b, h, w, c))
 
 
-class UNet2D(nn.Module):
-    """Predicts noise, velocity or clean pictures, and log-variances where it has the channels, from noisy ones.
+class Encoder2D(nn.Module):
+    """What a UNet and a classifier of noisy pictures share: the timestep's embedding, the way down, the middle.
 
     Attributes:
         config: the sizes.
@@ -190,31 +196,17 @@ class UNet2D(nn.Module):
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        cond: Cond = Cond(),  # noqa: B008
-    ) -> Float[Array, "b h w o"]:
-        """The raw output of the network, in float32.
-
-        Args:
-            x: noisy latents or pictures of unit variance.
-            t: timesteps in [0, 999]; fractional ones are allowed.
-            cond: `label` where the config has classes; `concat` is joined to x on channels.
-        """
+    def _encoded(self, x: Array, temb: Array) -> tuple[Array, list[Array]]:
+        """The middle's output, and what the way up is given besides."""
         c = self.config
-        x = x if cond.concat is None else jnp.concatenate([x, cond.concat], axis=-1)
-        temb = constrain(self._embedding(t, cond), BATCH, None)
         x = Conv(c.channels[0], dtype=self.dtype, name="conv_in")(constrain_picture(x).astype(self.dtype))
         x, skips = self._down(x, temb)
         x = self._res("mid_block_resnets_0", c.channels[-1])(x, temb)
         x = self._attend("mid_block_attentions_0", -1)(x)
-        x = self._res("mid_block_resnets_1", c.channels[-1])(x, temb)
-        x = self._up(x, skips, temb)
-        x = nn.silu(GroupNorm(c.groups, EPS, self.dtype, name="conv_norm_out")(x))
-        return Conv(c.out_channels, zero=True, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
+        return self._res("mid_block_resnets_1", c.channels[-1])(x, temb), skips
+
+    def _normalised(self, x: Array) -> Array:
+        return nn.silu(GroupNorm(self.config.groups, EPS, self.dtype, name="conv_norm_out")(x))
 
     def _embedding(self, t: Array, cond: Cond) -> Array:
         width = self.config.width or self.config.channels[0]
@@ -254,6 +246,30 @@ class UNet2D(nn.Module):
                     x = Downsample(dtype=self.dtype, name=name)(x)
                 skips.append(x)
         return x, skips
+
+
+class UNet2D(Encoder2D):
+    """Predicts noise, velocity or clean pictures, and log-variances where it has the channels, from noisy ones."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        cond: Cond = Cond(),  # noqa: B008
+    ) -> Float[Array, "b h w o"]:
+        """The raw output of the network, in float32.
+
+        Args:
+            x: noisy latents or pictures of unit variance.
+            t: timesteps in [0, 999]; fractional ones are allowed.
+            cond: `label` where the config has classes; `concat` is joined to x on channels.
+        """
+        x = x if cond.concat is None else jnp.concatenate([x, cond.concat], axis=-1)
+        temb = constrain(self._embedding(t, cond), BATCH, None)
+        x, skips = self._encoded(x, temb)
+        x = self._normalised(self._up(x, skips, temb))
+        return Conv(self.config.out_channels, zero=True, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
 
     def _up(self, x: Array, skips: list[Array], temb: Array) -> Array:
         c = self.config
