@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sdjax.diffusion.denoise import Network
+from sdjax.diffusion.denoise import Denoise, Network
 
 NetworkPair = Callable[
     [Float[Array, "b h w c"], Float[Array, " b"]], tuple[Float[Array, "b h w d"], Float[Array, "b h w d"]]
@@ -57,6 +58,35 @@ def guided(pair: NetworkPair, scale: Scalar, rescale: Scalar = 0.0) -> Network:
         return jnp.concatenate([mean, cond[..., channels:]], axis=-1)
 
     return network
+
+
+LogProbability = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, " b"]]
+"""log_probability(x_vp, timestep) -> log p(y | x_t) of each image, y being whatever is asked for."""
+
+
+def classifier_guided(denoise: Denoise, log_probability: LogProbability, scale: Scalar) -> Denoise:
+    """A denoiser that is drawn to what a classifier recognises: epsilon - sqrt(1 - abar) s grad log p(y | x_t).
+
+    ADM's rule for DDIM (Dhariwal & Nichol 2021, algorithm 2), which holds for every sampler, since x0 and epsilon say
+    the same. A learned variance is the network's own.
+
+    Args:
+        denoise: of the network, guided or not.
+        log_probability: of the classifier, which is differentiated.
+        scale: s, 0 for none; may be traced.
+    """
+
+    def total(x_vp: Array, timestep: Array) -> Array:
+        return log_probability(x_vp, jnp.broadcast_to(timestep, x_vp.shape[:1])).astype(jnp.float32).sum()
+
+    def guided_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
+        answer = denoise(x, sigma, timestep)
+        x0, *variance = answer if isinstance(answer, tuple) else (answer,)
+        gradient = jax.grad(total)(x / jnp.sqrt(sigma**2 + 1.0), timestep)
+        drawn = x0 + scale * sigma**2 / jnp.sqrt(sigma**2 + 1.0) * gradient  # x0 = x - sigma epsilon
+        return (drawn, *variance) if variance else drawn
+
+    return guided_denoise
 
 
 def static_threshold(x0: Float[Array, "b h w c"], limit: Scalar = 1.0) -> Float[Array, "b h w c"]:

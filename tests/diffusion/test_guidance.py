@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,16 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from sdjax.diffusion.denoise import make_denoise
-from sdjax.diffusion.guidance import classifier_free, dynamic_threshold, guided, rescale_guidance, static_threshold
+from sdjax.diffusion.guidance import (
+    classifier_free,
+    classifier_guided,
+    dynamic_threshold,
+    guided,
+    rescale_guidance,
+    static_threshold,
+)
+from sdjax.diffusion.samplers import first_noise, make_table, sample
+from sdjax.diffusion.schedule import make_schedule
 
 RNG = np.random.default_rng(0)
 COND, UNCOND, X = (RNG.standard_normal((3, 4, 5, 2)).astype(np.float32) for _ in range(3))
@@ -62,3 +72,32 @@ def test_dynamic_threshold(ratio, greatest):
 
 def test_static_threshold():
     np.testing.assert_array_equal(static_threshold(jnp.asarray(3 * X), 1.5), np.clip(3 * X, -1.5, 1.5))
+
+
+def test_a_classifier_leads_to_the_posterior():
+    """x ~ N(0, 1) and y = x + N(0, 1/4), both scores known: DDIM with scale 1 samples N(y / 1.25, 0.2), to 0.02.
+
+    Scale 0 leaves N(0, 1); with 4 the classifier is yet surer of what was asked for.
+    """
+    schedule, y = make_schedule("linear", 1000, 1e-4, 0.02), 1.5
+    table = make_table("ddim", schedule, 1000, spacing="trailing", set_alpha_to_one=True)
+    abar = jnp.asarray(schedule.alphas_cumprod, jnp.float32)
+
+    def denoise(x, sigma, timestep):
+        return x / (sigma**2 + 1.0)
+
+    def log_probability(x_vp, timestep):
+        level = abar[timestep.astype(int)][:, None, None, None]
+        return -(jnp.square(y - jnp.sqrt(level) * x_vp) / (2.0 * (1.25 - level))).sum((1, 2, 3))
+
+    @jax.jit
+    def run(scale):
+        keys = jax.random.split(jax.random.key(0), 4)
+        x = first_noise(keys, (64, 64, 1)) * table.first_scale
+        return sample(classifier_guided(denoise, log_probability, scale), table, x, keys)
+
+    found = {scale: np.asarray(run(scale)) for scale in (0.0, 1.0, 4.0)}
+    assert (found[0.0].mean(), found[0.0].var()) == pytest.approx((0.0, 1.0), abs=0.03)
+    assert (found[1.0].mean(), found[1.0].var()) == pytest.approx((y / 1.25, 0.2), abs=0.02)
+    errors = [float(np.square(x - y).mean()) for x in found.values()]
+    assert errors[0] > errors[1] > errors[2]
