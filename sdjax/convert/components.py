@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from sdjax.convert import autoencoder, clip, unet
+from sdjax.convert import autoencoder, clip, unet, unet2d
 from sdjax.convert.rules import Placer, Stored, Table, read
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree
+from sdjax.models.unet2d import UNet2DConfig
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,25 @@ class Format(NamedTuple):
 
 
 _TEXT = Format("model", clip.from_diffusers_config, clip.to_diffusers_config, lambda config: clip.TABLE, clip.shapes)
+
+
+def _unet_config(config: Mapping[str, Any], place: str) -> Any:
+    kind = unet2d if config.get("_class_name") == unet2d.CLASS_NAME else unet
+    return kind.from_diffusers_config(config, place)
+
+
+def _unet(config: Any) -> Any:
+    """The module that stores a UNet of these sizes."""
+    return unet2d if isinstance(config, UNet2DConfig) else unet
+
+
 FORMATS: dict[str, Format] = {
     "unet": Format(
-        "diffusion_pytorch_model", unet.from_diffusers_config, unet.to_diffusers_config, unet.table, unet.shapes
+        "diffusion_pytorch_model",
+        _unet_config,
+        lambda config: _unet(config).to_diffusers_config(config),
+        lambda config: _unet(config).table(config),
+        lambda config: _unet(config).shapes(config),
     ),
     "vae": Format(
         "diffusion_pytorch_model",

@@ -81,10 +81,9 @@ def classifier_guided(denoise: Denoise, log_probability: LogProbability, scale: 
 
     def guided_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
         answer = denoise(x, sigma, timestep)
-        x0, *variance = answer if isinstance(answer, tuple) else (answer,)
         gradient = jax.grad(total)(x / jnp.sqrt(sigma**2 + 1.0), timestep)
-        drawn = x0 + scale * sigma**2 / jnp.sqrt(sigma**2 + 1.0) * gradient  # x0 = x - sigma epsilon
-        return (drawn, *variance) if variance else drawn
+        drawn = scale * sigma**2 / jnp.sqrt(sigma**2 + 1.0) * gradient  # of x0 = x - sigma epsilon
+        return (answer[0] + drawn, answer[1]) if isinstance(answer, tuple) else answer + drawn
 
     return guided_denoise
 

@@ -5,6 +5,7 @@ Module names follow PyTorch diffusers' `UNet2DModel`, with `_` where its checkpo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -125,21 +126,20 @@ class ResBlock2D(nn.Module):
         scale_shift: see `UNet2DConfig`.
         resample: "" or what is done to the resolution after the first norm, and to what is added: "down", the mean of
             four pixels, or "up", each pixel four times.
+        size: the height and width that "up" reaches, where they are not the double: those of an odd level.
     """
 
     features: int
     groups: int = 32
     scale_shift: bool = False
     resample: str = ""
+    size: tuple[int, ...] | None = None
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"], size: tuple[int, ...] | None = None
-    ) -> Float[Array, "b h2 w2 f"]:
-        """Args: `size`, the height and width that "up" reaches, where they are not the double."""
+    def __call__(self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"]) -> Float[Array, "b h2 w2 f"]:
         norm, resampled = partial(GroupNorm, self.groups, EPS, self.dtype), RESAMPLINGS[self.resample]
-        h = resampled(nn.silu(norm(name="norm1")(x)), size)
+        h = resampled(nn.silu(norm(name="norm1")(x)), self.size)
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
         told = nn.Dense(self.features * (1 + self.scale_shift), dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
         h = constrain_picture(h, TENSOR)
@@ -149,7 +149,7 @@ class ResBlock2D(nn.Module):
         else:
             h = norm(name="norm2")(h + told[:, None, None, :])
         h = Conv(self.features, zero=True, dtype=self.dtype, name="conv2")(nn.silu(h))
-        x = resampled(x, size)
+        x = resampled(x, self.size)
         if x.shape[-1] != self.features:
             x = Conv(self.features, kernel=1, dtype=self.dtype, name="conv_shortcut")(x)
         return constrain_picture(x + h)
@@ -220,10 +220,12 @@ class Encoder2D(nn.Module):
         embed = nn.Embed(self.config.classes, 4 * width, self.dtype, embedding_init=normal, name="class_embedding")
         return temb + embed(cond.label)
 
-    def _res(self, name: str, features: int, resample: str = "") -> nn.Module:
+    def _res(
+        self, name: str, features: int, resample: str = "", size: tuple[int, ...] | None = None
+    ) -> Callable[[Array, Array], Array]:
         c = self.config
         block = recomputed(ResBlock2D, self.remat)
-        return block(features, c.groups, c.scale_shift, resample, dtype=self.dtype, name=name)
+        return block(features, c.groups, c.scale_shift, resample, size, dtype=self.dtype, name=name)
 
     def _attend(self, name: str, level: int) -> nn.Module:
         """Args: `level` is -1 in the middle, which has the last level's heads."""
@@ -283,7 +285,7 @@ class UNet2D(Encoder2D):
             if level:
                 name, size = f"up_blocks_{i}_upsamplers_0", skips[-1].shape[1:3]
                 if c.resblock_updown:
-                    x = self._res(name, features, "up")(x, temb, size)
+                    x = self._res(name, features, "up", size)(x, temb)
                 else:
                     x = Upsample(self.dtype, name=name)(x, size)
         return x

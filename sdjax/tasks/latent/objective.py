@@ -27,6 +27,22 @@ def late_timesteps(key: PRNGKeyArray, batch: int, steps: int) -> Int[Array, " b"
 TIMESTEPS: dict[str, Timesteps] = {"uniform": uniform_timesteps, "late": late_timesteps}
 
 
+class Noised(NamedTuple):
+    """Noisy latents, and what made them so.
+
+    Attributes:
+        x: sqrt(abar) x0 + sqrt(1 - abar) noise.
+        noise: standard normal, with an offset where there is one.
+        timesteps: of each image.
+        abar: their share of signal.
+    """
+
+    x: Float[Array, "b h w z"]
+    noise: Float[Array, "b h w z"]
+    timesteps: Int[Array, " b"]
+    abar: Float[Array, " b"]
+
+
 class Objective(NamedTuple):
     """The loss of a config's `task` section.
 
@@ -51,14 +67,18 @@ class Objective(NamedTuple):
             x0: clean latents.
             key: of the noise and of the timesteps.
         """
+        x, noise, t, abar = self.noised(x0, key)
+        return diffusion_loss(network(x, t), x0, noise, abar, self.prediction, self.weighting).mean()
+
+    def noised(self, x0: Float[Array, "b h w z"], key: PRNGKeyArray) -> Noised:
+        """Random timesteps, and clean latents as noisy as there."""
         noise_key, time_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, x0.shape)
         if self.offset:
             noise = offset_noise(jax.random.fold_in(noise_key, 1), noise, self.offset)
         t = self.timesteps(time_key, len(x0), self.schedule.num_timesteps)
         abar = gather(self.schedule.alphas_cumprod, t)
-        output = network(q_sample(x0, noise, abar), t)
-        return diffusion_loss(output, x0, noise, abar, self.prediction, self.weighting).mean()
+        return Noised(q_sample(x0, noise, abar), noise, t, abar)
 
 
 def objective_of(task: Config) -> Objective:

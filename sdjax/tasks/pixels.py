@@ -1,0 +1,127 @@
+"""Diffusion of pictures themselves, without a first stage or a condition: DDPM, iDDPM, ADM (unconditional).
+
+Reads config.model.unet (a variant of `unet2d`, and what differs from it), config.data (source, size), config.sample
+(count, columns, sampler, steps), and of config.task: scheduler, weighting, timesteps, offset_noise, export_dtype. With
+twice as many output channels as input channels the variance is learned, by the hybrid loss (iDDPM, eq. 16).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from sdjax.convert.components import Component
+from sdjax.convert.files import write_json
+from sdjax.convert.folder import write_component
+from sdjax.core.config import Config
+from sdjax.core.errors import UserError
+from sdjax.core.partition import gathered
+from sdjax.core.precision import dtype_named
+from sdjax.core.prng import image_keys
+from sdjax.data import loader, sources, transforms
+from sdjax.diffusion.denoise import make_denoise
+from sdjax.diffusion.loss import hybrid_loss, posterior_tables
+from sdjax.diffusion.samplers import SamplerOptions, first_noise, make_table, schedule_of
+from sdjax.diffusion.samplers import sample as run_sampler
+from sdjax.models.unet2d import VARIANTS, UNet2D
+from sdjax.tasks.base import apply, my_rows, tile, to_uint8
+from sdjax.tasks.latent.networks import UNET, sizes_of
+from sdjax.tasks.latent.objective import objective_of
+from sdjax.training.task import Metrics, Params, Task
+
+CHANNELS = 3
+
+
+def make(config: Config, mesh: Mesh) -> Task:
+    """The task of a config whose `task.name` is "pixels".
+
+    Raises:
+        UserError: a name in the config is not what it should be, or sizes do not fit each other.
+    """
+    sizes = sizes_of(config.model.unet, VARIANTS, "config.model.unet")
+    factor, scheduler = 2 ** (len(sizes.channels) - 1), config.task.scheduler.to_dict()
+    if config.data.size % factor:
+        raise UserError(f"data.size={config.data.size} is not a multiple of {factor}, by which the UNet divides sides")
+    if sizes.classes is not None or sizes.in_channels != CHANNELS or sizes.out_channels not in (CHANNELS, 2 * CHANNELS):
+        raise UserError(
+            f"config.model.unet has {sizes.in_channels} channels in, {sizes.out_channels} out and classes="
+            f"{sizes.classes}; pictures without a condition have 3 in, 3 or 6 out and classes=None"
+        )
+    learns_variance = sizes.out_channels == 2 * CHANNELS
+    if learns_variance != (scheduler.get("variance_type") == "learned_range"):
+        raise UserError(
+            f"config.model.unet.out_channels={sizes.out_channels} and config.task.scheduler.variance_type="
+            f"{scheduler.get('variance_type')!r}: 6 channels go with 'learned_range', 3 with a fixed one"
+        )
+    unet = UNet2D(sizes, config.train.remat, dtype_named(config.train.dtype, "config.train.dtype"))
+    objective = objective_of(config.task)
+    bounds = posterior_tables(objective.schedule) if learns_variance else None
+
+    def init(key: PRNGKeyArray) -> Params:
+        return {UNET: dict(unet.init(key, jnp.zeros((1, factor, factor, CHANNELS)), jnp.zeros(1))["params"])}
+
+    def loss(params: Params, batch: Any, key: PRNGKeyArray, step: Int[Array, ""]) -> tuple[Array, Metrics]:
+        del step
+        x0 = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+
+        def network(x: Array, t: Array) -> Array:
+            return apply(unet, params[UNET], x, t)
+
+        if bounds is None:
+            return objective.loss(network, x0, key), {}
+        noised = objective.noised(x0, key)
+        output = network(noised.x, noised.timesteps)
+        return hybrid_loss(output, x0, noised.noise, noised.timesteps, bounds, objective.prediction).mean(), {}
+
+    def sample(params: Params) -> UInt8[np.ndarray, "h w 3"]:
+        options = config.sample
+        chosen = SamplerOptions.from_scheduler_config(scheduler, options.sampler)
+        table = make_table(options.sampler, schedule_of(scheduler), options.steps, chosen)
+        keys = image_keys(config.train.seed, jnp.arange(options.count))
+        images = _sample(unet, params[UNET], table, keys, config.data.size, objective.prediction)
+        return tile(to_uint8(np.asarray(images)), options.columns)
+
+    def batch(params: Params) -> loader.Loader:
+        del params
+        pictures = grain.MapDataset.source(sources.source(config.data.source, "train"))
+        pictures = sources.CachedSource(pictures.map(transforms.Square(config.data.size)))
+        changes: list[Any] = [transforms.Flip()] if config.data.flip else []
+        changes.append(transforms.Select(("image",)))
+        return loader.loader(pictures, config.train.batch_size, config.train.seed, changes, my_rows(mesh))
+
+    def export(params: Params, folder: Path) -> None:
+        component = Component(sizes, params[UNET], {"sample_size": config.data.size})
+        write_component(folder / UNET, UNET, component, config.task.export_dtype)
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(
+            folder / "model_index.json",
+            {
+                "_class_name": "DDPMPipeline",
+                "scheduler": ["diffusers", scheduler["_class_name"]],
+                "unet": ["diffusers", "UNet2DModel"],
+            },
+        )
+
+    def specimen(rows: int) -> dict[str, Any]:
+        side = config.data.size
+        return {"image": jax.ShapeDtypeStruct((rows, side, side, CHANNELS), jnp.uint8)}
+
+    return Task(init, loss, sample, batch, export, specimen)
+
+
+@jax.jit(static_argnums=(0, 4, 5))
+def _sample(
+    unet: UNet2D, params: Params, table: Any, keys: PRNGKeyArray, side: int, prediction: str
+) -> Float[Array, "n s s 3"]:
+    """Pictures in [0, 1]."""
+    denoise = make_denoise(lambda x, t: apply(unet, params, x, t), prediction)
+    noise = first_noise(keys, (side, side, CHANNELS))
+    return gathered(jnp.clip(run_sampler(denoise, table, noise * table.first_scale, keys) / 2.0 + 0.5, 0.0, 1.0))
