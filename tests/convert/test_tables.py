@@ -79,7 +79,7 @@ def test_every_key_of_a_text_encoder_and_its_shape(name: str):
         (unet, SDXL_UNET, "projection_class_embeddings_input_dim", None),
         (unet, SDXL_UNET, "addition_embed_type", "text_image"),
         (unet, SDXL_UNET, "transformer_layers_per_block", [1, 2]),
-        (autoencoder, VAES["sd"], "down_block_types", ["AttnDownEncoderBlock2D"] * 4),
+        (autoencoder, VAES["sd"], "down_block_types", ["AttnDownEncoderBlock2D"] * 3),
         (autoencoder, VAES["sd"], "up_block_types", ["UpDecoderBlock2D"] * 3),
         (autoencoder, VAES["sd"], "use_quant_conv", False),
         (autoencoder, VAES["sd"], "shift_factor", 0.1),

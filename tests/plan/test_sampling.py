@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import pytest
+from tiny_models import tiny_model
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import nbytes
@@ -12,7 +13,6 @@ from sdjax.parallel.sharding import device_bytes
 from sdjax.plan.programs import count_flops
 from sdjax.plan.sampling import Wanted, network_calls, sampling_programs
 from sdjax.plan.variants import VARIANTS, shaped
-from tests.plan.tiny_models import tiny_model
 
 SIZES = {"sd1": 859_520_964, "sd2": 865_910_724, "sdxl": 2_567_463_684, "sdxl_refiner": 2_259_526_660}
 
