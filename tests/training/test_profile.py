@@ -79,7 +79,7 @@ def test_waiting_for_data_is_told_from_computing(tiny, tmp_path, monkeypatch):
     assert sum(rates) / len(rates) < 8 / 0.2 * 1.6
     monkeypatch.setattr(tiny_run, "PAUSE", 0.0)
     train.train_and_evaluate(tiny(8, log_every=8), tmp_path / "fast")
-    assert scalars(tmp_path / "fast")["train/data_wait_share"][8] < 0.3
+    assert scalars(tmp_path / "fast")["train/data_wait_share"][8] < sum(later) / len(later)
 
 
 def test_the_best_by_a_metric_of_the_task(tiny, tmp_path):
