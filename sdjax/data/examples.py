@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
 
 from sdjax.core.errors import UserError
 
@@ -15,11 +15,22 @@ CAPTION_KEYS = ("text", "caption")
 
 
 class Example(TypedDict):
-    """One captioned picture; `id` names it within its data set."""
+    """One captioned picture; `id` names it within its data set. Some data sets say more.
+
+    Attributes:
+        label: the picture's class, a place in the source's `classes`.
+        objects: the classes of what is in it; `boxes` are theirs: x, y of the upper left corner, width and height, in
+            shares of the picture's sides.
+        label_map: the class of every pixel.
+    """
 
     image: UInt8[np.ndarray, "h w 3"]
     caption: str
     id: str
+    label: NotRequired[Int[np.ndarray, ""] | np.int32]
+    objects: NotRequired[Int[np.ndarray, " n"]]
+    boxes: NotRequired[Float[np.ndarray, "n 4"]]
+    label_map: NotRequired[UInt8[np.ndarray, "h w"]]
 
 
 @runtime_checkable
@@ -42,6 +53,18 @@ class Pictures(Source, Protocol):
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of `self[index]["image"]`, from the file's header."""
         ...
+
+
+def classes_of(source: Any, name: str) -> tuple[str, ...]:
+    """The names of a source's classes, in the order of their numbers.
+
+    Raises:
+        UserError: it has none.
+    """
+    classes = getattr(source, "classes", ())
+    if not classes:
+        raise UserError(f"the data {name} has no classes")
+    return tuple(classes)
 
 
 class Row(NamedTuple):

@@ -12,8 +12,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from sdjax.core.errors import UserError
+from sdjax.data.annotations import NOTHING, Annotations, arrays, names, parse_annotations
 from sdjax.data.examples import CAPTION_KEYS, Example, Row, caption_of, read_json
-from sdjax.data.pictures import picture_size, read_picture
+from sdjax.data.pictures import picture_size, read_labels, read_picture
 
 METADATA = "metadata.jsonl"
 
@@ -31,12 +32,16 @@ class Entry(NamedTuple):
 
     file: str
     caption: str
+    annotations: Annotations = NOTHING
 
 
 class FolderSource:
     """The pictures that a folder's `metadata.jsonl` lists, in its order; `id` is the file's name there.
 
     Of a row only its line's number and place are kept, 16 bytes.
+
+    Attributes:
+        classes: the names of all classes that the list names; () where it names none.
     """
 
     def __init__(self, folder: Path, split: str = "train"):
@@ -47,19 +52,25 @@ class FolderSource:
         """
         self._folder = split_folder(folder, split)
         check, numbers, starts = checker(self._folder), array("q"), array("q")
+        classes: set[str | int] = set()
         for line in lines(self._folder / METADATA):
-            check(line)
+            classes.update(check(line).annotations.classes())
             numbers.append(line.number)
             starts.append(line.start)
         if not numbers:
             raise UserError(f"{self._folder / METADATA} lists no pictures")
         self._numbers, self._starts = np.array(numbers), np.array(starts)
+        self.classes = names(classes, str(self._folder / METADATA))
+        self._places = {name: i for i, name in enumerate(self.classes)}
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> Example:
-        return read_entry(self._folder, *self._entry(index))
+        line, entry = self._entry(index)
+        example = read_entry(self._folder, line, entry)
+        example.update(arrays(entry.annotations, self._places, example["image"].shape[:2]))  # type: ignore[typeddict-item]
+        return example
 
     def id(self, index: int) -> str:
         """The picture's file name, as the list has it."""
@@ -127,26 +138,30 @@ def parse(line: Line, place: str) -> Entry:
     file, caption = entry.get("file_name"), caption_of(entry)
     if not isinstance(file, str) or "\0" in file or caption is None:
         raise UserError(f"{place} needs the strings file_name and {' or '.join(CAPTION_KEYS)}")
-    return Entry(file, caption)
+    return Entry(file, caption, parse_annotations(entry, place))
 
 
 def checker(folder: Path) -> Callable[[Line], Entry]:
-    """`parse`, then whether the picture exists, and within the folder, symbolic links followed."""
+    """`parse`, then whether the files exist, and within the folder, symbolic links followed."""
     root = os.path.realpath(folder)
     # A link to a folder is followed once, not for every picture in it.
     real = functools.lru_cache(maxsize=1024)(os.path.realpath)
 
-    def check(line: Line) -> Entry:
-        place = _place(folder, line)
-        entry = parse(line, place)
-        path = os.path.join(folder, entry.file)
+    def check_file(place: str, file: str) -> None:
+        path = os.path.join(folder, file)
         target = os.path.join(real(os.path.dirname(path)), os.path.basename(path))
         if os.path.islink(target) or os.path.basename(path) in ("", ".", ".."):
             target = os.path.realpath(target)
         if os.path.commonpath([root, target]) != root:
-            raise UserError(f"{place} names {entry.file!r}, which is outside the folder")
+            raise UserError(f"{place} names {file!r}, which is outside the folder")
         if not os.path.isfile(target):
             raise UserError(f"{place} names {path}, which does not exist")
+
+    def check(line: Line) -> Entry:
+        place = _place(folder, line)
+        entry = parse(line, place)
+        for file in filter(None, (entry.file, entry.annotations.label_map)):
+            check_file(place, file)
         return entry
 
     return check
@@ -155,7 +170,10 @@ def checker(folder: Path) -> Callable[[Line], Entry]:
 def read_entry(folder: Path, line: Line, entry: Entry) -> Example:
     """The example of a line."""
     image = read_picture(folder / entry.file, _short(line))
-    return Example(image=image, caption=entry.caption, id=entry.file)
+    example = Example(image=image, caption=entry.caption, id=entry.file)
+    if (file := entry.annotations.label_map) is not None:
+        example["label_map"] = read_labels(folder / file, image.shape[:2], _short(line))
+    return example
 
 
 def _short(line: Line) -> str:

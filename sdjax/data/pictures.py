@@ -41,6 +41,31 @@ def read_picture(file: str | Path | bytes, place: str = "") -> UInt8[np.ndarray,
         return np.asarray(on_white(ImageOps.exif_transpose(image)))
 
 
+def read_labels(file: str | Path | bytes, size: tuple[int, int], place: str = "") -> UInt8[np.ndarray, "h w"]:
+    """A label map: a picture of one channel or with a palette, whose values are classes.
+
+    Args:
+        file: as `read_picture` takes it.
+        size: the height and width that it must have.
+        place: what an error shall name besides the file.
+
+    Raises:
+        UserError: it cannot be read, has several channels, or another size.
+    """
+    with _opened(file, place) as image:
+        name = file if isinstance(file, str | Path) else "a record"
+        if image.mode not in ("L", "P", "1"):
+            raise UserError(
+                f"label map {name} is a picture of mode {image.mode}; it needs one channel of 8 bits (L, P)"
+            )
+        labels = np.asarray(image).astype(np.uint8)
+    if labels.shape != tuple(size):
+        raise UserError(
+            f"label map {name} has {labels.shape[0]}x{labels.shape[1]} pixels, its picture {size[0]}x{size[1]}"
+        )
+    return labels
+
+
 def picture_size(file: str | Path | bytes, place: str = "") -> tuple[int, int]:
     """Height and width of the picture that `read_picture` gives, from the header; same arguments, same errors."""
     with _opened(file, place) as image:

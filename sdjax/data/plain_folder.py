@@ -1,8 +1,12 @@
-"""A folder of pictures and nothing else: no captions, found by their suffixes, in order of their names."""
+"""A folder of pictures and nothing else: no captions, found by their suffixes, in order of their names.
+
+Where the pictures lie in folders of their own, those folders are their classes (torchvision's ImageFolder)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import numpy as np
 
 from sdjax.core.errors import UserError
 from sdjax.data.examples import Example
@@ -12,7 +16,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
 class PlainFolder:
-    """All pictures of a folder and of those below it, with empty captions; `id` is the path below the folder."""
+    """All pictures of a folder and of those below it, with empty captions; `id` is the path below the folder.
+
+    Attributes:
+        classes: the folders in the folder; () where a picture lies beside them.
+    """
 
     def __init__(self, folder: Path):
         """Lists the files; they are opened when they are asked for.
@@ -26,12 +34,18 @@ class PlainFolder:
         self._files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         if not self._files:
             raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+        tops = {path.relative_to(folder).parts[0] for path in self._files}
+        nested = all(len(path.relative_to(folder).parts) > 1 for path in self._files)
+        self.classes = tuple(sorted(tops)) if nested else ()
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Example:
-        return {"image": read_picture(self._files[index]), "caption": "", "id": self.id(index)}
+        example: Example = {"image": read_picture(self._files[index]), "caption": "", "id": self.id(index)}
+        if self.classes:
+            example["label"] = np.int32(self.classes.index(Path(example["id"]).parts[0]))
+        return example
 
     def id(self, index: int) -> str:
         """The picture's path below the folder."""

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from sdjax.core.errors import unknown
-from sdjax.data import openmoji
+from sdjax.data import openmoji, openmoji_parts
 from sdjax.data.array_records import ArrayRecordSource
 from sdjax.data.examples import Example, Pictures, Source
 from sdjax.data.folder import FolderSource
@@ -20,14 +20,24 @@ from sdjax.data.plain_folder import PlainFolder
 from sdjax.data.tfds_source import TfdsSource, tfds_builder
 from sdjax.data.webdataset import WebDatasetSource
 
-KINDS = ("openmoji", "tfds:NAME", "folder:PATH", "pictures:PATH", "webdataset:PATTERN", "array_record:PATTERN")
+KINDS = (
+    "openmoji",
+    "openmoji_regions",
+    "openmoji_scenes",
+    "tfds:NAME",
+    "folder:PATH",
+    "pictures:PATH",
+    "webdataset:PATTERN",
+    "array_record:PATTERN",
+)
 
 
 def source(name: str, split: str = "train", data_dir: str | os.PathLike | None = None) -> Pictures:
     """The examples called `name`, prepared on first use.
 
     Args:
-        name: `openmoji` (splits `train`, `held_out`); `tfds:NAME`, e.g. `tfds:oxford_flowers102`; `folder:PATH`,
+        name: `openmoji` (splits `train`, `held_out`), with the groups of emoji as classes; `openmoji_regions`, with
+            label maps; `openmoji_scenes`, with boxes; `tfds:NAME`, e.g. `tfds:oxford_flowers102`; `folder:PATH`,
             Hugging Face's imagefolder: pictures and a `metadata.jsonl` whose lines hold `file_name` and `text` (or
             `caption`), in PATH/split or in PATH; `pictures:PATH`, all pictures below a folder, without captions, whose
             only split is `train`; `webdataset:PATTERN`, tar shards as img2dataset writes them;
@@ -42,7 +52,11 @@ def source(name: str, split: str = "train", data_dir: str | os.PathLike | None =
     """
     kind, _, rest = name.partition(":")
     if name == "openmoji":
-        return TfdsSource(openmoji.prepared(data_dir), split)
+        return openmoji_parts.GroupedSource(openmoji.prepared(data_dir), split)
+    if name == "openmoji_regions":
+        return openmoji_parts.RegionSource(openmoji.prepared(data_dir), split)
+    if name == "openmoji_scenes":
+        return openmoji_parts.SceneSource(split)
     if kind == "tfds" and rest:
         return TfdsSource(tfds_builder(rest, data_dir), split)
     if kind == "folder" and rest:

@@ -11,6 +11,7 @@ from sdjax.core.errors import UserError
 from sdjax.data import openmoji
 from sdjax.data.examples import CAPTION_KEYS, Example
 from sdjax.data.pictures import picture_size, read_picture
+from sdjax.data.tfds_annotations import annotated
 
 
 class TfdsSource:
@@ -29,6 +30,8 @@ class TfdsSource:
         self._caption = caption or _first(features, kinds, "text or label", builder.name)
         label = features[self._caption]
         self._class_name = label.int2str if isinstance(label, tfds.features.ClassLabel) else None
+        self._annotated = annotated(features, self._image)
+        self.classes = self._annotated.classes
         decoders = {self._image: tfds.decode.SkipDecoding()}
         try:
             self._records: Any = builder.as_data_source(split, decoders=decoders)
@@ -44,7 +47,7 @@ class TfdsSource:
         caption = record[self._caption]
         text = self._class_name(caption).replace("_", " ") if self._class_name else _text(caption)
         image = read_picture(record[self._image], f"index {index}")
-        return Example(image=image, caption=text, id=_id(record, index))
+        return Example(image=image, caption=text, id=_id(record, index), **self._annotated.read(record))
 
     def id(self, index: int) -> str:
         """The record's own `id`, else its index."""

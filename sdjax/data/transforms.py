@@ -11,21 +11,40 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from sdjax.core.errors import UserError
 from sdjax.data.buckets import mirrored_sizes
 from sdjax.data.tokenizers import Tokenizer
 
 Example = Mapping[str, Any]
 
 
-def square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
-    """The largest centred square, resampled to `size` pixels (Lanczos, antialiased)."""
+def square(
+    image: UInt8[np.ndarray, "h w *c"], size: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
+) -> UInt8[np.ndarray, "s s *c"]:
+    """The largest centred square, resampled to `size` pixels (Lanczos is antialiased)."""
     if image.shape[:2] == (size, size):
         return image
-    height, width, _ = image.shape
+    height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     cut = np.ascontiguousarray(image[top : top + side, left : left + side])
-    return np.asarray(Image.fromarray(cut).resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(cut).resize((size, size), resampling))
+
+
+def in_square(boxes: Float[np.ndarray, "n 4"], height: int, width: int) -> Float[np.ndarray, "n 4"]:
+    """Boxes in shares of a picture's sides, as shares of its largest centred square; they may leave it."""
+    side = min(height, width)
+    scale = np.array([width, height], np.float32) / side
+    corner = np.array([(width - side) // 2, (height - side) // 2], np.float32) / side
+    return np.concatenate([boxes[:, :2] * scale - corner, boxes[:, 2:] * scale], axis=1)
+
+
+def seen(boxes: Float[np.ndarray, "n 4"]) -> tuple[Float[np.ndarray, "m 4"], np.ndarray]:
+    """The parts of boxes that are inside the picture, and of which boxes: those that have such a part."""
+    first = np.clip(boxes[:, :2], 0.0, 1.0)
+    sizes = np.clip(boxes[:, :2] + boxes[:, 2:], 0.0, 1.0) - first
+    kept = np.all(sizes > 0, axis=1)
+    return np.concatenate([first, sizes], axis=1)[kept], kept
 
 
 def to_float(image: UInt8[np.ndarray, "*b h w c"]) -> Float[np.ndarray, "*b h w c"]:
@@ -35,12 +54,19 @@ def to_float(image: UInt8[np.ndarray, "*b h w c"]) -> Float[np.ndarray, "*b h w 
 
 @dataclasses.dataclass(frozen=True)
 class Square(grain.transforms.Map):
-    """`square` of the example's image."""
+    """`square` of the example's image, and of what is said of places in it."""
 
     size: int
 
     def map(self, element: Example) -> Example:
-        return {**element, "image": square(element["image"], self.size)}
+        height, width, _ = element["image"].shape
+        changed: dict[str, Any] = {"image": square(element["image"], self.size)}
+        if "label_map" in element:
+            changed["label_map"] = square(element["label_map"], self.size, Image.Resampling.NEAREST)
+        if "boxes" in element and height != width:
+            boxes, kept = seen(in_square(element["boxes"], height, width))
+            changed |= {"boxes": boxes, "objects": element["objects"][kept]}
+        return {**element, **changed}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +81,8 @@ class ToFloat(grain.transforms.Map):
 class Flip(grain.transforms.RandomMap):
     """Mirrors left and right with the given probability. Captions that speak of left and right do not survive it.
 
-    Where a crop was recorded (`buckets.ToBucket`), its left edge becomes that in the mirrored picture.
+    Where a crop was recorded (`buckets.ToBucket`), its left edge becomes that in the mirrored picture; boxes and label
+    maps are mirrored, too.
     """
 
     probability: float = 0.5
@@ -63,8 +90,15 @@ class Flip(grain.transforms.RandomMap):
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         if rng.random() >= self.probability:
             return element
-        sizes = {"sizes": mirrored_sizes(element["sizes"])} if "sizes" in element else {}
-        return {**element, "image": np.ascontiguousarray(element["image"][:, ::-1]), **sizes}
+        mirrored = {
+            key: np.ascontiguousarray(element[key][:, ::-1]) for key in ("image", "label_map") if key in element
+        }
+        if "sizes" in element:
+            mirrored["sizes"] = mirrored_sizes(element["sizes"])
+        if "boxes" in element:
+            x, y, width, height = element["boxes"].T
+            mirrored["boxes"] = np.stack([1.0 - (x + width), y, width, height], axis=1)
+        return {**element, **mirrored}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +109,29 @@ class Tokenize(grain.transforms.Map):
 
     def map(self, element: Example) -> Example:
         return {**element, "tokens": self.tokenizer.encode([element["caption"]])[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class InRange(grain.transforms.Map):
+    """Refuses examples whose `name`, a class or a map of classes, is missing or is not below `classes`.
+
+    Raises:
+        UserError: naming the example.
+    """
+
+    name: str
+    classes: int
+
+    def map(self, element: Example) -> Example:
+        if self.name not in element:
+            raise UserError(f"the data says no {self.name} of {element['id']!r}, which this task needs")
+        largest, least = int(np.max(element[self.name])), int(np.min(element[self.name]))
+        if least < 0 or largest >= self.classes:
+            raise UserError(
+                f"{self.name} of {element['id']!r} has the class {largest if least >= 0 else least}; the model has "
+                f"0 to {self.classes - 1}"
+            )
+        return element
 
 
 @dataclasses.dataclass(frozen=True)

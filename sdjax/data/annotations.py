@@ -1,0 +1,103 @@
+"""What a metadata.jsonl may say of a picture besides its caption: a class, objects in boxes, a label map.
+
+    {"file_name": "0.png", "text": "a dog", "label": "dog",
+     "objects": {"bbox": [[12, 30, 40, 50]], "categories": ["dog"]}, "label_map": "labels/0.png"}
+
+`objects` is Hugging Face's form of object detection (datasets documentation, "image_dataset"): x, y of the upper left
+corner, width and height, in pixels. Classes are names, or numbers from 0. A label map is a picture of one channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sdjax.core.errors import UserError
+
+LABEL, OBJECTS, LABEL_MAP = "label", "objects", "label_map"
+Class = str | int
+
+
+class Annotations(NamedTuple):
+    """What a line says; None where it says nothing.
+
+    Attributes:
+        label: the picture's class.
+        objects: the classes of what is in it; `boxes` are theirs, in pixels.
+        label_map: a file below the folder.
+    """
+
+    label: Class | None = None
+    objects: tuple[Class, ...] | None = None
+    boxes: tuple[tuple[float, ...], ...] = ()
+    label_map: str | None = None
+
+    def classes(self) -> Iterable[Class]:
+        """Every class that is named."""
+        yield from () if self.label is None else (self.label,)
+        yield from self.objects or ()
+
+
+NOTHING = Annotations()
+
+
+def parse_annotations(entry: Mapping[str, Any], place: str) -> Annotations:
+    """Reads `label`, `objects` and `label_map` of a line's JSON.
+
+    Raises:
+        UserError: one of them is not what it should be.
+    """
+    label, objects, label_map = (entry.get(key) for key in (LABEL, OBJECTS, LABEL_MAP))
+    if label is not None and not _is_class(label):
+        raise UserError(f"{place}: label {label!r} is neither a name nor a number from 0")
+    if label_map is not None and not (isinstance(label_map, str) and "\0" not in label_map):
+        raise UserError(f"{place}: label_map {label_map!r} is not the name of a file")
+    if objects is None:
+        return Annotations(label, label_map=label_map)
+    boxes, kinds = (objects.get(key) for key in ("bbox", "categories")) if isinstance(objects, dict) else (None, None)
+    if not (isinstance(boxes, list) and isinstance(kinds, list) and len(boxes) == len(kinds)):
+        raise UserError(f"{place}: objects needs bbox and categories, two lists of one length")
+    if not all(_is_class(kind) for kind in kinds) or not all(_is_box(box) for box in boxes):
+        raise UserError(f"{place}: objects needs boxes of four numbers x, y, width, height, and names or numbers")
+    return Annotations(label, tuple(kinds), tuple(tuple(map(float, box)) for box in boxes), label_map)
+
+
+def names(classes: Iterable[Class], place: str) -> tuple[str, ...]:
+    """The classes of a data set in the order of their numbers: names sorted, or numbers as they are.
+
+    Raises:
+        UserError: names and numbers are mixed.
+    """
+    found = set(classes)
+    numbers = {kind for kind in found if isinstance(kind, int)}
+    if numbers and numbers != found:
+        raise UserError(f"{place} has names and numbers as classes, e.g. {sorted(map(str, found))[:4]}; use either")
+    return tuple(str(i) for i in range(max(numbers) + 1)) if numbers else tuple(sorted(map(str, found)))
+
+
+def arrays(annotations: Annotations, numbers: Mapping[str, int], size: tuple[int, int]) -> dict[str, Any]:
+    """`label`, and `objects` with `boxes` in shares of the sides, as arrays.
+
+    Args:
+        annotations: of one picture.
+        numbers: of each class by its name.
+        size: the picture's height and width.
+    """
+    made: dict[str, Any] = {}
+    if annotations.label is not None:
+        made[LABEL] = np.int32(numbers[str(annotations.label)])
+    if annotations.objects is not None:
+        sides = np.array([size[1], size[0], size[1], size[0]], np.float32)
+        made[OBJECTS] = np.array([numbers[str(kind)] for kind in annotations.objects], np.int32)
+        made["boxes"] = np.array(annotations.boxes, np.float32).reshape(-1, 4) / sides
+    return made
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(isinstance(x, int | float) for x in value)

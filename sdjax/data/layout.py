@@ -1,0 +1,94 @@
+"""Layouts as tokens: each object's class and two corners of its box (LDM, D.4; taming-transformers' layouts).
+
+The rules are those of CompVis/taming-transformers, taming/data/conditional_builder/objects_bbox.py: as many points
+along each side as the root of the vocabulary's size, a token for each point, triples of tokens for the objects in a
+random order, filled up with the last token, and at the end the corners of the crop, which is the whole picture here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+from jaxtyping import Float, Int
+
+from sdjax.core.errors import UserError
+from sdjax.data.transforms import Example
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutTokens:
+    """How objects become tokens.
+
+    Attributes:
+        classes: how many there are.
+        vocabulary: how many tokens there are; the last one fills up.
+        objects: the most that a picture may have.
+    """
+
+    classes: int
+    vocabulary: int = 8192
+    objects: int = 30
+
+    def __post_init__(self) -> None:
+        if self.classes >= self.vocabulary:
+            raise UserError(f"{self.classes} classes need more than {self.vocabulary} tokens")
+
+    @property
+    def length(self) -> int:
+        """Tokens of a layout: three an object, two for the crop."""
+        return 3 * self.objects + 2
+
+    def encode(self, classes: Sequence[int] | Int[np.ndarray, " n"], boxes: Float[np.ndarray, "n 4"]) -> np.ndarray:
+        """The tokens, int32 [length].
+
+        Args:
+            classes: of the objects, from 0.
+            boxes: x, y of the upper left corner, width, height, each a share of the picture's side.
+
+        Raises:
+            UserError: a class that there is not, a box that leaves the picture, or too many objects.
+        """
+        if len(classes) > self.objects:
+            raise UserError(f"a layout of {len(classes)} objects; the model takes at most {self.objects}")
+        tokens = []
+        for kind, box in zip(classes, boxes, strict=True):
+            if not 0 <= kind < self.classes:
+                raise UserError(f"class {kind} of a layout is not one of 0 to {self.classes - 1}")
+            tokens += [int(kind), *self._corners(box)]
+        tokens += [self.vocabulary - 1] * (3 * (self.objects - len(classes)))
+        return np.array([*tokens, *self._corners(WHOLE)], np.int32)
+
+    def _corners(self, box: Sequence[float] | Float[np.ndarray, " 4"]) -> tuple[int, int]:
+        x, y, width, height = (float(value) for value in box)
+        # A box from a file was divided by sides, so its far corner may be a rounding error outside.
+        right, low, margin = x + width, y + height, 1e-6
+        inside = x >= -margin and y >= -margin and right <= 1 + margin and low <= 1 + margin
+        if not inside or not (width > 0 and height > 0):
+            raise UserError(
+                f"the box x={x:g}, y={y:g}, width={width:g}, height={height:g} is not inside the picture, whose sides "
+                "are 1"
+            )
+        return self._point(x, y), self._point(right, low)
+
+    def _point(self, x: float, y: float) -> int:
+        points = int(math.sqrt(self.vocabulary))
+        column, row = (round(min(max(value, 0.0), 1.0) * (points - 1)) for value in (x, y))
+        return row * points + column
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout(grain.transforms.RandomMap):
+    """Adds `tokens`, those of the example's `objects` and `boxes` in a random order."""
+
+    tokens: LayoutTokens
+
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        order = rng.permutation(len(element["objects"]))[: self.tokens.objects]
+        tokens = self.tokens.encode(element["objects"][order], element["boxes"][order])
+        return {**element, "tokens": tokens}

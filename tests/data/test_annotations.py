@@ -1,0 +1,159 @@
+"""Classes, boxes and label maps: of folders, of data sets, and through crops and mirrors."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from sdjax.core.errors import UserError
+from sdjax.data.examples import classes_of
+from sdjax.data.sources import source
+from sdjax.data.tfds_annotations import annotated
+from sdjax.data.tfds_source import TfdsSource
+from sdjax.data.transforms import Flip, InRange, Square
+
+LINES = [
+    {"label": "dog", "objects": {"bbox": [[8, 4, 8, 16]], "categories": ["cat"]}, "label_map": "0.map.png"},
+    {"label": "cat", "objects": {"bbox": [], "categories": []}, "label_map": "1.map.png"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two pictures of 32 x 16 pixels with all annotations; the map's class is the column's number."""
+    for i in range(2):
+        Image.fromarray(np.full((16, 32, 3), 50 * i, np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(np.tile(np.arange(32, dtype=np.uint8), (16, 1))).save(tmp_path / f"{i}.map.png")
+    write(tmp_path, LINES)
+    return tmp_path
+
+
+def write(folder, lines):
+    rows = [json.dumps({"file_name": f"{i}.png", "text": "", **line}) for i, line in enumerate(lines)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+
+def test_a_folder_names_classes_boxes_and_maps(folder):
+    pictures = source(f"folder:{folder}")
+    assert classes_of(pictures, "it") == ("cat", "dog")
+    first, second = pictures[0], pictures[1]
+    assert (int(first["label"]), int(second["label"])) == (1, 0)
+    np.testing.assert_allclose(first["boxes"], [[0.25, 0.25, 0.25, 1.0]])
+    assert first["objects"].tolist() == [0]
+    assert second["boxes"].shape == (0, 4)
+    assert first["label_map"].shape == (16, 32)
+
+
+def test_a_crop_takes_what_is_said_of_places_with_it(folder):
+    """The middle half of the width: the box begins at its left edge; columns 8 to 23 of the map are left."""
+    first = Square(16).map(source(f"folder:{folder}")[0])
+    np.testing.assert_allclose(first["boxes"], [[0.0, 0.25, 0.5, 0.75]])
+    assert first["label_map"][0].tolist() == list(range(8, 24))
+    outside = {**first, "image": np.zeros((16, 32, 3), np.uint8), "label_map": np.zeros((16, 32), np.uint8)}
+    outside |= {"boxes": np.array([[0.0, 0.0, 0.2, 1.0], [0.5, 0.0, 0.4, 0.5]], np.float32), "objects": np.arange(2)}
+    cropped = Square(16).map(outside)
+    assert cropped["objects"].tolist() == [1]
+    np.testing.assert_allclose(cropped["boxes"], [[0.5, 0.0, 0.5, 0.5]])
+    mirrored = Flip(1.0).random_map(first, np.random.default_rng(0))
+    np.testing.assert_allclose(mirrored["boxes"], [[0.5, 0.25, 0.5, 0.75]])
+    assert mirrored["label_map"][0].tolist() == list(range(23, 7, -1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": -1}, "label -1 is neither a name nor a number from 0"),
+        ({"label": True}, "label True is neither"),
+        ({"objects": {"bbox": [[1, 2, 3]], "categories": ["a"]}}, "boxes of four numbers x, y, width, height"),
+        ({"objects": {"bbox": [], "categories": ["a"]}}, "two lists of one length"),
+        ({"objects": [1]}, "objects needs bbox and categories"),
+        ({"label_map": 3}, "label_map 3 is not the name of a file"),
+        ({"label_map": "none.png"}, "none.png, which does not exist"),
+        ({"label_map": "../0.png"}, "which is outside the folder"),
+        ({"label": 3}, "has names and numbers as classes"),
+    ],
+)
+def test_bad_annotations_are_one_line(folder, change, message):
+    write(folder, [LINES[0], {**LINES[1], **change}])
+    with pytest.raises(UserError, match=r"^[^\n]*$") as error:
+        source(f"folder:{folder}")
+    assert message in str(error.value)
+
+
+def test_maps_of_another_kind_or_size_are_one_line(folder):
+    Image.fromarray(np.zeros((16, 32, 3), np.uint8)).save(folder / "0.map.png")
+    Image.fromarray(np.zeros((8, 32), np.uint8)).save(folder / "1.map.png")
+    pictures = source(f"folder:{folder}")
+    with pytest.raises(UserError, match="is a picture of mode RGB; it needs one channel of 8 bits"):
+        pictures[0]
+    with pytest.raises(UserError, match="has 8x32 pixels, its picture 16x32"):
+        pictures[1]
+
+
+def test_classes_out_of_range_name_the_picture():
+    element = {"id": "a.png", "label": np.int32(3), "label_map": np.full((2, 2), 9, np.uint8)}
+    assert InRange("label", 4).map(element) is element
+    with pytest.raises(UserError, match=r"label of 'a.png' has the class 3; the model has 0 to 2"):
+        InRange("label", 3).map(element)
+    with pytest.raises(UserError, match=r"label_map of 'a.png' has the class 9"):
+        InRange("label_map", 9).map(element)
+    with pytest.raises(UserError, match=r"the data says no boxes of 'a.png'"):
+        InRange("boxes", 9).map(element)
+
+
+def test_folders_in_a_folder_are_classes(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "0.png")
+    pictures = source(f"pictures:{tmp_path}")
+    assert pictures.classes == ("a", "b")
+    assert [int(pictures[i]["label"]) for i in range(2)] == [0, 1]
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match="has no classes"):
+        classes_of(source(f"pictures:{tmp_path}"), "it")
+
+
+class Pairs(tfds.core.GeneratorBasedBuilder):
+    """One picture with two objects, as COCO has them: a box is (top, left, bottom, right)."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        objects = {"bbox": tfds.features.BBoxFeature(), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
+        features = {
+            "image": tfds.features.Image(shape=(8, 8, 3), encoding_format="png"),
+            "caption": tfds.features.Text(),
+            "objects": tfds.features.Sequence(objects),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, "PNG")
+        boxes = [tfds.features.BBox(0.1, 0.2, 0.5, 0.9), tfds.features.BBox(0.0, 0.0, 1.0, 1.0)]
+        objects = [{"bbox": box, "label": kind} for box, kind in zip(boxes, ("dog", "cat"), strict=True)]
+        yield 0, {"image": io.BytesIO(file.getvalue()), "caption": "two", "objects": objects}
+
+
+def test_objects_of_a_tensorflow_dataset(tmp_path):
+    builder = Pairs(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    pictures = TfdsSource(builder, "train")
+    assert pictures.classes == ("cat", "dog")
+    example = pictures[0]
+    assert example["objects"].tolist() == [1, 0]
+    np.testing.assert_allclose(example["boxes"], [[0.2, 0.1, 0.7, 0.4], [0.0, 0.0, 1.0, 1.0]], atol=1e-6)
+
+
+def test_a_grey_picture_is_no_label_map():
+    features = {"image": tfds.features.Image(shape=(28, 28, 1)), "label": tfds.features.ClassLabel(num_classes=10)}
+    found = annotated(features, "image")
+    assert (found.label, found.label_map, len(found.classes)) == ("label", None, 10)
