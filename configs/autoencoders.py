@@ -22,6 +22,8 @@ goes on without. What the paper trained on is OpenImages; shorter sides of 384 p
 (CompVis/latent-diffusion, models/first_stage_models and README; figures: LDM, table 8, on ImageNet-val at 256 px.) The
 learning rate is 4.5e-6 a picture of the batch for both networks, Adam's betas are 0.5 and 0.9. `kl_f2` and `vq_f2`
 were not released; their recipes here are those of f4. `_tiny` after a name is for the tests.
+
+`openmoji_kl` and `openmoji_vq` are first stages of 64 px for two CPU cores; `configs/openmoji_ldm.py` trains over one.
 """
 
 from typing import Any, NamedTuple
@@ -68,9 +70,11 @@ UNCLIPPED = 1e9
 def get_config(arg: str = "kl_f8") -> Config:
     """arg: a key of RECIPES, or one of them with "_tiny" after it."""
     name = arg.removesuffix("_tiny")
+    if name in OPENMOJI:
+        return locked(openmoji(name) if name == arg else tiny(openmoji(name)))
     if name in RECIPES:
         return locked(published(name) if name == arg else tiny(published(name)))
-    names = ", ".join(RECIPES)
+    names = ", ".join((*RECIPES, *OPENMOJI))
     raise ValueError(f"unknown variant {arg!r} of configs/autoencoders.py; choose one of: {names}; or NAME_tiny")
 
 
@@ -83,6 +87,24 @@ def published(name: str) -> Config:
     config.data.size = 384
     config.optim.update(_adam(RATE * recipe.batch))
     config.train.update(steps=recipe.steps, batch_size=recipe.batch, sample_every=5000, checkpoint_every=5000)
+    return config
+
+
+OPENMOJI = {"openmoji_kl": "kl_f4", "openmoji_vq": "vq_f4"}
+
+
+def openmoji(name: str) -> Config:
+    """A small first stage of f = 4. Without LPIPS: it needs a download."""
+    config, variant = base(), OPENMOJI[name]
+    config.model.autoencoder = {"variant": variant, "channels": (16, 32, 64), "layers_per_block": 1, "groups": 8}
+    if variant.startswith("vq"):
+        config.model.autoencoder.update(codes=1024)
+    config.task = autoencoder_task(perceptual_weight=0.0, crop=64)
+    config.task.discriminator.update(weight=0.1, start=1000, layers=2, width=32)
+    config.data.update(source="openmoji", size=64)
+    config.optim.update(learning_rate=2e-3, schedule="cosine", warmup_steps=50, b1=0.9, b2=0.99, weight_decay=0.0)
+    config.optim.update(ema_decay=0.99, components={"discriminator": {"learning_rate": 2e-4, "b1": 0.5}})
+    config.train.update(steps=1500, batch_size=8, sample_every=500, checkpoint_every=250)
     return config
 
 
@@ -102,6 +124,7 @@ def _adam(rate: float) -> dict[str, Any]:
 
 def tiny(config: Config) -> Config:
     """The same system, small enough for a test."""
+    config.data.source = ""
     levels = {"f2": 2, "f4": 3, "f8": 4, "f16": 5, "f32": 6}[config.model.autoencoder.variant.split("_")[1]]
     config.model.autoencoder.update(channels=(8,) * levels, layers_per_block=1, groups=4)
     if config.model.autoencoder.variant.startswith("vq"):

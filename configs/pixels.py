@@ -1,4 +1,4 @@
-"""DDPM and ADM on pictures themselves: noise to pixels, without a first stage or a condition.
+"""DDPM and ADM on pictures themselves: noise to pixels, without a first stage.
 
     python train.py --config configs/pixels.py:adm_256_uncond --workdir RUN --config.data.source=pictures:PATH
 
@@ -6,6 +6,8 @@
 |---|---|
 | adm_256_uncond | ADM without classes (Dhariwal & Nichol 2021), learned variance |
 | iddpm_64 | the 64 px UNet without classes, cosine schedule and learned variance (Nichol & Dhariwal 2021) |
+| adm_64, adm_128, adm_256, adm_512 | ADM of ImageNet's classes, FID 2.07, 2.97, 4.59, 7.72 guided by a classifier |
+| openmoji | OpenMoji at 32 px, for two CPU cores |
 
 RUN/export is a folder that diffusers' DDPMPipeline loads. `_tiny` after a name is for the tests.
 """
@@ -13,8 +15,16 @@ RUN/export is a folder that diffusers' DDPMPipeline loads. `_tiny` after a name 
 from configs.common import base, locked
 from sdjax.core.config import Config
 
-# name: (UNet, pixels, noise schedule)
-VARIANTS = {"adm_256_uncond": ("adm_256_uncond", 256, "linear"), "iddpm_64": ("adm_64", 64, "squaredcos_cap_v2")}
+# name: (UNet, pixels, noise schedule, classes)
+VARIANTS = {
+    "adm_256_uncond": ("adm_256_uncond", 256, "linear", None),
+    "iddpm_64": ("adm_64", 64, "squaredcos_cap_v2", None),
+    "adm_64": ("adm_64", 64, "squaredcos_cap_v2", 1000),
+    "adm_128": ("adm_128", 128, "linear", 1000),
+    "adm_256": ("adm_256", 256, "linear", 1000),
+    "adm_512": ("adm_512", 512, "linear", 1000),
+    "openmoji": ("adm_64", 32, "squaredcos_cap_v2", None),
+}
 
 
 def get_config(arg: str = "adm_256_uncond") -> Config:
@@ -23,14 +33,15 @@ def get_config(arg: str = "adm_256_uncond") -> Config:
     if name not in VARIANTS:
         names = ", ".join(VARIANTS)
         raise ValueError(f"unknown variant {arg!r} of configs/pixels.py; choose one of: {names}; or NAME_tiny")
-    return locked(published(name) if name == arg else tiny(published(name)))
+    config = openmoji() if name == "openmoji" else published(name)
+    return locked(config if name == arg else tiny(config))
 
 
 def published(name: str) -> Config:
     """One of the papers' models."""
-    variant, size, schedule = VARIANTS[name]
+    variant, size, schedule, classes = VARIANTS[name]
     config = base()
-    config.model.unet = {"variant": variant, "classes": None}
+    config.model.unet = {"variant": variant, "classes": classes}
     config.task = {
         "name": "pixels",
         "weighting": "simple",
@@ -53,6 +64,19 @@ def published(name: str) -> Config:
     config.optim.update(learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, ema_decay=0.9999)
     config.train.update(steps=1_000_000, batch_size=256, dtype="bfloat16", remat="blocks", sample_every=5000)
     config.sample = {"count": 16, "columns": 4, "sampler": "ddpm", "steps": 250}
+    return config
+
+
+def openmoji() -> Config:
+    """Small enough for minutes on a CPU."""
+    config = published("openmoji")
+    config.model.unet.update(channels=(64, 128, 128), heads=(1, 2, 2), attention_levels=(1, 2), layers_per_block=1)
+    config.model.unet.width = 64
+    config.data.update(source="openmoji", flip=False)
+    config.optim.update(learning_rate=5e-4, schedule="cosine", warmup_steps=100, b2=0.99, ema_decay=0.995)
+    config.train.update(steps=1500, batch_size=32, dtype="float32", remat="none", checkpoint_every=250)
+    config.train.sample_every = 500
+    config.sample.steps = 50
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,9 @@ import numpy as np
 
 from sdjax.convert import unet2d
 from sdjax.convert.rules import Kind, Row, Table, at, layer
+from sdjax.core.errors import UserError
 from sdjax.models.adm_classifier import ClassifierConfig, classifier_of
+from sdjax.models.unet2d import UNet2DConfig
 
 TRANSPOSED = Kind(lambda w: w.T, lambda w: w.T)
 POOL = (
@@ -30,6 +33,24 @@ def shapes(config: ClassifierConfig) -> dict[str, Any]:
     """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
     x = jnp.zeros((1, config.size, config.size, 3))
     return jax.eval_shape(classifier_of(config).init, jax.random.key(0), x, jnp.zeros(1))["params"]
+
+
+def from_config(config: Mapping[str, Any], place: str = "classifier/config.json") -> ClassifierConfig:
+    """Sizes from the config.json that `to_config` made.
+
+    Raises:
+        UserError: a size is missing, or there is one that is unknown.
+    """
+    try:
+        encoder: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config["encoder"].items()}
+        return ClassifierConfig(UNet2DConfig(**encoder), config["size"], config["classes"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place} does not describe a classifier: {error}") from error
+
+
+def to_config(config: ClassifierConfig) -> dict[str, Any]:
+    """The config.json of a classifier."""
+    return {"_class_name": "EncoderUNetModel", **dataclasses.asdict(config)}
 
 
 def from_original(tensors: Mapping[str, np.ndarray], config: ClassifierConfig) -> dict[str, np.ndarray]:

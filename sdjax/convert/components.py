@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from sdjax.convert import autoencoder, clip, unet, unet2d
+from sdjax.convert import adm_classifier, autoencoder, bert, clip, embedders, unet, unet2d
 from sdjax.convert.rules import Placer, Stored, Table, read
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
@@ -103,6 +103,40 @@ FORMATS: dict[str, Format] = {
     "text_encoder": _TEXT,
     "text_encoder_2": _TEXT,
 }
+"""The networks of Stable Diffusion's family."""
+
+CONDITIONERS: dict[str, Format] = {
+    "bert": Format(
+        "model", bert.from_diffusers_config, bert.to_diffusers_config, lambda config: bert.TABLE, bert.shapes
+    ),
+    "class_embedder": Format(
+        "model",
+        embedders.class_config,
+        embedders.to_class_config,
+        lambda config: embedders.CLASSES,
+        embedders.class_shapes,
+    ),
+    "rescaler": Format(
+        "model",
+        embedders.rescaler_config,
+        embedders.to_rescaler_config,
+        lambda config: embedders.RESCALER,
+        embedders.rescaler_shapes,
+    ),
+}
+"""What the conditions of LDM's other models go through."""
+
+CLASSIFIERS: dict[str, Format] = {
+    "classifier": Format(
+        "model",
+        adm_classifier.from_config,
+        adm_classifier.to_config,
+        lambda config: adm_classifier.TABLE,
+        adm_classifier.shapes,
+    )
+}
+
+ALL_FORMATS = FORMATS | CONDITIONERS | CLASSIFIERS
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
@@ -128,7 +162,7 @@ def read_params(name: str, config: Any, tensors: Mapping[str, Stored], source: o
     Raises:
         UserError: the tensors do not fit `config` or are not finite in the type asked for, or that type is unknown.
     """
-    form = FORMATS[name]
+    form = ALL_FORMATS[name]
     kind = how.dtype if how.dtype is None or isinstance(how.dtype, str) else how.dtype.get(name)
     dtype = None if kind is None else dtype_named(kind)
     place = how.place

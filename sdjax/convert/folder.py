@@ -10,7 +10,7 @@ from typing import Any
 
 from sdjax.convert import autoencoder, clip, unet
 from sdjax.convert.components import (
-    FORMATS,
+    ALL_FORMATS,
     TOKENIZERS,
     Checkpoint,
     Component,
@@ -122,13 +122,13 @@ def read_config(path: str | Path, name: str) -> Any:
         UserError: as `read_folder`.
     """
     place = Path(path) / "config.json"
-    return FORMATS[name].from_config(read_json(place), str(place))
+    return ALL_FORMATS[name].from_config(read_json(place), str(place))
 
 
 def _read_component(path: Path, name: str, how: Reading, variant: str | None) -> Component:
     extra = read_json(path / "config.json")
-    config = FORMATS[name].from_config(extra, str(path / "config.json"))
-    tensors = find_weights(path, FORMATS[name].weights, variant)
+    config = ALL_FORMATS[name].from_config(extra, str(path / "config.json"))
+    tensors = find_weights(path, ALL_FORMATS[name].weights, variant)
     return Component(config, read_params(name, config, tensors, path, how), extra)
 
 
@@ -196,7 +196,7 @@ def write_component(path: str | Path, name: str, component: Component, dtype: st
     Raises:
         UserError: the parameters do not fit their config or are not finite in `dtype`.
     """
-    path, form, config = Path(path), FORMATS[name], component.config
+    path, form, config = Path(path), ALL_FORMATS[name], component.config
     arrays = export(form.table(config), component.params, form.shapes(config), f"the {name} to be written")
     path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / f"{form.weights}.safetensors", arrays, None if dtype is None else dtype_named(dtype))

@@ -1,8 +1,8 @@
 """What makes low resolution of high: a clean resampling, or BSR-light's blur, noise and JPEG in a random order.
 
 Zhang et al. 2021, "Designing a practical degradation model for deep blind image super-resolution", with the reduced
-strengths of CompVis/latent-diffusion, ldm/modules/image_degradation/bsrgan_light.py. Where OpenCV interpolates there,
-SciPy does here (cubic splines in place of cubic convolution), and Pillow takes means over areas; kernels have odd sides,
+strengths of CompVis/latent-diffusion, ldm/modules/image_degradation/bsrgan_light.py. OpenCV interpolates there, SciPy
+here (cubic splines in place of cubic convolution), and Pillow takes means over areas; kernels have odd sides,
 since even ones move a picture by half a pixel.
 """
 

@@ -107,20 +107,18 @@ def _doubled_rows(x: Float[Array, "b r w c"], kernel: Float[Array, "2 2 c 4*f"],
     return pixels.reshape(b, 2 * h, 2 * w, -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _quarters(x: Float[Array, "b r w c"], kernel: Float[Array, "2 2 c 4*f"], edges: Edges) -> Array:
-    """A convolution whose gradient of the kernel is four products of matrices: XLA's own, whose window would have an
-    odd number of rows and columns, takes ten times as long on a CPU."""
-    return _convolved(x, kernel, edges)
-
-
-def _convolved(x: Array, kernel: Array, edges: Edges) -> Array:
+def _convolved(x: Float[Array, "b r w c"], kernel: Float[Array, "2 2 c 4*f"], edges: Edges) -> Array:
     names = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), (edges, (1, 1)), dimension_numbers=names)
 
 
+# Its gradient of the kernel is four products of matrices: XLA's own, a convolution under a window with an odd number of
+# rows and columns, takes ten times as long on a CPU.
+_quarters = jax.custom_vjp(_convolved, nondiff_argnums=(2,))
+
+
 def _quarters_forward(x: Array, kernel: Array, edges: Edges) -> tuple[Array, tuple[Array, Array]]:
-    return _quarters(x, kernel, edges), (x, kernel)
+    return _convolved(x, kernel, edges), (x, kernel)
 
 
 def _quarters_backward(edges: Edges, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:

@@ -1,21 +1,22 @@
-"""Diffusion of pictures themselves, without a first stage or a condition: DDPM, iDDPM, ADM (unconditional).
+"""Diffusion of pictures themselves, without a first stage: DDPM, iDDPM, ADM, of one kind or of classes.
 
 Reads config.model.unet (a variant of `unet2d`, and what differs from it), config.data (source, size), config.sample
 (count, columns, sampler, steps), and of config.task: scheduler, weighting, timesteps, offset_noise, export_dtype. With
-twice as many output channels as input channels the variance is learned, by the hybrid loss (iDDPM, eq. 16).
+twice as many output channels as input channels the variance is learned, by the hybrid loss (iDDPM, eq. 16). A UNet with
+classes is told those of the data, which then needs `label`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
 from sdjax.convert.components import Component
 from sdjax.convert.files import write_json
@@ -27,16 +28,19 @@ from sdjax.core.precision import dtype_named
 from sdjax.core.prng import image_keys
 from sdjax.data import loader, sources, transforms
 from sdjax.diffusion.denoise import make_denoise
+from sdjax.diffusion.guidance import classifier_guided
 from sdjax.diffusion.loss import hybrid_loss, posterior_tables
-from sdjax.diffusion.samplers import SamplerOptions, first_noise, make_table, schedule_of
+from sdjax.diffusion.samplers import SamplerOptions, Table, first_noise, make_table, schedule_of
 from sdjax.diffusion.samplers import sample as run_sampler
-from sdjax.models.unet2d import VARIANTS, UNet2D
+from sdjax.models.adm_classifier import Classifier
+from sdjax.models.conditioning import Cond
+from sdjax.models.unet2d import VARIANTS, UNet2D, UNet2DConfig
 from sdjax.tasks.base import apply, my_rows, tile, to_uint8
 from sdjax.tasks.latent.networks import UNET, sizes_of
 from sdjax.tasks.latent.objective import objective_of
 from sdjax.training.task import Metrics, Params, Task
 
-CHANNELS = 3
+CHANNELS, LABEL = 3, "label"
 
 
 def make(config: Config, mesh: Mesh) -> Task:
@@ -49,10 +53,10 @@ def make(config: Config, mesh: Mesh) -> Task:
     factor, scheduler = 2 ** (len(sizes.channels) - 1), config.task.scheduler.to_dict()
     if config.data.size % factor:
         raise UserError(f"data.size={config.data.size} is not a multiple of {factor}, by which the UNet divides sides")
-    if sizes.classes is not None or sizes.in_channels != CHANNELS or sizes.out_channels not in (CHANNELS, 2 * CHANNELS):
+    if sizes.in_channels != CHANNELS or sizes.out_channels not in (CHANNELS, 2 * CHANNELS):
         raise UserError(
-            f"config.model.unet has {sizes.in_channels} channels in, {sizes.out_channels} out and classes="
-            f"{sizes.classes}; pictures without a condition have 3 in, 3 or 6 out and classes=None"
+            f"config.model.unet has {sizes.in_channels} channels in and {sizes.out_channels} out; pictures have 3 in, "
+            "and 3 or 6 out"
         )
     learns_variance = sizes.out_channels == 2 * CHANNELS
     if learns_variance != (scheduler.get("variance_type") == "learned_range"):
@@ -65,14 +69,15 @@ def make(config: Config, mesh: Mesh) -> Task:
     bounds = posterior_tables(objective.schedule) if learns_variance else None
 
     def init(key: PRNGKeyArray) -> Params:
-        return {UNET: dict(unet.init(key, jnp.zeros((1, factor, factor, CHANNELS)), jnp.zeros(1))["params"])}
+        x, label = jnp.zeros((1, factor, factor, CHANNELS)), jnp.zeros(1, jnp.int32)
+        return {UNET: dict(unet.init(key, x, jnp.zeros(1), _told(sizes, label))["params"])}
 
     def loss(params: Params, batch: Any, key: PRNGKeyArray, step: Int[Array, ""]) -> tuple[Array, Metrics]:
         del step
         x0 = batch["image"].astype(jnp.float32) / 127.5 - 1.0
 
         def network(x: Array, t: Array) -> Array:
-            return apply(unet, params[UNET], x, t)
+            return apply(unet, params[UNET], x, t, _told(sizes, batch.get(LABEL)))
 
         if bounds is None:
             return objective.loss(network, x0, key), {}
@@ -85,7 +90,8 @@ def make(config: Config, mesh: Mesh) -> Task:
         chosen = SamplerOptions.from_scheduler_config(scheduler, options.sampler)
         table = make_table(options.sampler, schedule_of(scheduler), options.steps, chosen)
         keys = image_keys(config.train.seed, jnp.arange(options.count))
-        images = _sample(unet, params[UNET], table, keys, config.data.size, objective.prediction)
+        labels = None if sizes.classes is None else np.arange(options.count) % sizes.classes
+        images = draw(unet, params[UNET], table, keys, config.data.size, objective.prediction, labels)
         return tile(to_uint8(np.asarray(images)), options.columns)
 
     def batch(params: Params) -> loader.Loader:
@@ -93,7 +99,9 @@ def make(config: Config, mesh: Mesh) -> Task:
         pictures = grain.MapDataset.source(sources.source(config.data.source, "train"))
         pictures = sources.CachedSource(pictures.map(transforms.Square(config.data.size)))
         changes: list[Any] = [transforms.Flip()] if config.data.flip else []
-        changes.append(transforms.Select(("image",)))
+        if sizes.classes is not None:
+            changes.append(transforms.InRange(LABEL, sizes.classes))
+        changes.append(transforms.Select(("image",) if sizes.classes is None else ("image", LABEL)))
         return loader.loader(pictures, config.train.batch_size, config.train.seed, changes, my_rows(mesh))
 
     def export(params: Params, folder: Path) -> None:
@@ -112,16 +120,76 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     def specimen(rows: int) -> dict[str, Any]:
         side = config.data.size
-        return {"image": jax.ShapeDtypeStruct((rows, side, side, CHANNELS), jnp.uint8)}
+        labels = {} if sizes.classes is None else {LABEL: jax.ShapeDtypeStruct((rows,), jnp.int32)}
+        return {"image": jax.ShapeDtypeStruct((rows, side, side, CHANNELS), jnp.uint8), **labels}
 
     return Task(init, loss, sample, batch, export, specimen)
 
 
-@jax.jit(static_argnums=(0, 4, 5))
-def _sample(
-    unet: UNet2D, params: Params, table: Any, keys: PRNGKeyArray, side: int, prediction: str
+def _told(sizes: UNet2DConfig, label: Array | None) -> Cond:
+    return Cond(label=None if sizes.classes is None else label)
+
+
+class Guide(NamedTuple):
+    """What draws pictures to their classes.
+
+    Attributes:
+        classifier: of noisy pictures; its parameters.
+        params: the classifier's.
+        scale: s of ADM, 0 for none.
+    """
+
+    classifier: Classifier
+    params: Params
+    scale: Float[Array, ""] | float
+
+
+def draw(
+    unet: UNet2D,
+    params: Params,
+    table: Table,
+    keys: Key[Array, " n"],
+    side: int,
+    prediction: str,
+    labels: Int[Array | np.ndarray, " n"] | None = None,
+    guide: Guide | None = None,
 ) -> Float[Array, "n s s 3"]:
-    """Pictures in [0, 1]."""
-    denoise = make_denoise(lambda x, t: apply(unet, params, x, t), prediction)
+    """Pictures in [0, 1].
+
+    Args:
+        unet: the module; `params` are its parameters.
+        table: of `make_table`.
+        keys: one an image.
+        side: of the pictures.
+        prediction: what the UNet predicts.
+        labels: the classes, of a UNet that is told them or for a guide.
+        guide: a classifier; another scale of it compiles nothing.
+    """
+    classifier, *rest = guide or (None, None, 0.0)
+    return _draw((unet, side, prediction, classifier), params, table, keys, labels, *rest)
+
+
+@jax.jit(static_argnums=0)
+def _draw(
+    fixed: tuple[UNet2D, int, str, Classifier | None],
+    params: Params,
+    table: Table,
+    keys: Key[Array, " n"],
+    labels: Array | None,
+    judge: Params | None,
+    scale: Array | float,
+) -> Float[Array, "n s s 3"]:
+    unet, side, prediction, classifier = fixed
+    cond = _told(unet.config, labels)
+    denoise = make_denoise(lambda x, t: apply(unet, params, x, t, cond), prediction)
+    if classifier is not None:
+        assert judge is not None, "a guide has parameters"
+        assert labels is not None, "a guide needs classes"
+
+        def log_probability(x: Array, t: Array) -> Array:
+            logits = jax.nn.log_softmax(apply(classifier, judge, x, t))
+            return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+        denoise = classifier_guided(denoise, log_probability, scale)
     noise = first_noise(keys, (side, side, CHANNELS))
     return gathered(jnp.clip(run_sampler(denoise, table, noise * table.first_scale, keys) / 2.0 + 0.5, 0.0, 1.0))

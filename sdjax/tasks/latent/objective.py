@@ -49,7 +49,7 @@ class Objective(NamedTuple):
     Attributes:
         schedule: of the noise.
         timesteps: their distribution.
-        prediction, weighting: as `sdjax.diffusion.loss.diffusion_loss` takes them.
+        prediction, weighting, norm: as `sdjax.diffusion.loss.diffusion_loss` takes them.
         offset: level of SDXL's offset noise; 0 for none.
     """
 
@@ -58,6 +58,7 @@ class Objective(NamedTuple):
     prediction: str
     weighting: str
     offset: float
+    norm: str = "l2"
 
     def loss(self, network: Network, x0: Float[Array, "b h w z"], key: PRNGKeyArray) -> Float[Array, ""]:
         """The mean over a batch of scaled latents.
@@ -68,7 +69,7 @@ class Objective(NamedTuple):
             key: of the noise and of the timesteps.
         """
         x, noise, t, abar = self.noised(x0, key)
-        return diffusion_loss(network(x, t), x0, noise, abar, self.prediction, self.weighting).mean()
+        return diffusion_loss(network(x, t), x0, noise, abar, self.prediction, self.weighting, self.norm).mean()
 
     def noised(self, x0: Float[Array, "b h w z"], key: PRNGKeyArray) -> Noised:
         """Random timesteps, and clean latents as noisy as there."""
@@ -82,7 +83,7 @@ class Objective(NamedTuple):
 
 
 def objective_of(task: Config) -> Objective:
-    """Reads `scheduler`, `timesteps`, `weighting` and `offset_noise` of a task section.
+    """Reads `scheduler`, `timesteps`, `weighting`, `offset_noise` and, where it is there, `norm` of a task section.
 
     Raises:
         UserError: one of the names is unknown.
@@ -96,4 +97,5 @@ def objective_of(task: Config) -> Objective:
         scheduler["prediction_type"],
         task.weighting,
         task.offset_noise,
+        task.get("norm", "l2"),
     )

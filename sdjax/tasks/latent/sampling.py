@@ -16,7 +16,7 @@ from sdjax.diffusion.samplers import sample as run_sampler
 from sdjax.models.conditioning import Cond
 from sdjax.models.layers import guidance_embedding
 from sdjax.tasks.base import apply
-from sdjax.tasks.latent.system import System
+from sdjax.tasks.latent.system import Diffuser
 from sdjax.training.task import Params
 
 
@@ -48,24 +48,24 @@ class Start(NamedTuple):
     mask: Float[Array, "b h w 1"]
 
 
-def encode_image(system: System, params: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w z"]:
+def encode_image(system: Diffuser, params: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w z"]:
     """Scaled latents, the posterior's mean, of pictures in [-1, 1]."""
     return apply(system.autoencoder, params["vae"], images, method="encode").mean * system.scale
 
 
-def decode(system: System, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
+def decode(system: Diffuser, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
     """Pictures in [0, 1] of scaled latents, in float32."""
     return jnp.clip(decode_unclipped(system, params, latents), 0.0, 1.0)
 
 
-def decode_unclipped(system: System, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
+def decode_unclipped(system: Diffuser, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
     """As `decode`, with what lies outside of [0, 1], infinities included."""
     images = apply(system.autoencoder, params["vae"], latents / system.scale, method="decode")
     return images.astype(jnp.float32) / 2.0 + 0.5
 
 
 def denoise_latents(
-    system: System,
+    system: Diffuser,
     params: Params,
     table: Table,
     conditions: tuple[Cond, ...],
@@ -99,20 +99,21 @@ def denoise_latents(
     return run_sampler(denoise, table, start.x, keys, keep_known, callback, noise)
 
 
-def _network(system: System, params: Params, cond: Cond) -> Network:
+def _network(system: Diffuser, params: Params, cond: Cond) -> Network:
     return lambda x, t: apply(system.unet, params["unet"], x, t, cond)
 
 
-def _unguided(system: System, params: Params, conditions: tuple[Cond, ...], guidance: Guidance) -> Network:
+def _unguided(system: Diffuser, params: Params, conditions: tuple[Cond, ...], guidance: Guidance) -> Network:
     """A network distilled to imitate guidance is told its scale (Luo et al. 2023, Latent Consistency Models)."""
     (cond,) = conditions
-    if system.unet.config.guidance_dim is not None and cond.context is not None:
+    width = getattr(system.unet.config, "guidance_dim", None)
+    if width is not None and cond.context is not None:
         scale = jnp.broadcast_to(jnp.asarray(guidance.scale) - 1.0, len(cond.context))
-        cond = cond._replace(guidance=guidance_embedding(scale, system.unet.config.guidance_dim))
+        cond = cond._replace(guidance=guidance_embedding(scale, width))
     return _network(system, params, cond)
 
 
-def _guided(system: System, params: Params, conditions: tuple[Cond, ...], guidance: Guidance) -> Network:
+def _guided(system: Diffuser, params: Params, conditions: tuple[Cond, ...], guidance: Guidance) -> Network:
     # An image's two rows are neighbours, so that a device which holds the image makes both of them.
     network = _network(system, params, jax.tree.map(lambda *halves: _neighbours(jnp.stack(halves, 1)), *conditions))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from sdjax.models.autoencoder import AnyAutoencoder
 from sdjax.models.clip import TEXT_LAYERS, CLIPText, TextLayer
@@ -25,6 +25,30 @@ class TextEncoder(NamedTuple):
     name: str
     module: CLIPText
     layer: TextLayer = TEXT_LAYERS["last"]
+
+
+class Diffuser(Protocol):
+    """What sampling and decoding ask of a model: a UNet over an autoencoder's latents, whatever it is told."""
+
+    @property
+    def unet(self) -> Any:
+        """The module; its parameters are "unet"."""
+        ...
+
+    @property
+    def autoencoder(self) -> AnyAutoencoder:
+        """The module; its parameters are "vae"."""
+        ...
+
+    @property
+    def prediction(self) -> str:
+        """What the UNet predicts, as diffusers names it."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """Latents are multiplied by it before they are diffused."""
+        ...
 
 
 class System(NamedTuple):

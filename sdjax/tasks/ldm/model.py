@@ -1,0 +1,147 @@
+"""A latent diffusion model with a condition of its own: its networks, and how it samples."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt8
+
+from sdjax.convert.ldm_folder import LDMCheckpoint
+from sdjax.core.config import Config
+from sdjax.core.errors import UserError, unknown
+from sdjax.core.partition import gathered
+from sdjax.core.precision import dtype_named
+from sdjax.diffusion.samplers import Table, first_noise
+from sdjax.models import unet, unet2d
+from sdjax.models.autoencoder import AnyAutoencoder, autoencoder_of
+from sdjax.models.conditioning import Cond
+from sdjax.models.unet import UNet
+from sdjax.models.unet2d import UNet2D, UNet2DConfig
+from sdjax.tasks.base import apply, task_names
+from sdjax.tasks.latent.networks import UNET, VAE, sizes_of
+from sdjax.tasks.latent.sampling import Guidance, Start, decode, denoise_latents
+from sdjax.tasks.ldm.conditioner import Columns, Conditioner
+from sdjax.training.task import Params
+
+
+class Model(NamedTuple):
+    """The networks of a latent diffusion model, without their parameters; hashable.
+
+    Attributes:
+        unet, autoencoder: the modules; their parameters are "unet" and "vae".
+        conditioner: what the UNet is told; its networks' parameters stand beside the others.
+        prediction: what the UNet predicts, as diffusers names it.
+    """
+
+    unet: UNet | UNet2D
+    autoencoder: AnyAutoencoder
+    conditioner: Conditioner
+    prediction: str
+
+    @property
+    def scale(self) -> float:
+        """Latents are multiplied by it before they are diffused."""
+        return self.autoencoder.config.scaling_factor
+
+
+def unet_of(config: Config, latent_channels: int, conditioner: Conditioner) -> UNet | UNet2D:
+    """The UNet of `config.model.unet`, a variant of `models.unet` or of `models.unet2d`.
+
+    Raises:
+        UserError: there is no such variant, or it does not fit the latents or the condition.
+    """
+    section, place = config.model.unet, "config.model.unet"
+    if section.variant not in {**unet.VARIANTS, **unet2d.VARIANTS}:
+        raise unknown("variant", section.variant, {**unet.VARIANTS, **unet2d.VARIANTS}, f"{place}.variant")
+    kind, module = (unet, UNet) if section.variant in unet.VARIANTS else (unet2d, UNet2D)
+    sizes = sizes_of(section, kind.VARIANTS, place)
+    wanted = {"in_channels": latent_channels + conditioner.concat_channels, "out_channels": latent_channels}
+    if isinstance(sizes, UNet2DConfig):
+        if conditioner.context_width is not None:
+            raise UserError(f"{place}.variant={section.variant} has no cross-attention, which this task needs")
+    else:
+        wanted["context_dim"] = conditioner.context_width or sizes.context_dim
+    for name, value in wanted.items():
+        if getattr(sizes, name) != value:
+            raise UserError(
+                f"{place}.{name}={getattr(sizes, name)}; the first stage and the condition of this task ask for {value}"
+            )
+    return module(cast(Any, sizes), config.train.remat, dtype_named(config.train.dtype, "config.train.dtype"))
+
+
+def init(model: Model, key: PRNGKeyArray) -> Params:
+    """Fresh parameters of the UNet and of the conditioner's networks; traceable."""
+    unet_key, own_key = jax.random.split(key)
+    config = model.unet.config
+    side = 2 ** (len(config.channels) - 1)
+    width = model.conditioner.context_width
+    cond = Cond(context=None if width is None else jnp.zeros((1, 1, width)))
+    x = jnp.zeros((1, side, side, config.in_channels))
+    return {UNET: dict(model.unet.init(unet_key, x, jnp.zeros(1), cond)["params"]), **model.conditioner.init(own_key)}
+
+
+def to_latents(
+    autoencoder: AnyAutoencoder, params: Params, images: UInt8[Array, "b H W 3"], key: PRNGKeyArray
+) -> Float[Array, "b h w z"]:
+    """Scaled latents of pictures, drawn from their posterior."""
+    x = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+    return apply(autoencoder, params[VAE], x, method="encode").sample(key) * autoencoder.config.scaling_factor
+
+
+@partial(jax.jit, static_argnums=(0, 6))
+def draw(
+    model: Model,
+    params: Params,
+    table: Table,
+    columns: Columns,
+    scale: Float[Array, ""] | float,
+    keys: Key[Array, " b"],
+    size: tuple[int, int],
+) -> Float[Array, "b H W 3"]:
+    """Pictures in [0, 1] of conditions.
+
+    Args:
+        model: static.
+        params: of all networks.
+        table: of `make_table`.
+        columns: the conditions, one row a picture.
+        scale: of classifier-free guidance, for conditions that have it; 1 for none.
+        keys: one an image.
+        size: height and width in pixels, multiples of what the networks divide sides by; static. The networks are
+            convolutional, so they need not be those of training (LDM, section 4.3.2).
+    """
+    height, width = (side // model.autoencoder.config.factor for side in size)
+    noise = first_noise(keys, (height, width, model.autoencoder.config.latent_channels))
+    start = Start(noise * table.first_scale, jnp.zeros_like(noise), noise, jnp.ones_like(noise[..., :1]))
+    conditioner = model.conditioner
+    quiet = conditioner.silent(columns)
+    conds = (conditioner.cond(params, columns),)
+    if quiet is not None:
+        conds += (conditioner.cond(params, quiet),)
+    latents = denoise_latents(model, params, table, conds, Guidance(scale), start, keys)
+    return gathered(conditioner.finished(decode(model, params, latents), columns))
+
+
+def load_model(checkpoint: LDMCheckpoint, dtype: str = "float32") -> tuple[Model, Params]:
+    """A stored model, and all of its parameters.
+
+    Raises:
+        UserError: its task is none of ours, or a part of it is missing.
+    """
+    sizes = {name: component.config for name, component in checkpoint.components.items()}
+    if checkpoint.task not in task_names():
+        raise unknown("task", checkpoint.task, task_names(), "the model's index")
+    conditioner_of = importlib.import_module(f"sdjax.tasks.{checkpoint.task}").conditioner_of
+    arithmetic = dtype_named(dtype)
+    module = UNet2D if isinstance(sizes[UNET], UNet2DConfig) else UNet
+    model = Model(
+        module(cast(Any, sizes[UNET]), dtype=arithmetic),
+        autoencoder_of(sizes[VAE]),
+        conditioner_of(sizes, checkpoint.settings),
+        checkpoint.scheduler.get("prediction_type", "epsilon"),
+    )
+    return model, {name: component.params for name, component in checkpoint.components.items()}
