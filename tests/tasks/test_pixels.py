@@ -67,7 +67,7 @@ def test_the_hybrid_loss_trains_means_and_variances(pictures):
     ("section", "key", "value", "message"),
     [
         ("data", "size", 17, "data.size=17 is not a multiple of 2"),
-        ("unet", "classes", 10, "classes=10; pictures without a condition have 3 in"),
+        ("unet", "in_channels", 4, "has 4 channels in and 6 out; pictures have 3 in"),
         ("unet", "out_channels", 3, "6 channels go with 'learned_range', 3 with a fixed one"),
         ("unet", "variant", "adm_65", "unknown variant 'adm_65' in config.model.unet.variant"),
     ],
