@@ -25,6 +25,11 @@ How
     --original_size H,W --crop TOP,LEFT --target_size H,W --aesthetic_score S --negative_aesthetic_score S
     --hires 2 --hires_strength 0.5                   a second pass over the enlarged picture
 
+Models of the LDM paper
+    --class_label N|NAME     --layout FILE.json     --label_map FILE     --init_image FILE [--mask FILE]
+                             what a model of classes, boxes, label maps, small pictures or holes is told instead of
+                             a prompt; FILE.json is a list of {"class": N or NAME, "box": [x, y, width, height]}
+
 From pictures
     --init_image FILE --strength S    --mask FILE --feather PIXELS    --depth FILE    --noise_level N
 
@@ -60,6 +65,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import sdjax
+from sdjax.convert.ldm_folder import is_ldm
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
@@ -67,6 +73,7 @@ from sdjax.core.flags import PROCESSES, define_processes, parse_flags
 from sdjax.parallel.distributed import agreed, end_by_signals, initialise, is_first, is_mine, run_together, sync
 from sdjax.parallel.mesh import make_mesh
 from sdjax.pipeline.grids import Axis, cells, contact_sheet, parse_grid
+from sdjax.pipeline.loading import find
 from sdjax.pipeline.orders import Order, groups, list_orders
 from sdjax.pipeline.prompt_files import PromptLine, read_prompt_file
 from sdjax.pipeline.records import check_free, fresh_folder, read_parameters, write_grid, write_picture
@@ -84,6 +91,10 @@ CALL = (*TEXTS, *INTEGERS, *REALS, *PAIRS)
 # What is loaded.
 SOURCES = ("checkpoint", "refiner", "vae", "family", "prediction", "variant", "dtype")
 LISTS = ("prompt", "embedding")
+# What models of the LDM paper are told instead of a prompt, and what else their calls understand.
+CONDITIONS = ("class_label", "layout", "label_map")
+CONDITIONAL = (*CONDITIONS, "init_image", "mask", "steps", "sampler", "schedule", "eta", "guidance_scale", "seed")
+CONDITIONAL += ("width", "height", "num_images", "first_index")
 OTHER = ("from_file", "from_image", "grid", "outdir")
 GRID_PIXELS = 2**25
 
@@ -109,6 +120,10 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sdjax").setLevel(logging.INFO)
     config, flag = read_command_line(sys.argv)
+    if is_conditional(source := flag["checkpoint"] or config.sample.get("checkpoint", "")):
+        keep_compiled()
+        print(make_conditional(source, config, flag))
+        return
     work = read_work(config, flag)
     keep_compiled()
     end_by_signals()
@@ -126,7 +141,7 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
     """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
-    for name in (*TEXTS, *SOURCES, *OTHER):
+    for name in (*TEXTS, *SOURCES, *OTHER, *CONDITIONS):
         flags.DEFINE_string(name, None, "", flag_values=values)
     for name in (*INTEGERS, "first_index"):
         flags.DEFINE_integer(name, None, "", flag_values=values)
@@ -142,14 +157,45 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
     config = flag.pop("config")
     if config is None:
         raise UserError("--config is required")
-    texts = sum(flag[name] is not None for name in ("prompt", "from_file"))
-    if texts > 1 or (not texts and flag["from_image"] is None):
-        raise UserError("give one of --prompt, --from_file and --from_image")
     if flag["num_images"] is not None and flag["num_images"] < 1:
         raise UserError(f"--num_images {flag['num_images']}: choose at least 1")
     for name in PAIRS:
         flag[name] = None if flag[name] is None else whole_numbers(name, flag[name])
     return config, flag
+
+
+def is_conditional(source: str) -> bool:
+    """Whether a checkpoint is one of the LDM paper's that is told something other than Stable Diffusion's prompts."""
+    return bool(source) and is_ldm(find(beside(source)))
+
+
+def make_conditional(source: str, config: Config, flag: Mapping[str, Any]) -> Path:
+    """Makes and writes pictures of one condition; returns their folder.
+
+    Raises:
+        UserError: a flag is not for this model, or its value is not what it should be; nothing has been overwritten.
+    """
+    known = {*CONDITIONAL, *PROCESSES, "prompt", "outdir", "checkpoint", "dtype"}
+    for name, value in flag.items():
+        if value is not None and name not in known:
+            raise UserError(f"--{name} is not for a model that is told classes, layouts, label maps or pictures")
+    if flag["prompt"] is not None and len(flag["prompt"]) > 1:
+        raise UserError("give one --prompt; --num_images makes more pictures of it")
+    pipe = sdjax.load_conditional(beside(source), flag["dtype"] or "float32")
+    options = {name: flag[name] for name in CONDITIONAL if flag[name] is not None}
+    prompt, outdir, first = (flag["prompt"] or [None])[0], flag["outdir"], flag["first_index"] or 0
+    count = flag["num_images"] or 1
+    if outdir is not None:
+        files = [f"{first + i:05d}.{end}" for i in range(count) for end in ("png", "json")]
+        check_free(Path(outdir), files + ["grid.png"] * (count > 1), "choose another --outdir")
+    images = to_uint8(pipe(prompt, **options))
+    folder = fresh_folder(Path("outputs") / pipe.name) if outdir is None else Path(outdir)
+    record = {**pipe.settings, "seed": 0, **options, "checkpoint": source, "prompt": prompt or "", "model": pipe.name}
+    for i, image in enumerate(images):
+        write_picture(folder / f"{first + i:05d}.png", image, {**record, "index": first + i})
+    if count > 1:
+        write_grid(folder / "grid.png", grid(list(images)))
+    return folder
 
 
 def whole_numbers(name: str, texts: Sequence[str]) -> list[int]:
@@ -173,7 +219,13 @@ def read_work(config: Config, flag: Mapping[str, Any]) -> Work:
     Raises:
         UserError: a file or the grid cannot be read.
     """
-    told = {name: value for name, value in flag.items() if value is not None}
+    texts = sum(flag[name] is not None for name in ("prompt", "from_file"))
+    if texts > 1 or (not texts and flag["from_image"] is None):
+        raise UserError("give one of --prompt, --from_file and --from_image")
+    for name in CONDITIONS:
+        if flag[name] is not None:
+            raise UserError(f"--{name} is for models that are told it; this one paints prompts")
+    told = {name: value for name, value in flag.items() if value is not None and name not in CONDITIONS}
     record, settings = {}, dict(cast(Any, config.sample))
     if flag["from_image"] is not None:
         record = read_parameters(flag["from_image"])

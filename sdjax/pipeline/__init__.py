@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sdjax.pipeline.loading import load
+from sdjax.pipeline.conditional import ConditionalPipeline
+from sdjax.pipeline.loading import load, load_conditional
 from sdjax.pipeline.pipeline import Pipeline
 
-__all__ = ["Pipeline", "load"]
+__all__ = ["ConditionalPipeline", "Pipeline", "load", "load_conditional"]

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from sdjax.convert.components import TOKENIZERS, Checkpoint, Component
 from sdjax.convert.folder import INDEX, read_component, read_folder
 from sdjax.convert.hub import resolve
+from sdjax.convert.ldm_folder import is_ldm, read_ldm
 from sdjax.convert.pickles import read_pickle
 from sdjax.convert.single_file import read_autoencoder_file, read_single_file
 from sdjax.convert.weights import read_file
@@ -26,6 +27,7 @@ from sdjax.models.autoencoder import autoencoder_of
 from sdjax.models.clip import TEXT_LAYERS, CLIPText, extend_vocabulary
 from sdjax.models.unet import UNet
 from sdjax.parallel.sharding import placer
+from sdjax.pipeline.conditional import ConditionalPipeline
 from sdjax.pipeline.few_step import few_step_defaults
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.tasks.latent import System, TextEncoder
@@ -97,6 +99,22 @@ def load(
     own = few_step_defaults(name, checkpoint.scheduler_config, told_guidance, path.is_file())
     checkpoint = dataclasses.replace(checkpoint, defaults={**own, **checkpoint.defaults})
     return Pipeline(name, checkpoint, system, tokenizers, dtype, mesh)
+
+
+def load_conditional(source: Source, dtype: str = "float32") -> ConditionalPipeline:
+    """A pipeline of one of the LDM paper's other models: a class's, a layout's, a label map's, a picture's.
+
+    Args:
+        source: a folder that train.py or diffusers wrote, the workdir of a finished run, or a Hub id.
+        dtype: of the UNet's arithmetic.
+
+    Raises:
+        UserError: the source is missing or no such model, or what it holds is corrupt.
+    """
+    path = find(source)
+    if not is_ldm(path):
+        raise UserError(f"{path} is no model of classes, layouts, label maps or pictures; sdjax.load reads the others")
+    return ConditionalPipeline(_name(source, path), read_ldm(path), dtype)
 
 
 def find(source: Source, variant: str | None = None) -> Path:

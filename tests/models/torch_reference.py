@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 
@@ -33,6 +34,22 @@ def randomised(module: torch.nn.Module, gain: float = 1.0) -> torch.nn.Module:
 def translated(module: torch.nn.Module, table: Table, shapes: Tree) -> dict[str, Any]:
     """The module's parameters as ours, float32."""
     return read(table, {name: tensor.numpy() for name, tensor in module.state_dict().items()}, shapes, np.float32, "")
+
+
+def drawn(shapes: Any, seed: int = 0) -> Any:
+    """Random parameters of the given shapes, in a moment: kernels of unit gain, embeddings of unit variance, norms
+    around 1, all else around 0."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: Any, like: Any) -> np.ndarray:
+        noise = rng.standard_normal(like.shape).astype(np.float32)
+        if path[-1].key == "embedding":
+            return noise
+        if len(like.shape) > 1:
+            return noise / np.float32(np.sqrt(np.prod(like.shape[:-1])))
+        return 0.2 * noise + np.float32(path[-1].key == "scale")
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def channels_first(x: np.ndarray) -> torch.Tensor:

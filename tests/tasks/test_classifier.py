@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch_reference import drawn
 
 from configs import classifiers, pixels
 from sdjax.core.errors import UserError
@@ -28,10 +29,7 @@ def classifier():
     """The config, the task, and random parameters, none of them zero."""
     config = classifiers.get_config("openmoji_tiny")
     task = make_task(config, make_mesh(MESH))
-    leaves, tree = jax.tree.flatten(jax.jit(task.init)(jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return config, task, jax.tree.unflatten(tree, moved)
+    return config, task, drawn(jax.eval_shape(task.init, jax.random.key(0)))
 
 
 def test_the_loss_is_the_cross_entropy_of_noisy_pictures(classifier, tmp_path):
@@ -60,10 +58,12 @@ def test_a_guide_draws_pictures_to_their_class(classifier, tmp_path):
     _, task, params = classifier
     task.export(params, tmp_path)
     model, judge = read_classifier(tmp_path)
-    drawn = pixels.get_config("iddpm_64_tiny")
-    unet = UNet2D(sizes_of(drawn.model.unet, VARIANTS, ""))
-    weights = unet.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros(1))["params"]
-    scheduler = drawn.task.scheduler.to_dict()
+    pixel = pixels.get_config("iddpm_64_tiny")
+    unet = UNet2D(sizes_of(pixel.model.unet, VARIANTS, ""))
+    x = jnp.zeros((1, 16, 16, 3))
+    weights = drawn(jax.eval_shape(unet.init, jax.random.key(0), x, jnp.zeros(1))["params"])
+    weights["conv_out"] = jax.tree.map(np.zeros_like, weights["conv_out"])  # the noise stays: only the guide moves it
+    scheduler = pixel.task.scheduler.to_dict()
     table = make_table("ddim", schedule_of(scheduler), 8, SamplerOptions.from_scheduler_config(scheduler, "ddim"))
     keys, labels = image_keys(0, jnp.arange(4)), np.arange(4)
     plain = draw(unet, weights, table, keys, 16, "epsilon")
@@ -83,8 +83,7 @@ def test_a_unet_of_classes_draws_another_picture_for_another_class():
         config.model.unet.classes = 10
     config.data.source = "openmoji"
     task = make_task(config, make_mesh(MESH))
-    params = jax.jit(task.init)(jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), params)
+    params = drawn(jax.eval_shape(task.init, jax.random.key(0)))
     batch = next(task.batch(params))
     assert batch["label"].shape == (8,)
     loss = jax.jit(task.loss)

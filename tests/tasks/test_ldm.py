@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,10 @@ import pytest
 import torch
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion as text_pipeline
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion_superresolution as large_pipeline
-from torch_reference import channels_first, channels_last
+from torch_reference import channels_first, channels_last, drawn
 
 from configs import ldm, openmoji_ldm
-from sdjax.convert.components import Component
+from sdjax.convert.components import FORMATS, Component
 from sdjax.convert.folder import read_component, write_component
 from sdjax.convert.ldm_folder import is_ldm, read_ldm
 from sdjax.core.errors import UserError
@@ -21,7 +23,7 @@ from sdjax.core.prng import image_keys
 from sdjax.data.word_pieces import load_word_pieces, train_word_pieces
 from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import SamplerOptions, first_noise, make_table, schedule_of
-from sdjax.models.autoencoder import VARIANTS, autoencoder_of
+from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig, Rescaler, RescalerConfig
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import placer
@@ -38,8 +40,7 @@ SOURCES = {"layout": "openmoji_scenes", "semantic_synthesis": "openmoji_regions"
 def first_stage(tmp_path_factory):
     """A folder with a VQ first stage of f = 4, drawn at random."""
     sizes = sizes_of({"variant": "vq_f4", **SMALL}, VARIANTS, "")
-    params = jax.jit(autoencoder_of(sizes).init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jax.random.key(1))
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params["params"])
+    params = drawn(FORMATS["vae"].shapes(sizes))
     folder = tmp_path_factory.mktemp("first_stage")
     write_component(folder / "vae", "vae", Component(sizes, params))
     return folder
@@ -65,11 +66,7 @@ def ready(config):
     """A task with all of its parameters, every one of them random: zeros would hide mistakes."""
     mesh = make_mesh({"data": -1})
     task = make_task(config, mesh)
-    params = jax.jit(task.init)(jax.random.key(0)) | task.stored(placer(mesh))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + 0.02 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return task, {**jax.tree.unflatten(tree, moved), "vae": params["vae"]}
+    return task, drawn(jax.eval_shape(task.init, jax.random.key(0))) | task.stored(placer(mesh))
 
 
 def exported(config, folder):
@@ -283,3 +280,17 @@ def test_bad_configs_are_one_line(name, section, changes, message, first_stage, 
         make_task(config, make_mesh({"data": -1}))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ldm.RECIPES)
+def test_published_configs_fit_their_first_stages(name, tokenizer, tmp_path):
+    """Channels in and out, and the width of the tokens, are what the first stage and the condition ask for."""
+    config = ldm.get_config(name)
+    first = VARIANTS[ldm.RECIPES[name].autoencoder]
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(FORMATS["vae"].to_config(first)))
+    config.task.first_stage = str(tmp_path)
+    if "tokenizer" in config.model:
+        config.model.tokenizer = str(tokenizer)
+    specimen = make_task(config, make_mesh({"data": -1})).specimen(2)
+    assert specimen["image"].shape == (2, 256, 256, 3)

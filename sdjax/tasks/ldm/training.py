@@ -92,7 +92,8 @@ def make_latent_task(config: Config, mesh: Mesh, told: Told) -> Task:
         sizes = {UNET: model.unet.config, VAE: first, **conditioner.components}
         extra = {UNET: {"sample_size": side // first.factor}, VAE: {"sample_size": side}}
         components = {name: Component(value, params[name], extra.get(name, {})) for name, value in sizes.items()}
-        settings = settings_of(config) | conditioner.settings
+        names = getattr(sources.source(config.data.source, "train"), "classes", ())
+        settings = settings_of(config) | conditioner.settings | ({"classes": list(names)} if names else {})
         checkpoint = LDMCheckpoint(config.task.name, components, scheduler, settings, told.tokenizer)
         write_ldm(folder, checkpoint, config.task.export_dtype)
 
@@ -131,6 +132,7 @@ def settings_of(config: Config) -> dict[str, Any]:
         "steps": config.sample.steps,
         "sampler": config.sample.sampler,
         "guidance_scale": config.sample.guidance_scale,
+        **({"object_classes": config.task.classes} if "classes" in config.task else {}),
     }
 
 
