@@ -100,11 +100,11 @@ def openmoji(name: str) -> Config:
     if variant.startswith("vq"):
         config.model.autoencoder.update(codes=1024)
     config.task = autoencoder_task(perceptual_weight=0.0, crop=64)
-    config.task.discriminator.update(weight=0.1, start=700, layers=2, width=32)
+    config.task.discriminator.update(weight=0.1, start=1000, layers=2, width=32)
     config.data.update(source="openmoji", size=64)
     config.optim.update(learning_rate=2e-3, schedule="cosine", warmup_steps=50, b1=0.9, b2=0.99, weight_decay=0.0)
     config.optim.update(ema_decay=0.99, components={"discriminator": {"learning_rate": 2e-4, "b1": 0.5}})
-    config.train.update(steps=1000, batch_size=8, sample_every=500, checkpoint_every=250)
+    config.train.update(steps=1500, batch_size=8, sample_every=500, checkpoint_every=250)
     return config
 
 

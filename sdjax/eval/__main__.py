@@ -2,14 +2,17 @@
 
     python -m sdjax.eval --fake SAMPLES --real SOURCE [--metrics fid,kid] [--size 256]
     python -m sdjax.eval --autoencoder FOLDER --real SOURCE [--size 256]
+    python -m sdjax.eval --pixels FOLDER --real SOURCE [--steps 50]
     python -m sdjax.eval --config configs/openmoji.py [--checkpoint FOLDER]
 
 SAMPLES is a folder of pictures. SOURCE is a folder of pictures, a data source as configs name it (openmoji:held_out,
 tfds:NAME, webdataset:PATTERN ...), or an .npz file of statistics (pytorch-fid's, guided-diffusion's). Metrics: fid,
 sfid, kid, inception_score, precision_recall; in pairs, by order of names: psnr, ssim, lpips. An autoencoder is judged
-by all pairs and its reconstructions' FID; one with a codebook also by how much of it is used. Networks that judge need
-their published weights; what a missing file is called, and where it was looked for, is said, and the rest is computed.
---batch_size is a device's, --kid_subset and --splits are KID's and the Inception Score's, --limit takes some pictures.
+by all pairs and its reconstructions' FID; one with a codebook also by how much of it is used; a model of pixels by bits
+per dimension over --steps of its timesteps, with its learned variance, where it has one, and with the fixed ones.
+Networks that judge need their published weights; what a missing file is called, and where it was looked for, is said,
+and the rest is computed. --batch_size is a device's, --kid_subset and --splits are KID's and the Inception Score's,
+--limit takes some pictures.
 """
 
 from __future__ import annotations
@@ -28,13 +31,15 @@ from sdjax.core.flags import parse_flags, require
 from sdjax.data.examples import Pictures
 from sdjax.data.plain_folder import PlainFolder
 from sdjax.data.sources import source
+from sdjax.eval.bits import bits
 from sdjax.eval.checkpoint import evaluate
 from sdjax.eval.comparison import Options, Real, chosen, compare, read_statistics
 from sdjax.eval.first_stage import judge
 from sdjax.eval.subset import Evenly
 
-TEXTS = ("fake", "real", "autoencoder", "checkpoint", "metrics", "output")
-INTEGERS: dict[str, Any] = {"size": None, "batch_size": 16, "kid_subset": 1000, "splits": 10, "limit": None}
+TEXTS = ("fake", "real", "autoencoder", "pixels", "checkpoint", "metrics", "output")
+INTEGERS: dict[str, Any] = {"size": None, "batch_size": 16, "steps": 50, "limit": None}
+INTEGERS |= {"kid_subset": 1000, "splits": 10}
 
 
 def main() -> None:
@@ -62,8 +67,12 @@ def _figures(values: flags.FlagValues) -> dict[str, Any]:
     options = Options(flag["size"], flag["batch_size"], flag["kid_subset"], flag["splits"])
     if flag["autoencoder"]:
         return judge(Path(flag["autoencoder"]), real, options, _say)
+    if flag["pixels"]:
+        if real.pictures is None:
+            raise UserError(f"{real.name} holds statistics; bits are those of pictures")
+        return bits(Path(flag["pixels"]), real.pictures, flag["steps"], flag["batch_size"])
     if not flag["fake"]:
-        raise UserError("one of --fake, --autoencoder and --config is required")
+        raise UserError("one of --fake, --autoencoder, --pixels and --config is required")
     fake = PlainFolder(Path(flag["fake"]).expanduser())
     return compare(fake, real, chosen(flag["metrics"] or ""), options, _say)
 

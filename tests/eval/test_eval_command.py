@@ -131,7 +131,7 @@ def test_a_missing_network_is_named_and_the_rest_computed(run, folders, monkeypa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--real={0}/real"], "one of --fake, --autoencoder and --config is required"),
+        (["--real={0}/real"], "one of --fake, --autoencoder, --pixels and --config is required"),
         (["--fake={0}/fake"], "--real is required"),
         (["--fake={0}/fake", "--real={0}/real", "--metrics=fidd"], "unknown metric 'fidd' in --metrics; choose"),
         (["--fake={0}/nowhere", "--real={0}/real"], "there is no folder"),

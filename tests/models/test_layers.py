@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline
+from torch_reference import channels_first
 
-from sdjax.models.layers import GroupNorm, guidance_embedding, timestep_embedding
+from sdjax.models.layers import DoublingConv, GroupNorm, guidance_embedding, timestep_embedding
 
 
 def test_sinusoids_have_the_published_values():
@@ -46,3 +47,33 @@ def test_group_norm_is_computed_in_float32_whatever_the_type():
     expected = ((wide - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=0.02)
+
+
+@pytest.mark.parametrize("size", [(7, 5), (8, 8), (1, 3)])
+def test_a_doubling_convolution_has_the_values_and_gradients_of_torch(size: tuple[int, int]):
+    """Nearest-neighbour interpolation and a 3x3 convolution: to 1e-5, its gradients to 1e-5 of their largest value."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, *size, 6)).astype(np.float32)
+    weight = rng.standard_normal((2, 2 * size[0], 2 * size[1], 4)).astype(np.float32)
+    module = DoublingConv(4)
+    params = module.init(jax.random.key(0), x)
+
+    def weighed(params, x):
+        return (module.apply(params, x) * weight).sum()
+
+    value, gradients = jax.value_and_grad(weighed, (0, 1))(params, x)
+    conv = torch.nn.Conv2d(6, 4, 3, padding=1)
+    conv.weight.data = torch.from_numpy(np.array(params["params"]["kernel"]).transpose(3, 2, 0, 1).copy())
+    conv.bias.data = torch.zeros(4)
+    picture = channels_first(x).requires_grad_()
+    theirs = (conv(torch.nn.functional.interpolate(picture, scale_factor=2.0)) * channels_first(weight)).sum()
+    theirs.backward()
+    assert float(value) == pytest.approx(float(theirs.detach()), rel=1e-4)
+    wanted = {
+        "kernel": conv.weight.grad.numpy().transpose(2, 3, 1, 0),
+        "bias": conv.bias.grad.numpy(),
+        "x": np.moveaxis(picture.grad.numpy(), 1, -1),
+    }
+    found = {**gradients[0]["params"], "x": gradients[1]}
+    for name, gradient in wanted.items():
+        np.testing.assert_allclose(found[name], gradient, atol=1e-5 * np.abs(gradient).max(), err_msg=name)

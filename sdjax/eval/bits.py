@@ -1,0 +1,68 @@
+"""Bits per dimension of pictures under a model of pixels, with its learned variance and with the fixed ones."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from sdjax.convert.files import read_json
+from sdjax.convert.folder import read_component
+from sdjax.core.errors import UserError
+from sdjax.core.prng import stream
+from sdjax.data.examples import Pictures
+from sdjax.data.transforms import square
+from sdjax.diffusion.bound import VARIANCES, bits_per_dimension
+from sdjax.diffusion.samplers import schedule_of
+from sdjax.models.unet2d import UNet2D, UNet2DConfig
+from sdjax.tasks.base import apply
+
+
+def bits(folder: Path, pictures: Pictures, steps: int, batch_size: int) -> dict[str, float]:
+    """Means over all pictures, one for each variance that the model has.
+
+    Args:
+        folder: what a run of the task "pixels" exports.
+        pictures: of any size; they are made as large as the model's.
+        steps: of the respaced process.
+        batch_size: pictures at a time.
+
+    Raises:
+        UserError: the model cannot be read, or is told classes.
+    """
+    unet, scheduler = read_component(folder / "unet", "unet"), read_json(folder / "scheduler" / "scheduler_config.json")
+    if not isinstance(unet.config, UNet2DConfig) or unet.config.classes is not None:
+        raise UserError(f"{folder} is no model of pixels without classes")
+    learned = unet.config.out_channels == 2 * unet.config.in_channels
+    side, totals = int(unet.extra["sample_size"]), {}
+    for variance in VARIANCES if learned else VARIANCES[1:]:
+        made = []
+        for start in range(0, len(pictures), batch_size):
+            rows = range(start, min(start + batch_size, len(pictures)))
+            images = np.stack([square(pictures[i]["image"], side) for i in rows])
+            padded = np.pad(images, [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)])
+            fixed = (UNet2D(unet.config), steps, variance, scheduler["prediction_type"], _hashable(scheduler))
+            made.append(np.asarray(_total(fixed, unet.params, padded, start))[: len(images)])
+        totals[f"bits_per_dimension_{variance}_{steps}"] = float(np.concatenate(made).mean())
+    return totals
+
+
+@partial(jax.jit, static_argnums=0)
+def _total(fixed: Any, params: Any, images: UInt8[np.ndarray, "b h w 3"], start: int) -> Float[Array, " b"]:
+    unet, steps, variance, prediction, scheduler = fixed
+    x0 = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+    key = stream(0, "bits", start)
+    schedule = schedule_of(dict(scheduler))
+    return bits_per_dimension(
+        lambda x, t: apply(unet, params, x, t), x0, key, schedule, steps, variance, prediction
+    ).total
+
+
+def _hashable(scheduler: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What decides the schedule; lists are not hashable."""
+    return tuple(sorted((key, value) for key, value in scheduler.items() if not isinstance(value, list | dict)))
