@@ -87,7 +87,7 @@ def of_openmoji(config: Config, name: str) -> Config:
         config.model.bert.vocab_size = 1024
     elif name == "captions":
         config.model.bert.vocab_size = 4096
-        config.model.tokenizer = "checkpoints/openmoji/word_pieces"
+        config.model.tokenizer = "sdjax/data/openmoji_words"
     elif name == "regions":
         config.model.rescaler.classes = COLORS
     elif name == "super_resolution":

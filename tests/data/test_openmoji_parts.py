@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from sdjax.core.errors import UserError
 from sdjax.data import openmoji
 from sdjax.data.openmoji_parts import COLORS, GROUPS, PALETTE, SHAPES, group, label_map
 from sdjax.data.sources import source
+from sdjax.data.word_pieces import load_word_pieces
 
+ROOT = Path(__file__).parents[2]
 STEMS = {caption: stem for stem, caption in openmoji.captions().items()}
 
 
@@ -86,3 +89,14 @@ def test_the_two_splits_differ_and_a_scene_is_always_the_same():
 
 def test_configs_know_how_many_there_are():
     assert (len(GROUPS), len(SHAPES), len(PALETTE)) == (openmoji_ldm.GROUPS, openmoji_ldm.SHAPES, openmoji_ldm.COLORS)
+
+
+def test_every_caption_is_made_of_known_words():
+    """The tokenizer of openmoji_ldm.py:captions was learned from the training captions; those held out fit, too,
+    and no two captions are the same tokens."""
+    config = openmoji_ldm.get_config("captions")
+    words = load_word_pieces(ROOT / config.model.tokenizer, config.model.bert.max_length)
+    assert words.vocab_size <= config.model.bert.vocab_size
+    ids = words.encode(list(STEMS))
+    assert not (ids == words.backend.token_to_id("[UNK]")).any()
+    assert len(np.unique(ids, axis=0)) == len(STEMS)
