@@ -69,7 +69,7 @@ from sdjax.convert.ldm_folder import is_ldm
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
-from sdjax.core.flags import PROCESSES, define_processes, parse_flags
+from sdjax.core.flags import PROCESSES, TIMEOUTS, define_processes, parse_flags
 from sdjax.parallel.distributed import agreed, end_by_signals, initialise, is_first, is_mine, run_together, sync
 from sdjax.parallel.mesh import make_mesh
 from sdjax.pipeline.grids import Axis, cells, contact_sheet, parse_grid
@@ -120,9 +120,9 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sdjax").setLevel(logging.INFO)
     config, flag = read_command_line(sys.argv)
-    if is_conditional(source := flag["checkpoint"] or config.sample.get("checkpoint", "")):
+    if is_conditional(source := flag["checkpoint"] or config.sample.get("checkpoint", ""), flag["variant"]):
         keep_compiled()
-        print(make_conditional(source, config, flag))
+        print(make_conditional(source, flag))
         return
     work = read_work(config, flag)
     keep_compiled()
@@ -164,18 +164,18 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
     return config, flag
 
 
-def is_conditional(source: str) -> bool:
+def is_conditional(source: str, variant: str | None) -> bool:
     """Whether a checkpoint is one of the LDM paper's that is told something other than Stable Diffusion's prompts."""
-    return bool(source) and is_ldm(find(beside(source)))
+    return bool(source) and is_ldm(find(beside(source), variant))
 
 
-def make_conditional(source: str, config: Config, flag: Mapping[str, Any]) -> Path:
+def make_conditional(source: str, flag: Mapping[str, Any]) -> Path:
     """Makes and writes pictures of one condition; returns their folder.
 
     Raises:
         UserError: a flag is not for this model, or its value is not what it should be; nothing has been overwritten.
     """
-    known = {*CONDITIONAL, *PROCESSES, "prompt", "outdir", "checkpoint", "dtype"}
+    known = {*CONDITIONAL, *TIMEOUTS, "prompt", "outdir", "checkpoint", "dtype"}
     for name, value in flag.items():
         if value is not None and name not in known:
             raise UserError(f"--{name} is not for a model that is told classes, layouts, label maps or pictures")

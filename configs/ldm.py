@@ -5,7 +5,6 @@
 
 FOLDER holds the first stage that the table names, in FOLDER/vae: a finished run of `configs/autoencoders.py`, or a
 published one through `python -m sdjax.convert`. The learning rates are those of all pictures of a batch together.
-Training took one to eight A100 (LDM, appendix E.2; 14 to 271 V100-days).
 
 | variant | condition | first stage | batch, steps | published (FID unless said) |
 |---|---|---|---|---|
@@ -47,6 +46,8 @@ class Recipe(NamedTuple):
         guidance: of sampling.
         norm: of the loss.
         size: pixels.
+        warmup: steps of the optimiser.
+        schedule: of the learning rate after it.
     """
 
     task: str
@@ -60,6 +61,8 @@ class Recipe(NamedTuple):
     guidance: float = 1.0
     norm: str = "l2"
     size: int = 256
+    warmup: int = 0
+    schedule: str = "constant"
 
 
 USUAL = (0.0015, 0.0195)
@@ -67,7 +70,9 @@ RECIPES = {
     "celebahq": Recipe("unconditional", "ldm_celebahq", USUAL, 48, 410_000, 9.6e-5),
     "ffhq": Recipe("unconditional", "ldm_celebahq", USUAL, 42, 635_000, 8.4e-5),
     "lsun_bedrooms": Recipe("unconditional", "ldm_celebahq", USUAL, 48, 1_900_000, 9.6e-5),
-    "lsun_churches": Recipe("unconditional", "ldm_churches", (0.0015, 0.0155), 96, 500_000, 5e-5, "kl_f8", norm="l1"),
+    "lsun_churches": Recipe(
+        "unconditional", "ldm_churches", (0.0015, 0.0155), 96, 500_000, 5e-5, "kl_f8", norm="l1", warmup=10_000
+    ),
     "cin_f8": Recipe("class_conditional", "ldm_cin_f8", USUAL, 64, 2_000_000, 6.4e-5, "vq_f8"),
     "cin256": Recipe("class_conditional", "ldm_cin_f4", USUAL, 1200, 178_000, 1e-4, dropout=0.1, guidance=3.0),
     "text": Recipe("text_bert", "ldm_text", (0.00085, 0.012), 680, 390_000, 1e-4, "kl_f8", 0.1, 5.0),
@@ -75,7 +80,16 @@ RECIPES = {
     "layout": Recipe("layout", "ldm_layout", (0.0015, 0.0205), 24, 4_400_000, 4.8e-5, norm="l1"),
     "super_resolution": Recipe("super_resolution", "ldm_bsr_sr", (0.0015, 0.0155), 64, 860_000, 6.4e-5),
     "inpainting": Recipe(
-        "inpainting", "ldm_inpainting", (0.0015, 0.0205), 64, 50_000, 6.4e-6, "vq_f4_noattn", norm="l1"
+        "inpainting",
+        "ldm_inpainting",
+        (0.0015, 0.0205),
+        64,
+        50_000,
+        6.4e-6,
+        "vq_f4_noattn",
+        norm="l1",
+        warmup=1000,
+        schedule="cosine",
     ),
     "semantic": Recipe("semantic_synthesis", "ldm_semantic", (0.0015, 0.0205), 48, 360_000, 4.8e-5, norm="l1"),
 }
@@ -118,7 +132,8 @@ def published(recipe: Recipe) -> Config:
     }
     condition(config, recipe)
     config.data.update(source="", size=recipe.size, flip=recipe.task in ("unconditional", "class_conditional"))
-    config.optim.update(learning_rate=recipe.rate, warmup_steps=0, ema_decay=0.9999)
+    config.optim.update(learning_rate=recipe.rate, warmup_steps=recipe.warmup, schedule=recipe.schedule)
+    config.optim.update(ema_decay=0.9999, final_fraction=0.001)
     config.train.update(steps=recipe.steps, batch_size=recipe.batch, dtype="bfloat16", sample_every=5000)
     config.sample = {"count": 8, "columns": 8, "sampler": "ddim", "steps": 50, "guidance_scale": recipe.guidance}
     return config
@@ -153,6 +168,7 @@ def tiny(config: Config, recipe: Recipe) -> Config:
     if recipe.task == "class_conditional":
         config.model.unet.context_dim = config.model.class_embedder.width = 32
     config.data.size = 32
+    config.optim.warmup_steps = 0
     config.train.update(steps=4, batch_size=8, dtype="float32", sample_every=4, checkpoint_every=2, log_every=1)
     config.sample.update(count=2, columns=2, steps=3)
     return config

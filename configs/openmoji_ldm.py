@@ -69,7 +69,9 @@ def small(name: str) -> Config:
         config.model.bert.update(width=128, layers=2, heads=2, max_length=32)
     if config.task.name == "class_conditional":
         config.model.unet.context_dim = config.model.class_embedder.width = 128
-    config.optim.update(learning_rate=1e-3, schedule="cosine", warmup_steps=100, b2=0.99, ema_decay=0.995)
+    config.optim.update(
+        learning_rate=1e-3, schedule="cosine", final_fraction=0.0, warmup_steps=100, b2=0.99, ema_decay=0.995
+    )
     config.train.update(steps=2000, batch_size=32, dtype="float32", sample_every=500, checkpoint_every=250)
     config.sample.update(count=16, columns=8, steps=25)
     return config

@@ -6,7 +6,7 @@
 |---|---|
 | adm_256_uncond | ADM without classes (Dhariwal & Nichol 2021), learned variance |
 | iddpm_64 | the 64 px UNet without classes, cosine schedule and learned variance (Nichol & Dhariwal 2021) |
-| adm_64, adm_128, adm_256, adm_512 | ADM of ImageNet's classes, FID 2.07, 2.97, 4.59, 7.72 guided by a classifier |
+| adm_64, adm_128, adm_256, adm_512 | ADM of ImageNet's classes, published FID 2.07, 2.97, 4.59, 7.72 |
 | openmoji | OpenMoji at 32 px, for two CPU cores |
 
 RUN/export is a folder that diffusers' DDPMPipeline loads. `_tiny` after a name is for the tests.

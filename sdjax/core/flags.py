@@ -13,7 +13,8 @@ from ml_collections import config_flags
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 
-PROCESSES = ("coordinator", "processes", "process_id", "coordinator_timeout", "heartbeat_timeout")
+TIMEOUTS = {"coordinator_timeout": 300, "heartbeat_timeout": 100}
+PROCESSES = ("coordinator", "processes", "process_id", *TIMEOUTS)
 Define = Callable[[flags.FlagValues], None]
 """Adds flags to a script's own."""
 
@@ -55,7 +56,7 @@ def define_processes(values: flags.FlagValues) -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 listens", flag_values=values)
     flags.DEFINE_integer("processes", None, "how many there are", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which one this is, from 0", flag_values=values)
-    for name, default in (("coordinator_timeout", 300), ("heartbeat_timeout", 100)):
+    for name, default in TIMEOUTS.items():
         flags.DEFINE_integer(name, default, "seconds", lower_bound=1, flag_values=values)
 
 

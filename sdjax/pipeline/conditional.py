@@ -53,6 +53,11 @@ class ConditionalPipeline:
             UserError: a part of it is missing.
         """
         self.name, self.task = name, checkpoint.task
+        if self.task == "text_bert" and checkpoint.tokenizer is not None and "nothing" not in checkpoint.settings:
+            # diffusers' folders do not say which tokens say nothing: those of the empty prompt.
+            length = checkpoint.components[BERT].config.max_length
+            nothing = load_word_pieces(checkpoint.tokenizer, length).encode([""])[0].tolist()
+            checkpoint = checkpoint._replace(settings={**checkpoint.settings, "nothing": nothing})
         self.settings = dict(checkpoint.settings)
         self.model, self.params = load_model(checkpoint, dtype)
         self._scheduler = checkpoint.scheduler

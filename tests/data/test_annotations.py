@@ -157,3 +157,9 @@ def test_a_grey_picture_is_no_label_map():
     features = {"image": tfds.features.Image(shape=(28, 28, 1)), "label": tfds.features.ClassLabel(num_classes=10)}
     found = annotated(features, "image")
     assert (found.label, found.label_map, len(found.classes)) == ("label", None, 10)
+    features["image"], features["mask"] = (tfds.features.Image(shape=(4, 4, channels)) for channels in (3, 1))
+    found = annotated(features, "image")
+    labels = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    record = found.read({"label": 7, "mask": labels[..., None]})
+    assert int(record["label"]) == 7
+    np.testing.assert_array_equal(record["label_map"], labels)

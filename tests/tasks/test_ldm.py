@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.deprecated.latent_diffusion_uncond import pipeline_latent_diffusion_uncond as plain_pipeline
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion as text_pipeline
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion_superresolution as large_pipeline
 from torch_reference import channels_first, channels_last, drawn
@@ -154,11 +155,13 @@ def table_of(checkpoint, steps: int):
 
 def test_diffusers_enlarges_pictures_as_we_do(first_stage, tmp_path, monkeypatch):
     """LDMSuperResolutionPipeline on an exported run, from the same noise: to 1e-3. And at another size."""
-    _, _, folder = exported(config_of("super_resolution", first_stage), tmp_path / "model")
+    _, _, ours = exported(config_of("super_resolution", first_stage), tmp_path / "model")
+    pipe = diffusers.LDMSuperResolutionPipeline.from_pretrained(ours)
+    pipe.save_pretrained(folder := tmp_path / "theirs")
+    assert is_ldm(ours)
     assert is_ldm(folder)
     checkpoint = read_ldm(folder)
     model, params = load_model(checkpoint)
-    pipe = diffusers.LDMSuperResolutionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     keys = image_keys(0, jnp.arange(2))
     for height, width in ((8, 8), (4, 12)):
@@ -198,11 +201,24 @@ def test_diffusers_paints_words_as_we_do(first_stage, tokenizer, tmp_path, monke
     np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
-def test_an_unconditional_run_is_a_pipeline_of_diffusers(first_stage, tmp_path):
-    folder = exported(config_of("celebahq", first_stage), tmp_path / "model")[-1]
+@pytest.mark.parametrize("written_by", ["us", "diffusers"])
+def test_an_unconditional_run_is_a_pipeline_of_diffusers(written_by, first_stage, tmp_path, monkeypatch):
+    """LDMPipeline, from the same noise: to 1e-3. And a folder that diffusers wrote, which says nothing of ours."""
+    _, _, folder = exported(config_of("celebahq", first_stage), tmp_path / "model")
     pipe = diffusers.LDMPipeline.from_pretrained(folder)
-    assert isinstance(pipe.unet, diffusers.UNet2DModel)
-    assert isinstance(pipe.vqvae, diffusers.VQModel)
+    pipe.set_progress_bar_config(disable=True)
+    if written_by == "diffusers":
+        folder = tmp_path / "theirs"
+        pipe.save_pretrained(folder)
+        assert "_sdjax" not in json.loads((folder / "model_index.json").read_text())
+    checkpoint = read_ldm(folder)
+    model, params = load_model(checkpoint)
+    keys, side = image_keys(0, jnp.arange(2)), pipe.unet.config.sample_size
+    given_noise(monkeypatch, plain_pipeline, np.asarray(first_noise(keys, (side, side, 3))))
+    wanted = pipe(2, num_inference_steps=4, output_type="np").images
+    found = draw(model, params, table_of(checkpoint, 4), {"nothing": np.zeros(2)}, 1.0, keys, (4 * side, 4 * side))
+    assert np.std(wanted) > 0.05
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["cin256", "layout", "semantic", "inpainting"])
