@@ -38,7 +38,7 @@ def published(name: str) -> Config:
             "prediction_type": "epsilon",
         },
     }
-    config.data.update(source="", size=SIZES[name], flip=True)
+    config.data.update(source="", size=SIZES[name], flip=True, crop="adm")
     config.optim.update(learning_rate=3e-4, schedule="cosine", warmup_steps=0, weight_decay=0.05, ema_decay=0.0)
     config.train.update(steps=150_000 if name == "adm_512" else 300_000, batch_size=256, dtype="bfloat16")
     config.sample = {"count": 16, "columns": 8}

@@ -20,9 +20,10 @@ published one through `python -m sdjax.convert`. The learning rates are those of
 | super_resolution | small pictures, BSR-light | vq_f4 | 64, 860k | 2.8 on ImageNet-val, bicubic, PSNR 24.4 |
 | inpainting | pictures with holes | vq_f4_noattn | 64, 50k | 1.50 (all holes), fine-tuned at 512 px |
 | semantic | label maps | vq_f4 | 48, 360k | |
+| rdm | CLIP's embeddings of 20 neighbours, 768 px | kl_f16 | 680, 390k | |
 
-The batch of `text_f4` and that of `inpainting` were not published; `text`'s and a guess of the same size as
-`super_resolution`'s stand in for them. `_tiny` after a name is for the tests.
+The batch of `text_f4` and that of `inpainting`, and how `rdm` was trained, were not published; `text`'s and a guess of
+the same size as `super_resolution`'s stand in for them. `_tiny` after a name is for the tests.
 """
 
 from typing import NamedTuple
@@ -91,6 +92,9 @@ RECIPES = {
         warmup=1000,
         schedule="cosine",
     ),
+    "rdm": Recipe(
+        "retrieval", "ldm_rdm", (0.0015, 0.015), 680, 390_000, 1e-4, "kl_f16", dropout=0.1, guidance=5.0, size=768
+    ),
     "semantic": Recipe("semantic_synthesis", "ldm_semantic", (0.0015, 0.0205), 48, 360_000, 4.8e-5, norm="l1"),
 }
 # Tasks whose UNet has no cross-attention.
@@ -146,6 +150,8 @@ def condition(config: Config, recipe: Recipe) -> None:
     elif recipe.task == "text_bert":
         config.model.bert = {"variant": recipe.unet}
         config.model.tokenizer = ""
+    elif recipe.task == "retrieval":
+        config.task.neighbours = 20
     elif recipe.task == "layout":
         config.model.bert = {"variant": "ldm_layout"}
         config.task.classes = OBJECT_CLASSES
@@ -165,6 +171,8 @@ def tiny(config: Config, recipe: Recipe) -> Config:
     if recipe.task in ("text_bert", "layout"):
         config.model.unet.update(context_dim=32, mid_depth=1)
         config.model.bert.update(width=32, layers=1, heads=1, max_length=32)
+    if recipe.task == "retrieval":
+        config.model.unet.context_dim, config.task.neighbours = 24, 3
     if recipe.task == "class_conditional":
         config.model.unet.context_dim = config.model.class_embedder.width = 32
     config.data.size = 32

@@ -9,7 +9,8 @@
 | adm_64, adm_128, adm_256, adm_512 | ADM of ImageNet's classes, published FID 2.07, 2.97, 4.59, 7.72 |
 | openmoji | OpenMoji at 32 px, for two CPU cores |
 
-RUN/export is a folder that diffusers' DDPMPipeline loads. `_tiny` after a name is for the tests.
+RUN/export is a folder that diffusers' DDPMPipeline loads; of adm_128 and adm_512, whose sizes its class has no words
+for, only this project. `_tiny` after a name is for the tests.
 """
 
 from configs.common import base, locked
@@ -60,7 +61,7 @@ def published(name: str) -> Config:
             "timestep_spacing": "leading",
         },
     }
-    config.data.update(source="", size=size, flip=True)
+    config.data.update(source="", size=size, flip=True, crop="adm")
     config.optim.update(learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, ema_decay=0.9999)
     config.train.update(steps=1_000_000, batch_size=256, dtype="bfloat16", remat="blocks", sample_every=5000)
     config.sample = {"count": 16, "columns": 4, "sampler": "ddpm", "steps": 250}

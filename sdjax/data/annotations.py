@@ -1,10 +1,11 @@
 """What a metadata.jsonl may say of a picture besides its caption: a class, objects in boxes, a label map.
 
     {"file_name": "0.png", "text": "a dog", "label": "dog",
-     "objects": {"bbox": [[12, 30, 40, 50]], "categories": ["dog"]}, "label_map": "labels/0.png"}
+     "objects": {"bbox": [[12, 30, 40, 50]], "categories": ["dog"]}, "label_map": "labels/0.png", "neighbours": "0.npy"}
 
 `objects` is Hugging Face's form of object detection (datasets documentation, "image_dataset"): x, y of the upper left
 corner, width and height, in pixels. Classes are names, or numbers from 0. A label map is a picture of one channel.
+Neighbours are a NumPy file of their embeddings, [k, d].
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from sdjax.core.errors import UserError
 
-LABEL, OBJECTS, LABEL_MAP = "label", "objects", "label_map"
+LABEL, OBJECTS, LABEL_MAP, NEIGHBOURS = "label", "objects", "label_map", "neighbours"
 Class = str | int
 
 
@@ -26,13 +27,18 @@ class Annotations(NamedTuple):
     Attributes:
         label: the picture's class.
         objects: the classes of what is in it; `boxes` are theirs, in pixels.
-        label_map: a file below the folder.
+        label_map: a file below the folder; `neighbours` likewise.
     """
 
     label: Class | None = None
     objects: tuple[Class, ...] | None = None
     boxes: tuple[tuple[float, ...], ...] = ()
     label_map: str | None = None
+    neighbours: str | None = None
+
+    def files(self) -> Iterable[str]:
+        """Every file that is named."""
+        return filter(None, (self.label_map, self.neighbours))
 
     def classes(self) -> Iterable[Class]:
         """Every class that is named."""
@@ -44,24 +50,26 @@ NOTHING = Annotations()
 
 
 def parse_annotations(entry: Mapping[str, Any], place: str) -> Annotations:
-    """Reads `label`, `objects` and `label_map` of a line's JSON.
+    """Reads `label`, `objects`, `label_map` and `neighbours` of a line's JSON.
 
     Raises:
         UserError: one of them is not what it should be.
     """
-    label, objects, label_map = (entry.get(key) for key in (LABEL, OBJECTS, LABEL_MAP))
+    label, objects = entry.get(LABEL), entry.get(OBJECTS)
     if label is not None and not _is_class(label):
         raise UserError(f"{place}: label {label!r} is neither a name nor a number from 0")
-    if label_map is not None and not (isinstance(label_map, str) and "\0" not in label_map):
-        raise UserError(f"{place}: label_map {label_map!r} is not the name of a file")
+    named: dict[str, Any] = {key: entry.get(key) for key in (LABEL_MAP, NEIGHBOURS)}
+    for key, file in named.items():
+        if file is not None and not (isinstance(file, str) and "\0" not in file):
+            raise UserError(f"{place}: {key} {file!r} is not the name of a file")
     if objects is None:
-        return Annotations(label, label_map=label_map)
+        return Annotations(label, **named)
     boxes, kinds = (objects.get(key) for key in ("bbox", "categories")) if isinstance(objects, dict) else (None, None)
     if not (isinstance(boxes, list) and isinstance(kinds, list) and len(boxes) == len(kinds)):
         raise UserError(f"{place}: objects needs bbox and categories, two lists of one length")
     if not all(_is_class(kind) for kind in kinds) or not all(_is_box(box) for box in boxes):
         raise UserError(f"{place}: objects needs boxes of four numbers x, y, width, height, and names or numbers")
-    return Annotations(label, tuple(kinds), tuple(tuple(map(float, box)) for box in boxes), label_map)
+    return Annotations(label, tuple(kinds), tuple(tuple(map(float, box)) for box in boxes), **named)
 
 
 def names(classes: Iterable[Class], place: str) -> tuple[str, ...]:

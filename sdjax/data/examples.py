@@ -22,6 +22,7 @@ class Example(TypedDict):
         objects: the classes of what is in it; `boxes` are theirs: x, y of the upper left corner, width and height, in
             shares of the picture's sides.
         label_map: the class of every pixel.
+        neighbours: embeddings of what is near the picture.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -31,6 +32,7 @@ class Example(TypedDict):
     objects: NotRequired[Int[np.ndarray, " n"]]
     boxes: NotRequired[Float[np.ndarray, "n 4"]]
     label_map: NotRequired[UInt8[np.ndarray, "h w"]]
+    neighbours: NotRequired[Float[np.ndarray, "k d"]]
 
 
 @runtime_checkable

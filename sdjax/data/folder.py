@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import zipfile
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from sdjax.core.errors import UserError
 from sdjax.data.annotations import NOTHING, Annotations, arrays, names, parse_annotations
@@ -160,7 +162,7 @@ def checker(folder: Path) -> Callable[[Line], Entry]:
     def check(line: Line) -> Entry:
         place = _place(folder, line)
         entry = parse(line, place)
-        for file in filter(None, (entry.file, entry.annotations.label_map)):
+        for file in (entry.file, *entry.annotations.files()):
             check_file(place, file)
         return entry
 
@@ -173,7 +175,25 @@ def read_entry(folder: Path, line: Line, entry: Entry) -> Example:
     example = Example(image=image, caption=entry.caption, id=entry.file)
     if (file := entry.annotations.label_map) is not None:
         example["label_map"] = read_labels(folder / file, image.shape[:2], _short(line))
+    if (file := entry.annotations.neighbours) is not None:
+        example["neighbours"] = read_embeddings(folder / file, _short(line))
     return example
+
+
+def read_embeddings(path: Path, place: str) -> Float[np.ndarray, "k d"]:
+    """A NumPy file of embeddings, as float32.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{place}: cannot read {path}: {error}") from error
+    fits = isinstance(array, np.ndarray) and array.ndim == 2 and len(array) and array.dtype.kind == "f"
+    if not fits or not np.isfinite(array).all():
+        raise UserError(f"{place}: {path} holds no finite embeddings of shape [k, d]")
+    return array.astype(np.float32)
 
 
 def _short(line: Line) -> str:

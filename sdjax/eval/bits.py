@@ -16,7 +16,7 @@ from sdjax.convert.folder import read_component
 from sdjax.core.errors import UserError
 from sdjax.core.prng import stream
 from sdjax.data.examples import Pictures
-from sdjax.data.transforms import square
+from sdjax.data.transforms import adm_square
 from sdjax.diffusion.bound import VARIANCES, bits_per_dimension
 from sdjax.diffusion.samplers import schedule_of
 from sdjax.models.unet2d import UNet2D, UNet2DConfig
@@ -44,7 +44,7 @@ def bits(folder: Path, pictures: Pictures, steps: int, batch_size: int) -> dict[
         made = []
         for start in range(0, len(pictures), batch_size):
             rows = range(start, min(start + batch_size, len(pictures)))
-            images = np.stack([square(pictures[i]["image"], side) for i in rows])
+            images = np.stack([adm_square(pictures[i]["image"], side) for i in rows])
             padded = np.pad(images, [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)])
             fixed = (UNet2D(unet.config), steps, variance, scheduler["prediction_type"], _hashable(scheduler))
             made.append(np.asarray(_total(fixed, unet.params, padded, start))[: len(images)])

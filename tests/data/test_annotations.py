@@ -15,7 +15,7 @@ from sdjax.data.examples import classes_of
 from sdjax.data.sources import source
 from sdjax.data.tfds_annotations import annotated
 from sdjax.data.tfds_source import TfdsSource
-from sdjax.data.transforms import Flip, InRange, Square
+from sdjax.data.transforms import Flip, InRange, OfShape, Square
 
 LINES = [
     {"label": "dog", "objects": {"bbox": [[8, 4, 8, 16]], "categories": ["cat"]}, "label_map": "0.map.png"},
@@ -73,6 +73,8 @@ def test_a_crop_takes_what_is_said_of_places_with_it(folder):
         ({"objects": {"bbox": [], "categories": ["a"]}}, "two lists of one length"),
         ({"objects": [1]}, "objects needs bbox and categories"),
         ({"label_map": 3}, "label_map 3 is not the name of a file"),
+        ({"neighbours": 3}, "neighbours 3 is not the name of a file"),
+        ({"neighbours": "none.npy"}, "none.npy, which does not exist"),
         ({"label_map": "none.png"}, "none.png, which does not exist"),
         ({"label_map": "../0.png"}, "which is outside the folder"),
         ({"label": 3}, "has names and numbers as classes"),
@@ -163,3 +165,32 @@ def test_a_grey_picture_is_no_label_map():
     record = found.read({"label": 7, "mask": labels[..., None]})
     assert int(record["label"]) == 7
     np.testing.assert_array_equal(record["label_map"], labels)
+
+
+def test_a_folder_names_the_embeddings_of_neighbours(folder):
+    near = np.random.default_rng(0).standard_normal((3, 5))
+    np.save(folder / "0.npy", near)
+    np.save(folder / "1.npy", np.full((3, 5), np.nan))
+    write(folder, [{"neighbours": "0.npy"}, {"neighbours": "1.npy"}])
+    pictures = source(f"folder:{folder}")
+    first = OfShape("neighbours", (3, 5)).map(pictures[0])
+    np.testing.assert_array_equal(first["neighbours"], near.astype(np.float32))
+    with pytest.raises(UserError, match=r"metadata.jsonl line 2: .*1.npy holds no finite embeddings of shape \[k, d\]"):
+        pictures[1]
+    with pytest.raises(UserError, match=r"of '0.png': an array of shape \[3, 5\]; this task needs the shape \[3, 4\]"):
+        OfShape("neighbours", (3, 4)).map(pictures[0])
+    with pytest.raises(UserError, match="no such array"):
+        OfShape("neighbours", (3, 5)).map({"id": "0.png"})
+
+
+def test_adms_squares_are_means_then_bicubic():
+    """A quarter of the size is the mean of 4 x 4 pixels, to 2 of 255; the rest of the length is cut on both sides."""
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    found = Square(16, "adm").map({"image": image})["image"]
+    means = image[:, 16:80].reshape(16, 4, 16, 4, 3).mean((1, 3))
+    assert np.abs(found - means).max() < 2  # each halving is rounded
+    third = Square(24, "adm").map({"image": image})["image"]  # halved once, then by 3/4
+    halved = Image.fromarray(image).resize((48, 32), Image.Resampling.BOX)
+    np.testing.assert_array_equal(third, np.asarray(halved.resize((36, 24), Image.Resampling.BICUBIC))[:, 6:30])
+    with pytest.raises(UserError, match=r"unknown crop 'middle' in config.data.crop; choose one of: adm, centre"):
+        Square(16, "middle")
