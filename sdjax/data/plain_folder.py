@@ -4,6 +4,7 @@ Where the pictures lie in folders of their own, those folders are their classes 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +20,24 @@ class PlainFolder:
     """All pictures of a folder and of those below it, with empty captions; `id` is the path below the folder.
 
     Attributes:
+        folder: all of them are in it.
         classes: the folders in the folder; () where a picture lies beside them.
     """
 
-    def __init__(self, folder: Path):
-        """Lists the files; they are opened when they are asked for.
+    def __init__(self, folder: Path, without: Collection[str] = ()):
+        """Lists the files, but those named `without`; they are opened when they are asked for.
 
         Raises:
             UserError: there is no such folder, or no picture in it.
         """
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
-        self._folder = folder
-        self._files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        self.folder = folder
+        self._files = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES and path.is_file() and path.name not in without
+        )
         if not self._files:
             raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
         tops = {path.relative_to(folder).parts[0] for path in self._files}
@@ -49,7 +55,7 @@ class PlainFolder:
 
     def id(self, index: int) -> str:
         """The picture's path below the folder."""
-        return str(self._files[index].relative_to(self._folder))
+        return str(self._files[index].relative_to(self.folder))
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the picture."""

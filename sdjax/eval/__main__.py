@@ -1,13 +1,15 @@
 """Metrics of pictures, autoencoders and checkpoints. Figures are printed, and written as JSON with --output FILE.
 
     python -m sdjax.eval --fake SAMPLES --real SOURCE [--metrics fid,kid] [--size 256]
+    python -m sdjax.eval --fake SAMPLES --metrics clip_score [--clip FOLDER]
     python -m sdjax.eval --autoencoder FOLDER --real SOURCE [--size 256]
     python -m sdjax.eval --pixels FOLDER --real SOURCE [--steps 50]
     python -m sdjax.eval --config configs/openmoji.py [--checkpoint FOLDER]
 
 SAMPLES is a folder of pictures. SOURCE is a folder of pictures, a data source as configs name it (openmoji:held_out,
 tfds:NAME, webdataset:PATTERN ...), or an .npz file of statistics (pytorch-fid's, guided-diffusion's). Metrics: fid,
-sfid, kid, inception_score, precision_recall; in pairs, by order of names: psnr, ssim, lpips. An autoencoder is judged
+sfid, kid, inception_score, precision_recall; in pairs, by order of names: psnr, ssim, lpips; and clip_score, of the
+prompts in the JSON files that sample.py writes beside pictures, by a CLIP of the Hub's layout. An autoencoder is judged
 by all pairs and its reconstructions' FID; one with a codebook also by how much of it is used; a model of pixels by bits
 per dimension over --steps of its timesteps, with its learned variance, where it has one, and with the fixed ones.
 Networks that judge need their published weights; what a missing file is called, and where it was looked for, is said,
@@ -33,11 +35,12 @@ from sdjax.data.plain_folder import PlainFolder
 from sdjax.data.sources import source
 from sdjax.eval.bits import bits
 from sdjax.eval.checkpoint import evaluate
-from sdjax.eval.comparison import Options, Real, chosen, compare, read_statistics
+from sdjax.eval.comparison import METRICS, Options, Real, chosen, compare, read_statistics
 from sdjax.eval.first_stage import judge
 from sdjax.eval.subset import Evenly
 
-TEXTS = ("fake", "real", "autoencoder", "pixels", "checkpoint", "metrics", "output")
+TEXTS = ("fake", "real", "autoencoder", "pixels", "checkpoint", "metrics", "clip", "output")
+CLIP_SCORE = "clip_score"
 INTEGERS: dict[str, Any] = {"size": None, "batch_size": 16, "steps": 50, "limit": None}
 INTEGERS |= {"kid_subset": 1000, "splits": 10}
 
@@ -63,18 +66,29 @@ def _figures(values: flags.FlagValues) -> dict[str, Any]:
     flag: dict[str, Any] = {name: values[name].value for name in (*TEXTS, *INTEGERS)}
     if config := values["config"].value:
         return evaluate(config, flag["checkpoint"] or config.sample.checkpoint)
+    judged = [name for name in ("fake", "autoencoder", "pixels") if flag[name]]
+    if len(judged) != 1:
+        raise UserError(f"one of --fake, --autoencoder, --pixels and --config is required; given: {len(judged)}")
+    clip = Path(flag["clip"]) if flag["clip"] else None
+    options = Options(flag["size"], flag["batch_size"], flag["kid_subset"], flag["splits"], clip=clip)
+    metrics = chosen(flag["metrics"] or (CLIP_SCORE if clip and not flag["real"] else ""))
+    if clip is not None and CLIP_SCORE not in metrics:
+        metrics.append(CLIP_SCORE)
+    if flag["fake"] and all(METRICS[name].alone for name in metrics):
+        return compare(_sampled(flag["fake"]), Real("", None, {}), metrics, options, _say)
     real = _real(require(values, "real"), flag["limit"])
-    options = Options(flag["size"], flag["batch_size"], flag["kid_subset"], flag["splits"])
     if flag["autoencoder"]:
         return judge(Path(flag["autoencoder"]), real, options, _say)
     if flag["pixels"]:
         if real.pictures is None:
             raise UserError(f"{real.name} holds statistics; bits are those of pictures")
         return bits(Path(flag["pixels"]), real.pictures, flag["steps"], flag["batch_size"])
-    if not flag["fake"]:
-        raise UserError("one of --fake, --autoencoder, --pixels and --config is required")
-    fake = PlainFolder(Path(flag["fake"]).expanduser())
-    return compare(fake, real, chosen(flag["metrics"] or ""), options, _say)
+    return compare(_sampled(flag["fake"]), real, metrics, options, _say)
+
+
+def _sampled(folder: str) -> PlainFolder:
+    """A folder of pictures, without the sheet of all of them that sample.py puts beside."""
+    return PlainFolder(Path(folder).expanduser(), without=("grid.png",))
 
 
 def _real(name: str, limit: int | None) -> Real:

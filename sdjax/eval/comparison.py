@@ -13,9 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sdjax.convert import published
+from sdjax.convert.clip_pair import find_clip, missing_clip, read_clip
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.examples import Pictures
+from sdjax.data.plain_folder import PlainFolder
 from sdjax.data.transforms import square
+from sdjax.eval.clip_score import captions_of, clip_score
 from sdjax.eval.features import Arrays, identity, inception_features, kept
 from sdjax.eval.frechet import Gaussian, frechet_distance, gaussian
 from sdjax.eval.inception_score import inception_score
@@ -28,6 +31,7 @@ from sdjax.tasks.base import apply
 # Statistics as others publish them: (mean, covariance) by metric, under pytorch-fid's and guided-diffusion's names.
 STORED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
 Figures = dict[str, float]
+CLIP = "clip"
 
 
 class Real(NamedTuple):
@@ -45,13 +49,18 @@ class Real(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How metrics are taken; the defaults are those of torch-fidelity and of the papers."""
+    """How metrics are taken; the defaults are those of torch-fidelity and of the papers.
+
+    Attributes:
+        clip: the folder of a CLIP; None for the published one, where weights are looked for.
+    """
 
     size: int | None = None
     batch_size: int = 16
     subset: int = 1000
     splits: int = 10
     neighbours: int = 3
+    clip: Path | None = None
 
 
 class Comparison:
@@ -141,6 +150,16 @@ def _precision_recall(given: Comparison) -> Figures:
     return {"precision": found.precision, "recall": found.recall}
 
 
+def _clip_score(given: Comparison) -> Figures:
+    folder = find_clip(given.options.clip)
+    if folder is None:
+        raise UserError(missing_clip())
+    if not isinstance(given.fake, PlainFolder):
+        raise UserError("clip_score is of a folder of pictures with their prompts beside them")
+    captions = captions_of(given.fake.folder, given.fake)
+    return {"clip_score": clip_score(read_clip(folder), given.fake, captions, given.options.batch_size)}
+
+
 def _paired(name: str, measure: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[Comparison], Figures]:
     return lambda given: {name: float(np.mean(np.concatenate([measure(a, b) for a, b in given.pairs()])))}
 
@@ -160,13 +179,15 @@ class Metric(NamedTuple):
 
     Attributes:
         figures: of a comparison.
-        needs: a key of `published.PUBLISHED`; "" where no network judges.
+        needs: a key of `published.PUBLISHED`, or `CLIP`; "" where no network judges.
         paired: whether sampled and real pictures are compared one by one.
+        alone: whether the sampled pictures suffice.
     """
 
     figures: Callable[[Comparison], Figures]
     needs: str = "inception"
     paired: bool = False
+    alone: bool = False
 
 
 METRICS = {
@@ -178,8 +199,9 @@ METRICS = {
     "psnr": Metric(_paired("psnr", psnr), needs="", paired=True),
     "ssim": Metric(_paired("ssim", ssim), needs="", paired=True),
     "lpips": Metric(_lpips, needs="vgg16", paired=True),
+    "clip_score": Metric(_clip_score, needs=CLIP, alone=True),
 }
-UNPAIRED = tuple(name for name, metric in METRICS.items() if not metric.paired)
+UNPAIRED = tuple(name for name, metric in METRICS.items() if not metric.paired and not metric.alone)
 
 
 def chosen(names: str) -> list[str]:
@@ -209,12 +231,18 @@ def compare(
     """
     given, figures = Comparison(fake, real, options), {}
     for name in metrics:
-        needs = METRICS[name].needs
-        if needs and published.find(needs) is None:
-            say(f"{name} is left out: {published.missing(needs)}")
+        if absent := _absent(METRICS[name].needs, options):
+            say(f"{name} is left out: {absent}")
             continue
         figures |= METRICS[name].figures(given)
     return figures
+
+
+def _absent(needs: str, options: Options) -> str:
+    """Which file a metric lacks, and where it was looked for."""
+    if needs == CLIP:
+        return "" if find_clip(options.clip) else missing_clip()
+    return published.missing(needs) if needs and published.find(needs) is None else ""
 
 
 def read_statistics(path: Path) -> dict[str, Gaussian]:

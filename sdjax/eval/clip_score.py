@@ -1,0 +1,92 @@
+"""How well pictures fit their captions: the cosine of CLIP's embeddings of both, times 100 (Hessel et al. 2021).
+
+As torchmetrics' CLIPScore: without CLIPScore's 2.5 and with the mean, not each score, held above zero.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from sdjax.convert.clip_pair import CLIPPair
+from sdjax.core.errors import UserError
+from sdjax.data.examples import Pictures
+from sdjax.data.tokenizers import load_tokenizer
+from sdjax.models.clip import CLIPText
+from sdjax.models.clip_image import MEAN, STD, CLIPImage
+from sdjax.tasks.base import apply
+
+
+def clip_score(pair: CLIPPair, pictures: Pictures, captions: Sequence[str], batch_size: int) -> float:
+    """The mean over all pictures.
+
+    Args:
+        captions: one a picture, in their order; what is longer than CLIP's 77 tokens is cut.
+        batch_size: pictures at a time.
+    """
+    tokenizer = load_tokenizer(pair.folder, pair.text.max_length)
+    modules, cosines = (CLIPText(pair.text), CLIPImage(pair.image)), []
+    params = jax.device_put((pair.text_params, pair.image_params))
+    with tqdm(total=len(captions), desc="CLIP", unit="picture") as bar:
+        for rows in _rows(len(captions), batch_size):
+            images = np.stack([prepared(pictures[i]["image"], pair.image.size) for i in rows])
+            ids = tokenizer.encode([captions[i] for i in rows])
+            cosines.append(np.asarray(_cosines(modules, params, ids, images)))
+            bar.update(len(set(rows)))
+    return max(100.0 * float(np.concatenate(cosines)[: len(captions)].mean()), 0.0)
+
+
+def _rows(count: int, size: int) -> Iterator[list[int]]:
+    """Numbers below `count`, `size` at a time; the last ones are filled up, so that one compilation serves all."""
+    for start in range(0, count, size):
+        yield [min(i, count - 1) for i in range(start, start + size)]
+
+
+def prepared(image: UInt8[np.ndarray, "h w 3"], side: int) -> Float[np.ndarray, "s s 3"]:
+    """The middle square of a picture, as CLIP was shown them (transformers' CLIPImageProcessor)."""
+    height, width = image.shape[:2]
+    size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+    small = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    cut = np.asarray(small.crop((left, top, left + side, top + side)), np.float32)
+    return (cut / 255.0 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def _cosines(
+    modules: tuple[CLIPText, CLIPImage], params: tuple, ids: Array, images: Float[Array, "b s s 3"]
+) -> Float[Array, " b"]:
+    text = apply(modules[0], params[0], ids).pooled
+    image = apply(modules[1], params[1], images)
+    text, image = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (text, image))
+    return (text * image).sum(-1)
+
+
+def captions_of(folder: Path, pictures: Pictures) -> list[str]:
+    """What each picture of a folder shows: `prompt` in the JSON file beside it, as sample.py writes it.
+
+    Raises:
+        UserError: a picture has none.
+    """
+    return [_caption(folder / pictures.id(i)) for i in range(len(pictures))]
+
+
+def _caption(path: Path) -> str:
+    record = path.with_suffix(".json")
+    try:
+        said = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} has no prompt: cannot read {record.name} beside it: {error}") from error
+    prompt = said.get("prompt") if isinstance(said, dict) else None
+    if not isinstance(prompt, str):
+        raise UserError(f"{record} holds no prompt")
+    return prompt

@@ -1,0 +1,93 @@
+"""CLIP's score beside transformers' own model and picture processor, from sample.py's records."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tiny_checkpoints import write_tokenizer
+from torch_reference import randomised
+
+from sdjax.convert.clip_pair import NAME, read_clip
+from sdjax.core.errors import UserError
+from sdjax.data.plain_folder import PlainFolder
+from sdjax.eval import __main__ as command
+from sdjax.eval.clip_score import captions_of, clip_score
+
+PROMPTS = ["a red heart", "photo of a cat", "a cat", "", "heart heart heart heart heart heart heart heart heart"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small CLIP with a tokenizer, as the Hub has them."""
+    folder = tmp_path_factory.mktemp("weights") / NAME
+    folder.mkdir()
+    count = write_tokenizer(folder / "words")
+    for file in (folder / "words").iterdir():
+        file.rename(folder / file.name)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": count, "max_position_embeddings": 12, "eos_token_id": count - 1}
+    vision = {**sizes, "image_size": 28, "patch_size": 7}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    randomised(transformers.CLIPModel(config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i, (prompt, size) in enumerate(zip(PROMPTS, [(40, 40), (64, 33), (28, 50), (20, 20), (91, 28)], strict=True)):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{i:05d}.png")
+        (folder / f"{i:05d}.json").write_text(json.dumps({"prompt": prompt}))
+    Image.new("RGB", (90, 90)).save(folder / "grid.png")
+    return folder
+
+
+def test_the_score_is_that_of_transformers(folder, pictures):
+    """To 1e-3 of 100, pictures of several shapes, five of them two at a time."""
+    model = transformers.CLIPModel.from_pretrained(folder)
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    images = [Image.open(pictures / f"{i:05d}.png") for i in range(5)]
+    words = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
+    with torch.no_grad():
+        seen = processor(images, return_tensors="pt")["pixel_values"]
+        output = model(input_ids=words["input_ids"], attention_mask=words["attention_mask"], pixel_values=seen)
+    cosines = 100 * (output.image_embeds * output.text_embeds).sum(-1)
+    source = PlainFolder(pictures, without=("grid.png",))
+    assert captions_of(pictures, source) == PROMPTS
+    found = clip_score(read_clip(folder), source, PROMPTS, 2)
+    assert cosines.std() > 3
+    assert found == pytest.approx(max(float(cosines.mean()), 0.0), abs=1e-3)
+    order = [int(i) for i in torch.argsort(-cosines)[:1]]  # the best alone: a score that is surely not clipped
+    assert float(cosines[order[0]]) > 1
+    best = {0: source[order[0]]}
+    assert clip_score(read_clip(folder), best, [PROMPTS[order[0]]], 2) == pytest.approx(
+        float(cosines[order[0]]), abs=1e-3
+    )
+
+
+def test_the_command_needs_nothing_but_pictures_and_a_clip(folder, pictures, tmp_path, monkeypatch, capsys):
+    for flags in (["--metrics=clip_score", f"--clip={folder}"], [f"--clip={folder}"], ["--metrics=clip_score"]):
+        monkeypatch.setenv("SDJAX_WEIGHTS", str(folder.parent))
+        monkeypatch.setattr(sys, "argv", ["eval", f"--fake={pictures}", *flags])
+        command.main()
+        assert capsys.readouterr().out.startswith("clip_score: ")
+    monkeypatch.setenv("SDJAX_WEIGHTS", str(tmp_path))
+    command.main()
+    assert (
+        f"clip_score is left out: no CLIP: a folder {NAME} (from openai on the Hub) is in none of"
+        in capsys.readouterr().err
+    )
+    monkeypatch.setattr(sys, "argv", ["eval", f"--fake={pictures}", f"--clip={tmp_path}"])
+    with pytest.raises(UserError, match=r"config.json"):
+        command.main()
+    (pictures / "00002.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["eval", f"--fake={pictures}", f"--clip={folder}"])
+    with pytest.raises(UserError, match=r"00002.png has no prompt: cannot read 00002.json beside it"):
+        command.main()
