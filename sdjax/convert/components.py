@@ -76,8 +76,13 @@ _TEXT = Format("model", clip.from_diffusers_config, clip.to_diffusers_config, la
 
 
 def _unet_config(config: Mapping[str, Any], place: str) -> Any:
-    kind = unet2d if config.get("_class_name") == unet2d.CLASS_NAME else unet
-    return kind.from_diffusers_config(config, place)
+    if config.get("_class_name") in (unet2d.CLASS_NAME, unet2d.OWN_CLASS_NAME):
+        return unet2d.from_config(config, place)
+    return unet.from_diffusers_config(config, place)
+
+
+def _to_unet_config(config: Any) -> dict[str, Any]:
+    return unet2d.to_config(config) if isinstance(config, UNet2DConfig) else unet.to_diffusers_config(config)
 
 
 def _unet(config: Any) -> Any:
@@ -89,7 +94,7 @@ FORMATS: dict[str, Format] = {
     "unet": Format(
         "diffusion_pytorch_model",
         _unet_config,
-        lambda config: _unet(config).to_diffusers_config(config),
+        _to_unet_config,
         lambda config: _unet(config).table(config),
         lambda config: _unet(config).shapes(config),
     ),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from sdjax.convert.sizes import Heads
 from sdjax.core.errors import UserError, unknown
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -33,7 +34,7 @@ class Family(NamedTuple):
     Attributes:
         title: its name in messages.
         prefixes: where the text encoders are; OpenCLIP's prefixes end in ".model.".
-        heads: of the UNet at every level; None where each head is 64 wide.
+        heads: of the UNet.
         scheduler: as in the published diffusers folder of the family.
         size: side in pixels of the pictures it was trained on.
         v_size: that side for models that predict v, where it is another.
@@ -42,7 +43,7 @@ class Family(NamedTuple):
 
     title: str
     prefixes: Mapping[str, str]
-    heads: int | None
+    heads: Heads
     scheduler: Mapping[str, Any]
     scaling_factor: float
     size: int
@@ -59,7 +60,7 @@ FAMILIES: dict[str, Family] = {
     "sd1": Family(
         title="Stable Diffusion 1",
         prefixes={"text_encoder": "cond_stage_model.transformer."},
-        heads=8,
+        heads=Heads(8),
         scheduler={"_class_name": "PNDMScheduler", **_SD, "set_alpha_to_one": False, "skip_prk_steps": True},
         scaling_factor=0.18215,
         size=512,
@@ -67,7 +68,7 @@ FAMILIES: dict[str, Family] = {
     "sd2": Family(
         title="Stable Diffusion 2",
         prefixes={"text_encoder": "cond_stage_model.model."},
-        heads=None,
+        heads=Heads(),
         scheduler=_DDIM,
         scaling_factor=0.18215,
         size=512,
@@ -80,7 +81,7 @@ FAMILIES: dict[str, Family] = {
             "text_encoder": "conditioner.embedders.0.transformer.",
             "text_encoder_2": "conditioner.embedders.1.model.",
         },
-        heads=None,
+        heads=Heads(),
         scheduler=_EULER,
         scaling_factor=0.13025,
         size=1024,
@@ -89,7 +90,7 @@ FAMILIES: dict[str, Family] = {
     "sdxl_refiner": Family(
         title="the refiner of SDXL",
         prefixes={"text_encoder_2": "conditioner.embedders.0.model."},
-        heads=None,
+        heads=Heads(),
         scheduler=_EULER,
         scaling_factor=0.13025,
         size=1024,
@@ -98,7 +99,7 @@ FAMILIES: dict[str, Family] = {
     "x4_upscaler": Family(
         title="Stable Diffusion's x4 upscaler",
         prefixes={"text_encoder": "cond_stage_model.model."},
-        heads=8,
+        heads=Heads(8),
         scheduler={**_DDIM, **_LOW_RES},
         scaling_factor=0.08333,
         size=512,
@@ -141,9 +142,15 @@ SIGNS: tuple[tuple[str, str], ...] = (
     (r"(clip_txt_mapper|clip_txt_pooled_mapper|down_blocks\.\d\.0\.channelwise)\..*", "Stable Cascade"),
     (r"edm_(mean|std)", "Playground 2.5"),
     (r"edm_vpred\..*", "CosXL"),
-    (r"cond_stage_model\.(transformer\.)?(token_emb|attn_layers|pos_emb)\..*", "latent diffusion's first text model"),
+    (
+        r"cond_stage_model\.(transformer\.)?(token_emb|attn_layers|pos_emb)\..*",
+        "a text model of the LDM paper, which sdjax.load_conditional reads",
+    ),
     (r"(embedder|noise_augmentor)\..*", "Stable Diffusion 2 unCLIP"),
-    (r"(first_stage_model\.)?quantize\..*", "a model with a vector-quantised autoencoder"),
+    (
+        r"(first_stage_model\.)?quantize\..*",
+        "a model with a vector-quantised autoencoder",
+    ),
     (r"(encoder|shared|decoder)\.(block|embed_tokens)\..*|shared\.weight", "a T5 text encoder"),
     (r"(down_blocks|up_blocks|mid_block|time_embedding)\..*", "a UNet of a diffusers folder; give the folder"),
     (r"(text_model|transformer\.text_model)\..*", "a text encoder alone"),

@@ -16,24 +16,27 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from sdjax.convert.components import FORMATS, TOKENIZERS
+from sdjax.convert.components import CONDITIONERS, FORMATS, TOKENIZERS
 from sdjax.convert.files import read_json, read_weight_map
 from sdjax.convert.folder import INDEX, TOKENIZER_FILES
+from sdjax.convert.ldm_folder import FIRST_STAGE
 from sdjax.convert.pickles import SUFFIXES
 from sdjax.convert.weights import candidates
 from sdjax.core.errors import UserError
+from sdjax.data.word_pieces import FILE
 
 WEIGHTS = (".safetensors", *SUFFIXES)
 # The bases: all that the HTTP client of the hub's version raises, and OSError.
 FAILURES = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
 ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>[^@]+))?(@(?P<revision>[\w./-]+))?")
+NETWORKS = {**FORMATS, FIRST_STAGE: FORMATS["vae"], **CONDITIONERS}
 SETTINGS = (
     INDEX,
     "scheduler/*.json",
     "low_res_scheduler/*.json",
-    *(f"{name}/config.json" for name in FORMATS),
-    *(f"{name}/*.index*.json" for name in FORMATS),
-    *(f"{folder}/{file}" for folder in TOKENIZERS.values() for file in TOKENIZER_FILES),
+    *(f"{name}/config.json" for name in NETWORKS),
+    *(f"{name}/*.index*.json" for name in NETWORKS),
+    *(f"{folder}/{file}" for folder in TOKENIZERS.values() for file in (*TOKENIZER_FILES, FILE)),
 )
 
 
@@ -130,7 +133,7 @@ def _cached(place: Place, variant: str | None, error: Exception) -> Path:
 def _weight_files(folder: Path, names: Collection[str], place: Place, variant: str | None) -> Iterator[str]:
     """The weights of every network that the model's index lists; `folder` holds its settings."""
     index = read_json(folder / INDEX)
-    for name, form in FORMATS.items():
+    for name, form in NETWORKS.items():
         entry = index.get(name)
         if not isinstance(entry, list) or entry[:1] == [None]:
             continue

@@ -6,7 +6,6 @@ our tasks need besides stands in model_index.json under "_sdjax", which diffuser
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +16,13 @@ from sdjax.convert.files import read_json, write_json
 from sdjax.convert.folder import read_component, write_component
 from sdjax.convert.rules import Placer
 from sdjax.core.errors import UserError, unknown
+from sdjax.data.word_pieces import read_vocabulary, write_vocabulary
 from sdjax.models.autoencoder import VQConfig
 from sdjax.models.unet2d import UNet2DConfig
 
 INDEX, OWN = "model_index.json", "_sdjax"
 FIRST_STAGE = "vqvae"
-TOKENIZER, VOCABULARY = "tokenizer", "vocab.txt"
+TOKENIZER = "tokenizer"
 # The pipelines of diffusers that run a task's model; others are ours alone.
 PIPELINES = {
     "unconditional": "LDMPipeline",
@@ -56,7 +56,7 @@ def write_ldm(folder: Path, checkpoint: LDMCheckpoint, dtype: str | None = "floa
     Raises:
         UserError: parameters do not fit their sizes, or are not finite in `dtype`.
     """
-    index: dict[str, Any] = {"_class_name": PIPELINES.get(checkpoint.task, OURS)}
+    index: dict[str, Any] = {"_class_name": _pipeline(checkpoint)}
     for name, component in checkpoint.components.items():
         kind = _class_name(name, component.config)
         at = FIRST_STAGE if name == "vae" else name
@@ -67,7 +67,7 @@ def write_ldm(folder: Path, checkpoint: LDMCheckpoint, dtype: str | None = "floa
     index["scheduler"] = ["diffusers", checkpoint.scheduler["_class_name"]]
     if checkpoint.tokenizer is not None:
         (folder / TOKENIZER).mkdir()
-        shutil.copyfile(checkpoint.tokenizer / VOCABULARY, folder / TOKENIZER / VOCABULARY)
+        write_vocabulary(folder / TOKENIZER, read_vocabulary(checkpoint.tokenizer))
         index[TOKENIZER] = ["transformers", "BertTokenizer"]
     index[OWN] = {"task": checkpoint.task, **checkpoint.settings}
     write_json(folder / INDEX, index)
@@ -101,9 +101,18 @@ def read_ldm(folder: Path, dtype: str = "float32", place: Placer | None = None) 
     return LDMCheckpoint(task, components, scheduler, settings, tokenizer if tokenizer.is_dir() else None)
 
 
+def _pipeline(checkpoint: LDMCheckpoint) -> str:
+    """diffusers' pipeline, where it has one for the task and a class for the UNet."""
+    unet = checkpoint.components["unet"].config
+    known = not isinstance(unet, UNet2DConfig) or unet2d.is_diffusers(unet)
+    return PIPELINES.get(checkpoint.task, OURS) if known else OURS
+
+
 def _class_name(name: str, config: Any) -> str:
     if name == "unet":
-        return unet2d.CLASS_NAME if isinstance(config, UNet2DConfig) else unet.CLASS_NAME
+        if not isinstance(config, UNet2DConfig):
+            return unet.CLASS_NAME
+        return unet2d.CLASS_NAME if unet2d.is_diffusers(config) else unet2d.OWN_CLASS_NAME
     if name == "vae":
         return autoencoder.VQ_CLASS_NAME if isinstance(config, VQConfig) else autoencoder.CLASS_NAME
     return {"bert": "LDMBertModel", "class_embedder": "ClassEmbedder", "rescaler": "SpatialRescaler"}[name]

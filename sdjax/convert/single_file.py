@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.convert.averages import chosen_weights
 from sdjax.convert.components import FORMATS, TOKENIZERS, Checkpoint, Component, Dtypes, Reading, read_params
 from sdjax.convert.families import FAMILIES, SKIPPED, UNET, VAE, find_family, find_prediction, scheduler_config
 from sdjax.convert.files import Writable, write_safetensors
@@ -52,6 +53,7 @@ def read_single_file(
     *,
     family: str | None = None,
     prediction: str | None = None,
+    weights: str = "model",
     place: Placer | None = None,
 ) -> Checkpoint:
     """Reads a `.safetensors` file, or a `.ckpt` through torch's restricted loader; `detect` says what it is taken for.
@@ -60,27 +62,28 @@ def read_single_file(
         dtype, place: as in `sdjax.convert.folder.read_folder`.
         family: one of `FAMILIES`; None to find out.
         prediction: "epsilon" or "v_prediction"; None to find out.
+        weights: "model", or "ema" for the UNet's average over training, which some files hold besides.
 
     Raises:
         UserError: the file is missing or corrupt, is of no family here (the message says what it looks like), or lacks
             keys of its family or has others (both are listed).
     """
-    weights = read_file(path)
-    found = _detect(weights.tensors, weights.facts, path, family, prediction)
+    stored = read_file(path)
+    found = _detect(stored.tensors, stored.facts, path, family, prediction)
     logger.info("%s is taken for %s", Path(path).name, found)
-    tensors = _wanted(weights.tensors)
-    networks = networks_in(_shapes(tensors), found, path)
+    tensors = wanted(chosen_weights(stored.tensors, weights, path))
+    networks = networks_in(shapes_of(tensors), found, path)
     expected = {key: shape for network in networks for key, shape in network.original_shapes().items()}
-    tensors = _as_expected(tensors, networks)
-    check_shapes(expected, _shapes(tensors), path)
+    tensors = as_expected(tensors, networks)
+    check_shapes(expected, shapes_of(tensors), path)
     parts: dict[str, Any] = {}
     for network in networks:
-        parts[network.name] = _component(network, tensors, path, Reading(dtype, place))
+        parts[network.name] = component_of(network, tensors, path, Reading(dtype, place))
         if network.name in TOKENIZERS:
             parts[TOKENIZERS[network.name]] = TOKENIZER_FOLDERS / ("open_clip" if network.is_open_clip else "clip_l")
     return Checkpoint(
         **parts,
-        scheduler_config=scheduler_config(found.family, found.prediction, weights.tensors),
+        scheduler_config=scheduler_config(found.family, found.prediction, stored.tensors),
         low_res_scheduler_config=FAMILIES[found.family].low_res_scheduler,
     )
 
@@ -98,13 +101,13 @@ def read_autoencoder_file(
     """
     if family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
-    tensors = _without_prefix(_wanted(read_file(path).tensors))
+    tensors = _without_prefix(wanted(read_file(path).tensors))
     if any(key.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for key in tensors):
         raise UserError(f"{path} is an autoencoder in diffusers' naming; put it into a diffusers folder")
-    network = vae_in(_shapes(tensors), FAMILIES[family], "", path)
-    tensors = _as_expected(tensors, [network])
-    check_shapes(network.original_shapes(), _shapes(tensors), path)
-    return _component(network, tensors, path, Reading(dtype, place))
+    network = vae_in(shapes_of(tensors), FAMILIES[family], "", path)
+    tensors = as_expected(tensors, [network])
+    check_shapes(network.original_shapes(), shapes_of(tensors), path)
+    return component_of(network, tensors, path, Reading(dtype, place))
 
 
 def is_autoencoder_file(path: str | Path) -> bool:
@@ -138,7 +141,7 @@ def write_single_file(path: str | Path, checkpoint: Checkpoint, dtype: str | Non
         named = f"the {network.name} to be written"
         arrays = export(form.table(network.config), component.params, form.shapes(network.config), named)
         tensors |= {network.prefix + key: whole for key, whole in outward(network.pieces, arrays).items()}
-    shapes = _shapes(tensors)
+    shapes = shapes_of(tensors)
     in_channels = checkpoint.unet.config.in_channels
     _check_expressed(networks, networks_in(shapes, Detected(family, prediction, "", in_channels), path))
     if checkpoint.scheduler_config.get("rescale_betas_zero_snr"):
@@ -169,7 +172,7 @@ def _detect(
     return Detected(name, *find_prediction(name, tensors, facts, in_channels, prediction), in_channels)
 
 
-def _wanted(tensors: Mapping[str, Writable]) -> dict[str, Writable]:
+def wanted(tensors: Mapping[str, Writable]) -> dict[str, Writable]:
     """The tensors of networks, under today's spelling of their keys."""
     skipped = re.compile("|".join(f"({pattern})" for pattern in SKIPPED))
     kept: dict[str, Writable] = {}
@@ -183,7 +186,8 @@ def _wanted(tensors: Mapping[str, Writable]) -> dict[str, Writable]:
     return kept
 
 
-def _shapes(tensors: Mapping[str, Writable]) -> dict[str, tuple[int, ...]]:
+def shapes_of(tensors: Mapping[str, Writable]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor."""
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
@@ -192,7 +196,7 @@ def _without_prefix(tensors: Mapping[str, Writable]) -> dict[str, Writable]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
-def _as_expected(tensors: Mapping[str, Writable], networks: list[Network]) -> dict[str, Writable]:
+def as_expected(tensors: Mapping[str, Writable], networks: list[Network]) -> dict[str, Writable]:
     """Without what Stable Diffusion 2 leaves of its text encoder, and with attention matrices as convolutions."""
     unused: tuple[str, ...] = ()
     for network in networks:
@@ -211,7 +215,12 @@ def _unsqueezed(tensor: Writable) -> Part:
     return Part(tensor, Piece("", UNSQUEEZED))
 
 
-def _component(network: Network, tensors: Mapping[str, Writable], path: object, how: Reading) -> Component:
+def component_of(network: Network, tensors: Mapping[str, Writable], path: object, how: Reading) -> Component:
+    """A network, of tensors under their whole original keys.
+
+    Raises:
+        UserError: a value is not finite in the type asked for.
+    """
     below = {key.removeprefix(network.prefix): t for key, t in tensors.items() if key.startswith(network.prefix)}
     params = read_params(network.name, network.config, inward(network.pieces, below), path, how)
     return Component(network.config, params, network.extra)

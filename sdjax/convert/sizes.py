@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdjax.convert import autoencoder, clip, unet
 from sdjax.core.errors import UserError
+from sdjax.models.bert import BertConfig
+from sdjax.models.unet2d import UNet2DConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
-HEAD_WIDTH = 64
+HEAD_WIDTH, GROUPS = 64, 32
 CODEBOOK = "quantize.embedding.weight"
+
+
+class Heads(NamedTuple):
+    """How many heads attention has, which no shape says: the same number at every level, or as many as fit.
+
+    Attributes:
+        number: of every level; None where each head has `width` channels.
+    """
+
+    number: int | None = None
+    width: int = HEAD_WIDTH
+
+    def of(self, channels: int) -> int:
+        """The heads of a level."""
+        return self.number or max(channels // self.width, 1)
 
 
 class _Shapes:
@@ -48,8 +65,8 @@ class _Shapes:
         return next(n for n in range(len(numbers) + 1) if n not in numbers)
 
 
-def unet_config(shapes: Shapes, heads: int | None, place: object) -> dict[str, Any]:
-    """diffusers' config of a UNet whose original tensors have `shapes`; `heads` None means heads 64 wide.
+def unet_config(shapes: Shapes, heads: Heads, place: object) -> dict[str, Any]:
+    """diffusers' config of a UNet whose original tensors have `shapes`.
 
     Raises:
         UserError: a tensor that says a size is missing, or the levels are not alike.
@@ -70,7 +87,7 @@ def unet_config(shapes: Shapes, heads: int | None, place: object) -> dict[str, A
         **_conditioning(sizes, crossed),
         "_class_name": unet.CLASS_NAME,
         "act_fn": "silu",
-        "attention_head_dim": [heads or max(width // HEAD_WIDTH, 1) for width in channels],
+        "attention_head_dim": [heads.of(width) for width in channels],
         "block_out_channels": channels,
         "cross_attention_dim": sizes.axis("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
         "down_block_types": [unet.DOWN[here] for here in crossed],
@@ -109,6 +126,64 @@ def _conditioning(sizes: _Shapes, crossed: list[bool]) -> dict[str, Any]:
             "only_cross_attention": [True] * (len(crossed) - 1) + [False],
         }
     return {}
+
+
+def unet2d_config(shapes: Shapes, heads: Heads, place: object) -> UNet2DConfig:
+    """The sizes of a UNet without cross-attention whose original tensors have `shapes`.
+
+    Where residual blocks change the resolution their keys are as any other's; only that one stands behind another in
+    the last block of each level on the way up tells how many levels there are.
+
+    Raises:
+        UserError: a tensor that says a size is missing.
+    """
+    sizes = _Shapes(shapes, place)
+    blocks = sizes.count("output_blocks")
+    raised = [
+        kind
+        for i in range(blocks)
+        for kind in ("in_layers.2", "conv")
+        for j in (1, 2)
+        if f"output_blocks.{i}.{j}.{kind}.weight" in sizes
+    ]
+    levels = len(raised) + 1
+    if blocks % levels or blocks <= levels:
+        raise UserError(f"{place} has {blocks} blocks on the way up, which are no {levels} levels of equal length")
+    layers = blocks // levels - 1
+    firsts = [1 + level * (layers + 1) for level in range(levels)]
+    channels = tuple(sizes.axis(f"input_blocks.{i}.0.out_layers.3.weight", 0) for i in firsts)
+    if any(level % GROUPS for level in channels):
+        raise UserError(f"{place} has a UNet of {list(channels)} channels; each must be a multiple of {GROUPS}")
+    width = sizes.axis("time_embed.0.weight", 1)
+    return UNet2DConfig(
+        channels=channels,
+        attention_levels=tuple(n for n, i in enumerate(firsts) if f"input_blocks.{i}.1.qkv.weight" in sizes),
+        heads=tuple(map(heads.of, channels)),
+        width=None if width == channels[0] else width,
+        in_channels=sizes.axis("input_blocks.0.0.weight", 1),
+        out_channels=sizes.axis("out.2.weight", 0),
+        layers_per_block=layers,
+        classes=sizes.axis("label_emb.weight", 0) if "label_emb.weight" in sizes else None,
+        scale_shift=sizes.axis("input_blocks.1.0.emb_layers.1.weight", 0) == 2 * channels[0],
+        resblock_updown="in_layers.2" in raised,
+    )
+
+
+def bert_config(shapes: Shapes, place: object) -> BertConfig:
+    """The sizes of LDM's text encoder, whose keys are those of x-transformers; it has eight heads.
+
+    Raises:
+        UserError: a tensor that says a size is missing.
+    """
+    sizes = _Shapes(shapes, place)
+    return BertConfig(
+        vocab_size=sizes.axis("token_emb.weight", 0),
+        width=sizes.axis("token_emb.weight", 1),
+        layers=sizes.count("attn_layers.layers") // 2,
+        heads=BertConfig.heads,
+        head_size=sizes.axis("attn_layers.layers.0.1.to_q.weight", 0) // BertConfig.heads,
+        max_length=sizes.axis("pos_emb.emb.weight", 0),
+    )
 
 
 def vae_config(shapes: Shapes, scaling_factor: float, place: object) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,6 +21,8 @@ from sdjax.models.conditioning import Cond
 from sdjax.models.unet2d import UNet2D, UNet2DConfig
 
 CLASS_NAME = "UNet2DModel"
+# guided-diffusion's and LDM's own class, for sizes that diffusers' has no words for.
+OWN_CLASS_NAME = "UNetModel"
 # Blocks by whether they have attention, and whether residual blocks resample.
 DOWN = {
     (False, False): "DownBlock2D",
@@ -141,10 +144,8 @@ def to_diffusers_config(config: UNet2DConfig) -> dict[str, Any]:
         UserError: it has heads of different widths, or sinusoids of another width than its first level: diffusers'
             class has neither.
     """
-    levels = range(len(config.channels))
-    used = {*config.attention_levels, len(config.channels) - 1}
-    widths = {config.channels[level] // config.heads[level] for level in used}
-    if len(widths) > 1 or config.width not in (None, config.channels[0]):
+    levels, widths = range(len(config.channels)), _head_widths(config)
+    if not is_diffusers(config):
         raise UserError(
             f"diffusers' {CLASS_NAME} has neither heads of different widths ({sorted(widths)}) nor an embedding of the "
             f"timestep that is {config.width} wide where the first level has {config.channels[0]} channels"
@@ -168,6 +169,57 @@ def to_diffusers_config(config: UNet2DConfig) -> dict[str, Any]:
         "up_block_types": [UP[kind] for kind in reversed(kinds)],
         "upsample_type": resample,
     }
+
+
+def is_diffusers(config: UNet2DConfig) -> bool:
+    """Whether diffusers' class has such sizes: its heads are equally wide, its sinusoids as many as first channels."""
+    return len(_head_widths(config)) == 1 and config.width in (None, config.channels[0])
+
+
+def _head_widths(config: UNet2DConfig) -> set[int]:
+    used = {*config.attention_levels, len(config.channels) - 1}
+    return {config.channels[level] // config.heads[level] for level in used}
+
+
+def to_config(config: UNet2DConfig) -> dict[str, Any]:
+    """The config.json of a UNet: diffusers', or the sizes as they are where diffusers has no words for them."""
+    if is_diffusers(config):
+        return to_diffusers_config(config)
+    return {"_class_name": OWN_CLASS_NAME, **dataclasses.asdict(config)}
+
+
+def from_config(config: Mapping[str, Any], place: str = "unet/config.json") -> UNet2DConfig:
+    """Sizes from what `to_config` made.
+
+    Raises:
+        UserError: a size is missing, of another type or unknown, or a value asks for a structure that is not here.
+    """
+    if config.get("_class_name") != OWN_CLASS_NAME:
+        return from_diffusers_config(config, place)
+    channels = configs.integers(config, "channels", (), 0, place)
+    levels = config.get("attention_levels", ())
+    if not isinstance(levels, list | tuple) or any(level not in range(len(channels)) for level in levels):
+        raise configs.unsupported(config, "attention_levels", place, f"some of {list(range(len(channels)))}")
+    flags = {name: config.get(name, False) for name in ("scale_shift", "resblock_updown")}
+    for name, value in flags.items():
+        if type(value) is not bool:
+            raise configs.unsupported(config, name, place, "true or false")
+    heads = configs.integers(config, "heads", (), len(channels), place)
+    if any(channels[level] % heads[level] for level in (*levels, len(channels) - 1)):
+        raise configs.unsupported(config, "heads", place, f"divisors of {list(channels)}")
+    optional = {name: config.get(name) for name in ("width", "classes")}
+    optional = {name: None if n is None else configs.integer(config, name, 1, place) for name, n in optional.items()}
+    return UNet2DConfig(
+        channels=channels,
+        attention_levels=tuple(levels),
+        heads=heads,
+        in_channels=configs.integer(config, "in_channels", 3, place),
+        out_channels=configs.integer(config, "out_channels", 3, place),
+        layers_per_block=configs.integer(config, "layers_per_block", 2, place),
+        groups=configs.groups({"norm_num_groups": config.get("groups", 32)}, channels, place),
+        **optional,
+        **flags,
+    )
 
 
 ENDS = {
@@ -227,8 +279,14 @@ def _inner(rest: str) -> str:
 
 
 def split_heads(tensor: np.ndarray, heads: int, new_order: bool) -> Iterable[np.ndarray]:
-    """Queries, keys and values of a joint layer of size 3 h d."""
+    """Queries, keys and values of a joint layer of size 3 h d.
+
+    Raises:
+        UserError: its size is no multiple of three times the heads.
+    """
     matrix = tensor[:, :, 0] if tensor.ndim == 3 else tensor
+    if matrix.ndim == 0 or matrix.shape[0] % (3 * heads):
+        raise UserError(f"a joint layer of shape {list(tensor.shape)} has no queries, keys and values of {heads} heads")
     if new_order:
         return np.split(matrix, 3)
     by_head = matrix.reshape(heads, 3, -1, *matrix.shape[1:])

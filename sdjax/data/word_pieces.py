@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import grain
@@ -14,7 +15,7 @@ from tokenizers import BertWordPieceTokenizer
 from sdjax.core.errors import UserError
 from sdjax.data.transforms import Example
 
-FILE = "vocab.txt"
+FILE, OTHER_FILE = "vocab.txt", "tokenizer.json"
 CLS, SEP, PAD, UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
 
 
@@ -36,23 +37,43 @@ class WordPieces:
 
 
 def load_word_pieces(folder: str | Path, length: int) -> WordPieces:
-    """The tokenizer in a folder's `vocab.txt`, one token a line.
+    """The tokenizer of a folder.
 
     Raises:
         UserError: there is none, or it lacks a token that BERT needs.
     """
-    path = Path(folder) / FILE
-    try:
-        tokens = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error}") from error
+    tokens = read_vocabulary(folder)
     missing = [token for token in (CLS, SEP, PAD, UNKNOWN) if token not in tokens]
     if missing:
-        raise UserError(f"{path} lacks the token {missing[0]}")
-    backend = BertWordPieceTokenizer({token: i for i, token in enumerate(tokens)}, lowercase=True)
+        raise UserError(f"the tokenizer {folder} lacks the token {missing[0]}")
+    backend = BertWordPieceTokenizer(tokens, lowercase=True)
     backend.enable_truncation(length)
-    backend.enable_padding(pad_id=tokens.index(PAD), pad_token=PAD, length=length)
+    backend.enable_padding(pad_id=tokens[PAD], pad_token=PAD, length=length)
     return WordPieces(backend, length)
+
+
+def read_vocabulary(folder: str | Path) -> dict[str, int]:
+    """The ids of the tokens in a folder's `vocab.txt`, one token a line, or in what transformers writes since 5.0.
+
+    Raises:
+        UserError: neither file can be read.
+    """
+    path, other = Path(folder) / FILE, Path(folder) / OTHER_FILE
+    try:
+        if not path.exists() and other.exists():
+            vocabulary = json.loads(other.read_text(encoding="utf-8"))["model"]["vocab"]
+            if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+                raise ValueError("its tokens are not numbered from 0 on")
+            return {str(token): number for token, number in vocabulary.items()}
+        return {token: i for i, token in enumerate(path.read_text(encoding="utf-8").splitlines())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error}") from error
+
+
+def write_vocabulary(folder: Path, tokens: Mapping[str, int]) -> None:
+    """Writes `vocab.txt` into an empty folder."""
+    order = sorted(tokens, key=lambda token: tokens[token])
+    (folder / FILE).write_text("".join(f"{token}\n" for token in order), encoding="utf-8")
 
 
 def train_word_pieces(texts: Iterable[str], folder: Path, vocab_size: int) -> None:

@@ -101,7 +101,7 @@ def test_an_autoencoder_alone(convert, tmp_path: Path):
         (("{source}", "{mine}"), "was not written by sdjax"),
         (("{source}", "{tmp}/x", "--dtype=int4"), "unknown dtype 'int4'"),
         (("{source}", "{tmp}/x", "--family=sd9"), "unknown family 'sd9'"),
-        (("{folder}", "{tmp}/x", "--family=sd1"), "--family sd1 is for single files"),
+        (("{folder}", "{tmp}/x", "--family=sd1"), "--family sd1 is not for .*; what is: --dtype, --prediction"),
         (("{folder}", "{tmp}/x", "--prediction=w"), "unknown prediction 'w'"),
         (("{source}", "{tmp}/x", "--size=3"), "size"),
     ],

@@ -14,13 +14,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_checkpoints import assert_same, tiny_checkpoint, write_tokenizer
+from torch_reference import drawn
 
-from sdjax.convert.components import Checkpoint
+from sdjax.convert.components import ALL_FORMATS, Checkpoint, Component
 from sdjax.convert.folder import read_folder, write_folder
 from sdjax.convert.hub import resolve
+from sdjax.convert.ldm_families import LDM_FAMILIES
+from sdjax.convert.ldm_folder import LDMCheckpoint, read_ldm, write_ldm
 from sdjax.core.errors import UserError
+from sdjax.core.tree import flatten
+from sdjax.data.word_pieces import load_word_pieces, train_word_pieces
+from sdjax.models.autoencoder import VARIANTS
+from sdjax.models.bert import BertConfig
+from sdjax.models.unet import UNetConfig
+from sdjax.tasks.latent.networks import sizes_of
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 STEM = "diffusion_pytorch_model"
@@ -149,6 +159,29 @@ def test_half_precision_is_taken_when_asked_for(checkpoint, hub: Hub, tmp_path: 
     assert read_folder(folder, None).unet.params["conv_in"]["kernel"].dtype == "float16"
     hub.stop()  # what was downloaded serves whoever asks for less
     assert resolve("acme/xl", cache_dir=tmp_path / "cache", endpoint=hub.url) == folder
+
+
+def test_models_of_the_ldm_paper_come_whole(hub: Hub, tmp_path: Path):
+    """With their first stage, the network of their words and its vocabulary."""
+    unet = UNetConfig((32, 64), (0, 1), 1, (2, 2), 16, in_channels=3, out_channels=3, layers_per_block=1)
+    small = {"channels": (8, 8, 16), "layers_per_block": 1, "groups": 4, "codes": 64}
+    sizes = {"unet": unet, "vae": sizes_of({"variant": "vq_f4", **small}, VARIANTS, "")}
+    sizes |= {"bert": BertConfig(vocab_size=80, width=16, layers=1, max_length=11)}
+    components = {name: Component(size, drawn(ALL_FORMATS[name].shapes(size))) for name, size in sizes.items()}
+    train_word_pieces(["a red heart"], tmp_path / "words", 60)
+    scheduler = LDM_FAMILIES["text_f4"].scheduler
+    folder = tmp_path / "served" / "acme" / "words"
+    folder.mkdir()
+    write_ldm(folder, LDMCheckpoint("text_bert", components, scheduler, {}, tmp_path / "words"))
+    (folder / "vqvae" / "model.onnx").write_bytes(b"another format")
+    found = resolve("acme/words", cache_dir=tmp_path / "cache", endpoint=hub.url)
+    assert weights(hub.served) == {f"unet/{STEM}.safetensors", f"vqvae/{STEM}.safetensors", "bert/model.safetensors"}
+    read = read_ldm(found)
+    assert read.tokenizer is not None
+    assert load_word_pieces(read.tokenizer, 11).encode(["a red heart"]).shape == (1, 11)
+    for name, component in components.items():
+        for key, leaf in flatten(component.params).items():
+            np.testing.assert_array_equal(flatten(read.components[name].params)[key], leaf, err_msg=key)
 
 
 def test_shards_come_with_their_index(checkpoint, hub: Hub, tmp_path: Path):

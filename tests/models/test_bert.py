@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from original_names import bert_original
 from torch_reference import randomised, translated
 
 from sdjax.convert import bert as conversion
@@ -47,20 +48,7 @@ def test_original_keys_become_diffusers():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype("f"), conversion.shapes(sizes))
     stored = export(conversion.TABLE, params, conversion.shapes(sizes), "")
-    original = {"to_logits.weight": np.zeros((50, 32)), "to_logits.bias": np.zeros(50)}
-    for i in range(3):
-        a, b = f"attn_layers.layers.{2 * i}", f"attn_layers.layers.{2 * i + 1}"
-        modules = {"self_attn_layer_norm": f"{a}.0", "final_layer_norm": f"{b}.0"}
-        modules |= {f"self_attn.{x}_proj": f"{a}.1.to_{x}" for x in ("q", "k", "v", "out")}
-        modules |= {"fc1": f"{b}.1.net.0.0", "fc2": f"{b}.1.net.2"}
-        for theirs, ours in modules.items():
-            for kind in ("weight", "bias"):
-                if (key := f"model.layers.{i}.{theirs}.{kind}") in stored:
-                    original[f"{ours}.{kind}"] = stored.pop(key)
-    names = {"model.embed_tokens": "token_emb", "model.embed_positions": "pos_emb.emb", "model.layer_norm": "norm"}
-    for key, value in stored.items():
-        module, _, kind = key.rpartition(".")
-        original[f"{names[module]}.{kind}"] = value
+    original = bert_original(stored, 3)
     found = read(conversion.TABLE, conversion.from_original(original), conversion.shapes(sizes), np.float32, "")
     for name, leaf in flatten(params).items():
         np.testing.assert_array_equal(flatten(found)[name], leaf, err_msg=name)
