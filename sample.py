@@ -25,10 +25,14 @@ How
     --original_size H,W --crop TOP,LEFT --target_size H,W --aesthetic_score S --negative_aesthetic_score S
     --hires 2 --hires_strength 0.5                   a second pass over the enlarged picture
 
-Models of the LDM paper
+Models of the LDM paper and of ADM
+    --checkpoint SOURCE      also a file of theirs (model.ckpt, 256x256_diffusion.pt); --tokenizer FOLDER, that of BERT
     --class_label N|NAME     --layout FILE.json     --label_map FILE     --init_image FILE [--mask FILE]
+    --neighbours FILE.npy
                              what a model of classes, boxes, label maps, small pictures or holes is told instead of
                              a prompt; FILE.json is a list of {"class": N or NAME, "box": [x, y, width, height]}
+    --resemble FILE --resemble_scale S               any model of LDM's is drawn to a picture, e.g. a small one
+    --classifier SOURCE --classifier_scale S         guides a model of pixels to the class
 
 From pictures
     --init_image FILE --strength S    --mask FILE --feather PIXELS    --depth FILE    --noise_level N
@@ -49,6 +53,7 @@ the config can be set: --config.sample.dtype=bfloat16.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import math
 import sys
@@ -65,7 +70,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import sdjax
-from sdjax.convert.ldm_folder import is_ldm
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
@@ -73,7 +77,7 @@ from sdjax.core.flags import PROCESSES, TIMEOUTS, define_processes, parse_flags
 from sdjax.parallel.distributed import agreed, end_by_signals, initialise, is_first, is_mine, run_together, sync
 from sdjax.parallel.mesh import make_mesh
 from sdjax.pipeline.grids import Axis, cells, contact_sheet, parse_grid
-from sdjax.pipeline.loading import find
+from sdjax.pipeline.loading import find, kind_of
 from sdjax.pipeline.orders import Order, groups, list_orders
 from sdjax.pipeline.prompt_files import PromptLine, read_prompt_file
 from sdjax.pipeline.records import check_free, fresh_folder, read_parameters, write_grid, write_picture
@@ -92,9 +96,12 @@ CALL = (*TEXTS, *INTEGERS, *REALS, *PAIRS)
 SOURCES = ("checkpoint", "refiner", "vae", "family", "prediction", "variant", "dtype")
 LISTS = ("prompt", "embedding")
 # What models of the LDM paper are told instead of a prompt, and what else their calls understand.
-CONDITIONS = ("class_label", "layout", "label_map")
+CONDITIONS = ("class_label", "layout", "label_map", "neighbours")
 CONDITIONAL = (*CONDITIONS, "init_image", "mask", "steps", "sampler", "schedule", "eta", "guidance_scale", "seed")
-CONDITIONAL += ("width", "height", "num_images", "first_index")
+CONDITIONAL += ("width", "height", "num_images", "first_index", "classifier_scale", "resemble", "resemble_scale")
+# What else such a model is loaded with.
+BESIDE = ("classifier", "tokenizer")
+SCALES = ("classifier_scale", "resemble_scale")
 OTHER = ("from_file", "from_image", "grid", "outdir")
 GRID_PIXELS = 2**25
 
@@ -122,7 +129,7 @@ def main() -> None:
     config, flag = read_command_line(sys.argv)
     if is_conditional(source := flag["checkpoint"] or config.sample.get("checkpoint", ""), flag["variant"]):
         keep_compiled()
-        print(make_conditional(source, flag))
+        print(make_conditional(source, config, flag))
         return
     work = read_work(config, flag)
     keep_compiled()
@@ -141,11 +148,11 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
     """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
-    for name in (*TEXTS, *SOURCES, *OTHER, *CONDITIONS):
+    for name in (*TEXTS, *SOURCES, *OTHER, *CONDITIONS, *BESIDE, "resemble"):
         flags.DEFINE_string(name, None, "", flag_values=values)
     for name in (*INTEGERS, "first_index"):
         flags.DEFINE_integer(name, None, "", flag_values=values)
-    for name in REALS:
+    for name in (*REALS, *SCALES):
         flags.DEFINE_float(name, None, "", flag_values=values)
     for name in PAIRS:
         flags.DEFINE_list(name, None, "", flag_values=values)
@@ -165,24 +172,28 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
 
 
 def is_conditional(source: str, variant: str | None) -> bool:
-    """Whether a checkpoint is one of the LDM paper's that is told something other than Stable Diffusion's prompts."""
-    return bool(source) and is_ldm(find(beside(source), variant))
+    """Whether a checkpoint is one of the LDM paper's or of ADM's, not told Stable Diffusion's prompts."""
+    return bool(source) and kind_of(find(beside(source), variant)) is not None
 
 
-def make_conditional(source: str, flag: Mapping[str, Any]) -> Path:
+def make_conditional(source: str, config: Config, flag: Mapping[str, Any]) -> Path:
     """Makes and writes pictures of one condition; returns their folder.
 
     Raises:
         UserError: a flag is not for this model, or its value is not what it should be; nothing has been overwritten.
     """
-    known = {*CONDITIONAL, *TIMEOUTS, "prompt", "outdir", "checkpoint", "dtype"}
+    known = {*CONDITIONAL, *BESIDE, *TIMEOUTS, "prompt", "outdir", "checkpoint", "dtype", "family"}
     for name, value in flag.items():
         if value is not None and name not in known:
             raise UserError(f"--{name} is not for a model that is told classes, layouts, label maps or pictures")
     if flag["prompt"] is not None and len(flag["prompt"]) > 1:
         raise UserError("give one --prompt; --num_images makes more pictures of it")
-    pipe = sdjax.load_conditional(beside(source), flag["dtype"] or "float32")
+    others = {name: flag[name] for name in ("family", *BESIDE)}
+    mesh = make_mesh(cast(Any, config.mesh)) if jax.device_count() > 1 else None
+    pipe = sdjax.load_conditional(beside(source), flag["dtype"] or "float32", mesh, **others)
     options = {name: flag[name] for name in CONDITIONAL if flag[name] is not None}
+    for name in set(options) - set(inspect.signature(pipe).parameters):
+        raise UserError(f"--{name} is not for {pipe.name}, a model of {pipe.task}")
     prompt, outdir, first = (flag["prompt"] or [None])[0], flag["outdir"], flag["first_index"] or 0
     count = flag["num_images"] or 1
     if outdir is not None:
@@ -222,10 +233,11 @@ def read_work(config: Config, flag: Mapping[str, Any]) -> Work:
     texts = sum(flag[name] is not None for name in ("prompt", "from_file"))
     if texts > 1 or (not texts and flag["from_image"] is None):
         raise UserError("give one of --prompt, --from_file and --from_image")
-    for name in CONDITIONS:
+    others = (*CONDITIONS, *BESIDE, *SCALES, "resemble")
+    for name in others:
         if flag[name] is not None:
             raise UserError(f"--{name} is for models that are told it; this one paints prompts")
-    told = {name: value for name, value in flag.items() if value is not None and name not in CONDITIONS}
+    told = {name: value for name, value in flag.items() if value is not None and name not in others}
     record, settings = {}, dict(cast(Any, config.sample))
     if flag["from_image"] is not None:
         record = read_parameters(flag["from_image"])

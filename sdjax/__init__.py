@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdjax.pipeline import ConditionalPipeline, Pipeline, load, load_conditional
+    from sdjax.pipeline import ConditionalPipeline, Pipeline, PixelPipeline, load, load_conditional
 
-__all__ = ["ConditionalPipeline", "Pipeline", "load", "load_conditional"]
+__all__ = ["ConditionalPipeline", "Pipeline", "PixelPipeline", "load", "load_conditional"]
 
 
 def __getattr__(name: str) -> Any:

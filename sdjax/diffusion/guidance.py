@@ -7,6 +7,7 @@ so both act where PyTorch diffusers has them: on the raw prediction, below `make
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,10 +81,43 @@ def classifier_guided(denoise: Denoise, log_probability: LogProbability, scale: 
         return log_probability(x_vp, jnp.broadcast_to(timestep, x_vp.shape[:1])).astype(jnp.float32).sum()
 
     def guided_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
-        answer = denoise(x, sigma, timestep)
         gradient = jax.grad(total)(x / jnp.sqrt(sigma**2 + 1.0), timestep)
-        drawn = scale * sigma**2 / jnp.sqrt(sigma**2 + 1.0) * gradient  # of x0 = x - sigma epsilon
-        return (answer[0] + drawn, answer[1]) if isinstance(answer, tuple) else answer + drawn
+        return _drawn(denoise(x, sigma, timestep), sigma, scale * gradient)
+
+    return guided_denoise
+
+
+def _drawn(answer: Any, sigma: Float[Array, ""], gradient: Float[Array, "b h w c"]) -> Any:
+    """A denoiser's answer, x0 = x - sigma epsilon, after epsilon - sqrt(1 - abar) gradient."""
+    moved = sigma**2 / jnp.sqrt(sigma**2 + 1.0) * gradient
+    return (answer[0] + moved, answer[1]) if isinstance(answer, tuple) else answer + moved
+
+
+Likelihood = Callable[[Float[Array, "b h w c"]], Float[Array, " b"]]
+"""likelihood(x0) -> log p(y | x0) of each image."""
+
+
+def image_guided(denoise: Denoise, likelihood: Likelihood, scale: Scalar) -> Denoise:
+    """A denoiser that is drawn to what a given picture makes likely (LDM, appendix C, eq. 15 and 16).
+
+    The classifier of noisy pictures is here the likelihood of the clean ones that the network itself estimates, so
+    the gradient goes through the network.
+
+    Args:
+        denoise: of the network, guided or not.
+        likelihood: of what is asked for, differentiable.
+        scale: s, 0 for none; may be traced.
+    """
+
+    def guided_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
+        def total(x: Array) -> tuple[Array, Any]:
+            answer = denoise(x, sigma, timestep)
+            x0 = answer[0] if isinstance(answer, tuple) else answer
+            return likelihood(x0).astype(jnp.float32).sum(), answer
+
+        gradient, answer = jax.grad(total, has_aux=True)(x)
+        in_vp = jnp.sqrt(sigma**2 + 1.0) * gradient  # with respect to x_vp = x / sqrt(sigma^2 + 1)
+        return _drawn(answer, sigma, scale * in_vp)
 
     return guided_denoise
 
@@ -91,6 +125,18 @@ def classifier_guided(denoise: Denoise, log_probability: LogProbability, scale: 
 def static_threshold(x0: Float[Array, "b h w c"], limit: Scalar = 1.0) -> Float[Array, "b h w c"]:
     """Clips to [-limit, limit]."""
     return jnp.clip(x0, -limit, limit)
+
+
+def clipped(denoise: Denoise, limit: Scalar) -> Denoise:
+    """A denoiser whose clean samples are clipped to [-limit, limit]; what guides it then may lead beyond (ADM)."""
+
+    def clipped_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
+        answer = denoise(x, sigma, timestep)
+        if isinstance(answer, tuple):
+            return static_threshold(answer[0], limit), answer[1]
+        return static_threshold(answer, limit)
+
+    return clipped_denoise
 
 
 def dynamic_threshold(

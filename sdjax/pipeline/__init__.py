@@ -5,5 +5,6 @@ from __future__ import annotations
 from sdjax.pipeline.conditional import ConditionalPipeline
 from sdjax.pipeline.loading import load, load_conditional
 from sdjax.pipeline.pipeline import Pipeline
+from sdjax.pipeline.pixels import PixelPipeline
 
-__all__ = ["ConditionalPipeline", "Pipeline", "load", "load_conditional"]
+__all__ = ["ConditionalPipeline", "Pipeline", "PixelPipeline", "load", "load_conditional"]

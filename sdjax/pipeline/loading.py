@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from sdjax.convert.components import TOKENIZERS, Checkpoint, Component
+from sdjax.convert.adm_file import is_adm_file, read_adm_classifier, read_adm_file
+from sdjax.convert.components import CLASSIFIERS, TOKENIZERS, Checkpoint, Component
+from sdjax.convert.ddpm_folder import is_ddpm, read_ddpm
 from sdjax.convert.folder import INDEX, read_component, read_folder
 from sdjax.convert.hub import resolve
+from sdjax.convert.ldm_file import find_tokenizer, holds_ldm, read_ldm_file
 from sdjax.convert.ldm_folder import is_ldm, read_ldm
 from sdjax.convert.pickles import read_pickle
+from sdjax.convert.rules import Placer
 from sdjax.convert.single_file import read_autoencoder_file, read_single_file
 from sdjax.convert.weights import read_file
 from sdjax.core.errors import UserError
@@ -30,6 +33,7 @@ from sdjax.parallel.sharding import placer
 from sdjax.pipeline.conditional import ConditionalPipeline
 from sdjax.pipeline.few_step import few_step_defaults
 from sdjax.pipeline.pipeline import Pipeline
+from sdjax.pipeline.pixels import PixelPipeline
 from sdjax.tasks.latent import System, TextEncoder
 from sdjax.tasks.latent.system import AESTHETICS, SIZES, extra_channels
 from sdjax.training.export import FOLDER
@@ -38,6 +42,7 @@ UNDERSTOOD = (
     f"a diffusers folder (one with {INDEX}), a Hub id (owner/name), a single .safetensors or .ckpt file, or the "
     "workdir of a finished train.py run"
 )
+(CLASSIFIER,) = CLASSIFIERS
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 Source = str | Path
 
@@ -71,13 +76,7 @@ def load(
     kind = dtype_named(dtype)
     path = find(source, variant)
     dtypes = dict.fromkeys(("unet", "text_encoder", "text_encoder_2"), dtype) | {"vae": "float32"}
-
-    def alone(array: np.ndarray, name: str) -> jax.Array:
-        del name
-        return jax.device_put(array)
-
-    place = alone if mesh is None else placer(mesh)
-
+    place = _placer(mesh)
     if path.is_dir():
         if family is not None:
             raise UserError(f"family {family!r}: {path} is a folder, whose configs say what it is; leave it out")
@@ -101,20 +100,81 @@ def load(
     return Pipeline(name, checkpoint, system, tokenizers, dtype, mesh)
 
 
-def load_conditional(source: Source, dtype: str = "float32") -> ConditionalPipeline:
-    """A pipeline of one of the LDM paper's other models: a class's, a layout's, a label map's, a picture's.
+def load_conditional(
+    source: Source,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    *,
+    family: str | None = None,
+    tokenizer: Source | None = None,
+    classifier: Source | None = None,
+) -> ConditionalPipeline | PixelPipeline:
+    """A pipeline of a model of the LDM paper, or of ADM and DDPM: of classes, layouts, maps, pictures, or nothing.
 
     Args:
-        source: a folder that train.py or diffusers wrote, the workdir of a finished run, or a Hub id.
+        source: a folder that train.py or diffusers wrote, the workdir of a finished run, a Hub id, or a file of the
+            paper's own (`model.ckpt`) or of ADM's (`256x256_diffusion.pt`).
         dtype: of the UNet's arithmetic.
+        mesh: of `sdjax.parallel.mesh.make_mesh`; parameters and batches are spread over it. None for one device.
+        family: what a file is, where its keys and shapes mislead.
+        tokenizer: the folder with BERT's vocab.txt, for a model of words that is stored without.
+        classifier: for guidance of a model of pixels: the workdir or the folder of a finished run of
+            `noisy_classifier`, or ADM's file.
 
     Raises:
         UserError: the source is missing or no such model, or what it holds is corrupt.
     """
     path = find(source)
-    if not is_ldm(path):
+    name, kind = _name(source, path), kind_of(path)
+    if kind is None:
         raise UserError(f"{path} is no model of classes, layouts, label maps or pictures; sdjax.load reads the others")
-    return ConditionalPipeline(_name(source, path), read_ldm(path), dtype)
+    if path.is_dir() and family is not None:
+        raise UserError(f"family {family!r}: {path} is a folder, whose configs say what it is; leave it out")
+    place = _placer(mesh)
+    if kind == "ldm":
+        if classifier is not None:
+            raise UserError(f"classifier {str(classifier)!r}: classifiers guide models of pixels, which {name} is not")
+        if path.is_file():
+            read = read_ldm_file(path, family=family, tokenizer=tokenizer, place=place)
+        else:
+            read = read_ldm(path, place=place)
+            if tokenizer is not None:
+                read = read._replace(tokenizer=find_tokenizer(read.task, read.components, tokenizer))
+        return ConditionalPipeline(name, read, dtype, mesh)
+    if tokenizer is not None:
+        raise UserError(f"tokenizer {str(tokenizer)!r}: {name} reads no words")
+    read = read_adm_file(path, family=family, place=place) if path.is_file() else read_ddpm(path, place=place)
+    return PixelPipeline(
+        name, read, dtype, None if classifier is None else read_guide(Path(classifier).expanduser(), place), mesh
+    )
+
+
+def kind_of(path: Path) -> str | None:
+    """ "ldm" or "pixels" for what `load_conditional` reads, else None.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    tests = {"ldm": (is_ldm, holds_ldm), "pixels": (is_ddpm, is_adm_file)}
+    return next((kind for kind, (folder, file) in tests.items() if (folder if path.is_dir() else file)(path)), None)
+
+
+def _placer(mesh: Mesh | None) -> Placer:
+    return (lambda array, name: jax.device_put(array)) if mesh is None else placer(mesh)
+
+
+def read_guide(path: Path, place: Placer | None = None) -> Component:
+    """A classifier of noisy pictures.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    if path.is_file():
+        return read_adm_classifier(path, place=place)
+    folders = [folder for folder in (path, path / FOLDER) if (folder / CLASSIFIER / "config.json").is_file()]
+    if not folders:
+        raise UserError(f"there is no classifier in {path}: neither {CLASSIFIER}/config.json nor a file of ADM's")
+    return read_component(folders[0] / CLASSIFIER, CLASSIFIER, place=place)
 
 
 def find(source: Source, variant: str | None = None) -> Path:

@@ -1,9 +1,9 @@
 """Diffusion of pictures themselves, without a first stage: DDPM, iDDPM, ADM, of one kind or of classes.
 
-Reads config.model.unet (a variant of `unet2d`, and what differs from it), config.data (source, size), config.sample
-(count, columns, sampler, steps), and of config.task: scheduler, weighting, timesteps, offset_noise, export_dtype. With
-twice as many output channels as input channels the variance is learned, by the hybrid loss (iDDPM, eq. 16). A UNet with
-classes is told those of the data, which then needs `label`.
+Reads config.model.unet (a variant of `unet2d`, and what differs from it), config.data (source, size, flip, crop),
+config.sample (count, columns, sampler, steps), and of config.task: scheduler, weighting, timesteps, offset_noise and
+export_dtype. With twice as many output channels as input channels the variance is learned, by the hybrid loss (iDDPM,
+eq. 16). A UNet with classes is told those of the data, which then needs `label`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
 from sdjax.convert.components import Component
-from sdjax.convert.files import write_json
-from sdjax.convert.folder import write_component
+from sdjax.convert.ddpm_folder import PixelCheckpoint, write_ddpm
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.partition import gathered
@@ -28,7 +27,7 @@ from sdjax.core.precision import dtype_named
 from sdjax.core.prng import image_keys
 from sdjax.data import loader, sources, transforms
 from sdjax.diffusion.denoise import make_denoise
-from sdjax.diffusion.guidance import classifier_guided
+from sdjax.diffusion.guidance import classifier_guided, clipped
 from sdjax.diffusion.loss import hybrid_loss, posterior_tables
 from sdjax.diffusion.samplers import SamplerOptions, Table, first_noise, make_table, schedule_of
 from sdjax.diffusion.samplers import sample as run_sampler
@@ -97,7 +96,9 @@ def make(config: Config, mesh: Mesh) -> Task:
     def batch(params: Params) -> loader.Loader:
         del params
         pictures = grain.MapDataset.source(sources.source(config.data.source, "train"))
-        pictures = sources.CachedSource(pictures.map(transforms.Square(config.data.size)))
+        pictures = sources.CachedSource(
+            pictures.map(transforms.Square(config.data.size, config.data.get("crop", "centre")))
+        )
         changes: list[Any] = [transforms.Flip()] if config.data.flip else []
         if sizes.classes is not None:
             changes.append(transforms.InRange(LABEL, sizes.classes))
@@ -106,17 +107,7 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     def export(params: Params, folder: Path) -> None:
         component = Component(sizes, params[UNET], {"sample_size": config.data.size})
-        write_component(folder / UNET, UNET, component, config.task.export_dtype)
-        (folder / "scheduler").mkdir()
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        write_json(
-            folder / "model_index.json",
-            {
-                "_class_name": "DDPMPipeline",
-                "scheduler": ["diffusers", scheduler["_class_name"]],
-                "unet": ["diffusers", "UNet2DModel"],
-            },
-        )
+        write_ddpm(folder, PixelCheckpoint(component, scheduler), config.task.export_dtype)
 
     def specimen(rows: int) -> dict[str, Any]:
         side = config.data.size
@@ -137,11 +128,13 @@ class Guide(NamedTuple):
         classifier: of noisy pictures; its parameters.
         params: the classifier's.
         scale: s of ADM, 0 for none.
+        limit: to which the clean pictures are clipped before they are drawn; infinity for none.
     """
 
     classifier: Classifier
     params: Params
     scale: Float[Array, ""] | float
+    limit: Float[Array, ""] | float = float("inf")
 
 
 def draw(
@@ -165,7 +158,7 @@ def draw(
         labels: the classes, of a UNet that is told them or for a guide.
         guide: a classifier; another scale of it compiles nothing.
     """
-    classifier, *rest = guide or (None, None, 0.0)
+    classifier, *rest = guide or (None, None, 0.0, 0.0)
     return _draw((unet, side, prediction, classifier), params, table, keys, labels, *rest)
 
 
@@ -178,6 +171,7 @@ def _draw(
     labels: Array | None,
     judge: Params | None,
     scale: Array | float,
+    limit: Array | float,
 ) -> Float[Array, "n s s 3"]:
     unet, side, prediction, classifier = fixed
     cond = _told(unet.config, labels)
@@ -190,6 +184,6 @@ def _draw(
             logits = jax.nn.log_softmax(apply(classifier, judge, x, t))
             return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
-        denoise = classifier_guided(denoise, log_probability, scale)
+        denoise = classifier_guided(clipped(denoise, limit), log_probability, scale)
     noise = first_noise(keys, (side, side, CHANNELS))
     return gathered(jnp.clip(run_sampler(denoise, table, noise * table.first_scale, keys) / 2.0 + 0.5, 0.0, 1.0))

@@ -16,6 +16,7 @@ from sdjax.diffusion.guidance import (
     classifier_guided,
     dynamic_threshold,
     guided,
+    image_guided,
     rescale_guidance,
     static_threshold,
 )
@@ -101,3 +102,24 @@ def test_a_classifier_leads_to_the_posterior():
     assert (found[1.0].mean(), found[1.0].var()) == pytest.approx((y / 1.25, 0.2), abs=0.02)
     errors = [float(np.square(x - y).mean()) for x in found.values()]
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_picture_guides_through_the_network():
+    """LDM's eq. 15 and 16; a learned variance stays the network's.
+
+    Of standard normal data x0 = x / (1 + sigma^2), so the gradient of -|y - x0|^2 / 2 moves x0 by the share
+    sigma^2 / (sigma^2 + 1) of what is missing.
+    """
+    x, sigma, y = jnp.asarray(X), jnp.float32(1.7), jnp.asarray(COND)
+
+    def denoise(x, sigma, t):
+        return x / (1.0 + sigma**2), x
+
+    def likelihood(x0):
+        return -0.5 * jnp.square(y - x0).sum((1, 2, 3))
+
+    for scale in (0.0, 1.0, 2.5):
+        found, variance = image_guided(denoise, likelihood, scale)(x, sigma, jnp.float32(9.0))
+        x0 = x / (1.0 + sigma**2)
+        np.testing.assert_allclose(found, x0 + scale * sigma**2 / (1.0 + sigma**2) * (y - x0), atol=1e-6)
+        np.testing.assert_array_equal(variance, x)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
+import diffusers
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from torch_reference import drawn
+from torch_reference import channels_first, channels_last, drawn
 
 import sample
 import sdjax
+from sdjax.convert.adm_file import ADM_FAMILIES
 from sdjax.convert.components import ALL_FORMATS, Component
+from sdjax.convert.ddpm_folder import PixelCheckpoint, write_ddpm
+from sdjax.convert.folder import write_component
 from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
 from sdjax.core.errors import UserError
+from sdjax.core.prng import image_keys
+from sdjax.data.degradation import bicubic
+from sdjax.diffusion.samplers import first_noise
+from sdjax.models.adm_classifier import ClassifierConfig
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.bert import BertConfig
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
@@ -25,7 +36,9 @@ from sdjax.tasks.class_conditional import ClassConditioner
 from sdjax.tasks.inpainting import HoleConditioner
 from sdjax.tasks.latent.networks import sizes_of
 from sdjax.tasks.ldm.conditioner import Conditioner
+from sdjax.tasks.ldm.model import draw
 from sdjax.tasks.ldm.tokens import TokenConditioner
+from sdjax.tasks.retrieval import NeighbourConditioner
 from sdjax.tasks.semantic_synthesis import MapConditioner
 from sdjax.tasks.super_resolution import LowResolutionConditioner
 
@@ -41,6 +54,7 @@ CONDITIONERS = {
     "semantic_synthesis": MapConditioner(RescalerConfig(4)),
     "super_resolution": LowResolutionConditioner(4),
     "inpainting": HoleConditioner(FIRST_STAGE),
+    "retrieval": NeighbourConditioner(24),
 }
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}
 
@@ -54,7 +68,16 @@ def folders(tmp_path_factory):
         if conditioner.context_width is None:
             unet = UNet2DConfig((32, 64), (1,), (2, 2), in_channels=inputs, layers_per_block=1)
         else:
-            unet = UNetConfig((32, 64), (0, 1), 1, (2, 2), 32, in_channels=3, out_channels=3, layers_per_block=1)
+            unet = UNetConfig(
+                (32, 64),
+                (0, 1),
+                1,
+                (2, 2),
+                conditioner.context_width,
+                in_channels=3,
+                out_channels=3,
+                layers_per_block=1,
+            )
         sizes = {"unet": unet, "vae": FIRST_STAGE, **conditioner.components}
         components = {name: Component(size, drawn(ALL_FORMATS[name].shapes(size))) for name, size in sizes.items()}
         settings = {"size": 16, "steps": 2, "guidance_scale": 2.0, **conditioner.settings}
@@ -79,7 +102,9 @@ def files(tmp_path):
     labels, layout = tmp_path / "labels.png", tmp_path / "layout.json"
     Image.fromarray(rng.integers(0, 4, (16, 24)).astype(np.uint8)).save(labels)
     layout.write_text(json.dumps([{"class": "dog", "box": [0.1, 0.2, 0.5, 0.5]}]))
-    return {"picture": picture, "small": small, "mask": mask, "labels": labels, "layout": layout}
+    np.save(tmp_path / "near.npy", rng.standard_normal((5, 24)).astype(np.float32))
+    found = {"picture": picture, "small": small, "mask": mask, "labels": labels, "layout": layout}
+    return found | {"near": tmp_path / "near.npy"}
 
 
 # task: (its flags, the size of the pictures)
@@ -87,6 +112,7 @@ ASKED = {
     "unconditional": (["--width=24", "--height=16"], (16, 24)),
     "class_conditional": (["--class_label=dog"], (16, 16)),
     "layout": (["--layout={layout}"], (16, 16)),
+    "retrieval": (["--neighbours={near}", "--guidance_scale=2"], (16, 16)),
     "semantic_synthesis": (["--label_map={labels}"], (16, 24)),
     "super_resolution": (["--init_image={small}"], (16, 32)),
     "inpainting": (["--init_image={picture}", "--mask={mask}"], (16, 24)),
@@ -141,6 +167,8 @@ def test_every_condition_has_its_command(task, folders, files, tmp_path, monkeyp
             {"init_image": np.zeros((16, 16, 3), np.uint8), "mask": np.zeros((8, 16), np.uint8)},
             "mask has 8x16 pixels, its picture 16x16",
         ),
+        ("retrieval", {"neighbours": np.zeros((4, 5))}, "neighbours have the shape [4, 5]; retrieval wants [k, 24]"),
+        ("retrieval", {"neighbours": "none.npy"}, "neighbours: cannot read none.npy"),
         ("super_resolution", {"init_image": np.zeros((4, 4, 3), np.uint8), "width": 8}, "width and height are not for"),
     ],
 )
@@ -154,6 +182,7 @@ def test_wrong_conditions_are_one_line(task, given, message, folders):
 def test_wrong_flags_are_one_line(folders, monkeypatch, tmp_path):
     for flags, message in (
         (["--class_label=1", "--clip_skip=1"], "--clip_skip is not for a model that is told classes"),
+        (["--class_label=1", "--processes=2"], "--processes is not for a model that is told classes"),
         (["--class_label=1", "--prompt=a", "--prompt=b"], "give one --prompt"),
     ):
         with pytest.raises(UserError, match=message):
@@ -166,3 +195,93 @@ def test_wrong_flags_are_one_line(folders, monkeypatch, tmp_path):
         sample.main()
     with pytest.raises(UserError, match=r"is no model of classes, layouts, label maps or pictures"):
         sdjax.load_conditional(CONFIG.parents[1] / "checkpoints/openmoji")
+
+
+def test_a_small_picture_guides_a_model_that_is_told_nothing(folders, files, monkeypatch, tmp_path):
+    """The stronger, the nearer are the pictures, made as small; 0 is no guidance; another scale compiles nothing."""
+    pipe = sdjax.load_conditional(folders["unconditional"])
+    small = np.asarray(Image.open(files["small"]))
+    asked = {"width": 32, "height": 16, "steps": 8, "num_images": 2}
+    plain = pipe(**asked)
+    np.testing.assert_allclose(pipe(**asked, resemble=small, resemble_scale=0.0), plain, atol=1e-4)
+    compiled, distances = draw._cache_size(), []
+    for scale in (0.0, 0.05, 0.2):
+        made = pipe(**asked, resemble=files["small"], resemble_scale=scale)
+        made = np.stack([bicubic((image * 255).round().astype(np.uint8), 4, np.random.default_rng()) for image in made])
+        distances.append(np.square(made / 255.0 - small / 255.0).mean())
+    assert distances[0] > distances[1] > distances[2]
+    assert draw._cache_size() == compiled
+    with pytest.raises(UserError, match="resemble_scale 2: there is no picture to resemble"):
+        pipe(**asked, resemble_scale=2)
+    with pytest.raises(UserError, match=r"guidance_scale 2.0: unconditional never learned to be told nothing"):
+        pipe(**asked, guidance_scale=2.0)
+    with pytest.raises(UserError, match=r"resemble is uint8 \[4, 8\]; a picture of bytes \[h, w, 3\] is needed"):
+        pipe(**asked, resemble=small[..., 0])
+    for wrong in (small[:3], np.zeros((32, 64, 3), np.uint8)):
+        with pytest.raises(UserError, match="pixels, and unconditional makes 32x16: it must have the same proportions"):
+            pipe(**asked, resemble=wrong)
+    flags = [f"--resemble={files['small']}", "--resemble_scale=0.5", "--width=32", "--height=16"]
+    run(monkeypatch, folders["unconditional"], *flags, f"--outdir={tmp_path / 'out'}")
+    record = json.loads((tmp_path / "out" / "00000.json").read_text())
+    assert (record["resemble"], record["resemble_scale"]) == (str(files["small"]), 0.5)
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """A model of pictures of three classes, and a classifier of five."""
+    root = tmp_path_factory.mktemp("pixels")
+    unet = UNet2DConfig((32, 64), (1,), (1, 2), out_channels=6, layers_per_block=1, classes=3, scale_shift=True)
+    params = drawn(ALL_FORMATS["unet"].shapes(unet))
+    scheduler = ADM_FAMILIES["adm_256"].scheduler
+    write_ddpm(root / "model", PixelCheckpoint(Component(unet, params, {"sample_size": 16}), scheduler))
+    judge = ClassifierConfig(UNet2DConfig((32, 64), (1,), (1, 1), layers_per_block=1, resblock_updown=True), 16, 5)
+    for size in (16, 8):
+        judge = dataclasses.replace(judge, size=size)
+        component = Component(judge, drawn(ALL_FORMATS["classifier"].shapes(judge)))
+        write_component(root / f"guide_{size}" / "classifier", "classifier", component)
+    return root
+
+
+def test_pictures_of_pixels_have_their_command(pixels, tmp_path, monkeypatch, capsys):
+    """A picture by its number, a classifier that changes it, records, and what is wrong in one line."""
+    flags = ["--class_label=2", "--steps=4", "--num_images=2", "--seed=5"]
+    run(monkeypatch, pixels / "model", *flags, f"--outdir={tmp_path / 'out'}")
+    images = [np.asarray(Image.open(tmp_path / "out" / f"0000{i}.png")) for i in (0, 1)]
+    assert (images[0] != images[1]).any()
+    run(monkeypatch, pixels / "model", *flags, "--first_index=1", "--num_images=1", f"--outdir={tmp_path / 'again'}")
+    assert np.abs(np.asarray(Image.open(tmp_path / "again" / "00001.png")).astype(int) - images[1]).max() <= 1
+    guide = [f"--classifier={pixels / 'guide_16'}", "--classifier_scale=5"]
+    run(monkeypatch, pixels / "model", *flags, *guide, f"--outdir={tmp_path / 'guided'}")
+    assert (np.asarray(Image.open(tmp_path / "guided" / "00000.png")) != images[0]).any()
+    record = json.loads((tmp_path / "guided" / "00001.json").read_text())
+    assert (record["class_label"], record["classifier_scale"]) == ("2", 5.0)
+    for changed, message in (
+        ((), "model needs class_label: a number from 0 to 2"),
+        (("--class_label=3",), "class_label 3: model has the classes 0 to 2"),
+        (("--class_label=1", "--prompt=x"), "model is not told prompt"),
+        (("--class_label=1", "--classifier_scale=2"), "model has no classifier beside it"),
+        (("--class_label=1", "--guidance_scale=2"), "--guidance_scale is not for model, a model of pixels"),
+        (("--class_label=1", f"--tokenizer={pixels}"), "model reads no words"),
+        (("--class_label=1", f"--classifier={pixels}"), "there is no classifier in"),
+        (("--class_label=1", f"--classifier={pixels / 'guide_8'}"), "its classifier knows those of 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(monkeypatch, pixels / "model", *changed, f"--outdir={tmp_path / 'wrong'}")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_model_of_pixels_makes_what_diffusers_makes(pixels):
+    """DDIM of four steps from the same noise, told a class: to 1e-3."""
+    pipe = sdjax.load_conditional(pixels / "model")
+    theirs = diffusers.UNet2DModel.from_pretrained(pixels / "model" / "unet")
+    scheduler = diffusers.DDIMScheduler.from_config(pipe._scheduler, clip_sample=True, set_alpha_to_one=True)
+    scheduler.set_timesteps(4)
+    x = channels_first(np.array(first_noise(image_keys(3, jnp.arange(2)), (16, 16, 3))))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = theirs(x, t, class_labels=torch.tensor([2, 2])).sample[:, :3]
+            x = scheduler.step(output, t, x, eta=0.0).prev_sample
+    wanted = channels_last((x / 2 + 0.5).clamp(0, 1))
+    assert wanted.std() > 0.05
+    found = pipe(class_label=2, sampler="ddim", steps=4, seed=3, num_images=2)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)

@@ -13,6 +13,7 @@ import torch
 from diffusers.pipelines.deprecated.latent_diffusion_uncond import pipeline_latent_diffusion_uncond as plain_pipeline
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion as text_pipeline
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion_superresolution as large_pipeline
+from PIL import Image
 from torch_reference import channels_first, channels_last, drawn
 
 from configs import ldm, openmoji_ldm
@@ -28,6 +29,7 @@ from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig, Rescaler, RescalerConfig
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import placer
+from sdjax.pipeline.conditional import ConditionalPipeline
 from sdjax.tasks.base import make_task
 from sdjax.tasks.inpainting import HoleConditioner
 from sdjax.tasks.latent.networks import sizes_of
@@ -195,8 +197,13 @@ def test_diffusers_paints_words_as_we_do(first_stage, tokenizer, tmp_path, monke
     )
     wanted = pipe(prompts, 32, 32, num_inference_steps=4, guidance_scale=3.0, output_type="np").images
     assert checkpoint.tokenizer is not None
-    tokens = load_word_pieces(checkpoint.tokenizer, 32).encode(prompts)
+    words = load_word_pieces(checkpoint.tokenizer, 32)
+    tokens, tokens_of_nothing = words.encode(prompts), words.encode([""])[0]
     found = draw(model, params, table_of(checkpoint, 4), {"tokens": tokens}, 3.0, keys, (32, 32))
+    pipe.save_pretrained(theirs := tmp_path / "theirs")
+    assert "_sdjax" not in json.loads((theirs / "model_index.json").read_text())
+    settings = ConditionalPipeline("theirs", read_ldm(theirs)).settings
+    assert settings["nothing"] == checkpoint.settings["nothing"] == tokens_of_nothing.tolist()
     assert np.std(wanted) > 0.05
     np.testing.assert_allclose(found, wanted, atol=1e-3)
 
@@ -221,10 +228,26 @@ def test_an_unconditional_run_is_a_pipeline_of_diffusers(written_by, first_stage
     np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["cin256", "layout", "semantic", "inpainting"])
-def test_other_models_come_back_as_they_were_written(name, first_stage, tmp_path):
+@pytest.fixture(scope="module")
+def neighbours(tmp_path_factory):
+    """Pictures with the embeddings of what is near each."""
+    folder, rng, lines = tmp_path_factory.mktemp("neighbours"), np.random.default_rng(0), []
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8)).save(folder / f"{i}.png")
+        np.save(folder / f"{i}.npy", rng.standard_normal((3, 24)))
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": "", "neighbours": f"{i}.npy"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["cin256", "layout", "semantic", "inpainting", "rdm"])
+def test_other_models_come_back_as_they_were_written(name, first_stage, neighbours, tmp_path):
     """The same pictures from what was read as from what was written; guidance by another scale compiles nothing."""
     config = config_of(name, first_stage)
+    if name == "rdm":
+        config.data.source = f"folder:{neighbours}"
+        with config.model.unet.unlocked():
+            config.model.unet.update(in_channels=3, out_channels=3)
     task, params, folder = exported(config, tmp_path / "model")
     checkpoint = read_ldm(folder)
     model, read = load_model(checkpoint)
@@ -309,4 +332,4 @@ def test_published_configs_fit_their_first_stages(name, tokenizer, tmp_path):
     if "tokenizer" in config.model:
         config.model.tokenizer = str(tokenizer)
     specimen = make_task(config, make_mesh({"data": -1})).specimen(2)
-    assert specimen["image"].shape == (2, 256, 256, 3)
+    assert specimen["image"].shape == (2, config.data.size, config.data.size, 3)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sdjax.diffusion.denoise import Network, make_denoise
+from sdjax.diffusion.denoise import Denoise, Network, make_denoise
 from sdjax.diffusion.guidance import guided
 from sdjax.diffusion.samplers import Table
 from sdjax.diffusion.samplers import sample as run_sampler
@@ -74,6 +74,7 @@ def denoise_latents(
     keys: Key[Array, " b"],
     callback: Callable[[int], None] | None = None,
     noise: Float[Array, "b n h w z"] | None = None,
+    steer: Callable[[Denoise], Denoise] | None = None,
 ) -> Float[Array, "b h w z"]:
     """Runs a sampler; the result is scaled latents, with noise where the table's last active row leaves some.
 
@@ -88,6 +89,7 @@ def denoise_latents(
         keys: [b], one an image.
         callback: called on the host after every network call.
         noise: of every row of the table, in place of what the keys draw.
+        steer: changes the denoiser, e.g. guides it by a picture.
     """
     network = (_guided if len(conditions) > 1 else _unguided)(system, params, conditions, guidance)
 
@@ -96,6 +98,7 @@ def denoise_latents(
         return start.mask * x + (1.0 - start.mask) * (start.known + sigma * start.noise)
 
     denoise = make_denoise(network, system.prediction)
+    denoise = denoise if steer is None else steer(denoise)
     return run_sampler(denoise, table, start.x, keys, keep_known, callback, noise)
 
 
