@@ -30,6 +30,7 @@ from sdjax.training.step import TrainState, init_state, make_step
 from sdjax.training.task import Params, Task
 
 STEPS = 3
+BELOW = {"mask": 2, "label": 3, "label_map": 3}  # what some columns' integers are below
 
 
 def main() -> None:
@@ -84,12 +85,12 @@ def batch(shapes: dict[str, jax.ShapeDtypeStruct], number: int) -> dict[str, np.
     """Rows of random numbers in the form of a training batch."""
     rng = np.random.default_rng(number)
 
-    def draw(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+    def draw(name: str, shape: jax.ShapeDtypeStruct) -> np.ndarray:
         if np.issubdtype(shape.dtype, np.integer):
-            return rng.integers(0, 255, shape.shape).astype(shape.dtype)
+            return rng.integers(0, BELOW.get(name, 255), shape.shape).astype(shape.dtype)
         return (0.5 * rng.standard_normal(shape.shape)).astype(shape.dtype)
 
-    return {name: draw(shape) for name, shape in shapes.items()}
+    return {name: draw(name, shape) for name, shape in shapes.items()}
 
 
 if __name__ == "__main__":

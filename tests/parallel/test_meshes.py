@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,13 +13,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from torch_reference import drawn
 
 import train
 from configs import openmoji, stable_diffusion_training
+from sdjax.convert.components import FORMATS, Component
+from sdjax.convert.folder import write_component
+from sdjax.models.autoencoder import VARIANTS
 from sdjax.parallel.mesh import shapes_of, text_of
+from sdjax.tasks.latent.networks import sizes_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("on_meshes.py")
+# Other systems, on a few meshes each.
+OTHERS = {
+    "adm": "configs/pixels.py:adm_64_tiny",
+    "classifier": "configs/classifiers.py:adm_64_tiny",
+    **{name: f"configs/ldm.py:{name}_tiny" for name in ("celebahq", "cin256", "layout", "semantic", "inpainting")},
+}
 # Optimising code that runs for three steps would take longer than they do.
 HASTY = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
 EVERY = [text_of(shape) for shape in shapes_of(8)]
@@ -30,7 +44,12 @@ TINY = {
 
 def start(case: str, pictures: Path, output: Path, meshes: list[str], devices: int, *flags: str) -> subprocess.Popen:
     """A process with so many virtual devices of its own."""
-    command = [sys.executable, str(SCRIPT), f"--config={TINY[case]}", f"--config.data.source=folder:{pictures}"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        f"--config={(TINY | OTHERS)[case]}",
+        f"--config.data.source=folder:{pictures}",
+    ]
     command += [
         "--config.optim.name=adamw",
         "--config.optim.learning_rate=1e-3",
@@ -96,6 +115,39 @@ def test_every_system_is_the_same_on_every_mesh_of_eight(case, pictures, tmp_pat
     finish(start(case, pictures, tmp_path / "one.npz", ["data=1"], 1, *flags))
     finish(start(case, pictures, tmp_path / "eight.npz", EVERY, 8, *flags))
     compare(case, tmp_path, EVERY, ["one", "eight"])
+
+
+@pytest.fixture(scope="session")
+def quantised(tmp_path_factory) -> str:
+    """The flag for a first stage of f = 4 with a codebook, drawn at random."""
+    small = {"channels": (8, 8, 16), "layers_per_block": 1, "groups": 4, "codes": 64}
+    sizes = sizes_of({"variant": "vq_f4", **small}, VARIANTS, "")
+    folder = tmp_path_factory.mktemp("quantised")
+    write_component(folder / "vae", "vae", Component(sizes, drawn(FORMATS["vae"].shapes(sizes))))
+    return f"--config.task.first_stage={folder}"
+
+
+@pytest.fixture(scope="session")
+def annotated(pictures, tmp_path_factory) -> Path:
+    """Pictures with classes, boxes and label maps."""
+    folder, lines = tmp_path_factory.mktemp("annotated"), []
+    for i in range(16):
+        shutil.copy(pictures / f"{i}.png", folder)
+        Image.fromarray(np.full((32, 32), i % 3, np.uint8)).save(folder / f"{i}.map.png")
+        objects = {"bbox": [[4, 4, 12, 20]], "categories": [i % 3]}
+        said = {"label": i % 3, "objects": objects, "label_map": f"{i}.map.png"}
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"colour {i}", **said}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_systems_are_the_same_on_three_meshes(case, annotated, tmp_path, request):
+    flags = [request.getfixturevalue("quantised")] if "ldm.py" in OTHERS[case] else []
+    finish(start(case, annotated, tmp_path / "one.npz", ["data=1"], 1, *flags))
+    finish(start(case, annotated, tmp_path / "eight.npz", QUICK, 8, *flags))
+    compare(case, tmp_path, QUICK, ["one", "eight"])
 
 
 @pytest.mark.slow
