@@ -147,10 +147,7 @@ SIGNS: tuple[tuple[str, str], ...] = (
         "a text model of the LDM paper, which sdjax.load_conditional reads",
     ),
     (r"(embedder|noise_augmentor)\..*", "Stable Diffusion 2 unCLIP"),
-    (
-        r"(first_stage_model\.)?quantize\..*",
-        "a model with a vector-quantised autoencoder",
-    ),
+    (r"(first_stage_model\.)?quantize\..*", "a model with a vector-quantised autoencoder"),
     (r"(encoder|shared|decoder)\.(block|embed_tokens)\..*|shared\.weight", "a T5 text encoder"),
     (r"(down_blocks|up_blocks|mid_block|time_embedding)\..*", "a UNet of a diffusers folder; give the folder"),
     (r"(text_model|transformer\.text_model)\..*", "a text encoder alone"),

@@ -36,7 +36,7 @@ from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
 
 logger = logging.getLogger("sdjax")
 
-SIZE = 256  # of the pictures of all of them
+SIZE = 256  # of the pictures, where the family does not say another
 
 
 def holds_ldm(path: str | Path) -> bool:
