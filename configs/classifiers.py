@@ -51,15 +51,15 @@ def openmoji() -> Config:
     config.model.classifier.update(
         size=32,
         classes=10,
-        channels=(64, 64, 128),
+        channels=(32, 64, 128),
         heads=(1, 1, 2),
         attention_levels=(2,),
         layers_per_block=1,
-        width=64,
+        width=32,
     )
     config.data.update(source="openmoji", size=32, flip=False)
     config.optim.update(learning_rate=1e-3, warmup_steps=50, ema_decay=0.99)
-    config.train.update(steps=800, batch_size=64, dtype="float32", sample_every=400, checkpoint_every=200)
+    config.train.update(steps=500, batch_size=32, dtype="float32", sample_every=250, checkpoint_every=250)
     return config
 
 

@@ -72,7 +72,10 @@ def small(name: str) -> Config:
     config.optim.update(
         learning_rate=1e-3, schedule="cosine", final_fraction=0.0, warmup_steps=100, b2=0.99, ema_decay=0.995
     )
-    config.train.update(steps=2000, batch_size=32, dtype="float32", sample_every=500, checkpoint_every=250)
+    config.train.update(steps=800, batch_size=16, dtype="float32", sample_every=400, checkpoint_every=200)
+    if name == "super_resolution":  # four times as many latents
+        config.model.unet.update(channels=(32, 64, 128), heads=(1, 2, 4))
+        config.train.update(steps=1200, batch_size=8)
     config.sample.update(count=16, columns=8, steps=25)
     return config
 

@@ -58,7 +58,7 @@ def published(name: str) -> Config:
             "prediction_type": "epsilon",
             "variance_type": "learned_range",
             "clip_sample": True,
-            "timestep_spacing": "leading",
+            "timestep_spacing": "linspace",
         },
     }
     config.data.update(source="", size=size, flip=True, crop="adm")
@@ -71,12 +71,12 @@ def published(name: str) -> Config:
 def openmoji() -> Config:
     """Small enough for minutes on a CPU."""
     config = published("openmoji")
-    config.model.unet.update(channels=(64, 128, 128), heads=(1, 2, 2), attention_levels=(1, 2), layers_per_block=1)
-    config.model.unet.width = 64
+    config.model.unet.update(channels=(32, 64, 128), heads=(1, 1, 2), attention_levels=(2,), layers_per_block=1)
+    config.model.unet.width = 32
     config.data.update(source="openmoji", flip=False)
     config.optim.update(learning_rate=5e-4, schedule="cosine", warmup_steps=100, b2=0.99, ema_decay=0.995)
-    config.train.update(steps=1500, batch_size=32, dtype="float32", remat="none", checkpoint_every=250)
-    config.train.sample_every = 500
+    config.train.update(steps=800, batch_size=16, dtype="float32", remat="none", checkpoint_every=200)
+    config.train.sample_every = 400
     config.sample.steps = 50
     return config
 

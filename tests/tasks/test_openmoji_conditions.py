@@ -1,7 +1,15 @@
-"""Every condition on OpenMoji, trained by the published commands: minutes to an hour each on two CPU cores."""
+"""Every condition on OpenMoji, trained by the published commands: ten to forty minutes each on a CPU core.
+
+`-rP` shows the figures. With SDJAX_RUNS=FOLDER the trainings stand in FOLDER, where a later run finds those that are
+finished and goes on with those that are not; runs beside each other share them.
+"""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import filelock
 import grain
 import jax
 import jax.numpy as jnp
@@ -27,12 +35,19 @@ from sdjax.tasks.noisy_classifier import classify, read_classifier
 from sdjax.tasks.pixels import Guide, draw
 
 pytestmark = pytest.mark.slow
-RUNS = "sdjax_runs"
+RUNS = "SDJAX_RUNS"
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp(RUNS)
+def trained(tmp_path_factory):
+    """The export of a config's training, done once."""
+    root = Path(os.environ[RUNS]) if RUNS in os.environ else tmp_path_factory.mktemp("runs")
+
+    def train_once(config, name: str) -> Path:
+        with filelock.FileLock(root / f"{name}.lock"):
+            return Path(train.train_and_evaluate(config, root / name))
+
+    return train_once
 
 
 def held_out(side: int, name: str = "openmoji"):
@@ -41,28 +56,28 @@ def held_out(side: int, name: str = "openmoji"):
 
 
 @pytest.fixture(scope="module")
-def first_stage(root):
-    return train.train_and_evaluate(autoencoders.get_config("openmoji_kl"), root / "kl")
+def first_stage(trained):
+    return trained(autoencoders.get_config("openmoji_kl"), "kl")
 
 
 @pytest.fixture(scope="module")
-def classifier(root):
-    return read_classifier(train.train_and_evaluate(classifiers.get_config("openmoji"), root / "classifier"))
+def classifier(trained):
+    return read_classifier(trained(classifiers.get_config("openmoji"), "classifier"))
 
 
 @pytest.fixture(scope="module")
-def pixel_model(root):
-    return train.train_and_evaluate(pixels.get_config("openmoji"), root / "pixels")
+def pixel_model(trained):
+    return trained(pixels.get_config("openmoji"), "pixels")
 
 
 @pytest.fixture
-def trained(root, first_stage):
+def pipeline(trained, first_stage):
     """A variant of configs/openmoji_ldm.py, ready to be called."""
 
     def make(name: str):
         config = openmoji_ldm.get_config(name)
         config.task.first_stage = str(first_stage)
-        return sdjax.load_conditional(train.train_and_evaluate(config, root / name))
+        return sdjax.load_conditional(trained(config, name))
 
     return make
 
@@ -76,16 +91,20 @@ def quality(folder) -> float:
 
 
 def test_a_kl_first_stage_passes_22_db(first_stage):
-    assert quality(first_stage) > 22.0
+    found = quality(first_stage)
+    print(f"KL: {found:.2f} dB")
+    assert found > 22.0
 
 
-def test_a_vq_first_stage_passes_22_db(root):
-    assert quality(train.train_and_evaluate(autoencoders.get_config("openmoji_vq"), root / "vq")) > 22.0
+def test_a_vq_first_stage_passes_22_db(trained):
+    found = quality(trained(autoencoders.get_config("openmoji_vq"), "vq"))
+    print(f"VQ: {found:.2f} dB")
+    assert found > 22.0
 
 
-def test_holes_are_filled_better_than_by_the_mean_colour(trained):
+def test_holes_are_filled_better_than_by_the_mean_colour(pipeline):
     """Less squared error in the hole than the mean of what is around it; all around it is the given picture."""
-    pipe, rng = trained("inpainting"), np.random.default_rng(0)
+    pipe, rng = pipeline("inpainting"), np.random.default_rng(0)
     ours, plain = [], []
     for row in held_out(64)[:48]:
         image = row["image"]
@@ -94,23 +113,25 @@ def test_holes_are_filled_better_than_by_the_mean_colour(trained):
         np.testing.assert_array_equal(np.round(made[~hole] * 255), image[~hole])
         ours.append(np.square(made - image / 255.0)[hole].mean())
         plain.append(np.square(image[~hole].mean(0) / 255.0 - image / 255.0)[hole].mean())
+    print(f"squared error in the hole: {np.mean(ours):.4f}, of the mean colour {np.mean(plain):.4f}")
     assert np.mean(ours) < np.mean(plain)
 
 
-def test_super_resolution_beats_bicubic(trained):
-    pipe, ours, plain = trained("super_resolution"), [], []
+def test_super_resolution_beats_bicubic(pipeline):
+    pipe, ours, plain = pipeline("super_resolution"), [], []
     for row in held_out(128)[:32]:
         small = bicubic(row["image"], 4, np.random.default_rng(0))
         large = transforms.square(small, 128, transforms.Image.Resampling.BICUBIC)
         truth = row["image"][None] / 255.0
         ours.append(psnr(truth, pipe(init_image=small)))
         plain.append(psnr(truth, large[None] / 255.0))
+    print(f"super-resolution: {np.mean(ours):.2f} dB, bicubic {np.mean(plain):.2f} dB")
     assert np.mean(ours) > np.mean(plain)
 
 
-def test_a_layout_puts_the_colour_into_the_box(trained):
+def test_a_layout_puts_the_colour_into_the_box(pipeline):
     """The mean colour of a box's middle is nearer to that of the asked shape than to any other colour's, in most."""
-    pipe, right = trained("layout"), []
+    pipe, right = pipeline("layout"), []
     wanted = {"red": (234, 90, 71), "yellow": (252, 234, 43), "green": (177, 204, 51), "purple": (137, 103, 170)}
     boxes = ([0.1, 0.1, 0.4, 0.4], [0.5, 0.4, 0.4, 0.4], [0.05, 0.55, 0.4, 0.4])
     for color in wanted:
@@ -121,16 +142,18 @@ def test_a_layout_puts_the_colour_into_the_box(trained):
             distances = {name: np.abs(middle - value).sum() for name, value in wanted.items()}
             distances["white"] = np.abs(middle - 255).sum()
             right.append(min(distances, key=lambda name: distances[name]) == color)
+    print(f"asked colour in the box: {np.sum(right)} of {len(right)}")
     assert np.mean(right) > 0.6
 
 
-def test_samples_of_a_class_are_taken_for_it(trained, classifier):
+def test_samples_of_a_class_are_taken_for_it(pipeline, classifier):
     """By a classifier of real pictures, three times as often as chance."""
-    pipe, (model, params), right = trained("classes"), classifier, []
+    pipe, (model, params), right = pipeline("classes"), classifier, []
     for label in range(len(GROUPS)):
         images = pipe(class_label=label, num_images=16, guidance_scale=2.0)
         small = np.stack([transforms.square((image * 255).astype(np.uint8), 32) for image in images])
         right.append((classify(model, params, small).argmax(-1) == label).mean())
+    print(f"taken for their class: {np.mean(right):.3f}; by class {np.round(right, 2)}")
     assert np.mean(right) > 3.0 / len(GROUPS)
 
 
@@ -146,11 +169,13 @@ def test_guidance_makes_the_classifier_surer(pixel_model, classifier):
         images = draw(UNet2D(unet.config), unet.params, table, keys, 32, "epsilon", labels, guide)
         logits = jax.nn.log_softmax(classify(model, judge, (np.asarray(images) * 255).round().astype(np.uint8)))
         sure.append(float(np.exp(logits[np.arange(40), labels]).mean()))
+    print(f"confidence at scales 0, 1, 4: {np.round(sure, 3)}")
     assert sure[0] < sure[1] < sure[2]
 
 
 def test_a_learned_variance_costs_fewer_bits_in_50_steps(pixel_model):
     """iDDPM's claim, on held-out pictures."""
     found = bits(pixel_model, sources.source("openmoji", "held_out"), 50, 30)
+    print(found)
     learned = found.pop("bits_per_dimension_learned_50")
     assert learned < min(found.values())
