@@ -38,7 +38,8 @@ from sdjax.training.workdir import check_owner, claim, open_workdir
 FIRST_STAGE = "first_stage"
 # What may change between two runs in one workdir: how long, how often to tell, what to keep, and on which devices.
 FREE = ("train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep_checkpoints")
-FREE += ("train.keep_best", "train.restore", "train.profile", "mesh", "sample", "eval", f"task.{FIRST_STAGE}")
+FREE += ("train.keep_best", "train.restore", "train.profile", "data.threads", "data.workers", "mesh", "sample", "eval")
+FREE += (f"task.{FIRST_STAGE}",)
 
 
 def main() -> None:

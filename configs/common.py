@@ -23,7 +23,14 @@ def base() -> Config:
         {
             "model": {},
             "task": {"name": ""},
-            "data": {"source": "", "size": 128},
+            "data": {
+                "source": "",
+                "size": 128,
+                "crop": "centre",  # "adm", or "random" squares
+                "crop_sides": (1.0, 1.0),  # of random squares, as shares of the shorter side
+                "threads": 8,  # that make batches, each one at a time
+                "workers": 0,  # processes with as many threads each, in place of this one's
+            },
             "optim": {
                 "name": "adamw",
                 "learning_rate": 1e-4,

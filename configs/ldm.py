@@ -155,10 +155,12 @@ def condition(config: Config, recipe: Recipe) -> None:
     elif recipe.task == "layout":
         config.model.bert = {"variant": "ldm_layout"}
         config.task.classes = OBJECT_CLASSES
+        config.data.update(crop="random", crop_sides=(0.0, 1.0))
     elif recipe.task == "semantic_synthesis":
         config.model.rescaler = {"classes": MAP_CLASSES}
+        config.data.update(crop="random", crop_sides=(256 / 384, 256 / 384))
     elif recipe.task == "super_resolution":
-        config.data.degradation = "bsr_light"
+        config.data.update(degradation="bsr_light", crop="random", crop_sides=(0.5, 1.0))
     elif recipe.task == "inpainting":
         config.data.holes = (0.02, 0.5)
 

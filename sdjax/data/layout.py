@@ -2,7 +2,8 @@
 
 The rules are those of CompVis/taming-transformers, taming/data/conditional_builder/objects_bbox.py: as many points
 along each side as the root of the vocabulary's size, a token for each point, triples of tokens for the objects in a
-random order, filled up with the last token, and at the end the corners of the crop, which is the whole picture here.
+random order, filled up with the last token, and at the end the corners of the part that is seen: the whole picture,
+or what `crops.RandomSquare` took of it.
 """
 
 from __future__ import annotations
@@ -44,12 +45,18 @@ class LayoutTokens:
         """Tokens of a layout: three an object, two for the crop."""
         return 3 * self.objects + 2
 
-    def encode(self, classes: Sequence[int] | Int[np.ndarray, " n"], boxes: Float[np.ndarray, "n 4"]) -> np.ndarray:
+    def encode(
+        self,
+        classes: Sequence[int] | Int[np.ndarray, " n"],
+        boxes: Float[np.ndarray, "n 4"],
+        crop: Sequence[float] | Float[np.ndarray, " 4"] = WHOLE,
+    ) -> Int[np.ndarray, " length"]:
         """The tokens, int32 [length].
 
         Args:
             classes: of the objects, from 0.
-            boxes: x, y of the upper left corner, width, height, each a share of the picture's side.
+            boxes: x, y of the upper left corner, width, height, each a share of the whole picture's side.
+            crop: the part of the picture that is seen, as a box.
 
         Raises:
             UserError: a class that there is not, a box that leaves the picture, or too many objects.
@@ -62,7 +69,7 @@ class LayoutTokens:
                 raise UserError(f"class {kind} of a layout is not one of 0 to {self.classes - 1}")
             tokens += [int(kind), *self._corners(box)]
         tokens += [self.vocabulary - 1] * (3 * (self.objects - len(classes)))
-        return np.array([*tokens, *self._corners(WHOLE)], np.int32)
+        return np.array([*tokens, *self._corners(crop)], np.int32)
 
     def _corners(self, box: Sequence[float] | Float[np.ndarray, " 4"]) -> tuple[int, int]:
         x, y, width, height = (float(value) for value in box)
@@ -90,5 +97,5 @@ class Layout(grain.transforms.RandomMap):
 
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         order = rng.permutation(len(element["objects"]))[: self.tokens.objects]
-        tokens = self.tokens.encode(element["objects"][order], element["boxes"][order])
+        tokens = self.tokens.encode(element["objects"][order], element["boxes"][order], element.get("crop", WHOLE))
         return {**element, "tokens": tokens}

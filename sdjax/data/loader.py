@@ -26,7 +26,7 @@ class Shard(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How batches are made ahead of time; with no workers, threads of this process make them."""
+    """How batches are made ahead of time: each by one thread, of this process or, where there are any, of a worker."""
 
     threads: int = 1
     ahead: int = 2
@@ -70,7 +70,7 @@ class Loader(Iterator[dict[str, Any]]):
     def _start(self, step: int) -> None:
         threads, ahead, workers = self._reading
         first = step * self._shard.count + self._shard.index
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
         batches = self._batches[first :: self._shard.count].to_iter_dataset(options)
         if workers:
             if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, which are not on this command line

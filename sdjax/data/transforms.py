@@ -107,8 +107,8 @@ class ToFloat(grain.transforms.Map):
 class Flip(grain.transforms.RandomMap):
     """Mirrors left and right with the given probability. Captions that speak of left and right do not survive it.
 
-    Where a crop was recorded (`buckets.ToBucket`), its left edge becomes that in the mirrored picture; boxes and label
-    maps are mirrored, too.
+    Where a crop was recorded (`buckets.ToBucket`, `crops.RandomSquare`), it becomes that in the mirrored picture; boxes
+    and label maps are mirrored, too.
     """
 
     probability: float = 0.5
@@ -121,9 +121,10 @@ class Flip(grain.transforms.RandomMap):
         }
         if "sizes" in element:
             mirrored["sizes"] = mirrored_sizes(element["sizes"])
-        if "boxes" in element:
-            x, y, width, height = element["boxes"].T
-            mirrored["boxes"] = np.stack([1.0 - (x + width), y, width, height], axis=1)
+        for key in ("boxes", "crop"):
+            if key in element:
+                x, y, width, height = element[key].T
+                mirrored[key] = np.stack([1.0 - (x + width), y, width, height], axis=-1)
         return {**element, **mirrored}
 
 

@@ -7,6 +7,7 @@ variance-exploding x = x0 + sigma noise = x_vp / sqrt(abar) of k-diffusion, with
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -19,10 +20,34 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 Network = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "b h w d"]]
 """network(x_vp, timestep) -> raw prediction; d is c, or 2 c with a learned variance."""
 
-Denoise = Callable[..., Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]]
+
+class Drawn(NamedTuple):
+    """What a denoiser answers that something draws elsewhere.
+
+    Attributes:
+        x0: [b h w c], as without it.
+        v: of a learned variance; -1 without one.
+        gradient: [b h w c] of the log-probability of what is asked for, with respect to x_vp.
+    """
+
+    x0: Array
+    v: Array | float
+    gradient: Array
+
+
+Answer = Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]] | Drawn
+
+Denoise = Callable[..., Answer]
 """denoise(x [b h w c], sigma [], timestep []) -> x0 [b h w c], x in variance-exploding coordinates.
 
-With a learned variance it answers (x0, v), see `make_denoise`."""
+With a learned variance it answers (x0, v), see `make_denoise`; guided by a classifier, `Drawn`."""
+
+
+def parts(answer: Answer) -> tuple[Array, Array | float, Array | None]:
+    """x0, v and the gradient; without a learned variance v says the lower bound, the posterior's own."""
+    if isinstance(answer, Drawn):
+        return answer.x0, answer.v, answer.gradient
+    return (*answer, None) if isinstance(answer, tuple) else (answer, -1.0, None)
 
 
 def per_image(values: Array, like: Array) -> Array:

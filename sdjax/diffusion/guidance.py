@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sdjax.diffusion.denoise import Denoise, Network
+from sdjax.diffusion.denoise import Denoise, Drawn, Network, parts
 
 NetworkPair = Callable[
     [Float[Array, "b h w c"], Float[Array, " b"]], tuple[Float[Array, "b h w d"], Float[Array, "b h w d"]]
@@ -66,10 +66,10 @@ LogProbability = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[A
 
 
 def classifier_guided(denoise: Denoise, log_probability: LogProbability, scale: Scalar) -> Denoise:
-    """A denoiser that is drawn to what a classifier recognises: epsilon - sqrt(1 - abar) s grad log p(y | x_t).
+    """A denoiser that is drawn to what a classifier recognises (Dhariwal & Nichol 2021).
 
-    ADM's rule for DDIM (Dhariwal & Nichol 2021, algorithm 2), which holds for every sampler, since x0 and epsilon say
-    the same. A learned variance is the network's own.
+    DDPM moves the mean of a step by its variance times s grad log p(y | x_t) (algorithm 1); every other sampler takes
+    epsilon - sqrt(1 - abar) s grad log p(y | x_t) (algorithm 2, for DDIM). x0 is clipped before, and not again.
 
     Args:
         denoise: of the network, guided or not.
@@ -81,16 +81,11 @@ def classifier_guided(denoise: Denoise, log_probability: LogProbability, scale: 
         return log_probability(x_vp, jnp.broadcast_to(timestep, x_vp.shape[:1])).astype(jnp.float32).sum()
 
     def guided_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
-        gradient = jax.grad(total)(x / jnp.sqrt(sigma**2 + 1.0), timestep)
-        return _drawn(denoise(x, sigma, timestep), sigma, scale * gradient)
+        gradient = scale * jax.grad(total)(x / jnp.sqrt(sigma**2 + 1.0), timestep)
+        x0, v, _ = parts(denoise(x, sigma, timestep))
+        return Drawn(x0, v, gradient)
 
     return guided_denoise
-
-
-def _drawn(answer: Any, sigma: Float[Array, ""], gradient: Float[Array, "b h w c"]) -> Any:
-    """A denoiser's answer, x0 = x - sigma epsilon, after epsilon - sqrt(1 - abar) gradient."""
-    moved = sigma**2 / jnp.sqrt(sigma**2 + 1.0) * gradient
-    return (answer[0] + moved, answer[1]) if isinstance(answer, tuple) else answer + moved
 
 
 Likelihood = Callable[[Float[Array, "b h w c"]], Float[Array, " b"]]
@@ -116,8 +111,9 @@ def image_guided(denoise: Denoise, likelihood: Likelihood, scale: Scalar) -> Den
             return likelihood(x0).astype(jnp.float32).sum(), answer
 
         gradient, answer = jax.grad(total, has_aux=True)(x)
-        in_vp = jnp.sqrt(sigma**2 + 1.0) * gradient  # with respect to x_vp = x / sqrt(sigma^2 + 1)
-        return _drawn(answer, sigma, scale * in_vp)
+        # x0 = x - sigma epsilon; with respect to x_vp the gradient is sqrt(sigma^2 + 1) times as long.
+        moved = scale * sigma**2 * gradient
+        return (answer[0] + moved, answer[1]) if isinstance(answer, tuple) else answer + moved
 
     return guided_denoise
 
@@ -125,18 +121,6 @@ def image_guided(denoise: Denoise, likelihood: Likelihood, scale: Scalar) -> Den
 def static_threshold(x0: Float[Array, "b h w c"], limit: Scalar = 1.0) -> Float[Array, "b h w c"]:
     """Clips to [-limit, limit]."""
     return jnp.clip(x0, -limit, limit)
-
-
-def clipped(denoise: Denoise, limit: Scalar) -> Denoise:
-    """A denoiser whose clean samples are clipped to [-limit, limit]; what guides it then may lead beyond (ADM)."""
-
-    def clipped_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
-        answer = denoise(x, sigma, timestep)
-        if isinstance(answer, tuple):
-            return static_threshold(answer[0], limit), answer[1]
-        return static_threshold(answer, limit)
-
-    return clipped_denoise
 
 
 def dynamic_threshold(

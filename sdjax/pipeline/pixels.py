@@ -81,8 +81,8 @@ class PixelPipeline:
         Args:
             prompt: not for these models.
             class_label: a class's number, of a model of classes or with a classifier.
-            classifier_scale: s of classifier guidance (Dhariwal & Nichol 2021, algorithm 2, which serves ancestral
-                sampling, too); 1 where there is a classifier.
+            classifier_scale: s of classifier guidance (Dhariwal & Nichol 2021: algorithm 1 for ddpm, 2 for the others);
+                1 where there is a classifier.
             steps, sampler, schedule, eta: None for 250 steps of ancestral sampling, spaced as its scheduler says.
                 ADM's "ddim25" is sampler="ddim", steps=25, schedule="leading".
             seed: with the number of the picture, `first_index` for the first, decides its noise.
@@ -103,8 +103,7 @@ class PixelPipeline:
         guide, judge = None, self._classifier
         if judge is not None:
             scale = 1.0 if classifier_scale is None else classifier_scale
-            guide = Guide(classifier_of(judge.config), cast(Any, judge.params), scale, options.limits[0])
-            options = dataclasses.replace(options, clip_sample=False)  # it is clipped before it is guided
+            guide = Guide(classifier_of(judge.config), cast(Any, judge.params), scale)
         count = STEPS if steps is None else steps
         table = make_table(sampler, schedule_of(self._scheduler), count, options, spacing=schedule)
         keys = image_keys(seed, jnp.arange(first_index, first_index + num_images))

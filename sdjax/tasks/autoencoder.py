@@ -28,14 +28,15 @@ from sdjax.core.partition import gathered
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream
 from sdjax.core.tree import Tree, flatten, unflatten
-from sdjax.data import loader, sources, transforms
+from sdjax.data import sources, transforms
+from sdjax.data.loader import Loader
 from sdjax.models import quantize
 from sdjax.models.autoencoder import VARIANTS, AnyAutoencoder, Autoencoder, Posterior, autoencoder_of
 from sdjax.models.layers import Conv
 from sdjax.models.lpips import LPIPS
 from sdjax.models.patchgan import PatchDiscriminator
 from sdjax.models.quantize import Quantized
-from sdjax.tasks.base import apply, my_rows, tile, to_uint8
+from sdjax.tasks.base import apply, batches, tile, to_uint8
 from sdjax.tasks.first_stage.objective import CRITERIA, MOST, Adversary, adversarial, reconstruction
 from sdjax.tasks.latent.networks import VAE, sizes_of
 from sdjax.training.task import Metrics, Params, Place, Task
@@ -104,10 +105,10 @@ def make(config: Config, mesh: Mesh) -> Task:
         x = np.stack([pictures[i * len(pictures) // SHOWN]["image"] for i in range(SHOWN)])
         return tile(np.concatenate([x, to_uint8(reconstruct(model, params[VAE], x))]), SHOWN)
 
-    def batch(params: Params) -> loader.Loader:
+    def batch(params: Params) -> Loader:
         del params
         select = transforms.Select(("image",))
-        return loader.loader(pictures, config.train.batch_size, config.train.seed, [select], my_rows(mesh))
+        return batches(config, pictures, [select], mesh)
 
     def export(params: Params, folder: Path) -> None:
         scaling_factor = 1.0 / latent_std(model, params[VAE], pictures) if isinstance(model, Autoencoder) else 1.0
@@ -177,7 +178,7 @@ def _last_layer(model: AnyAutoencoder, params: Params, features: Array) -> Calla
 
 def _pictures(config: Config, split: str) -> sources.Source:
     pictures = grain.MapDataset.source(sources.source(config.data.source, split))
-    return sources.CachedSource(pictures.map(transforms.Square(config.data.size)))
+    return sources.CachedSource(pictures.map(transforms.Square(config.data.size, config.data.crop)))
 
 
 def _nearly_noiseless(params: Params) -> Params:

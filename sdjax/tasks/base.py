@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,8 +14,9 @@ from jaxtyping import Float, UInt8
 
 import sdjax.tasks
 from sdjax.core.config import Config
-from sdjax.core.errors import unknown
-from sdjax.data.loader import Shard
+from sdjax.core.errors import UserError, unknown
+from sdjax.data import crops, sources
+from sdjax.data.loader import Loader, Reading, Shard, Transform, loader
 from sdjax.parallel.sharding import rows_of_process
 from sdjax.training.task import Params, Task
 
@@ -49,6 +51,41 @@ def my_rows(mesh: Mesh) -> Shard:
         UserError: as `sdjax.parallel.sharding.rows_of_process`.
     """
     return Shard(*rows_of_process(mesh))
+
+
+def squares(config: Config) -> tuple[sources.Source, list[Any]]:
+    """The training pictures of config.data.source, as large as config.data.size, cut as config.data.crop says.
+
+    Returns:
+        The pictures, and what is done to each of them anew in every epoch.
+
+    Raises:
+        UserError: no such source or crop.
+    """
+    data = config.data
+    return crops.squares(sources.source(data.source, "train"), data.size, data.crop, data.crop_sides)
+
+
+def batches(config: Config, pictures: sources.Source, transforms: Sequence[Transform], mesh: Mesh) -> Loader:
+    """This process's rows of the batches of a run.
+
+    Raises:
+        UserError: as `sdjax.data.loader.loader` and `reading_of`.
+    """
+    train = config.train
+    return loader(pictures, train.batch_size, train.seed, transforms, my_rows(mesh), reading_of(config))
+
+
+def reading_of(config: Config) -> Reading:
+    """How the batches are read: `config.data.threads` of this process, or of each of `config.data.workers` more.
+
+    Raises:
+        UserError: there is no thread, or less than no worker.
+    """
+    threads, workers = config.data.threads, config.data.workers
+    if threads < 1 or workers < 0:
+        raise UserError(f"config.data.threads={threads} must be at least 1, config.data.workers={workers} at least 0")
+    return Reading(threads, workers=workers)
 
 
 def to_uint8(images: Float[np.ndarray, "*b h w 3"]) -> UInt8[np.ndarray, "*b h w 3"]:

@@ -11,7 +11,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,11 +24,12 @@ from sdjax.convert.folder import read_component, write_component
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
-from sdjax.data import loader, sources, transforms
+from sdjax.data import crops, sources, transforms
+from sdjax.data.loader import Loader
 from sdjax.diffusion.loss import gather, q_sample, uniform_timesteps
 from sdjax.diffusion.samplers import schedule_of
 from sdjax.models.adm_classifier import VARIANTS, Classifier, ClassifierConfig, classifier_of
-from sdjax.tasks.base import apply, my_rows, tile
+from sdjax.tasks.base import apply, batches, squares, tile
 from sdjax.tasks.latent.networks import sizes_of
 from sdjax.training.task import Metrics, Params, Task
 
@@ -61,23 +61,18 @@ def make(config: Config, mesh: Mesh) -> Task:
         value = optax.softmax_cross_entropy_with_integer_labels(logits, batch[LABEL]).mean()
         return value, {"accuracy": (logits.argmax(-1) == batch[LABEL]).mean()}
 
-    def pictures() -> grain.MapDataset:
-        found = grain.MapDataset.source(sources.source(config.data.source, "train"))
-        return found.map(transforms.Square(side, config.data.get("crop", "centre"))).map(
-            transforms.InRange(LABEL, sizes.classes)
-        )
+    known = transforms.InRange(LABEL, sizes.classes)
 
-    def batch(params: Params) -> loader.Loader:
+    def batch(params: Params) -> Loader:
         del params
-        flips: list[Any] = [transforms.Flip()] if config.data.flip else []
-        changes = [*flips, transforms.Select((IMAGE, LABEL))]
-        kept = sources.CachedSource(pictures())
-        return loader.loader(kept, config.train.batch_size, config.train.seed, changes, my_rows(mesh))
+        pictures, cuts = squares(config)
+        flips = [transforms.Flip()] if config.data.flip else []
+        return batches(config, pictures, [*cuts, *flips, known, transforms.Select((IMAGE, LABEL))], mesh)
 
     def sample(params: Params) -> UInt8[np.ndarray, "h w 3"]:
         """Pictures, evenly chosen; what is taken for another class is dark."""
-        found = pictures()
-        rows = [found[i * len(found) // config.sample.count] for i in range(config.sample.count)]
+        found = crops.still(sources.source(config.data.source, "train"), side, config.data.crop).map(known)
+        rows: Any = [found[i * len(found) // config.sample.count] for i in range(config.sample.count)]
         images = np.stack([row[IMAGE] for row in rows])
         right = classify(model, params[NAME], images).argmax(-1) == np.array([row[LABEL] for row in rows])
         return tile(np.where(right[:, None, None, None], images, images // 4), config.sample.columns)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,16 +24,17 @@ from sdjax.core.errors import UserError
 from sdjax.core.partition import gathered
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import image_keys
-from sdjax.data import loader, sources, transforms
+from sdjax.data import transforms
+from sdjax.data.loader import Loader
 from sdjax.diffusion.denoise import make_denoise
-from sdjax.diffusion.guidance import classifier_guided, clipped
+from sdjax.diffusion.guidance import classifier_guided
 from sdjax.diffusion.loss import hybrid_loss, posterior_tables
 from sdjax.diffusion.samplers import SamplerOptions, Table, first_noise, make_table, schedule_of
 from sdjax.diffusion.samplers import sample as run_sampler
 from sdjax.models.adm_classifier import Classifier
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet2d import VARIANTS, UNet2D, UNet2DConfig
-from sdjax.tasks.base import apply, my_rows, tile, to_uint8
+from sdjax.tasks.base import apply, batches, squares, tile, to_uint8
 from sdjax.tasks.latent.networks import UNET, sizes_of
 from sdjax.tasks.latent.objective import objective_of
 from sdjax.training.task import Metrics, Params, Task
@@ -93,17 +93,15 @@ def make(config: Config, mesh: Mesh) -> Task:
         images = draw(unet, params[UNET], table, keys, config.data.size, objective.prediction, labels)
         return tile(to_uint8(np.asarray(images)), options.columns)
 
-    def batch(params: Params) -> loader.Loader:
+    def batch(params: Params) -> Loader:
         del params
-        pictures = grain.MapDataset.source(sources.source(config.data.source, "train"))
-        pictures = sources.CachedSource(
-            pictures.map(transforms.Square(config.data.size, config.data.get("crop", "centre")))
-        )
-        changes: list[Any] = [transforms.Flip()] if config.data.flip else []
+        pictures, changes = squares(config)
+        if config.data.flip:
+            changes.append(transforms.Flip())
         if sizes.classes is not None:
             changes.append(transforms.InRange(LABEL, sizes.classes))
         changes.append(transforms.Select(("image",) if sizes.classes is None else ("image", LABEL)))
-        return loader.loader(pictures, config.train.batch_size, config.train.seed, changes, my_rows(mesh))
+        return batches(config, pictures, changes, mesh)
 
     def export(params: Params, folder: Path) -> None:
         component = Component(sizes, params[UNET], {"sample_size": config.data.size})
@@ -128,13 +126,11 @@ class Guide(NamedTuple):
         classifier: of noisy pictures; its parameters.
         params: the classifier's.
         scale: s of ADM, 0 for none.
-        limit: to which the clean pictures are clipped before they are drawn; infinity for none.
     """
 
     classifier: Classifier
     params: Params
     scale: Float[Array, ""] | float
-    limit: Float[Array, ""] | float = float("inf")
 
 
 def draw(
@@ -158,7 +154,7 @@ def draw(
         labels: the classes, of a UNet that is told them or for a guide.
         guide: a classifier; another scale of it compiles nothing.
     """
-    classifier, *rest = guide or (None, None, 0.0, 0.0)
+    classifier, *rest = guide or (None, None, 0.0)
     return _draw((unet, side, prediction, classifier), params, table, keys, labels, *rest)
 
 
@@ -171,7 +167,6 @@ def _draw(
     labels: Array | None,
     judge: Params | None,
     scale: Array | float,
-    limit: Array | float,
 ) -> Float[Array, "n s s 3"]:
     unet, side, prediction, classifier = fixed
     cond = _told(unet.config, labels)
@@ -184,6 +179,6 @@ def _draw(
             logits = jax.nn.log_softmax(apply(classifier, judge, x, t))
             return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
-        denoise = classifier_guided(clipped(denoise, limit), log_probability, scale)
+        denoise = classifier_guided(denoise, log_probability, scale)
     noise = first_noise(keys, (side, side, CHANNELS))
     return gathered(jnp.clip(run_sampler(denoise, table, noise * table.first_scale, keys) / 2.0 + 0.5, 0.0, 1.0))

@@ -27,7 +27,7 @@ from sdjax.data.loader import Loader
 from sdjax.data.prepared import PreparedSource
 from sdjax.data.transforms import Select
 from sdjax.models.autoencoder import posterior
-from sdjax.tasks.base import apply, my_rows, tile, to_uint8
+from sdjax.tasks.base import apply, my_rows, reading_of, tile, to_uint8
 from sdjax.tasks.latent import Encoded, System, Text, cond, encode_text
 from sdjax.tasks.latent.networks import (
     UNET,
@@ -159,7 +159,8 @@ def _batches(config: Config, system: System, mesh: Mesh, params: Params) -> Load
     source = _source(config, system)
     names = tuple(fields_of(system, config.task.text, (1, 1)))
     options = config.train
-    return bucketed(source, source.buckets, options.batch_size, options.seed, [Select(names)], my_rows(mesh))
+    rows, how = my_rows(mesh), reading_of(config)
+    return bucketed(source, source.buckets, options.batch_size, options.seed, [Select(names)], rows, how)
 
 
 def _export(config: Config, system: System, params: Params, folder: Path) -> None:

@@ -28,7 +28,7 @@ from sdjax.models.autoencoder import AnyAutoencoder, autoencoder_of, posterior
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet, UNetConfig
-from sdjax.tasks.base import apply, my_rows, tile, to_uint8
+from sdjax.tasks.base import apply, batches, tile, to_uint8
 from sdjax.tasks.latent import System, Text, TextEncoder, cond, encode_text
 from sdjax.tasks.latent.objective import objective_of
 from sdjax.tasks.latent.rehearsal import sample_prompts
@@ -68,9 +68,9 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     def batch(params: Params) -> loader.Loader:
         pictures = grain.MapDataset.source(sources.source(config.data.source, "train"))
-        pictures = pictures.map(transforms.Square(config.data.size))
+        pictures = pictures.map(transforms.Square(config.data.size, config.data.crop))
         rows = cache_latents(system.autoencoder, params["vae"], pictures, tokenizer)
-        return loader.loader(rows, config.train.batch_size, config.train.seed, (), my_rows(mesh))
+        return batches(config, rows, (), mesh)
 
     def sample(params: Params) -> UInt8[np.ndarray, "h w 3"]:
         images = sample_prompts(config, system, params, (tokenizer,))

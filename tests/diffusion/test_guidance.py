@@ -104,6 +104,51 @@ def test_a_classifier_leads_to_the_posterior():
     assert errors[0] > errors[1] > errors[2]
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_ancestral_steps_move_their_mean_as_adm_does(variance):
+    """Algorithm 1 in float64, with a variance that depends on the pixel, clipping, and the same noise: to 1e-5."""
+    schedule, steps, scale = make_schedule("linear", 1000, 1e-4, 0.02), 10, 0.4
+    table = make_table("ddpm", schedule, steps, spacing="linspace", variance_type=variance, clip_sample=True)
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((2, 4, 4, 3))
+    x = rng.standard_normal((2, 4, 4, 3))
+    noise = rng.standard_normal((2, len(table.sigma), 4, 4, 3))
+
+    def network(x_vp, sin=np.sin):
+        return 0.5 * sin(x_vp) + 0.3 * x_vp, sin(x_vp)  # epsilon, v
+
+    def denoise(x, sigma, timestep):
+        epsilon, v = network(x / jnp.sqrt(sigma**2 + 1.0), jnp.sin)
+        x0 = x - sigma * epsilon
+        return (x0, v) if variance == "learned_range" else x0
+
+    def log_probability(x_vp, timestep):
+        return -0.5 * (jnp.square(y - x_vp) * (1.0 + timestep / 1000)[:, None, None, None]).sum((1, 2, 3))
+
+    guided = classifier_guided(denoise, log_probability, scale)
+    start = jnp.asarray(x * table.first_scale)
+    keys = jax.random.split(jax.random.key(0), 2)
+    made = sample(guided, table, start, keys, given=jnp.asarray(noise))
+
+    timesteps = table.timestep[:steps].astype(int)
+    abar = schedule.alphas_cumprod[timesteps]
+    before = np.append(abar[1:], 1.0)
+    betas = 1.0 - abar / before
+    posterior = betas * (1.0 - before) / (1.0 - abar)
+    clipped = np.append(posterior[:-1], posterior[-2])
+    for i, t in enumerate(timesteps):
+        epsilon, v = network(x)
+        x0 = np.clip((x - np.sqrt(1.0 - abar[i]) * epsilon) / np.sqrt(abar[i]), -1.0, 1.0)
+        mean = np.sqrt(before[i]) * betas[i] * x0 + np.sqrt(abar[i] / before[i]) * (1.0 - before[i]) * x
+        mean = mean / (1.0 - abar[i])
+        share = (v + 1.0) / 2.0
+        learned = np.exp(share * np.log(betas[i]) + (1.0 - share) * np.log(clipped[i]))
+        sigma = {"fixed_small": clipped[i], "fixed_large": betas[i], "learned_range": learned}[variance]
+        mean = mean + sigma * scale * (y - x) * (1.0 + t / 1000)
+        x = mean + (t > 0) * np.sqrt(sigma) * noise[:, i]
+    np.testing.assert_allclose(made, x, atol=1e-5 * np.abs(x).max())
+
+
 def test_a_picture_guides_through_the_network():
     """LDM's eq. 15 and 16; a learned variance stays the network's.
 

@@ -19,14 +19,21 @@ def ddpm(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
     abar = _levels(schedule, timesteps)
     before = np.append(abar[1:], 1.0)
     rows = []
-    for t, now, then in zip(timesteps, abar, before, strict=True):
-        beta = 1.0 - now / then
-        variance = max((1.0 - then) / (1.0 - now) * beta, 1e-20)
+    for t, now, then, least in zip(timesteps, abar, before, _variances(timesteps, abar, before), strict=True):
         shrink = (1.0 - then) / (1.0 - now) * now / then  # (sigma_next / sigma)^2
-        deviation, bounds = _noise(variance, beta, then, options.variance_type)
+        deviation, bounds = _noise(least, 1.0 - now / then, then, options.variance_type)
         next_x = weights(x=shrink, predictions=[1.0 - shrink], noise=deviation if t > 0 else 0.0)
-        rows.append(Row(float(abar_to_sigma(now)), float(t), next_x, log_variance=bounds))
+        drift = float(deviation**2 * np.sqrt(then))
+        rows.append(Row(float(abar_to_sigma(now)), float(t), next_x, log_variance=bounds, drift=drift))
     return Plan(rows, float(np.sqrt(1.0 / abar[0])))
+
+
+def _variances(timesteps: np.ndarray, abar: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """The posterior's of each step; of the one at 0, where there is none, that of the step before (iDDPM, ADM)."""
+    found = (1.0 - before) / (1.0 - abar) * (1.0 - abar / before)
+    if timesteps[-1] == 0 and len(found) > 1:
+        found[-1] = found[-2]
+    return np.maximum(found, 1e-20)
 
 
 def _noise(variance: float, beta: float, then: float, kind: str) -> tuple[float, tuple[float, float]]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from sdjax.diffusion.denoise import Denoise
+from sdjax.diffusion.denoise import Denoise, parts
 from sdjax.diffusion.guidance import dynamic_threshold, static_threshold
 from sdjax.diffusion.samplers.table import HISTORY, Table
 
@@ -80,16 +80,20 @@ def sample(
 
 
 def _step(denoise: Denoise, state: _State, row: Table, limits: Array, noise: Array) -> _State:
-    answer = denoise(state.x, row.sigma, row.timestep)
-    # Without a learned variance the lower bound is taken: the posterior's own.
-    raw, v = answer if isinstance(answer, tuple) else (answer, -1.0)
+    raw, v, gradient = parts(denoise(state.x, row.sigma, row.timestep))
     x0 = _limit(raw, limits)
+    if gradient is not None:
+        by_score = jnp.where(row.drift > 0.0, 0.0, row.sigma**2 / jnp.sqrt(row.sigma**2 + 1.0))
+        x0 = raw = x0 + by_score * gradient
     prediction = row.record[0] * state.x + row.record[1] * x0 + row.record[2] * raw
     fraction = (v + 1.0) / 2.0
-    noise = noise * jnp.exp(0.5 * (fraction * row.log_variance[1] + (1.0 - fraction) * row.log_variance[0]))
+    log_variance = fraction * row.log_variance[1] + (1.0 - fraction) * row.log_variance[0]
+    noise = noise * jnp.exp(0.5 * log_variance)
     terms = jnp.concatenate([jnp.stack([state.x, state.anchor, prediction]), state.kept, noise[None]])
     # Not a dot product: accelerators would round its inputs.
     x, anchor = (jnp.sum(weights.reshape(-1, 1, 1, 1, 1) * terms, axis=0) for weights in row.weights)
+    if gradient is not None:
+        x = x + row.drift * jnp.exp(log_variance) * gradient
     kept = jnp.where(row.keep, jnp.concatenate([prediction[None], state.kept[:-1]]), state.kept)
     return _State(x, anchor, kept)
 

@@ -31,6 +31,8 @@ class Row(NamedTuple):
         record: weights on (x, x0, x0 before clipping) that make this call's prediction.
         keep: whether the prediction joins the kept ones.
         log_variance: bounds between which a learned variance lies, as a factor on the noise; (0, 0) without one.
+        drift: weight on that variance times the gradient of a guide, see `denoise.Drawn`; where it is 0, the gradient
+            moves x0.
     """
 
     sigma: float
@@ -40,6 +42,7 @@ class Row(NamedTuple):
     record: tuple[float, float, float] = RECORD_X0
     keep: bool = True
     log_variance: tuple[float, float] = (0.0, 0.0)
+    drift: float = 0.0
 
 
 class Plan(NamedTuple):
@@ -59,6 +62,7 @@ class Table(NamedTuple):
         record: [n, 3].
         keep, active: [n] bool.
         log_variance: [n, 2].
+        drift: [n].
         first_scale: [] noise times this is where sampling from nothing begins.
         limits: [3] clip range, dynamic threshold's ratio and greatest value; (inf, 0, 1) is neither.
     """
@@ -71,6 +75,7 @@ class Table(NamedTuple):
     keep: np.ndarray
     active: np.ndarray
     log_variance: np.ndarray
+    drift: np.ndarray
     first_scale: np.ndarray
     limits: np.ndarray
 
@@ -133,6 +138,7 @@ def stack(plan: Plan, limits: tuple[float, float, float], rows_without_start: in
         keep=pad([row.keep for row in rows], bool),
         active=pad(np.ones(len(rows)), bool),
         log_variance=pad([row.log_variance for row in rows]),
+        drift=pad([row.drift for row in rows]),
         first_scale=np.array(plan.first_scale),
         limits=np.array(limits, np.float64),
     )

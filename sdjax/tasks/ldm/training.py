@@ -1,6 +1,6 @@
 """Training of a latent diffusion model over a finished first stage, whatever it is told (LDM, eq. 2 and 3).
 
-Reads config.model.unet, config.data (source, size, flip), config.sample (count, columns, sampler, steps,
+Reads config.model.unet, config.data (source, size, crop, flip), config.sample (count, columns, sampler, steps,
 guidance_scale), and of config.task: first_stage, scheduler, weighting, norm, timesteps, offset_noise, dropout and
 export_dtype. Pictures go through the first stage's encoder in every step, as in the original.
 """
@@ -23,11 +23,12 @@ from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.prng import image_keys
-from sdjax.data import loader, sources, transforms
+from sdjax.data import crops, sources, transforms
+from sdjax.data.loader import Loader
 from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion.samplers import SamplerOptions, make_table, schedule_of
 from sdjax.models.autoencoder import autoencoder_of
-from sdjax.tasks.base import apply, my_rows, tile, to_uint8
+from sdjax.tasks.base import apply, batches, squares, tile, to_uint8
 from sdjax.tasks.latent.networks import UNET, VAE
 from sdjax.tasks.latent.objective import objective_of
 from sdjax.tasks.ldm.conditioner import Columns, Told
@@ -73,11 +74,10 @@ def make_latent_task(config: Config, mesh: Mesh, told: Told) -> Task:
         value = objective.loss(lambda x, t: apply(model.unet, params[UNET], x, t, cond), x0, noise_key)
         return value, {"latent_std": x0.std()}
 
-    def batch(params: Params) -> loader.Loader:
+    def batch(params: Params) -> Loader:
         del params
-        pictures = grain.MapDataset.source(sources.source(config.data.source, "train"))
-        pictures = sources.CachedSource(pictures.map(transforms.Square(side)))
-        return loader.loader(pictures, config.train.batch_size, config.train.seed, changes(config, told), my_rows(mesh))
+        pictures, cuts = squares(config)
+        return batches(config, pictures, [*cuts, *changes(config, told)], mesh)
 
     def sample(params: Params) -> UInt8[np.ndarray, "h w 3"]:
         options = config.sample
@@ -116,8 +116,7 @@ def changes(config: Config, told: Told) -> list[Any]:
 
 def shown(config: Config, told: Told, count: int, split: str = "train") -> dict[str, np.ndarray]:
     """Pictures, evenly chosen, with their conditions, as a batch has them; always the same ones."""
-    pictures = grain.MapDataset.source(sources.source(config.data.source, split))
-    pictures = pictures.map(transforms.Square(config.data.size))
+    pictures = crops.still(sources.source(config.data.source, split), config.data.size, config.data.crop)
     chosen: Any = pictures.slice(slice(None, None, max(len(pictures) // count, 1))).seed(config.train.seed)
     for change in [*told.transforms, transforms.Select((IMAGE, *told.columns))]:
         chosen = chosen.random_map(change) if isinstance(change, grain.transforms.RandomMap) else chosen.map(change)

@@ -1,0 +1,89 @@
+"""Squares of pictures: always the same one, or another one each time that a picture is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Float
+from PIL import Image
+
+from sdjax.core.errors import UserError, unknown
+from sdjax.data.sources import CachedSource, Source
+from sdjax.data.transforms import SQUARES, Example, Square
+
+RANDOM = "random"
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomSquare(grain.transforms.RandomMap):
+    """A square of a random side at a random place, resampled by means (LDM's ImageNetSR, cv2's INTER_AREA).
+
+    Boxes stay shares of the whole picture, and `crop`, float32 [4], says which part of it is seen; objects of which
+    nothing is seen are left out (CompVis/taming-transformers, annotated_objects_dataset.py with `encode_crop`).
+
+    Attributes:
+        size: of the square that comes out, in pixels; no smaller one is enlarged where the picture has a larger one.
+        shares: the smallest and the largest side, as shares of the picture's shorter one.
+
+    Raises:
+        UserError: the shares are none.
+    """
+
+    size: int
+    shares: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        smallest, largest = self.shares
+        if not 0.0 <= smallest <= largest <= 1.0 or not largest:
+            raise UserError(f"config.data.crop_sides={self.shares} must be two shares with 0 <= first <= second <= 1")
+
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        height, width, _ = element["image"].shape
+        short = min(height, width)
+        least = max(self.shares[0] * short, min(self.size, short))
+        side = round(rng.uniform(least, max(self.shares[1] * short, least)))
+        top, left = (int(rng.integers(0, whole - side + 1)) for whole in (height, width))
+        shrinks = Image.Resampling.BOX if side >= self.size else Image.Resampling.BILINEAR
+        rules = {"image": shrinks, "label_map": Image.Resampling.NEAREST}
+        changed: dict[str, Any] = {}
+        for name in rules.keys() & element.keys():
+            cut = np.ascontiguousarray(element[name][top : top + side, left : left + side])
+            changed[name] = np.asarray(Image.fromarray(cut).resize((self.size, self.size), rules[name]))
+        if "boxes" in element:
+            crop = np.array([left / width, top / height, side / width, side / height], np.float32)
+            kept = _meet(element["boxes"], crop)
+            changed |= {"crop": crop, "boxes": element["boxes"][kept], "objects": element["objects"][kept]}
+        return {**element, **changed}
+
+
+def squares(pictures: Source, size: int, rule: str, shares: tuple[float, float]) -> tuple[Source, list[RandomSquare]]:
+    """Pictures as squares: what is always the same, kept in memory, and what is drawn anew each time.
+
+    Args:
+        size: in pixels.
+        rule: a key of `transforms.SQUARES`, or `RANDOM`.
+        shares: of the shorter side, for `RANDOM`.
+
+    Raises:
+        UserError: there is no such rule, or the shares are none.
+    """
+    if rule == RANDOM:
+        return CachedSource(pictures), [RandomSquare(size, (shares[0], shares[1]))]
+    if rule not in SQUARES:
+        raise unknown("crop", rule, (*SQUARES, RANDOM), "config.data.crop")
+    return CachedSource(grain.MapDataset.source(pictures).map(Square(size, rule))), []
+
+
+def still(pictures: Source, size: int, rule: str) -> grain.MapDataset:
+    """Pictures as squares that are always the same, to be looked at: from the middle where `rule` is `RANDOM`."""
+    return grain.MapDataset.source(pictures).map(Square(size, "centre" if rule == RANDOM else rule))
+
+
+def _meet(boxes: Float[np.ndarray, "n 4"], crop: Float[np.ndarray, " 4"]) -> Bool[np.ndarray, " n"]:
+    """Which boxes have a part inside the crop."""
+    first = np.maximum(boxes[:, :2], crop[:2])
+    last = np.minimum(boxes[:, :2] + boxes[:, 2:], crop[:2] + crop[2:])
+    return np.all(last > first, axis=1)
