@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -55,39 +56,42 @@ def bits_per_dimension(
     key: PRNGKeyArray,
     schedule: Schedule,
     steps: int,
-    variance: str = "learned",
+    variances: Sequence[str] = ("learned",),
     prediction: str = "epsilon",
-) -> Bits:
-    """The bound of 8-bit pictures, with one draw of noise a step; traceable.
+) -> dict[str, Bits]:
+    """The bound of 8-bit pictures with each of the variances, with one draw of noise a step; traceable.
 
     Args:
         network: (x_vp, timesteps of training) -> the raw prediction, and v on further channels, which are left out
-            where the variance is fixed.
+            where the variance is fixed; called once a step.
         x0: pictures in [-1, 1].
         key: of the noise.
         schedule: of training.
         steps: how many of its timesteps the process has.
-        variance: one of VARIANCES.
+        variances: of VARIANCES.
         prediction: what the network predicts.
 
     Raises:
         UserError: an unknown variance, or too few or too many steps.
     """
-    if variance not in VARIANCES:
-        raise unknown("variance", variance, VARIANCES)
+    for variance in variances:
+        if variance not in VARIANCES:
+            raise unknown("variance", variance, VARIANCES)
     kept, few = respaced(schedule, steps)
     tables = posterior_tables(few)
     channels = x0.shape[-1]
 
-    def term(index: Array, timestep: Array) -> Float[Array, " b"]:
+    def term(index: Array, timestep: Array) -> dict[str, Float[Array, " b"]]:
         noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape)
         at = jnp.full(len(x0), index)
         output = network(q_sample(x0, noise, tables.abar[at]), jnp.full(len(x0), timestep, jnp.float32))
-        mean, v = output[..., :channels], output[..., channels:]
-        v = v if variance == "learned" else jnp.full_like(mean, FIXED[variance])
-        return vlb_term(mean, v, x0, noise, at, tables, prediction)
+        mean = output[..., :channels]
+        answers = {name: jnp.full_like(mean, FIXED[name]) for name in variances if name in FIXED}
+        answers |= {"learned": output[..., channels:]} if "learned" in variances else {}
+        return {name: vlb_term(mean, v, x0, noise, at, tables, prediction) for name, v in answers.items()}
 
     terms = jax.lax.map(lambda pair: term(*pair), (jnp.arange(steps), jnp.asarray(kept)))
     abar = few.alphas_cumprod[-1]
     kl = 0.5 * (abar * jnp.square(x0) + (1.0 - abar) - 1.0 - np.log(1.0 - abar))
-    return Bits(kl.mean(axis=(1, 2, 3)) / np.log(2.0), terms)
+    prior = kl.mean(axis=(1, 2, 3)) / np.log(2.0)
+    return {name: Bits(prior, terms[name]) for name in variances}

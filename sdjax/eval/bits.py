@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
+from tqdm import tqdm
 
 from sdjax.convert.files import read_json
 from sdjax.convert.folder import read_component
@@ -39,28 +40,26 @@ def bits(folder: Path, pictures: Pictures, steps: int, batch_size: int) -> dict[
     if not isinstance(unet.config, UNet2DConfig) or unet.config.classes is not None:
         raise UserError(f"{folder} is no model of pixels without classes")
     learned = unet.config.out_channels == 2 * unet.config.in_channels
-    side, totals = int(unet.extra["sample_size"]), {}
-    for variance in VARIANCES if learned else VARIANCES[1:]:
-        made = []
-        for start in range(0, len(pictures), batch_size):
-            rows = range(start, min(start + batch_size, len(pictures)))
-            images = np.stack([adm_square(pictures[i]["image"], side) for i in rows])
-            padded = np.pad(images, [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)])
-            fixed = (UNet2D(unet.config), steps, variance, scheduler["prediction_type"], _hashable(scheduler))
-            made.append(np.asarray(_total(fixed, unet.params, padded, start))[: len(images)])
-        totals[f"bits_per_dimension_{variance}_{steps}"] = float(np.concatenate(made).mean())
-    return totals
+    side, variances = int(unet.extra["sample_size"]), VARIANCES if learned else VARIANCES[1:]
+    fixed = (UNet2D(unet.config), steps, variances, scheduler["prediction_type"], _hashable(scheduler))
+    made = []
+    for start in tqdm(range(0, len(pictures), batch_size), "bits", leave=False):
+        rows = range(start, min(start + batch_size, len(pictures)))
+        images = np.stack([adm_square(pictures[i]["image"], side) for i in rows])
+        padded = np.pad(images, [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)])
+        made.append(np.stack(_totals(fixed, unet.params, padded, start))[:, : len(images)])
+    means = np.concatenate(made, axis=1).mean(axis=1)
+    return {f"bits_per_dimension_{name}_{steps}": float(value) for name, value in zip(variances, means, strict=True)}
 
 
 @partial(jax.jit, static_argnums=0)
-def _total(fixed: Any, params: Any, images: UInt8[np.ndarray, "b h w 3"], start: int) -> Float[Array, " b"]:
-    unet, steps, variance, prediction, scheduler = fixed
+def _totals(fixed: Any, params: Any, images: UInt8[np.ndarray, "b h w 3"], start: int) -> list[Float[Array, " b"]]:
+    unet, steps, variances, prediction, scheduler = fixed
     x0 = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
     key = stream(0, "bits", start)
     schedule = schedule_of(dict(scheduler))
-    return bits_per_dimension(
-        lambda x, t: apply(unet, params, x, t), x0, key, schedule, steps, variance, prediction
-    ).total
+    found = bits_per_dimension(lambda x, t: apply(unet, params, x, t), x0, key, schedule, steps, variances, prediction)
+    return [found[name].total for name in variances]
 
 
 def _hashable(scheduler: dict[str, Any]) -> tuple[tuple[str, Any], ...]:

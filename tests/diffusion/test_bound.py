@@ -40,7 +40,8 @@ def test_a_network_that_knows_the_picture_pays_for_its_variance_alone(variance):
         noise = (x - jnp.sqrt(share) * X0) / jnp.sqrt(1.0 - share)
         return jnp.concatenate([noise, -jnp.ones_like(noise)], -1) if variance == "learned" else noise
 
-    found = jax.jit(lambda x: bits_per_dimension(network, x, jax.random.key(0), SCHEDULE, 20, variance))(X0)
+    of = jax.jit(lambda x: bits_per_dimension(network, x, jax.random.key(0), SCHEDULE, 20, (variance,)))
+    found = of(X0)[variance]
     before = np.concatenate([[1.0], few.alphas_cumprod[:-1]])
     lower = few.betas * (1.0 - before) / (1.0 - few.alphas_cumprod)
     lower[0] = lower[1]
@@ -56,6 +57,22 @@ def test_a_network_that_knows_the_picture_pays_for_its_variance_alone(variance):
     np.testing.assert_allclose(found.total, prior + wanted.sum(), atol=1e-2)
 
 
+def test_several_variances_take_one_call_of_the_network_a_step():
+    calls = []
+
+    def network(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.concatenate([x, jnp.sin(x)], -1)
+
+    names = ("learned", "fixed_small", "fixed_large")
+    together = bits_per_dimension(network, X0, jax.random.key(0), SCHEDULE, 5, names)
+    jax.effects_barrier()
+    assert len(calls) == 5
+    for name in names:
+        alone = bits_per_dimension(network, X0, jax.random.key(0), SCHEDULE, 5, (name,))[name]
+        np.testing.assert_allclose(together[name].total, alone.total, rtol=1e-6)
+
+
 def test_an_unknown_variance_is_one_line():
     with pytest.raises(UserError, match="unknown variance 'any'; choose one of: fixed_large, fixed_small, learned"):
-        bits_per_dimension(lambda x, t: x, X0, jax.random.key(0), SCHEDULE, 20, "any")
+        bits_per_dimension(lambda x, t: x, X0, jax.random.key(0), SCHEDULE, 20, ("learned", "any"))

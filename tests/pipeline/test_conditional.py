@@ -226,6 +226,26 @@ def test_a_small_picture_guides_a_model_that_is_told_nothing(folders, files, mon
     assert (record["resemble"], record["resemble_scale"]) == (str(files["small"]), 0.5)
 
 
+@pytest.mark.parametrize("task", ["class_conditional", "super_resolution", "inpainting"])
+def test_a_picture_draws_models_that_are_told_something(task, folders, files):
+    """The classes with guidance on top; outside of a hole nothing moves."""
+    told = {"class_conditional": {"class_label": "dog", "guidance_scale": 2.0}}
+    told |= {"super_resolution": {"init_image": files["small"]}}
+    told |= {"inpainting": {"init_image": files["picture"], "mask": files["mask"]}}
+    pipe, asked = sdjax.load_conditional(folders[task]), {**told[task], "steps": 8, "num_images": 2}
+    height, width = pipe(**asked).shape[1:3]
+    target = np.random.default_rng(3).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+    distances = []
+    for scale in (0.0, 0.05, 0.2):
+        made = pipe(**asked, resemble=target, resemble_scale=scale)
+        small = [bicubic((image * 255).round().astype(np.uint8), 4, np.random.default_rng()) for image in made]
+        distances.append(np.square(np.stack(small) / 255.0 - target / 255.0).mean())
+        if task == "inpainting":
+            given, hole = (np.asarray(Image.open(files[name])) for name in ("picture", "mask"))
+            assert (np.round(made[:, hole == 0] * 255) == given[hole == 0]).all()
+    assert distances[0] > distances[1] > distances[2]
+
+
 @pytest.fixture(scope="module")
 def pixels(tmp_path_factory):
     """A model of pictures of three classes, and a classifier of five."""
