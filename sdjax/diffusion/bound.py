@@ -61,6 +61,9 @@ def bits_per_dimension(
 ) -> dict[str, Bits]:
     """The bound of 8-bit pictures with each of the variances, with one draw of noise a step; traceable.
 
+    What the network takes for the picture is clipped to [-1, 1] (openai/guided-diffusion, calc_bpd_loop): at the
+    noisiest steps of a cosine schedule an error of the noise is twenty thousand times that of the picture.
+
     Args:
         network: (x_vp, timesteps of training) -> the raw prediction, and v on further channels, which are left out
             where the variance is fixed; called once a step.
@@ -88,7 +91,7 @@ def bits_per_dimension(
         mean = output[..., :channels]
         answers = {name: jnp.full_like(mean, FIXED[name]) for name in variances if name in FIXED}
         answers |= {"learned": output[..., channels:]} if "learned" in variances else {}
-        return {name: vlb_term(mean, v, x0, noise, at, tables, prediction) for name, v in answers.items()}
+        return {name: vlb_term(mean, v, x0, noise, at, tables, prediction, 1.0) for name, v in answers.items()}
 
     terms = jax.lax.map(lambda pair: term(*pair), (jnp.arange(steps), jnp.asarray(kept)))
     abar = few.alphas_cumprod[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -165,8 +166,11 @@ def vlb_term(
     timesteps: Int[Array, " b"],
     tables: PosteriorTables,
     prediction: str = "epsilon",
+    limit: float = math.inf,
 ) -> Float[Array, " b"]:
     """One term of the variational bound in bits per dimension: L_{t-1}, or L_0 at timestep 0 (DDPM, eq. 5 and 13).
+
+    Args: as of `hybrid_loss`; the x0 that is predicted is clipped to [-limit, limit].
 
     Raises:
         UserError: the prediction is unknown.
@@ -175,7 +179,8 @@ def vlb_term(
     at = PosteriorTables(*(per_image(table[timesteps], x0) for table in tables))
     abar = tables.abar[timesteps]
     xt = q_sample(x0, noise, abar)
-    mean = at.mean_x0 * vp_to_x0(prediction, mean_output, xt, abar) + at.mean_xt * xt
+    predicted = jnp.clip(vp_to_x0(prediction, mean_output, xt, abar), -limit, limit)
+    mean = at.mean_x0 * predicted + at.mean_xt * xt
     log_variance = interpolate_log_variance(v, at.min_log, at.max_log)
     true_mean = at.mean_x0 * x0 + at.mean_xt * xt
     kl = _normal_kl(true_mean, at.min_log, mean, log_variance)

@@ -57,6 +57,19 @@ def test_a_network_that_knows_the_picture_pays_for_its_variance_alone(variance):
     np.testing.assert_allclose(found.total, prior + wanted.sum(), atol=1e-2)
 
 
+def test_what_is_taken_for_the_picture_is_clipped():
+    """A network that sees values of 5 pays as one that sees 1."""
+
+    def bits_of(seen):
+        network = lambda x, t: jnp.full_like(x, seen)  # noqa: E731
+        names = ("fixed_small",)
+        found = bits_per_dimension(network, X0, jax.random.key(0), SCHEDULE, 5, names, prediction="sample")
+        return found["fixed_small"].total
+
+    np.testing.assert_array_equal(bits_of(5.0), bits_of(1.0))
+    assert (bits_of(0.5) != bits_of(1.0)).all()
+
+
 def test_several_variances_take_one_call_of_the_network_a_step():
     calls = []
 

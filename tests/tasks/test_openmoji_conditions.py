@@ -158,11 +158,11 @@ def test_samples_of_a_class_are_taken_for_it(pipeline, classifier):
 
 
 def test_guidance_makes_the_classifier_surer(pixel_model, classifier):
-    """Monotonically over scales 0, 1 and 4."""
+    """Monotonically over scales 0, 1 and 4, in ADM's ancestral steps."""
     model, judge = classifier
     unet = read_component(pixel_model / "unet", "unet")
     scheduler = pixels.get_config("openmoji").task.scheduler.to_dict()
-    table = make_table("ddim", schedule_of(scheduler), 25, SamplerOptions.from_scheduler_config(scheduler, "ddim"))
+    table = make_table("ddpm", schedule_of(scheduler), 25, SamplerOptions.from_scheduler_config(scheduler, "ddpm"))
     labels, keys, sure = np.arange(40) % len(GROUPS), image_keys(0, jnp.arange(40)), []
     for scale in (0.0, 1.0, 4.0):
         guide = Guide(model, judge, scale)
