@@ -103,16 +103,17 @@ def stage(name: str) -> Config:
         },
         **rest.get("task", {}),
     }
-    config.data = {
-        "source": "",
-        "prepared": "",
-        "size": size,
-        "buckets": "square",
-        "bucket_step": 64,
-        "crop": "random",
-        "rows_per_shard": 1024,
-        **rest.get("data", {}),
-    }
+    config.data.update(
+        {
+            "prepared": "",
+            "size": size,
+            "buckets": "square",
+            "bucket_step": 64,
+            "crop": "random",
+            "rows_per_shard": 1024,
+            **rest.get("data", {}),
+        }
+    )
     config.optim.update(learning_rate=1e-4, warmup_steps=10_000, weight_decay=0.01, ema_decay=0.9999)
     config.train.update(steps=steps, batch_size=2048, dtype="bfloat16", remat="scanned", sample_every=5000)
     config.mesh.update(data=-1, fsdp=8)
