@@ -135,7 +135,7 @@ def published(recipe: Recipe) -> Config:
         },
     }
     condition(config, recipe)
-    config.data.update(source="", size=recipe.size, flip=recipe.task in ("unconditional", "class_conditional"))
+    config.data.update(source="", size=recipe.size, flip=recipe.task == "unconditional")
     config.optim.update(learning_rate=recipe.rate, warmup_steps=recipe.warmup, schedule=recipe.schedule)
     config.optim.update(ema_decay=0.9999, final_fraction=0.001)
     config.train.update(steps=recipe.steps, batch_size=recipe.batch, dtype="bfloat16", sample_every=5000)
@@ -147,6 +147,7 @@ def condition(config: Config, recipe: Recipe) -> None:
     """What only some of the tasks read."""
     if recipe.task == "class_conditional":
         config.model.class_embedder = {"classes": CLASSES, "width": 512}
+        config.data.update(crop="random", crop_sides=(1.0, 1.0))
     elif recipe.task == "text_bert":
         config.model.bert = {"variant": recipe.unet}
         config.model.tokenizer = ""

@@ -9,6 +9,7 @@ import pytest
 
 from configs import openmoji, stable_diffusion
 from sdjax.convert.hub import ID
+from sdjax.tasks.base import reading_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,3 +33,13 @@ def test_a_config_takes_no_key_that_nobody_reads():
     for config in (openmoji.get_config(), openmoji.get_config("autoencoder"), stable_diffusion.get_config()):
         with pytest.raises((AttributeError, KeyError)):
             config.sample.stepz = 3
+
+
+TRAINING = ("autoencoders", "classifiers", "ldm", "openmoji", "openmoji_ldm", "pixels", "stable_diffusion_training")
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_training_says_how_its_data_are_read(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert reading_of(config).threads >= 1
+    assert config.data.crop in ("centre", "adm", "random")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.sources import CachedSource, Source
-from sdjax.data.transforms import SQUARES, Example, Square
+from sdjax.data.transforms import SQUARES, Example, Square, seen
 
 RANDOM = "random"
 
@@ -25,8 +25,9 @@ class RandomSquare(grain.transforms.RandomMap):
     nothing is seen are left out (CompVis/taming-transformers, annotated_objects_dataset.py with `encode_crop`).
 
     Attributes:
-        size: of the square that comes out, in pixels; no smaller one is enlarged where the picture has a larger one.
-        shares: the smallest and the largest side, as shares of the picture's shorter one.
+        size: of the square that comes out, in pixels.
+        shares: the smallest and the largest side, as shares of the picture's shorter one; 0 is as small as `size`
+            (taming's Random2dCrop).
 
     Raises:
         UserError: the shares are none.
@@ -43,7 +44,7 @@ class RandomSquare(grain.transforms.RandomMap):
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         height, width, _ = element["image"].shape
         short = min(height, width)
-        least = max(self.shares[0] * short, min(self.size, short))
+        least = self.shares[0] * short or min(self.size, short)
         side = round(rng.uniform(least, max(self.shares[1] * short, least)))
         top, left = (int(rng.integers(0, whole - side + 1)) for whole in (height, width))
         shrinks = Image.Resampling.BOX if side >= self.size else Image.Resampling.BILINEAR
@@ -54,8 +55,9 @@ class RandomSquare(grain.transforms.RandomMap):
             changed[name] = np.asarray(Image.fromarray(cut).resize((self.size, self.size), rules[name]))
         if "boxes" in element:
             crop = np.array([left / width, top / height, side / width, side / height], np.float32)
-            kept = _meet(element["boxes"], crop)
-            changed |= {"crop": crop, "boxes": element["boxes"][kept], "objects": element["objects"][kept]}
+            boxes, inside = seen(element["boxes"])
+            kept = _meet(boxes, crop)
+            changed |= {"crop": crop, "boxes": boxes[kept], "objects": element["objects"][inside][kept]}
         return {**element, **changed}
 
 

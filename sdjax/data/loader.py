@@ -6,6 +6,7 @@ Global batch i is a pure function of (source, seed, i): neither the number of pr
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -75,7 +76,8 @@ class Loader(Iterator[dict[str, Any]]):
         if workers:
             if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, which are not on this command line
                 flags.FLAGS.mark_as_parsed()
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead))
+            options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
+            batches = batches.mp_prefetch(options, worker_init_fn=_leave_signals)
         self._step, self._iterator = step, iter(batches)
 
 
@@ -113,6 +115,13 @@ def in_order(source: Source, batch_size: int, transforms: Sequence[Transform] = 
     """One pass over `source` in its own order, the last batch smaller: for evaluation and for caching latents."""
     batches = transformed(grain.MapDataset.source(source).seed(0), transforms).batch(batch_size)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def _leave_signals(index: int, count: int) -> None:
+    """A cluster tells every process to stop; when to stop reading is for the one that trains to say."""
+    del index, count
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def rows_of_each(batch_size: int, shard: Shard) -> int:

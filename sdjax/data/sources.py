@@ -108,7 +108,7 @@ class CachedSource:
         if index in self._kept:
             return self._kept[index]
         example = self._examples[index]
-        if example["image"].nbytes <= self._free:
-            self._free -= example["image"].nbytes
-            self._kept[index] = example
+        size = example["image"].nbytes
+        if size <= self._free and self._kept.setdefault(index, example) is example:  # several threads read
+            self._free -= size
         return example

@@ -62,7 +62,7 @@ def bits_per_dimension(
     """The bound of 8-bit pictures with each of the variances, with one draw of noise a step; traceable.
 
     What the network takes for the picture is clipped to [-1, 1] (openai/guided-diffusion, calc_bpd_loop): at the
-    noisiest steps of a cosine schedule an error of the noise is twenty thousand times that of the picture.
+    noisiest steps of a cosine schedule an error of the picture is twenty thousand times that of the noise.
 
     Args:
         network: (x_vp, timesteps of training) -> the raw prediction, and v on further channels, which are left out

@@ -69,7 +69,8 @@ def classifier_guided(denoise: Denoise, log_probability: LogProbability, scale: 
     """A denoiser that is drawn to what a classifier recognises (Dhariwal & Nichol 2021).
 
     DDPM moves the mean of a step by its variance times s grad log p(y | x_t) (algorithm 1); every other sampler takes
-    epsilon - sqrt(1 - abar) s grad log p(y | x_t) (algorithm 2, for DDIM). x0 is clipped before, and not again.
+    epsilon - sqrt(1 - abar) s grad log p(y | x_t) (algorithm 2, for DDIM). x0 is clipped before, and not again. At
+    timestep 0 the learned variance is ADM's, whose fixed ones are smaller there; both are next to nothing.
 
     Args:
         denoise: of the network, guided or not.
@@ -82,8 +83,8 @@ def classifier_guided(denoise: Denoise, log_probability: LogProbability, scale: 
 
     def guided_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
         gradient = scale * jax.grad(total)(x / jnp.sqrt(sigma**2 + 1.0), timestep)
-        x0, v, _ = parts(denoise(x, sigma, timestep))
-        return Drawn(x0, v, gradient)
+        x0, v, others = parts(denoise(x, sigma, timestep))
+        return Drawn(x0, v, gradient if others is None else gradient + others)
 
     return guided_denoise
 
@@ -113,6 +114,8 @@ def image_guided(denoise: Denoise, likelihood: Likelihood, scale: Scalar) -> Den
         gradient, answer = jax.grad(total, has_aux=True)(x)
         # x0 = x - sigma epsilon; with respect to x_vp the gradient is sqrt(sigma^2 + 1) times as long.
         moved = scale * sigma**2 * gradient
+        if isinstance(answer, Drawn):
+            return answer._replace(x0=answer.x0 + moved)
         return (answer[0] + moved, answer[1]) if isinstance(answer, tuple) else answer + moved
 
     return guided_denoise

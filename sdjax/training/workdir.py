@@ -13,6 +13,8 @@ from sdjax.core.errors import UserError
 from sdjax.parallel.distributed import is_first, sync
 
 OWNER = "config.json"
+ADDED = {"data.crop": "centre", "data.crop_sides": [1.0, 1.0]}
+"""Keys that configs of earlier versions lack, with what those did."""
 CHECKPOINTS = "checkpoints"
 
 
@@ -65,6 +67,7 @@ def check_owner(workdir: epath.Path, config: dict[str, Any], free: tuple[str, ..
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     mine = _dotted(json.loads(json.dumps(config)))
+    owner = {key: value for key, value in ADDED.items() if key in mine} | owner
     for key in sorted(owner.keys() | mine.keys()):
         allowed = any(key == name or key.startswith(f"{name}.") for name in free)
         if not allowed and owner.get(key) != mine.get(key):

@@ -1,5 +1,8 @@
 """Squares drawn anew each time that a picture is read."""
 
+import subprocess
+import sys
+
 import grain
 import numpy as np
 import pytest
@@ -61,7 +64,7 @@ def test_sides_and_places_fill_their_ranges(shares, size, least, most):
 
 
 def test_a_small_picture_gives_its_whole_square():
-    row = RandomSquare(256, (0.5, 1.0)).random_map(EXAMPLE, np.random.default_rng(0))
+    row = RandomSquare(256, (0.0, 1.0)).random_map(EXAMPLE, np.random.default_rng(0))
     assert row["image"].shape == (256, 256, 3)
     assert row["crop"][3] == 1.0
 
@@ -74,9 +77,23 @@ def test_objects_that_are_not_seen_are_left_out_and_others_keep_their_boxes():
             meets = bx < x + w and bx + bw > x and by < y + h and by + bh > y
             assert meets == (number in row["objects"])
             counts[number] += meets
-        np.testing.assert_array_equal(row["boxes"], BOXES[row["objects"]])
+        np.testing.assert_allclose(row["boxes"], BOXES[row["objects"]], atol=1e-6)
     assert (counts > 0).all()
     assert (counts < 200).all()
+
+
+def test_a_box_that_overhangs_is_cut_at_the_picture():
+    row = {
+        **EXAMPLE,
+        "boxes": np.array([[0.9, 0.1, 0.2, 0.5], [1.1, 0.0, 0.2, 0.2]], np.float32),
+        "objects": np.arange(2),
+    }
+    rows = [RandomSquare(24).random_map(row, np.random.default_rng(seed)) for seed in range(20)]
+    kept = [found for found in rows if len(found["objects"])]
+    assert kept
+    for found in kept:
+        assert found["objects"].tolist() == [0]
+        np.testing.assert_allclose(found["boxes"], [[0.9, 0.1, 0.1, 0.5]], atol=1e-6)
 
 
 def test_the_crop_is_told_in_tokens_and_mirrored():
@@ -132,6 +149,22 @@ def test_threads_and_workers_change_nothing(config):
     for threads, workers in ((8, 0), (2, 2)):
         config.data.update(threads=threads, workers=workers)
         np.testing.assert_array_equal(rows_of(config), alone)
+
+
+def test_workers_make_what_is_drawn_from_vectors():
+    config = ldm.get_config("super_resolution_tiny")
+    config.data.update(source="openmoji", size=16, crop="centre")
+    alone = rows_of(config, 1)
+    config.data.workers = 1
+    np.testing.assert_array_equal(rows_of(config, 1), alone)
+
+
+def test_a_worker_leaves_signals_to_the_one_that_trains():
+    """It goes on after each of them; that it ends with the run is what the tests of runs with workers show."""
+    code = "import os,signal;from sdjax.data.loader import _leave_signals as f;f(0,1);"
+    code += "[os.kill(os.getpid(), n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)];print('alive')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout == "alive\n", found.stderr
 
 
 @pytest.mark.parametrize(("threads", "workers"), [(0, 0), (1, -1)])

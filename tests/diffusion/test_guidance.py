@@ -149,6 +149,20 @@ def test_ancestral_steps_move_their_mean_as_adm_does(variance):
     np.testing.assert_allclose(made, x, atol=1e-5 * np.abs(x).max())
 
 
+def test_guides_add_up():
+    """Two classifiers, and a picture over one: nothing of the inner one is lost."""
+    x, sigma, t = jnp.asarray(X), jnp.float32(1.7), jnp.float32(9.0)
+    denoise = lambda x, sigma, t: x / (1.0 + sigma**2)  # noqa: E731
+    towards = lambda y: lambda x, t: -0.5 * jnp.square(y - x).sum((1, 2, 3))  # noqa: E731
+    one = classifier_guided(denoise, towards(1.0), 2.0)
+    x_vp = x / jnp.sqrt(sigma**2 + 1.0)
+    both = classifier_guided(one, towards(-0.5), 1.0)(x, sigma, t)
+    np.testing.assert_allclose(both.gradient, 2.0 * (1.0 - x_vp) + (-0.5 - x_vp), atol=1e-5)
+    over = image_guided(one, lambda x0: -0.5 * jnp.square(x0).sum((1, 2, 3)), 1.0)(x, sigma, t)
+    np.testing.assert_allclose(over.gradient, 2.0 * (1.0 - x_vp), atol=1e-5)
+    assert (over.x0 != denoise(x, sigma, t)).all()
+
+
 def test_a_picture_guides_through_the_network():
     """LDM's eq. 15 and 16; a learned variance stays the network's.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -61,6 +63,39 @@ def test_another_mesh_goes_on_with_the_same_losses(tmp_path):
         run(start(tmp_path / name, FOUR, *split, devices=before))
         run(start(tmp_path / name, EIGHT, devices=after))
         (assert_same_bits if name == "same" else assert_close)(state_of(tmp_path / name, 8), whole)
+
+
+def children_of(pid: int) -> list[int]:
+    """Those that any of its threads has started."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for found in lists for child in found.read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    """And not merely unburied."""
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "State:\tZ" not in status.read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_a_signal_to_all_leaves_the_reading_to_its_workers_until_the_end(tmp_path):
+    """As SLURM sends it: the run stops with a checkpoint and code 0, and none of its children is left."""
+    flags = ["--config.data.workers=2", "--config.train.steps=100000", "--config.train.checkpoint_every=20"]
+    process = start(tmp_path / "run", *flags, TINY_PAUSE="0.05")
+    assert wait_until(lambda: steps(tmp_path / "run"), process)
+    children = children_of(process.pid)
+    assert len(children) >= 2
+    for pid in (*children, process.pid):
+        os.kill(pid, signal.SIGTERM)
+    ((code, errors),) = finish(process)
+    assert code == 0, errors
+    assert steps(tmp_path / "run")[-1] > 20
+    deadline = time.monotonic() + 30.0
+    while any(is_running(pid) for pid in children):
+        assert time.monotonic() < deadline, "a worker is left"
+        time.sleep(0.1)
 
 
 def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path):

@@ -97,3 +97,12 @@ def test_an_export_that_was_cut_short_is_made_again(make_config, monkeypatch, tm
     again = (tmp_path / "export/net.safetensors").read_bytes()
     assert again == (tmp_path / "quiet/export/net.safetensors").read_bytes() != first
     assert not (tmp_path / "export.tmp").exists()
+
+
+def test_a_key_that_an_earlier_version_lacked_means_what_it_did(tmp_path):
+    """Such a run goes on with the default, and is refused with another value."""
+    claim(epath.Path(tmp_path), {"data": {"source": "a"}})
+    check_owner(epath.Path(tmp_path), {"data": {"source": "a", "crop": "centre", "crop_sides": (1.0, 1.0)}}, ())
+    check_owner(epath.Path(tmp_path), {"data": {"source": "a"}}, ())
+    with pytest.raises(UserError, match=r"data.crop is 'centre' there and 'random' here"):
+        check_owner(epath.Path(tmp_path), {"data": {"source": "a", "crop": "random"}}, ())

@@ -19,6 +19,7 @@ import train
 from sdjax.data.loader import Shard, loader
 from sdjax.data.sources import ArraySource
 from sdjax.parallel.distributed import run_together
+from sdjax.tasks.base import reading_of
 from sdjax.training.task import Task
 
 WIDTH, ROWS = 64, 32
@@ -45,7 +46,8 @@ def make_task(config, mesh) -> Task:
         del params
         rows = np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype(np.float32)
         shard = Shard(jax.process_index(), jax.process_count())
-        return slow(loader(ArraySource({"x": rows}), config.train.batch_size, config.train.seed, (), shard))
+        source, options = ArraySource({"x": rows}), config.train
+        return slow(loader(source, options.batch_size, options.seed, (), shard, reading_of(config)))
 
     def sample(params):
         total = jax.jit(lambda net: sum(leaf.sum() for leaf in jax.tree.leaves(net)))(params["net"])

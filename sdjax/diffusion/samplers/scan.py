@@ -48,7 +48,7 @@ def sample(
     """Runs a sampler's rows, in float32; the result is a clean sample in the network's coordinates.
 
     Args:
-        denoise: denoise(x, sigma, timestep) -> x0, or (x0, v) with a learned variance.
+        denoise: denoise(x, sigma, timestep) -> x0, or (x0, v) with a learned variance, or `Drawn` by a guide.
         table: of `make_table`; its arrays may be traced.
         x_init: in variance-exploding coordinates: first_scale noise, or x0 + sigma[0] noise.
         keys: [b], one an image; the noise of row i is drawn from fold_in(key, i), whatever the batch.
