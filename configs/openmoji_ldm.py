@@ -76,6 +76,9 @@ def small(name: str) -> Config:
     if name == "super_resolution":  # four times as many latents
         config.model.unet.update(channels=(32, 64, 128), heads=(1, 2, 4))
         config.train.update(steps=1200, batch_size=8)
+    elif name == "layout":  # places are told from near by
+        config.model.unet.depths = (1, 1, 1)
+        config.train.steps = 1300
     config.sample.update(count=16, columns=8, steps=25)
     return config
 
@@ -89,7 +92,7 @@ def of_openmoji(config: Config, name: str) -> Config:
     elif name == "layout":
         config.task.update(classes=SHAPES, dropout=0.1)
         config.sample.guidance_scale = 2.0
-        config.model.bert.vocab_size = 1024
+        config.model.bert.vocab_size = 256  # a grid of 16 x 16 points, each of which is seen often enough
     elif name == "captions":
         config.model.bert.vocab_size = 4096
         config.model.tokenizer = "sdjax/data/openmoji_words"
