@@ -78,6 +78,7 @@ def small(name: str) -> Config:
         config.train.update(steps=1200, batch_size=8)
     elif name == "layout":  # places are told from near by
         config.model.unet.depths = (1, 1, 1)
+        config.model.bert.max_length = 11  # three objects and the crop: of 32 tokens most would say nothing
         config.train.steps = 1300
     config.sample.update(count=16, columns=8, steps=25)
     return config
