@@ -1,8 +1,8 @@
 """ADM's classifier of noisy pictures, whose gradient guides diffusion (Dhariwal & Nichol 2021, section 4).
 
 Reads config.model.classifier (a variant of `adm_classifier`, and what differs from it: size, classes, and any size of
-its encoder), config.data, config.sample (count, columns), and of config.task: scheduler and
-export_dtype. Timesteps are uniform. The data needs `label`.
+its encoder), config.data, config.sample (count, columns), and of config.task: scheduler and export_dtype. Timesteps are
+uniform. The data needs `label`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Diffusion of pictures themselves, without a first stage: DDPM, iDDPM, ADM, of one kind or of classes.
 
-Reads config.model.unet (a variant of `unet2d`, and what differs from it), config.data,
-config.sample (count, columns, sampler, steps), and of config.task: scheduler, weighting, timesteps, offset_noise and
-export_dtype. With twice as many output channels as input channels the variance is learned, by the hybrid loss (iDDPM,
-eq. 16). A UNet with classes is told those of the data, which then needs `label`.
+Reads config.model.unet (a variant of `unet2d`, and what differs from it), config.data, config.sample (count, columns,
+sampler, steps), and of config.task: scheduler, weighting, timesteps, offset_noise and export_dtype. With twice as many
+output channels as input channels the variance is learned, by the hybrid loss (iDDPM, eq. 16). A UNet with classes is
+told those of the data, which then needs `label`.
 """
 
 from __future__ import annotations

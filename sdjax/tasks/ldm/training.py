@@ -1,8 +1,8 @@
 """Training of a latent diffusion model over a finished first stage, whatever it is told (LDM, eq. 2 and 3).
 
-Reads config.model.unet, config.data, config.sample (count, columns, sampler, steps,
-guidance_scale), and of config.task: first_stage, scheduler, weighting, norm, timesteps, offset_noise, dropout and
-export_dtype. Pictures go through the first stage's encoder in every step, as in the original.
+Reads config.model.unet, config.data, config.sample (count, columns, sampler, steps, guidance_scale), and of
+config.task: first_stage, scheduler, weighting, norm, timesteps, offset_noise, dropout and export_dtype. Pictures go
+through the first stage's encoder in every step, as in the original.
 """
 
 from __future__ import annotations
