@@ -1,8 +1,9 @@
-"""Convolution of pictures whose rows are split over devices: each gets the rows that it lacks from its neighbours.
+"""Convolution of pictures: by fewer products on one CPU, and of rows that are split over devices.
 
 XLA can split the rows of a convolution by itself. Its gradients of the kernel are then wrong without a word: multiplied
 by the devices along any axis of the mesh that holds copies, or off by a part where a device has a single row (jax
-0.10.2, CPU). Here the exchange of edge rows is written out, so that its gradient is the transposed exchange.
+0.10.2, CPU). Here each device gets the rows that it lacks from its neighbours by an exchange that is written out, so
+that its gradient is the transposed exchange.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from sdjax.core import winograd
 from sdjax.core.partition import SPATIAL, mesh_sizes
 
 Edges: TypeAlias = tuple[int, int]
 """How many rows above and below a picture, or a part of it, are seen with it."""
+PLAIN: dict[str, Any] = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1, "precision": None}
+"""The further arguments of a convolution that does nothing else."""
 
 
 def convolve(
@@ -36,6 +40,9 @@ def convolve(
     """
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    plain = all(PLAIN.get(name, value) == value for name, value in options.items())
+    if plain and winograd.suits(x, kernel, strides, padding) and not mesh_sizes():
+        return winograd.convolve(x, kernel)
     rows, columns = padding
 
     def part(x: Array, kernel: Array, edges: Edges) -> Array:
