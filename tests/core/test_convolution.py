@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 
 CODE = """
@@ -76,7 +77,7 @@ MESHES = ["spatial=8", "data=4,spatial=2", "tensor=4,spatial=2", "fsdp=2,tensor=
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(Path(__file__).parents[2])}
+    flags = {"XLA_FLAGS": children.devices(8), "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", CODE, *MESHES]
     found = subprocess.run(command, check=True, env=os.environ | flags, stdout=subprocess.PIPE, text=True)
     return json.loads(found.stdout.splitlines()[-1])
@@ -84,7 +85,7 @@ def errors() -> dict[str, float]:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_rows_of_a_convolution_may_be_split(errors, mesh):
-    """Value and both gradients, to 1e-5 of the largest; XLA's own splitting was wrong by up to a factor of four."""
+    """Value and both gradients, to 5e-5 of the largest; XLA's own splitting was wrong by up to a factor of four."""
     found = {name: error for name, error in errors.items() if name.startswith(mesh)}
     assert len(found) == 10
-    assert {name: error for name, error in found.items() if error > 1e-5} == {}
+    assert {name: error for name, error in found.items() if error > 5e-5} == {}

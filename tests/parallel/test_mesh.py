@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import jax
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ SCRIPT = Path(__file__).with_name("on_four_devices.py")
 
 
 def run(devices: int) -> list[dict]:
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = {"XLA_FLAGS": children.devices(devices)}
     paths = {"PYTHONPATH": str(SCRIPT.parents[2])}
     done = subprocess.run([sys.executable, SCRIPT], env=os.environ | flags | paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import children
 import numpy as np
 from torch_reference import drawn
 
@@ -44,7 +45,7 @@ for number, sizes in enumerate(({"spatial": 4}, {"tensor": 2, "spatial": 2})):
 
 
 def test_four_devices_give_the_same_pictures(theirs, ours, tmp_path):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": os.pathsep.join(sys.path)}
+    flags = {"XLA_FLAGS": children.devices(4), "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run(
         [sys.executable, "-c", CODE, str(theirs.folder), str(tmp_path)], check=True, env={**os.environ, **flags}
     )
@@ -83,10 +84,7 @@ def test_four_devices_make_the_same_pictures_of_a_class(tmp_path):
     scheduler = LDM_FAMILIES["cin256"].scheduler
     write_ldm(tmp_path / "model", LDMCheckpoint("class_conditional", components, scheduler, {"none": 2}))
     for devices in (1, 4):
-        flags = {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
+        flags = {"XLA_FLAGS": children.devices(devices), "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-c", CONDITIONAL, str(tmp_path / "model"), str(tmp_path)]
         subprocess.run(command, check=True, env={**os.environ, **flags})
     for count in (3, 4):

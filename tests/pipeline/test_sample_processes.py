@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
 import numpy as np
 from PIL import Image
 
@@ -24,7 +25,7 @@ def free_port() -> int:
 def start(source: Path, prompts: Path, outdir: Path, devices: int, *flags: str) -> subprocess.Popen:
     command = [sys.executable, ROOT / "sample.py", f"--config={ROOT}/configs/openmoji.py:tiny", *FLAGS, *flags]
     command += [f"--checkpoint={source}", f"--from_file={prompts}", f"--outdir={outdir}"]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | {"XLA_FLAGS": children.devices(devices)}
     return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=-1, stderr=-1, text=True)
 
 

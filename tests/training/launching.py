@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import children
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -23,7 +24,7 @@ def start(workdir: Path, *flags: str, devices: int = 1, script: Path = TINY, **v
     """One process; its stderr goes to a pipe."""
     command = [sys.executable, str(script), "--config=configs/openmoji.py:autoencoder_tiny", f"--workdir={workdir}"]
     environment = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": children.devices(devices),
         "PYTHONPATH": str(ROOT),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **variables,
