@@ -10,7 +10,7 @@ trains the first stage first (in WORKDIR/first_stage, from `configs/autoencoders
 | unconditional | nothing | 64 |
 | classes | one of ten groups of emoji | 64 |
 | captions | words, through a small BERT | 64 |
-| layout | boxes of coloured shapes | 64 |
+| layout | boxes of coloured shapes | 32 |
 | regions | which colour of the palette fills each pixel | 64 |
 | super_resolution | the picture at 32 px | 128 |
 | inpainting | the picture with holes | 64 |
@@ -27,7 +27,7 @@ VARIANTS = {
     "unconditional": ("celebahq", "openmoji", 64),
     "classes": ("cin256", "openmoji", 64),
     "captions": ("text_f4", "openmoji", 64),
-    "layout": ("layout", "openmoji_scenes", 64),
+    "layout": ("layout", "openmoji_scenes", 32),
     "regions": ("semantic", "openmoji_regions", 64),
     "super_resolution": ("super_resolution", "openmoji", 128),
     "inpainting": ("inpainting", "openmoji", 64),
@@ -79,7 +79,8 @@ def small(name: str) -> Config:
     elif name == "layout":  # places are told from near by
         config.model.unet.depths = (1, 1, 1)
         config.model.bert.max_length = 11  # three objects and the crop: of 32 tokens most would say nothing
-        config.train.steps = 1300
+        config.task.timesteps = "late"  # in little noise the picture itself says where things are
+        config.train.steps = 2000
     config.sample.update(count=16, columns=8, steps=25)
     return config
 
@@ -93,7 +94,7 @@ def of_openmoji(config: Config, name: str) -> Config:
     elif name == "layout":
         config.task.update(classes=SHAPES, dropout=0.1)
         config.sample.guidance_scale = 2.0
-        config.model.bert.vocab_size = 256  # a grid of 16 x 16 points, each of which is seen often enough
+        config.model.bert.vocab_size = 64  # a grid of 8 x 8 points, each of which is seen often enough
     elif name == "captions":
         config.model.bert.vocab_size = 4096
         config.model.tokenizer = "sdjax/data/openmoji_words"

@@ -1,8 +1,15 @@
-"""What tests hand to the processes that they start."""
+"""How programs of tests are compiled, here and in the processes that they start."""
 
 from __future__ import annotations
 
 import os
+
+# Most programs run once or twice, so optimising their machine code would take longer than it saves: these take two
+# thirds of the time of compilation away.
+HASTY = (
+    "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 
 def devices(count: int) -> str:

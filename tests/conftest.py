@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import HASTY
 from PIL import Image
 
-# Most tests run a program once or twice, so optimising its machine code would take longer than it saves.
-HASTY = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # whose environment is that of the process that started it
 if not IS_WORKER:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sdjax-compiled-")

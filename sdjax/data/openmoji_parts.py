@@ -1,7 +1,7 @@
 """OpenMoji for every conditioning: the groups of its emoji, the colours of its regions, and scenes made of several.
 
 A group is the class of a picture; a label map says of each pixel which colour of OpenMoji's palette fills it; a scene
-holds one to three shapes of one colour each, on white, with their boxes.
+holds one to three shapes of one colour each, on white, with their boxes; half of the scenes hold one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ PALETTE = (
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "brown")
 SHAPES = tuple(f"{color} {shape}" for color in COLORS for shape in ("circle", "square", "heart"))
 SCENES = {"train": 8192, HELD_OUT: 512}
-MOST, SIDES = 3, (0.25, 0.6)
+COUNTS = (1 / 2, 1 / 3, 1 / 6)  # of scenes with one, two, three shapes
+SIDES = (0.25, 0.6)
 VARIATION = "FE0F"
 Rendering = Literal["crisp_edges", "geometric_precision"]
 TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
@@ -121,7 +122,7 @@ class SceneSource:
             raise IndexError(index)
         # Scenes of the two splits are never the same: their seeds are.
         rng = np.random.default_rng((list(SCENES).index(self._split), index))
-        boxes = _apart(rng, int(rng.integers(1, MOST + 1)))
+        boxes = _apart(rng, 1 + int(rng.choice(len(COUNTS), p=COUNTS)))
         kinds = rng.integers(len(SHAPES), size=len(boxes)).astype(np.int32)
         image = np.full((SIZE, SIZE, 3), 255, np.uint8)
         for kind, (x, y, side, _) in zip(kinds, boxes, strict=True):

@@ -60,7 +60,7 @@ def test_scenes_have_their_colours_in_their_boxes():
         "6a462f a57939",
     )
     colors = dict(zip(COLORS, named, strict=True))
-    seen = set()
+    seen, counts = set(), []
     for index in range(60):
         scene = scenes[index]
         free = np.ones((128, 128), bool)
@@ -74,8 +74,9 @@ def test_scenes_have_their_colours_in_their_boxes():
             assert np.abs(middle.astype(int) - wanted).max(-1).min() < 4, (SHAPES[kind], middle)
             free[rows, columns] = False
         assert (scene["image"][free] == 255).all()
-        assert 1 <= len(scene["objects"]) <= 3
+        counts.append(len(scene["objects"]))
     assert seen == set(COLORS)
+    np.testing.assert_allclose(np.bincount(counts, minlength=4), (0, 30, 20, 10), atol=8)
 
 
 def test_the_two_splits_differ_and_a_scene_is_always_the_same():

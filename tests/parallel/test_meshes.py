@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import HASTY
 from PIL import Image
 from torch_reference import drawn
 
@@ -32,8 +33,6 @@ OTHERS = {
     "classifier": "configs/classifiers.py:adm_64_tiny",
     **{name: f"configs/ldm.py:{name}_tiny" for name in ("celebahq", "cin256", "layout", "semantic", "inpainting")},
 }
-# Optimising code that runs for three steps would take longer than they do.
-HASTY = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
 EVERY = [text_of(shape) for shape in shapes_of(8)]
 TINY = {
     "autoencoder": "configs/openmoji.py:autoencoder_tiny",

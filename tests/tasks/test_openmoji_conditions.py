@@ -137,7 +137,7 @@ def test_a_layout_puts_the_colour_into_the_box(pipeline):
     for color in wanted:
         for box in boxes:
             image = pipe(layout=[{"class": SHAPES.index(f"{color} square"), "box": box}], seed=1)[0]
-            x, y, w, h = (round(v * 64) for v in box)
+            x, y, w, h = (round(v * len(image)) for v in box)
             middle = 255 * image[y + h // 4 : y + 3 * h // 4, x + w // 4 : x + 3 * w // 4].mean((0, 1))
             distances = {name: np.abs(middle - value).sum() for name, value in wanted.items()}
             distances["white"] = np.abs(middle - 255).sum()
