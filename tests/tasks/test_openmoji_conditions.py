@@ -24,7 +24,7 @@ from sdjax.core.prng import image_keys
 from sdjax.data import sources, transforms
 from sdjax.data.degradation import bicubic
 from sdjax.data.masks import RandomMask
-from sdjax.data.openmoji_parts import GROUPS, SHAPES
+from sdjax.data.openmoji_parts import GROUPS, PALETTE, SHAPES
 from sdjax.diffusion.samplers import SamplerOptions, make_table, schedule_of
 from sdjax.eval.bits import bits
 from sdjax.eval.similarity import psnr
@@ -144,6 +144,20 @@ def test_a_layout_puts_the_colour_into_the_box(pipeline):
             right.append(min(distances, key=lambda name: distances[name]) == color)
     print(f"asked colour in the box: {np.sum(right)} of {len(right)}")
     assert np.mean(right) > 0.6
+
+
+def test_a_label_map_decides_the_colours(pipeline):
+    """Of what is neither white nor a black line, more pixels have their label's colour than another map's."""
+    pipe, rows = pipeline("regions"), held_out(64, "openmoji_regions")[:48]
+    palette = np.array([[int(color[i : i + 2], 16) for i in (0, 2, 4)] for color in PALETTE])
+    own, others = [], []
+    for row, another in zip(rows, [*rows[24:], *rows[:24]], strict=True):
+        image = 255 * pipe(label_map=row["label_map"], seed=1)[0]
+        painted = np.square(image[:, :, None] - palette).sum(-1).argmin(-1)
+        for shares, labels in ((own, row["label_map"]), (others, another["label_map"])):
+            shares.append((painted == labels)[labels > 1].mean())
+    print(f"pixels in the colour of their label: {np.mean(own):.3f}, of another map's {np.mean(others):.3f}")
+    assert np.mean(own) > 2.0 * np.mean(others)
 
 
 def test_samples_of_a_class_are_taken_for_it(pipeline, classifier):
