@@ -2,7 +2,7 @@
 
 Lavin & Gray 2015, "Fast Algorithms for Convolutional Neural Networks", section 4.1. The tiles of an output hold two
 rows and two columns, their inputs four of each; between the transforms stand 16 matrix products over the channels. The
-larger tiles of F(4x4, 3x3) would save more and cost two digits.
+larger tiles of F(4x4, 3x3) would save more and cost a digit of float32.
 """
 
 from __future__ import annotations
