@@ -80,7 +80,7 @@ def small(name: str) -> Config:
         config.model.unet.depths = (1, 1, 1)
         config.model.bert.max_length = 11  # three objects and the crop: of 32 tokens most would say nothing
         config.task.timesteps = "late"  # in little noise the picture itself says where things are
-        config.train.steps = 2000
+        config.train.steps = 4000
     config.sample.update(count=16, columns=8, steps=25)
     return config
 

@@ -1,7 +1,7 @@
 """OpenMoji for every conditioning: the groups of its emoji, the colours of its regions, and scenes made of several.
 
 A group is the class of a picture; a label map says of each pixel which colour of OpenMoji's palette fills it; a scene
-holds one to three shapes of one colour each, on white, with their boxes; half of the scenes hold one.
+holds one to three shapes of one colour each, on white, with their boxes; most scenes hold one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PALETTE = (
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "brown")
 SHAPES = tuple(f"{color} {shape}" for color in COLORS for shape in ("circle", "square", "heart"))
 SCENES = {"train": 8192, HELD_OUT: 512}
-COUNTS = (1 / 2, 1 / 3, 1 / 6)  # of scenes with one, two, three shapes
+COUNTS = (0.7, 0.2, 0.1)  # of scenes with one, two, three shapes
 SIDES = (0.25, 0.6)
 VARIATION = "FE0F"
 Rendering = Literal["crisp_edges", "geometric_precision"]

@@ -76,7 +76,7 @@ def test_scenes_have_their_colours_in_their_boxes():
         assert (scene["image"][free] == 255).all()
         counts.append(len(scene["objects"]))
     assert seen == set(COLORS)
-    np.testing.assert_allclose(np.bincount(counts, minlength=4), (0, 30, 20, 10), atol=8)
+    np.testing.assert_allclose(np.bincount(counts, minlength=4), (0, 42, 12, 6), atol=8)
 
 
 def test_the_two_splits_differ_and_a_scene_is_always_the_same():
