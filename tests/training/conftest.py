@@ -1,18 +1,9 @@
 from __future__ import annotations
 
-import jax
 import pytest
 from ml_collections import ConfigDict
 
 from configs import openmoji
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Runs of the same config compile the same step; once is enough."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture
