@@ -87,7 +87,7 @@ def small(name: str) -> Config:
 
 def of_openmoji(config: Config, name: str) -> Config:
     """What the data determines."""
-    config.data.update(source=VARIANTS[name][1], flip=False, crop="centre")
+    config.data.update(source=VARIANTS[name][1], flip=False, crop="centre", crop_sides=(1.0, 1.0))
     config.model.unet.update(in_channels=3 + {"inpainting": 4}.get(name, 3 if config.task.name in CONCATENATING else 0))
     if name == "classes":
         config.model.class_embedder.classes = GROUPS
