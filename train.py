@@ -21,6 +21,7 @@ from etils import epath
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.flags import command_line, define_processes, define_training, load_config, processes, require
+from sdjax.core.tree import merge
 from sdjax.data import checking
 from sdjax.parallel.distributed import initialise, run_together
 from sdjax.parallel.mesh import make_mesh
@@ -33,6 +34,7 @@ from sdjax.training.optim import make_optimizer
 from sdjax.training.preemption import Preemption
 from sdjax.training.profile import Profile
 from sdjax.training.step import init_state, make_step
+from sdjax.training.task import split_frozen
 from sdjax.training.workdir import check_owner, claim, open_workdir
 
 FIRST_STAGE = "first_stage"
@@ -84,10 +86,9 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
         start = checkpoints.latest or 0
         if start >= options.steps and exported(root, start):
             return root / FOLDER
-        stored = task.stored(placer(mesh))
-        frozen = {name: stored.pop(name) for name in task.frozen}
-        state = init_state(task, optimizer, options.seed, mesh, stored)
-        batches = task.batch({**frozen, **state.params})
+        frozen, initial = split_frozen(task, task.pretrained(placer(mesh)))
+        state = init_state(task, optimizer, options.seed, mesh, initial)
+        batches = task.batch(merge(frozen, state.params))
         claim(root, config.to_dict())
         if start:
             state, position = checkpoints.restore(state)
@@ -98,7 +99,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
         with Metrics(root, start, options) as log, profile:
             for step in range(start + 1, options.steps + 1):
                 with profile.step(step):
-                    batch = log.wait_for(batches)
+                    batch = log.next_batch(batches)
                     state, metrics = step_fn(state, frozen, put_batch(batch, mesh))
                 profile.stepped(step, metrics)
                 log.report(step, metrics)
@@ -109,10 +110,10 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
                 if stop:
                     raise SystemExit(0)
                 if last or step % options.sample_every == 0:
-                    log.picture(step, "samples", task.sample({**frozen, **state.ema}))
+                    log.picture(step, "samples", task.preview(merge(frozen, state.ema)))
 
         # ---- what others can load ----
-        write_export(task.export, {**frozen, **state.ema}, root, int(state.step), mesh)
+        write_export(task.export, merge(frozen, state.ema), root, int(state.step), mesh)
     return root / FOLDER
 
 

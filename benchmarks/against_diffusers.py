@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks.measuring import Call
-from benchmarks.parts import GUIDANCE, PROMPT, Work
+from benchmarks.work import GUIDANCE, PROMPT, Work
 from sdjax.convert.components import Component
 from sdjax.convert.folder import write_component
 from sdjax.core.errors import UserError, unknown
@@ -39,18 +39,18 @@ def unet_call(pipe: Pipeline, inputs: tuple[jax.Array, jax.Array, Cond], dtype: 
     """
     torch, diffusers = _modules()
     x, t, cond = inputs
-    config = pipe.system.unet.config
-    extra = {} if config.vector_dim is None else {"addition_time_embed_dim": pipe.system.number_width}
+    config = pipe.model.config
+    extra = {} if config.vector_dim is None else {"addition_time_embed_dim": pipe.text.number_width}
     with tempfile.TemporaryDirectory() as folder:
         write_component(folder, "unet", Component(config, jax.device_get(pipe.params["unet"]), extra), dtype)
         model = diffusers.UNet2DConditionModel.from_pretrained(folder, torch_dtype=getattr(torch, dtype), **LOADING)
     model = _prepared(torch, model)
     added = None
     if cond.vector is not None:
-        pooled = _tensor(torch, cond.vector[:, : pipe.system.pooled_width], dtype)
+        pooled = _tensor(torch, cond.vector[:, : pipe.text.pooled_width], dtype)
         added = {
             "text_embeds": pooled,
-            "time_ids": torch.full((len(x), pipe.system.numbers), 512.0, device=pooled.device),
+            "time_ids": torch.full((len(x), pipe.text.numbers), 512.0, device=pooled.device),
         }
     guidance = None if cond.guidance is None else _tensor(torch, cond.guidance, dtype)
     latents, context = _tensor(torch, np.moveaxis(np.asarray(x), -1, 1), dtype), _tensor(torch, cond.context, dtype)
@@ -68,7 +68,7 @@ def decoder_call(pipe: Pipeline, z: jax.Array) -> Call:
     """
     torch, diffusers = _modules()
     with tempfile.TemporaryDirectory() as folder:
-        vae = Component(pipe.system.autoencoder.config, jax.device_get(pipe.params["vae"]))
+        vae = Component(pipe.autoencoder.config, jax.device_get(pipe.params["vae"]))
         write_component(folder, "vae", vae)
         model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, **LOADING)
     model = _prepared(torch, model)

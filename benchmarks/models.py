@@ -10,19 +10,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 import sdjax
-from sdjax.convert.components import FORMATS, TOKENIZERS, Checkpoint, Component
+from sdjax.convert.components import FORMATS, Checkpoint, Component
 from sdjax.convert.families import FAMILIES, scheduler_config
-from sdjax.convert.single_file import TOKENIZER_FOLDERS
+from sdjax.convert.tokenizers import tokenizers_of
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree, flatten, unflatten
-from sdjax.data.tokenizers import load_tokenizer
-from sdjax.models import autoencoder, clip, unet
+from sdjax.diffusion_model.model import build_model
+from sdjax.models import autoencoder
 from sdjax.parallel.sharding import placer
-from sdjax.pipeline.loading import make_system
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.plan import variants
-from sdjax.training.task import Place
+from sdjax.training.task import DevicePut
 
 NOISE = np.random.default_rng(0).standard_normal(1_000_003).astype(np.float32)
 
@@ -59,26 +58,19 @@ def random_pipeline(name: str, dtype: str, mesh: Mesh | None = None) -> Pipeline
         return Component(config, random_params(typed, place), extra or {})
 
     size = FAMILIES[variant.family].size // autoencoder.VARIANTS[variant.vae].factor
-    parts: dict[str, Any] = {
-        "unet": component("unet", unet.VARIANTS[variant.unet], dtype, {"sample_size": size}),
-        "vae": component("vae", autoencoder.VARIANTS[variant.vae], "float32"),
+    extra = {"unet": {"sample_size": size}}
+    parts = {
+        part: component(part, config, "float32" if part == "vae" else dtype, extra.get(part))
+        for part, config in variant.configs.items()
     }
-    for encoder in TOKENIZERS:
-        row = getattr(variant, encoder)
-        if row is not None:
-            parts[encoder] = component(encoder, clip.VARIANTS[row], dtype)
-            parts[TOKENIZERS[encoder]] = TOKENIZER_FOLDERS / ("clip_l" if row == "clip_l" else "open_clip")
-    checkpoint = Checkpoint(**parts, scheduler_config=scheduler_config(variant.family, "epsilon", ()))
-    system = make_system(checkpoint, dtype_named(dtype), name)
-    tokenizers = [
-        load_tokenizer(parts[TOKENIZERS[encoder]], parts[encoder].config.max_length)
-        for encoder in TOKENIZERS
-        if encoder in parts
-    ]
-    return Pipeline(name, checkpoint, system, tuple(tokenizers), dtype, mesh)
+    scheduler = scheduler_config(variant.family, "epsilon", ())
+    checkpoint = Checkpoint(components=parts, scheduler=scheduler, tokenizers=variant.tokenizers)
+    tokenizers = dict(zip(variant.tokenizers, tokenizers_of(checkpoint), strict=True))
+    model = build_model(checkpoint, tokenizers, dtype_named(dtype), name)
+    return Pipeline(name, checkpoint, model, tokenizers, dtype, mesh)
 
 
-def random_params(shapes: Tree, place: Place) -> dict[str, Any]:
+def random_params(shapes: Tree, place: DevicePut) -> dict[str, Any]:
     """Kernels whose outputs are about as large as their inputs, scales of 1, biases and whole numbers of 0.
 
     Args:

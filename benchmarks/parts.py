@@ -8,46 +8,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
+from benchmarks.against_diffusers import decoder_call, pipeline_call, unet_call
 from benchmarks.measuring import Call
+from benchmarks.work import GUIDANCE, PROMPT, TOKENS, Work
 from sdjax.core.compilation import jit
+from sdjax.models.apply import apply
 from sdjax.models.conditioning import Cond
-from sdjax.pipeline.devices import Devices
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.plan import flops
 from sdjax.plan.programs import Program
 from sdjax.plan.sampling import Wanted, sampling_programs
 from sdjax.plan.variants import Shaped
-from sdjax.tasks.base import apply
-
-PROMPT = "a photo of a red heart on a wooden table"
-GUIDANCE = 7.5
-TOKENS = 77
-
-
-class Work(NamedTuple):
-    """What is asked for.
-
-    Attributes:
-        size: pixels of a side.
-        batch: rows.
-        steps: of the sampler.
-        sampler: its name, None for the checkpoint's.
-        mesh: over which it is spread; None for one device.
-    """
-
-    size: int
-    batch: int
-    steps: int
-    sampler: str | None
-    mesh: Mesh | None = None
-
-    @property
-    def devices(self) -> Devices:
-        """Where arrays go."""
-        return Devices(self.mesh)
 
 
 class Subject(NamedTuple):
@@ -74,20 +47,18 @@ class Subject(NamedTuple):
 
 def unet_subject(pipe: Pipeline, work: Work) -> Subject:
     """One call of the UNet on `work.batch` latents."""
-    x, t, cond = inputs = work.devices.rows(unet_inputs(pipe, work.size, work.batch))
+    x, t, cond = inputs = work.devices.shard_batch(unet_inputs(pipe, work.size, work.batch))
 
     def unet(params: Any, x: Any, t: Any, cond: Cond) -> Any:
-        return apply(pipe.system.unet, params, x, t, cond)
+        return apply(pipe.model.backbone, params, x, t, cond)
 
     compiled = jit(unet)
 
     def ours() -> Any:
-        with work.devices.working():
+        with work.devices.mesh_context():
             return jax.block_until_ready(compiled(pipe.params["unet"], *inputs))
 
     def theirs(dtype: str) -> Call:
-        from benchmarks.against_diffusers import unet_call
-
         return unet_call(pipe, (x, t, cond), dtype)
 
     return Subject(
@@ -103,21 +74,19 @@ def unet_subject(pipe: Pipeline, work: Work) -> Subject:
 
 def decoder_subject(pipe: Pipeline, work: Work) -> Subject:
     """One call of the autoencoder's decoder, in float32 as the pipeline has it."""
-    z = work.devices.rows(_noise(work.batch, *pipe.shape.latents(work.size, work.size)))
+    z = work.devices.shard_batch(_noise(work.batch, *pipe.model.latent_shape((work.size, work.size))))
 
     def decode(params: Any, z: Any) -> Any:
-        return apply(pipe.system.autoencoder, params, z, method="decode")
+        return apply(pipe.autoencoder, params, z, method="decode")
 
     compiled = jit(decode)
 
     def ours() -> Any:
-        with work.devices.working():
+        with work.devices.mesh_context():
             return jax.block_until_ready(compiled(pipe.params["vae"], z))
 
     def theirs(dtype: str) -> Call:
         del dtype
-        from benchmarks.against_diffusers import decoder_call
-
         return decoder_call(pipe, z)
 
     return Subject(
@@ -143,26 +112,22 @@ def pipeline_subject(pipe: Pipeline, work: Work) -> Subject:
     }
 
     def theirs(dtype: str) -> Call:
-        from benchmarks.against_diffusers import pipeline_call
-
         return pipeline_call(pipe, work, dtype)
 
     def ours() -> Any:
         clock.marks.clear()
         return pipe([PROMPT] * work.batch, "", **given, batch_size=work.batch, progress=clock)
 
-    table = pipe.settings(**given).table(pipe.scheduler_config)
-    calls = int(np.sum(table.active))
+    calls = pipe.prepare(PROMPT, "", **given)[0].calls
     ids = jnp.zeros((2 * work.batch, TOKENS), jnp.int32)
     text = sum(
-        flops.count(lambda p, i, e=encoder: apply(e.module, p, i), pipe.params[encoder.name], ids)
-        for encoder in pipe.system.text_encoders
+        flops.count(lambda p, i, e=encoder: e.encode(p, i[:, None]), pipe.params, ids) for encoder in pipe.text.encoders
     )
     network = calls * unet_flops(pipe, work.size, 2 * work.batch)
     return Subject(
         ours=ours,
         theirs=theirs,
-        compiled=("text_stage", "sampling_stage", "decode_stage"),
+        compiled=("condition", "sample", "decode"),
         flops=text + network + decoder_flops(pipe, work.size, work.batch),
         pictures=work.batch,
         network_seconds=lambda seconds: clock.interval(),
@@ -194,29 +159,29 @@ class Clock:
 
 def unet_inputs(pipe: Pipeline, size: int, batch: int) -> tuple[jax.Array, jax.Array, Cond]:
     """Random latents, timesteps and conditions of the shapes that the pipeline's UNet takes."""
-    config = pipe.system.unet.config
-    height, width, _ = pipe.shape.latents(size, size)
+    config = pipe.model.backbone.config
+    height, width, _ = pipe.model.latent_shape((size, size))
     vector = None if config.vector_dim is None else _noise(batch, config.vector_dim)
     guidance = None if config.guidance_dim is None else _noise(batch, config.guidance_dim)
-    cond = Cond(context=_noise(batch, TOKENS, config.context_dim), vector=vector, guidance=guidance)
+    cond = Cond(context=_noise(batch, TOKENS, config.context_dim or 0), vector=vector, guidance=guidance)
     return _noise(batch, height, width, config.in_channels), jnp.full(batch, 500.0), cond
 
 
 def unet_flops(pipe: Pipeline, size: int, batch: int) -> int:
     """Of one call on `batch` latents."""
-    network = pipe.system.unet
+    network = pipe.model.backbone
     return flops.count(lambda p, *rest: apply(network, p, *rest), pipe.params["unet"], *unet_inputs(pipe, size, batch))
 
 
 def decoder_flops(pipe: Pipeline, size: int, batch: int) -> int:
     """Of decoding `batch` latents."""
-    z = jax.ShapeDtypeStruct((batch, *pipe.shape.latents(size, size)), jnp.float32)
-    return flops.count(lambda p, z: apply(pipe.system.autoencoder, p, z, method="decode"), pipe.params["vae"], z)
+    z = jax.ShapeDtypeStruct((batch, *pipe.model.latent_shape((size, size))), jnp.float32)
+    return flops.count(lambda p, z: apply(pipe.autoencoder, p, z, method="decode"), pipe.params["vae"], z)
 
 
 def _shaped(pipe: Pipeline) -> Shaped:
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), pipe.params)
-    return Shaped(pipe.system, params, dict(pipe.scheduler_config), pipe.shape.default[0])
+    return Shaped(pipe.model, params, dict(pipe.scheduler), pipe.default_size[0])
 
 
 def _noise(*shape: int) -> jax.Array:

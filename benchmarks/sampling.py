@@ -29,8 +29,9 @@ from jax.sharding import Mesh
 from benchmarks import measuring, scaling
 from benchmarks.devices import mesh_text, sent, sent_text, take, tell_virtual
 from benchmarks.models import load
-from benchmarks.parts import PARTS, Subject, Work
+from benchmarks.parts import PARTS, Subject
 from benchmarks.results import RESULTS, append, facts, show, utilisation
+from benchmarks.work import Work
 from sdjax.core.errors import UserError, run_or_exit, unknown
 from sdjax.core.flags import parse_flags
 from sdjax.parallel.mesh import make_mesh, parse_mesh
@@ -102,7 +103,7 @@ def read_command_line(argv: list[str]) -> dict[str, Any]:
 def measure_on(mesh: Mesh | None, batch: int, flag: dict[str, Any]) -> scaling.Measured:
     """Loads the model onto a mesh, None for one device, and measures `batch` rows."""
     pipe = load(flag["checkpoint"], flag["variant"], flag["dtype"], mesh)
-    work = Work(flag["size"] or pipe.shape.default[0], batch, flag["steps"], flag["sampler"], mesh)
+    work = Work(flag["size"] or pipe.default_size[0], batch, flag["steps"], flag["sampler"], mesh)
     what = f"{pipe.name} {flag['part']}, {work.size} px, batch {work.batch}, {flag['dtype']}"
     what += f", {work.steps} steps of {work.sampler or 'its own sampler'}" if flag["part"] == "pipeline" else ""
     what += f", mesh {mesh_text(mesh)}" if mesh else ""

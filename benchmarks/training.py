@@ -37,6 +37,7 @@ from sdjax.convert.folder import write_component
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.flags import command_line, define_processes, load_config, processes
+from sdjax.core.tree import Params, merge
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.parallel.distributed import initialise, is_first, run_together
 from sdjax.parallel.mesh import make_mesh, parse_mesh
@@ -44,10 +45,10 @@ from sdjax.parallel.sharding import check_batch, placer, put_batch, rows_of_proc
 from sdjax.plan.programs import count_flops
 from sdjax.plan.training import check_config, training_programs
 from sdjax.tasks.base import make_task
-from sdjax.tasks.latent.networks import sizes_of
+from sdjax.tasks.variants import sizes_of
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import StepFn, TrainState, init_state, make_step
-from sdjax.training.task import Params, Task
+from sdjax.training.task import Task, split_frozen
 
 DATA = ("synthetic", "real")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain")
@@ -167,10 +168,9 @@ def begin(config: Config, mesh: Mesh, data: str) -> Run:
         frozen = random_params(task.frozen, placer(mesh))
         state = init_state(task, optimizer, options.seed, mesh)
         return Run(step, state, frozen, synthetic(task, options.batch_size, mesh))
-    stored = task.stored(placer(mesh))
-    frozen = {name: stored.pop(name) for name in task.frozen}
-    state = init_state(task, optimizer, options.seed, mesh, stored)
-    return Run(step, state, frozen, task.batch({**frozen, **state.params}))
+    frozen, initial = split_frozen(task, task.pretrained(placer(mesh)))
+    state = init_state(task, optimizer, options.seed, mesh, initial)
+    return Run(step, state, frozen, task.batch(merge(frozen, state.params)))
 
 
 def synthetic(task: Task, batch_size: int, mesh: Mesh) -> Iterator[Any]:
@@ -184,7 +184,7 @@ def synthetic(task: Task, batch_size: int, mesh: Mesh) -> Iterator[Any]:
             return rng.standard_normal(shape, np.float32).astype(leaf.dtype)
         return rng.integers(0, 2, shape).astype(leaf.dtype)
 
-    return itertools.repeat(jax.tree.map(rows, task.specimen(batch_size)))
+    return itertools.repeat(jax.tree.map(rows, task.batch_spec(batch_size)))
 
 
 def time_run(run: Run, mesh: Mesh, count: int) -> Steps:

@@ -27,7 +27,7 @@ def published(name: str) -> Config:
     config = base()
     config.model.classifier = {"variant": name, "size": SIZES[name], "classes": 1000}
     config.task = {
-        "name": "noisy_classifier",
+        "name": "classifier",
         "export_dtype": "float32",
         "scheduler": {
             "_class_name": "DDPMScheduler",

@@ -50,6 +50,7 @@ def base() -> Config:
                 "steps": 1000,
                 "batch_size": 16,
                 "accumulate": 1,
+                "trainable": (),  # names of parameters, e.g. "unet" or "unet/*attn2*"; () all but the autoencoder's
                 "remat": "none",
                 "dtype": "float32",
                 "seed": 0,

@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
     """How a model was trained.
 
     Attributes:
-        task: what it is told.
+        conditioning: of the model.
         unet: its variant.
         betas: the first and the last of the noise schedule.
         batch: pictures.
@@ -51,7 +51,7 @@ class Recipe(NamedTuple):
         schedule: of the learning rate after it.
     """
 
-    task: str
+    conditioning: str
     unet: str
     betas: tuple[float, float]
     batch: int
@@ -97,7 +97,7 @@ RECIPES = {
     ),
     "semantic": Recipe("semantic_synthesis", "ldm_semantic", (0.0015, 0.0205), 48, 360_000, 4.8e-5, norm="l1"),
 }
-# Tasks whose UNet has no cross-attention.
+# Conditions whose UNet has no cross-attention.
 SELF_ATTENDING = ("unconditional", "super_resolution", "inpainting", "semantic_synthesis")
 CLASSES, OBJECT_CLASSES, MAP_CLASSES = 1000, 601, 182
 
@@ -117,8 +117,11 @@ def published(recipe: Recipe) -> Config:
     config = base()
     config.model.unet = {"variant": recipe.unet}
     config.task = {
-        "name": recipe.task,
+        "name": "diffusion",
+        "conditioning": recipe.conditioning,
+        "latents": "encoded",
         "first_stage": "",
+        "initial": "",
         "dropout": recipe.dropout,
         "weighting": "simple",
         "norm": recipe.norm,
@@ -135,7 +138,7 @@ def published(recipe: Recipe) -> Config:
         },
     }
     condition(config, recipe)
-    config.data.update(source="", size=recipe.size, flip=recipe.task == "unconditional")
+    config.data.update(source="", size=recipe.size, flip=recipe.conditioning == "unconditional")
     config.optim.update(learning_rate=recipe.rate, warmup_steps=recipe.warmup, schedule=recipe.schedule)
     config.optim.update(ema_decay=0.9999, final_fraction=0.001)
     config.train.update(steps=recipe.steps, batch_size=recipe.batch, dtype="bfloat16", sample_every=5000)
@@ -144,25 +147,25 @@ def published(recipe: Recipe) -> Config:
 
 
 def condition(config: Config, recipe: Recipe) -> None:
-    """What only some of the tasks read."""
-    if recipe.task == "class_conditional":
+    """Keys that only some conditions read."""
+    if recipe.conditioning == "class_conditional":
         config.model.class_embedder = {"classes": CLASSES, "width": 512}
         config.data.update(crop="random", crop_sides=(1.0, 1.0))
-    elif recipe.task == "text_bert":
+    elif recipe.conditioning == "text_bert":
         config.model.bert = {"variant": recipe.unet}
         config.model.tokenizer = ""
-    elif recipe.task == "retrieval":
+    elif recipe.conditioning == "retrieval":
         config.task.neighbours = 20
-    elif recipe.task == "layout":
+    elif recipe.conditioning == "layout":
         config.model.bert = {"variant": "ldm_layout"}
         config.task.classes = OBJECT_CLASSES
         config.data.update(crop="random", crop_sides=(0.0, 1.0))
-    elif recipe.task == "semantic_synthesis":
+    elif recipe.conditioning == "semantic_synthesis":
         config.model.rescaler = {"classes": MAP_CLASSES}
         config.data.update(crop="random", crop_sides=(256 / 384, 256 / 384))
-    elif recipe.task == "super_resolution":
+    elif recipe.conditioning == "super_resolution":
         config.data.update(degradation="bsr_light", crop="random", crop_sides=(0.5, 1.0))
-    elif recipe.task == "inpainting":
+    elif recipe.conditioning == "inpainting":
         config.data.holes = (0.02, 0.5)
 
 
@@ -170,13 +173,15 @@ def tiny(config: Config, recipe: Recipe) -> Config:
     """The same system, small enough for a test."""
     config.task.first_stage = f"configs/autoencoders.py:{recipe.autoencoder}_tiny"
     config.model.unet.update(channels=(32, 64), heads=(2, 2), layers_per_block=1)
-    config.model.unet.update({"attention_levels": (1,)} if recipe.task in SELF_ATTENDING else {"depths": (0, 1)})
-    if recipe.task in ("text_bert", "layout"):
+    config.model.unet.update(
+        {"attention_levels": (1,)} if recipe.conditioning in SELF_ATTENDING else {"depths": (0, 1)}
+    )
+    if recipe.conditioning in ("text_bert", "layout"):
         config.model.unet.update(context_dim=32, mid_depth=1)
         config.model.bert.update(width=32, layers=1, heads=1, max_length=32)
-    if recipe.task == "retrieval":
+    if recipe.conditioning == "retrieval":
         config.model.unet.context_dim, config.task.neighbours = 24, 3
-    if recipe.task == "class_conditional":
+    if recipe.conditioning == "class_conditional":
         config.model.unet.context_dim = config.model.class_embedder.width = 32
     config.data.size = 32
     config.optim.warmup_steps = 0

@@ -11,6 +11,8 @@ from configs.common import SCALED_LINEAR, autoencoder_task, base, locked
 from sdjax.core.config import Config
 
 CHECKPOINT = "checkpoints/openmoji"
+# Of the tokenizer in that folder.
+VOCABULARY, TOKENS, END_OF_TEXT = 2048, 77, 2047
 
 
 def get_config(arg: str = "") -> Config:
@@ -48,19 +50,38 @@ def text_to_image() -> Config:
     """The UNet and the text encoder."""
     config = base()
     config.model.unet = {
+        "variant": "sd1",
+        "in_channels": 16,
+        "out_channels": 16,
+        "context_dim": 192,
         "channels": (64, 160, 224),
         "depths": (0, 1, 1),
         "mid_depth": 1,
         "heads": (2, 5, 7),
         "layers_per_block": 1,
     }
-    config.model.text_encoder = {"width": 192, "layers": 2, "heads": 4, "feed_forward": 768, "activation": "gelu"}
+    config.model.text_encoders = {
+        "text_encoder": {
+            "variant": "clip_l",
+            "vocab_size": VOCABULARY,
+            "max_length": TOKENS,
+            "eos_token_id": END_OF_TEXT,
+            "width": 192,
+            "layers": 2,
+            "heads": 4,
+            "feed_forward": 768,
+            "activation": "gelu",
+        }
+    }
     config.model.tokenizer = f"{CHECKPOINT}/tokenizer"
     config.task = {
-        "name": "text_to_image",
+        "name": "diffusion",
+        "conditioning": "text",
+        "latents": "cached",
+        "text": "tokens",
         "first_stage": "configs/openmoji.py:autoencoder",
         "initial": "",
-        "caption_dropout": 0.1,
+        "dropout": 0.1,
         "weighting": "simple",
         "timesteps": "late",
         "offset_noise": 0.0,
@@ -99,6 +120,7 @@ def tiny(config: Config) -> Config:
         return config
     config.task.first_stage = "configs/openmoji.py:autoencoder_tiny"
     config.model.unet.update(channels=(32, 64), depths=(0, 1), heads=(2, 2))
-    config.model.text_encoder.update(width=32, layers=1, heads=2, feed_forward=64)
+    config.model.unet.update(in_channels=4, out_channels=4, context_dim=32)
+    config.model.text_encoders.text_encoder.update(width=32, layers=1, heads=2, feed_forward=64)
     config.sample.update(prompts=("red heart", "blue heart"), steps=2)
     return config

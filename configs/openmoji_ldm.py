@@ -60,14 +60,14 @@ def small(name: str) -> Config:
     config.task.scheduler.update(prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=0)
     config.data.size = side
     config.model.unet.update(channels=(64, 128, 192), heads=(2, 4, 6), layers_per_block=1)
-    if config.task.name in ldm.SELF_ATTENDING:
+    if config.task.conditioning in ldm.SELF_ATTENDING:
         config.model.unet.update(attention_levels=(1, 2), resblock_updown=False)
     else:
         config.model.unet.update(depths=(0, 1, 1), mid_depth=1)
-    if config.task.name in ("text_bert", "layout"):
+    if config.task.conditioning in ("text_bert", "layout"):
         config.model.unet.context_dim = 128
         config.model.bert.update(width=128, layers=2, heads=2, max_length=32)
-    if config.task.name == "class_conditional":
+    if config.task.conditioning == "class_conditional":
         config.model.unet.context_dim = config.model.class_embedder.width = 128
     config.optim.update(
         learning_rate=1e-3, schedule="cosine", final_fraction=0.0, warmup_steps=100, b2=0.99, ema_decay=0.995
@@ -88,7 +88,9 @@ def small(name: str) -> Config:
 def of_openmoji(config: Config, name: str) -> Config:
     """What the data determines."""
     config.data.update(source=VARIANTS[name][1], flip=False, crop="centre", crop_sides=(1.0, 1.0))
-    config.model.unet.update(in_channels=3 + {"inpainting": 4}.get(name, 3 if config.task.name in CONCATENATING else 0))
+    config.model.unet.update(
+        in_channels=3 + {"inpainting": 4}.get(name, 3 if config.task.conditioning in CONCATENATING else 0)
+    )
     if name == "classes":
         config.model.class_embedder.classes = GROUPS
     elif name == "layout":

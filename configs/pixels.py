@@ -44,7 +44,12 @@ def published(name: str) -> Config:
     config = base()
     config.model.unet = {"variant": variant, "classes": classes}
     config.task = {
-        "name": "pixels",
+        "name": "diffusion",
+        "conditioning": "unconditional" if classes is None else "class_conditional",
+        "latents": "encoded",
+        "first_stage": "none",
+        "initial": "",
+        "dropout": 0.0,
         "weighting": "simple",
         "timesteps": "uniform",
         "offset_noise": 0.0,

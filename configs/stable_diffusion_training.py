@@ -83,11 +83,13 @@ def stage(name: str) -> Config:
     config = base()
     config.model = {part: networks[part] for part in ("unet", "autoencoder", "text_encoders")}
     config.task = {
-        "name": "stable_diffusion",
+        "name": "diffusion",
+        "conditioning": "text",
+        "latents": "prepared",
+        "text": "prepared",
         "components": networks["components"],
         "initial": "",
-        "text": "prepared",
-        "caption_dropout": 0.1,
+        "dropout": 0.1,
         "weighting": "simple",
         "timesteps": "uniform",
         "offset_noise": 0.0,
@@ -116,6 +118,7 @@ def stage(name: str) -> Config:
     )
     config.optim.update(learning_rate=1e-4, warmup_steps=10_000, weight_decay=0.01, ema_decay=0.9999)
     config.train.update(steps=steps, batch_size=2048, dtype="bfloat16", remat="scanned", sample_every=5000)
+    config.train.trainable = ("unet",)
     config.mesh.update(data=-1, fsdp=8)
     config.sample = {
         "prompts": ("a red heart", "a lighthouse at dusk", "a cat on a bicycle", "an astronaut in a garden"),

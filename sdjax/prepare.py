@@ -30,17 +30,25 @@ from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.flags import define_processes, parse_flags, processes, require
+from sdjax.core.tree import Params
 from sdjax.data import buckets, sources
 from sdjax.data.loader import Shard
 from sdjax.data.prepared_writer import PreparedWriter, Range, Row
 from sdjax.data.tokenizers import Tokenizer
+from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
 from sdjax.parallel.distributed import end_by_signals, initialise, run_together, sync
 from sdjax.parallel.mesh import local_mesh
 from sdjax.parallel.sharding import put_batch, whole_placer
-from sdjax.tasks.latent import System
-from sdjax.tasks.latent.networks import VAE, Origin, system_of, tokenizers_of
-from sdjax.tasks.latent.preparation import STORED, blank_of, encode_captions, encode_moments, identity_of
-from sdjax.training.task import Params
+from sdjax.tasks.diffusion import make_model
+from sdjax.tasks.precompute import (
+    STORED,
+    encode_captions,
+    encode_moments,
+    identity_of,
+    null_embeddings,
+    text_conditioner,
+)
+from sdjax.tasks.pretrained import read_components
 
 TABLES: dict[str, Callable[[int, int], buckets.Table]] = {
     "square": lambda size, step: (buckets.Size(size, size),),
@@ -68,7 +76,7 @@ def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
     """Writes what `sdjax.data.prepared.PreparedSource` reads.
 
     Args:
-        config: of the task "stable_diffusion"; its `data` says of which pictures, and how they are cut.
+        config: of prepared latents; its `data` says of which pictures, and how they are cut.
         folder: where to.
         batch_size: pictures a device encodes at a time.
 
@@ -76,8 +84,8 @@ def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
         UserError: the config, the pictures or the folder are not what they should be, or a row is not finite.
     """
     config = config.copy_and_resolve_references()
-    if config.task.name != "stable_diffusion":
-        raise UserError(f"config.task.name is {config.task.name!r}; data is prepared for 'stable_diffusion'")
+    if config.task.get("latents") != "prepared":
+        raise UserError(f"config.task.latents is {config.task.get('latents')!r}; data is made for 'prepared'")
     if config.data.buckets not in TABLES:
         raise unknown("buckets", config.data.buckets, TABLES, "config.data.buckets")
     pictures = sources.source(config.data.source, "train")
@@ -86,7 +94,7 @@ def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
         table = buckets.occupied(pictures, table, config.train.batch_size)
     encoder = make_encoder(config, batch_size)
     identity = {
-        **identity_of(config, encoder.system),
+        **identity_of(config, encoder.model),
         **{name: config.data[name] for name in ("source", "size", "crop")},
         "seed": config.train.seed,
     }
@@ -107,13 +115,13 @@ class Encoder(NamedTuple):
     """The networks, on this process's devices, and what they make of pictures.
 
     Attributes:
-        system, params, tokenizers: the networks.
+        model, params, tokenizers: the networks.
         text: "prepared" where embeddings are stored, else tokens.
         batch: pictures at a time.
         mesh: of this process's devices.
     """
 
-    system: System
+    model: DiffusionModel
     params: Params
     tokenizers: tuple[Tokenizer, ...]
     text: str
@@ -139,8 +147,8 @@ class Encoder(NamedTuple):
         return (made[index] for index in range(part.stop - part.start))
 
     def constants(self) -> dict[str, np.ndarray]:
-        """What stands for no caption, where embeddings are stored."""
-        return blank_of(self.system, self.params, self._tokens([""])[0]) if self.text == "prepared" else {}
+        """Embeddings of the null condition, where embeddings are stored."""
+        return null_embeddings(self.model, self.params, self._tokens([""])[0]) if self.text == "prepared" else {}
 
     def _encode(self, group: list[tuple[int, Mapping[str, Any]]]) -> Iterable[tuple[int, Row]]:
         missing = self.batch - len(group)
@@ -148,15 +156,15 @@ class Encoder(NamedTuple):
         captions = [example["caption"] for _, example in group] + [""] * missing
         tokens = self._tokens(captions)
         batch = put_batch({"images": images, "tokens": tokens}, self.mesh)
-        made = {"moments": _moments(self.system, self.params, batch["images"])}
-        made |= _captions(self.system, self.params, batch["tokens"]) if self.text == "prepared" else {"tokens": tokens}
+        made = {"moments": _moments(self.model, self.params, batch["images"])}
+        made |= _captions(self.model, self.params, batch["tokens"]) if self.text == "prepared" else {"tokens": tokens}
         arrays = {name: np.asarray(values) for name, values in made.items()}
         for place, (index, example) in enumerate(group):
             row = {name: values[place] for name, values in arrays.items()}
             for name, values in row.items():
                 if not np.isfinite(values).all():
                     raise UserError(f"the {name} of {example['id']} are not finite in {np.dtype(STORED).name}")
-            if self.system.numbers:
+            if text_conditioner(self.model).numbers:
                 row["sizes"] = example["sizes"]
             yield index, Row(int(example["bucket"]), example["id"], row)
 
@@ -165,13 +173,13 @@ class Encoder(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def _moments(system: System, params: Params, images: jax.Array) -> jax.Array:
-    return encode_moments(system, params, images).astype(STORED)
+def _moments(model: DiffusionModel, params: Params, images: jax.Array) -> jax.Array:
+    return encode_moments(model, params, images).astype(STORED)
 
 
 @partial(jax.jit, static_argnums=0)
-def _captions(system: System, params: Params, tokens: jax.Array) -> dict[str, jax.Array]:
-    return {name: value.astype(STORED) for name, value in encode_captions(system, params, tokens).items()}
+def _captions(model: DiffusionModel, params: Params, tokens: jax.Array) -> dict[str, jax.Array]:
+    return {name: value.astype(STORED) for name, value in encode_captions(model, params, tokens).items()}
 
 
 def make_encoder(config: Config, batch_size: int) -> Encoder:
@@ -180,14 +188,14 @@ def make_encoder(config: Config, batch_size: int) -> Encoder:
     Raises:
         UserError: they cannot be read, or are not those that the config describes.
     """
-    system, mesh = system_of(config), local_mesh()
+    (model, condition), mesh = make_model(config), local_mesh()
     prepared = config.task.text == "prepared"
-    names = [VAE, *(encoder.name for encoder in system.text_encoders if prepared)]
-    origin = Origin(config.task.components, config.train.seed)
-    params = origin.read(system, names, whole_placer(mesh), "config.task.components")
-    tokenizers = tokenizers_of(system, config.task.components)
+    names = [AUTOENCODER, *(condition.tokenizers if prepared else ())]
+    put, key = whole_placer(mesh), "config.task.components"
+    params = read_components(config.task.components, model, names, put, key, config.train.seed)
+    tokenizers = tuple(condition.loaded[name] for name in condition.tokenizers)
     text = "prepared" if prepared else "tokens"
-    return Encoder(system, params, tokenizers, text, batch_size * mesh.size, mesh)
+    return Encoder(model, params, tokenizers, text, batch_size * mesh.size, mesh)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int, Key, PRNGKeyArray
 
 
@@ -19,6 +20,11 @@ def stream(seed: int | Int[Array, ""], *path: str | int | Int[Array, ""]) -> PRN
     return key
 
 
-def image_keys(seed: int | Int[Array, ""], indices: Int[Array, " b"]) -> Key[Array, " b"]:
-    """One key for each picture, [b]: neither batch size nor device count enters it."""
-    return jax.vmap(lambda index: stream(seed, "image", index))(indices)
+def image_keys(seeds: int | Int[Array, ""] | Int[Array, " b"], indices: Int[Array, " b"]) -> Key[Array, " b"]:
+    """One key an image, [b], from its seed and its index: neither batch size nor device count enters it.
+
+    Args:
+        seeds: one for all, or one an image.
+        indices: of the images.
+    """
+    return jax.vmap(lambda seed, index: stream(seed, "image", index))(jnp.broadcast_to(seeds, indices.shape), indices)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-import zipfile
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from sdjax.core.errors import UserError
 from sdjax.data.annotations import NOTHING, Annotations, arrays, names, parse_annotations
@@ -178,22 +176,6 @@ def read_entry(folder: Path, line: Line, entry: Entry) -> Example:
     if (file := entry.annotations.neighbours) is not None:
         example["neighbours"] = read_embeddings(folder / file, _short(line))
     return example
-
-
-def read_embeddings(path: Path, place: str) -> Float[np.ndarray, "k d"]:
-    """A NumPy file of embeddings, as float32.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{place}: cannot read {path}: {error}") from error
-    fits = isinstance(array, np.ndarray) and array.ndim == 2 and len(array) and array.dtype.kind == "f"
-    if not fits or not np.isfinite(array).all():
-        raise UserError(f"{place}: {path} holds no finite embeddings of shape [k, d]")
-    return array.astype(np.float32)
 
 
 def _short(line: Line) -> str:

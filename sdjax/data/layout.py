@@ -12,12 +12,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import grain
 import numpy as np
 from jaxtyping import Float, Int
 
 from sdjax.core.errors import UserError
-from sdjax.data.transforms import Example
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
@@ -87,15 +85,3 @@ class LayoutTokens:
         points = int(math.sqrt(self.vocabulary))
         column, row = (round(min(max(value, 0.0), 1.0) * (points - 1)) for value in (x, y))
         return row * points + column
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout(grain.transforms.RandomMap):
-    """Adds `tokens`, those of the example's `objects` and `boxes` in a random order."""
-
-    tokens: LayoutTokens
-
-    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
-        order = rng.permutation(len(element["objects"]))[: self.tokens.objects]
-        tokens = self.tokens.encode(element["objects"][order], element["boxes"][order], element.get("crop", WHOLE))
-        return {**element, "tokens": tokens}

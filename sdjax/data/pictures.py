@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sdjax.core.errors import UserError
@@ -97,3 +97,17 @@ def on_white(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def to_uint8(images: Float[np.ndarray, "*b h w 3"]) -> UInt8[np.ndarray, "*b h w 3"]:
+    """Images in [0, 1] to bytes, rounded."""
+    return (np.clip(np.asarray(images), 0.0, 1.0) * 255.0).round().astype(np.uint8)
+
+
+def tile(images: UInt8[np.ndarray, "n h w 3"], columns: int) -> UInt8[np.ndarray, "H W 3"]:
+    """A grid of images, row by row; what the last row lacks is white."""
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    missing = np.full((rows * columns - n, h, w, c), 255, np.uint8)
+    cells = np.concatenate([images, missing]).reshape(rows, columns, h, w, c)
+    return cells.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, c)

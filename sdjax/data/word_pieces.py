@@ -7,13 +7,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import grain
 import numpy as np
 from jaxtyping import Int
 from tokenizers import BertWordPieceTokenizer
 
 from sdjax.core.errors import UserError
-from sdjax.data.transforms import Example
 
 FILE, OTHER_FILE = "vocab.txt", "tokenizer.json"
 CLS, SEP, PAD, UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
@@ -82,13 +80,3 @@ def train_word_pieces(texts: Iterable[str], folder: Path, vocab_size: int) -> No
     backend.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
     folder.mkdir(parents=True, exist_ok=True)
     backend.save_model(str(folder))
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizeWords(grain.transforms.Map):
-    """Adds `tokens`, int32 [l], the ids of the example's caption."""
-
-    tokenizer: WordPieces
-
-    def map(self, element: Example) -> Example:
-        return {**element, "tokens": self.tokenizer.encode([element["caption"]])[0]}

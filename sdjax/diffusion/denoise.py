@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sdjax.core.errors import unknown
@@ -21,13 +22,13 @@ Network = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "
 """network(x_vp, timestep) -> raw prediction; d is c, or 2 c with a learned variance."""
 
 
-class Drawn(NamedTuple):
-    """What a denoiser answers that something draws elsewhere.
+class Guided(NamedTuple):
+    """Answer of a denoiser that a gradient guides.
 
     Attributes:
         x0: [b h w c], as without it.
         v: of a learned variance; -1 without one.
-        gradient: [b h w c] of the log-probability of what is asked for, with respect to x_vp.
+        gradient: [b h w c] of the condition's log-probability with respect to x_vp.
     """
 
     x0: Array
@@ -35,23 +36,24 @@ class Drawn(NamedTuple):
     gradient: Array
 
 
-Answer = Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]] | Drawn
+Answer = Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]] | Guided
 
 Denoise = Callable[..., Answer]
-"""denoise(x [b h w c], sigma [], timestep []) -> x0 [b h w c], x in variance-exploding coordinates.
+"""denoise(x [b *space c], sigma [b] or [], timestep likewise) -> x0, x in variance-exploding coordinates.
 
-With a learned variance it answers (x0, v), see `make_denoise`; guided by a classifier, `Drawn`."""
+With a learned variance it answers (x0, v), see `make_denoise`; guided by a gradient, `Guided`."""
 
 
 def parts(answer: Answer) -> tuple[Array, Array | float, Array | None]:
     """x0, v and the gradient; without a learned variance v says the lower bound, the posterior's own."""
-    if isinstance(answer, Drawn):
+    if isinstance(answer, Guided):
         return answer.x0, answer.v, answer.gradient
     return (*answer, None) if isinstance(answer, tuple) else (answer, -1.0, None)
 
 
-def per_image(values: Array, like: Array) -> Array:
+def per_image(values: Array | np.ndarray, like: Array) -> Array:
     """Appends axes to `values` ([] or [b]) so that it multiplies `like` ([b ...])."""
+    values = jnp.asarray(values)
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
 
 
@@ -72,23 +74,43 @@ def target(
     return jnp.sqrt(abar) * noise - jnp.sqrt(1.0 - abar) * x0
 
 
+class Parameterization(NamedTuple):
+    """How a network's output becomes a clean sample (k-diffusion, external.py).
+
+    Attributes:
+        c_in: sigma -> the factor that takes x to the network's input.
+        to_x0: (output, x, sigma) -> the clean sample; sigma is broadcast over x already.
+    """
+
+    c_in: Callable[[Array], Array]
+    to_x0: Callable[[Array, Array, Array], Array]
+
+
+def _vp_scale(sigma: Array) -> Array:
+    """Takes x = x0 + sigma noise to unit variance: sqrt(abar) = 1 / sqrt(sigma^2 + 1)."""
+    return 1.0 / jnp.sqrt(sigma**2 + 1.0)
+
+
+# v: nothing cancels, so a level of sigma = 1e6 (zero terminal SNR) is as exact as any other.
+PARAMETERIZATIONS = {
+    "epsilon": Parameterization(_vp_scale, lambda output, x, sigma: x - sigma * output),
+    "sample": Parameterization(_vp_scale, lambda output, x, sigma: output),
+    "v_prediction": Parameterization(
+        _vp_scale, lambda output, x, sigma: x / (sigma**2 + 1.0) - output * sigma / jnp.sqrt(sigma**2 + 1.0)
+    ),
+}
+
+
 def to_x0(
     kind: str, output: Float[Array, "b h w c"], x: Float[Array, "b h w c"], sigma: Float[Array, "..."]
 ) -> Float[Array, "b h w c"]:
-    """The clean sample that a raw prediction implies; x in variance-exploding coordinates (k-diffusion, external.py).
-
-    With v nothing cancels, so a level of sigma = 1e6 (zero terminal SNR) is as exact as any other.
+    """The clean sample that a raw prediction implies; x in variance-exploding coordinates.
 
     Raises:
         UserError: the kind is not among PREDICTIONS.
     """
     check_prediction(kind)
-    sigma = per_image(sigma, x)
-    if kind == "epsilon":
-        return x - sigma * output
-    if kind == "sample":
-        return output
-    return x / (sigma**2 + 1.0) - output * sigma / jnp.sqrt(sigma**2 + 1.0)
+    return PARAMETERIZATIONS[kind].to_x0(output, x, per_image(sigma, x))
 
 
 def vp_to_x0(
@@ -123,11 +145,13 @@ def make_denoise(network: Network, prediction: str) -> Denoise:
     """
     check_prediction(prediction)
 
-    def denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
-        output = network(x / jnp.sqrt(sigma**2 + 1.0), jnp.broadcast_to(timestep, x.shape[:1]))
-        output = output.astype(x.dtype)
+    c_in, to_clean = PARAMETERIZATIONS[prediction]
+
+    def denoise(x: Float[Array, "b *space c"], sigma: Float[Array, "..."], timestep: Float[Array, "..."]):
+        sigma = per_image(sigma, x)
+        output = network(x * c_in(sigma), jnp.broadcast_to(timestep, x.shape[:1])).astype(x.dtype)
         channels = x.shape[-1]
-        x0 = to_x0(prediction, output[..., :channels], x, sigma)
+        x0 = to_clean(output[..., :channels], x, sigma)
         return x0 if output.shape[-1] == channels else (x0, output[..., channels:])
 
     return denoise

@@ -11,30 +11,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from sdjax.diffusion.denoise import Denoise, Drawn, Network, parts
+from sdjax.diffusion.denoise import Denoise, Guided, Network, parts, per_image
 
 NetworkPair = Callable[
     [Float[Array, "b h w c"], Float[Array, " b"]], tuple[Float[Array, "b h w d"], Float[Array, "b h w d"]]
 ]
 """pair(x_vp, timestep) -> (conditional, unconditional) raw predictions."""
 
-Scalar = float | Float[Array, ""]
+Scalar = float | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, " b"]
+"""One value for all images, or one an image; may be traced."""
 
 
 def classifier_free(
     cond: Float[Array, "b h w c"], uncond: Float[Array, "b h w c"], scale: Scalar
 ) -> Float[Array, "b h w c"]:
     """uncond + scale (cond - uncond): scale 1 is no guidance (Ho & Salimans 2022, eq. 6 with w = scale - 1)."""
-    return uncond + scale * (cond - uncond)
+    return uncond + _scalar(scale, cond) * (cond - uncond)
 
 
 def rescale_guidance(
     guided_output: Float[Array, "b h w c"], cond: Float[Array, "b h w c"], phi: Scalar
 ) -> Float[Array, "b h w c"]:
     """To the share phi, gives each image the conditional prediction's standard deviation (Lin et al. 2024, eq. 15)."""
-    axes = tuple(range(1, cond.ndim))
+    axes, phi = tuple(range(1, cond.ndim)), _scalar(phi, cond)
     deviation = jnp.std(guided_output, axis=axes, keepdims=True)
     ratio = jnp.std(cond, axis=axes, keepdims=True) / jnp.maximum(deviation, jnp.finfo(deviation.dtype).tiny)
     return guided_output * (phi * ratio + (1.0 - phi))
@@ -82,9 +84,11 @@ def classifier_guided(denoise: Denoise, log_probability: LogProbability, scale: 
         return log_probability(x_vp, jnp.broadcast_to(timestep, x_vp.shape[:1])).astype(jnp.float32).sum()
 
     def guided_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
-        gradient = scale * jax.grad(total)(x / jnp.sqrt(sigma**2 + 1.0), timestep)
+        gradient = _scalar(scale, x) * jax.grad(total)(
+            x / jnp.sqrt(per_image(jnp.asarray(sigma), x) ** 2 + 1.0), timestep
+        )
         x0, v, others = parts(denoise(x, sigma, timestep))
-        return Drawn(x0, v, gradient if others is None else gradient + others)
+        return Guided(x0, v, gradient if others is None else gradient + others)
 
     return guided_denoise
 
@@ -113,8 +117,8 @@ def image_guided(denoise: Denoise, likelihood: Likelihood, scale: Scalar) -> Den
 
         gradient, answer = jax.grad(total, has_aux=True)(x)
         # x0 = x - sigma epsilon; with respect to x_vp the gradient is sqrt(sigma^2 + 1) times as long.
-        moved = scale * sigma**2 * gradient
-        if isinstance(answer, Drawn):
+        moved = _scalar(scale, x) * _scalar(sigma, x) ** 2 * gradient
+        if isinstance(answer, Guided):
             return answer._replace(x0=answer.x0 + moved)
         return (answer[0] + moved, answer[1]) if isinstance(answer, tuple) else answer + moved
 
@@ -123,6 +127,7 @@ def image_guided(denoise: Denoise, likelihood: Likelihood, scale: Scalar) -> Den
 
 def static_threshold(x0: Float[Array, "b h w c"], limit: Scalar = 1.0) -> Float[Array, "b h w c"]:
     """Clips to [-limit, limit]."""
+    limit = _scalar(limit, x0)
     return jnp.clip(x0, -limit, limit)
 
 
@@ -134,6 +139,11 @@ def dynamic_threshold(
     s is held in [1, sample_max_value] as in diffusers, whose default of 1 makes it a static threshold.
     """
     magnitudes = jnp.abs(x0).reshape(x0.shape[0], -1)
-    limit = jnp.clip(jnp.quantile(magnitudes, ratio, axis=1), 1.0, sample_max_value)
-    limit = limit.reshape((-1,) + (1,) * (x0.ndim - 1))
+    ratios = jnp.broadcast_to(ratio, x0.shape[:1])
+    limit = jnp.clip(jax.vmap(jnp.quantile)(magnitudes, ratios), 1.0, sample_max_value)
+    limit = per_image(limit, x0)
     return jnp.clip(x0, -limit, limit) / limit
+
+
+def _scalar(value: Scalar, like: Array) -> Array:
+    return per_image(jnp.asarray(value), like)

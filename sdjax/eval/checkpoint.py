@@ -24,7 +24,7 @@ def evaluate(config: Config, checkpoint: str) -> dict[str, Any]:
     pipe = sdjax.load(checkpoint)
     train, held_out = source(config.data.source, "train"), source(config.data.source, config.eval.held_out)
     figures: dict[str, Any] = {
-        "psnr_held_out_db": round(reconstruction_psnr(pipe.system.autoencoder, pipe.params["vae"], held_out), 2)
+        "psnr_held_out_db": round(reconstruction_psnr(pipe.autoencoder, pipe.params["vae"], held_out), 2)
     }
     gallery, captions = _gallery(train, held_out)
     chosen = np.random.default_rng(config.eval.seed).choice(

@@ -52,6 +52,22 @@ class UNetConfig:
     layers_per_block: int = 2
     groups: int = 32
 
+    @property
+    def divisor(self) -> int:
+        """Sides of latents that are multiples of it are halved evenly at every level."""
+        return 2 ** (len(self.channels) - 1)
+
+    def example_inputs(self) -> tuple[Array, Array, Cond]:
+        """Noisy latents, timesteps and a condition of the smallest size, for initialisation."""
+        vector, guidance = (None if n is None else jnp.zeros((1, n)) for n in (self.vector_dim, self.guidance_dim))
+        cond = Cond(
+            context=jnp.zeros((1, 1, self.context_dim)),
+            vector=vector,
+            label=None if self.classes is None else jnp.zeros(1, jnp.int32),
+            guidance=guidance,
+        )
+        return jnp.zeros((1, self.divisor, self.divisor, self.in_channels)), jnp.zeros(1), cond
+
 
 SD1 = UNetConfig()
 SD2 = UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True)

@@ -56,6 +56,28 @@ class UNet2DConfig:
     scale_shift: bool = False
     resblock_updown: bool = False
 
+    @property
+    def context_dim(self) -> None:
+        """There is no cross-attention."""
+
+    @property
+    def vector_dim(self) -> None:
+        """There is no condition vector."""
+
+    @property
+    def guidance_dim(self) -> None:
+        """There is no embedding of the guidance scale."""
+
+    @property
+    def divisor(self) -> int:
+        """Sides of latents that are multiples of it are halved evenly at every level."""
+        return 2 ** (len(self.channels) - 1)
+
+    def example_inputs(self) -> tuple[Array, Array, Cond]:
+        """Noisy latents, timesteps and a condition of the smallest size, for initialisation."""
+        label = None if self.classes is None else jnp.zeros(1, jnp.int32)
+        return jnp.zeros((1, self.divisor, self.divisor, self.in_channels)), jnp.zeros(1), Cond(label=label)
+
 
 def _adm(
     width: int, multipliers: tuple[float, ...], attention: tuple[int, ...], layers: int, *, wide: int = 0, of: int = 0

@@ -1,4 +1,4 @@
-"""Where a pipeline's arrays go."""
+"""Devices that hold a pipeline's arrays."""
 
 from __future__ import annotations
 
@@ -22,25 +22,29 @@ class Devices(NamedTuple):
 
     @property
     def shards(self) -> int:
-        """Over how many devices a batch is split."""
+        """Number of devices that a batch is split over."""
         return 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in BATCH]))
 
     @property
-    def fewest(self) -> int:
-        """The images that keep every device busy: guidance makes two rows of each."""
+    def min_batch(self) -> int:
+        """Images that keep every device busy: guidance makes two rows of each."""
         return self.shards // 2 if self.shards % 2 == 0 else self.shards
 
-    def working(self) -> AbstractContextManager[Any]:
-        """While it is entered, networks split their activations over the mesh."""
+    def mesh_context(self) -> AbstractContextManager[Any]:
+        """Context in which networks split their activations over the mesh."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def rows(self, values: Any) -> Any:
-        """One row an image, split over so many devices of the batch axes as divide them."""
+    def shard_batch(self, values: Any) -> Any:
+        """Put arrays with one row an image on as many devices of the batch axes as divide them."""
         return self._put(values, lambda mesh, array: fitting(dict(mesh.shape), array.shape[:1], (BATCH,)))
 
-    def whole(self, values: Any) -> Any:
-        """All of it on every device."""
+    def replicate(self, values: Any) -> Any:
+        """Put all of each array on every device."""
         return self._put(values, lambda mesh, array: P())
+
+    def all_gather(self, values: Any) -> Any:
+        """Arrays of devices, so that every process can read all of them."""
+        return values if self.mesh is None else jax.device_put(values, replicated(self.mesh))
 
     def _put(self, values: Any, spec: Callable[[Mesh, Any], P]) -> Any:
         mesh = self.mesh
@@ -55,7 +59,3 @@ class Devices(NamedTuple):
             return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
         return jax.tree.map(put, values)
-
-    def everywhere(self, values: Any) -> Any:
-        """Arrays of devices, so that every process can read all of them."""
-        return values if self.mesh is None else jax.device_put(values, replicated(self.mesh))

@@ -12,14 +12,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from sdjax.core.errors import UserError
 from sdjax.core.partition import BATCH, fitting
-from sdjax.diffusion.samplers import SamplerOptions, Table, make_table, sampler_of, schedule_of
-from sdjax.parallel.sharding import check_batch, replicated, shapes_on, tree_shardings
-from sdjax.pipeline import stages
+from sdjax.diffusion.samplers import Table, batched, network_calls, table_for
+from sdjax.diffusion_model import sampling
+from sdjax.diffusion_model.conditioners.text import TextConditioner
+from sdjax.diffusion_model.model import DiffusionModel
+from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
+from sdjax.parallel.sharding import check_batch, shapes_on, tree_shardings
 from sdjax.pipeline.devices import Devices
-from sdjax.pipeline.request import GUIDANCE_SCALE, TILE
+from sdjax.pipeline.prepare import TILE
 from sdjax.plan.programs import Program
 from sdjax.plan.variants import Shaped
-from sdjax.tasks.latent import Asked, Guidance, Start, System, Text
 
 TOKENS = 77
 
@@ -39,76 +41,87 @@ def sampling_programs(model: Shaped, wanted: Wanted, mesh: Mesh) -> list[Program
     Raises:
         UserError: the size is no multiple of the autoencoder's factor, or the mesh does not divide the batch.
     """
-    system, factor = model.system, model.system.autoencoder.config.factor
+    networks, factor = model.model, model.model.factor
     if wanted.size % factor:
         raise UserError(f"--size {wanted.size}: choose a multiple of {factor}")
-    if wanted.batch_size != Devices(mesh).fewest:
-        check_batch(wanted.batch_size, mesh, "batch_size")
+    batch = wanted.batch_size
+    if batch != Devices(mesh).min_batch:
+        check_batch(batch, mesh, "batch_size")
     params = shapes_on(model.params, tree_shardings(model.params, mesh))
-    encoders = [encoder.name for encoder in system.text_encoders]
-    asked = _rows(_asked(system, wanted.batch_size), mesh)
-    table = network_calls(model, wanted)
-    text = _text(system)
-    conditions = _rows(jax.eval_shape(text, params, asked)[0], mesh)
-    latents = (wanted.batch_size, *(2 * (wanted.size // factor,)), system.autoencoder.config.latent_channels)
-    start, keys = _rows((_start(latents), jax.eval_shape(_keys, np.arange(wanted.batch_size))), mesh)
-    whole = shapes_on(_shapes((table, Guidance(jnp.float32(GUIDANCE_SCALE), jnp.float32(0)))), replicated(mesh))
+    conditioner = _text_conditioner(networks)
+    encoders = [encoder.name for encoder in conditioner.encoders]
+    columns, guidance = _rows(_columns(conditioner, batch), mesh), _rows(Guidance(*[_floats(batch)] * 2), mesh)
+    keys = _rows(jax.eval_shape(_keys, np.arange(batch)), mesh)
+    condition = _condition(networks)
+    cond = _rows(jax.eval_shape(condition, params, columns, keys, guidance)[0], mesh)
+    latents = (batch, *networks.latent_shape((wanted.size, wanted.size)))
+    tables = batched([sampler_rows(model, wanted)] * batch)
+    x, mask = _floats(*latents), _floats(*latents[:-1], 1)
+    fixed = _rows(SamplingBatch(_shapes(tables), cond, {}, guidance, keys, Start(x, x, mask)), mesh)
+    state = _rows(jax.eval_shape(sampling.init_state, x), mesh)
+    calls = tables.sigma.shape[1]
     side, tiles = _tiles(latents[1], TILE // factor)
-    tile = _rows(jax.ShapeDtypeStruct((latents[0], side, side, latents[3]), jnp.float32), mesh)
+    tile = _rows(_floats(batch, side, side, latents[3]), mesh)
     others = {name: {k: v for k, v in params.items() if k not in kept} for name, kept in _stages(encoders).items()}
     return [
-        Program("text encoders", text, (_only(params, encoders), asked), beside=others["text"]),
+        Program("text encoders", condition, (_only(params, encoders), columns, keys, guidance), beside=others["text"]),
         Program(
-            f"scan of {len(table.sigma)} network calls",
-            _scan(system),
-            (_only(params, ["unet"]), whole[0], conditions, whole[1], start, keys),
+            f"scan of {calls} network calls",
+            _loop(networks, calls),
+            (_only(params, ["unet"]), fixed, state),
+            donated=(2,),
             beside=others["scan"],
         ),
-        Program("decoder", _decode(system), (_only(params, ["vae"]), tile), beside=others["decode"], turns=tiles),
+        Program("decoder", _decode(networks), (_only(params, ["vae"]), tile), beside=others["decode"], turns=tiles),
     ]
 
 
-def network_calls(model: Shaped, wanted: Wanted) -> Table:
+def sampler_rows(model: Shaped, wanted: Wanted) -> Table:
     """The sampler's table without the rows that only fill it up: no network is called in these."""
-    sampler = wanted.sampler or sampler_of(model.scheduler)
-    options = SamplerOptions.from_scheduler_config(model.scheduler, sampler)
-    table = make_table(sampler, schedule_of(model.scheduler), wanted.steps, options)
-    calls = int(table.active.sum())
-    short = Table(*(values[:calls] if values.ndim and len(values) == len(table.active) else values for values in table))
-    return Table(*(v if v.dtype == bool else v.astype(np.float32) for v in short))
+    table = table_for(model.scheduler, wanted.sampler, wanted.steps)
+    calls = network_calls(table)
+    return Table(*(values[:calls] if values.ndim and len(values) == len(table.active) else values for values in table))
 
 
 def _stages(encoders: list[str]) -> dict[str, list[str]]:
     return {"text": encoders, "scan": ["unet"], "decode": ["vae"]}
 
 
-def _text(system: System) -> Any:
-    stage = inspect.unwrap(stages.text_stage)
-    return lambda params, asked: stage(system, params, asked)
+def _text_conditioner(model: DiffusionModel) -> TextConditioner:
+    parts: Any = getattr(model.conditioner, "parts", (model.conditioner,))
+    return next(part for part in parts if isinstance(part, TextConditioner))
 
 
-def _scan(system: System) -> Any:
-    stage = inspect.unwrap(stages.sampling_stage)
-    return lambda *args: stage(system, *args)
+def _condition(model: DiffusionModel) -> Any:
+    stage = inspect.unwrap(sampling.condition)
+    return lambda params, columns, keys, guidance: stage(model, params, columns, keys, guidance, guided=True)
 
 
-def _decode(system: System) -> Any:
-    stage = inspect.unwrap(stages.decode_stage)
-    return lambda params, latents: stage(system, params, latents)
+def _loop(model: DiffusionModel, calls: int) -> Any:
+    """The loop with bounds that are no arguments, so that its turns are known."""
+    stage = inspect.unwrap(sampling.sample)
+    return lambda params, batch, state: stage(model, params, batch, state, 0, calls)
 
 
-def _asked(system: System, batch: int) -> Asked:
-    kinds: Any = (jax.ShapeDtypeStruct((batch, 1, TOKENS), kind) for kind in (jnp.int32, jnp.float32))
-    text = Text(*((each,) * len(system.text_encoders) for each in kinds))
-    numbers: Any = jax.ShapeDtypeStruct((batch, system.numbers), jnp.float32) if system.numbers else None
-    share: Any = jax.ShapeDtypeStruct((batch,), jnp.float32)
-    return Asked(text, text, share, numbers, numbers)
+def _decode(model: DiffusionModel) -> Any:
+    stage = inspect.unwrap(sampling.decode)
+    return lambda params, latents: stage(model, params, latents)
 
 
-def _start(latents: tuple[int, ...]) -> Start:
-    x: Any = jax.ShapeDtypeStruct(latents, jnp.float32)
-    mask: Any = jax.ShapeDtypeStruct((*latents[:-1], 1), jnp.float32)
-    return Start(x, x, x, mask)
+def _columns(conditioner: TextConditioner, batch: int) -> dict[str, Any]:
+    encoders = len(conditioner.encoders)
+    columns: dict[str, Any] = {"clip_skip": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    for prefix in ("", "negative_"):
+        columns[f"{prefix}ids"] = jax.ShapeDtypeStruct((batch, encoders, 1, TOKENS), jnp.int32)
+        columns[f"{prefix}weights"] = _floats(batch, encoders, 1, TOKENS)
+        columns[f"{prefix}keep"] = _floats(batch)
+        if conditioner.numbers:
+            columns[f"{prefix}numbers"] = _floats(batch, conditioner.numbers)
+    return columns
+
+
+def _floats(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _keys(indices: Any) -> Any:
@@ -120,7 +133,7 @@ def _only(params: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def _rows(tree: Any, mesh: Mesh) -> Any:
-    """One row a picture, where `Devices.rows` puts it."""
+    """One row an image, where `Devices.shard_batch` puts it."""
 
     def on(leaf: Any) -> Any:
         spec = fitting(dict(mesh.shape), leaf.shape[:1], (BATCH,))

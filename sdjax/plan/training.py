@@ -27,7 +27,7 @@ def training_programs(config: Config, mesh: Mesh, batch_size: int) -> list[Progr
     task, optimizer = make_task(config, mesh), make_optimizer(config.optim, options.steps)
     state = state_shapes(task, optimizer, mesh)
     frozen = shapes_on(task.frozen, tree_shardings(task.frozen, mesh))
-    batch = shapes_on(task.specimen(batch_size), batch_sharding(mesh))
+    batch = shapes_on(task.batch_spec(batch_size), batch_sharding(mesh))
     plain = _step(_without_remat(config), mesh) if options.remat != "none" else None
     return [Program("training step", _step(config, mesh), (state, frozen, batch), donated=(0,), plain=plain)]
 

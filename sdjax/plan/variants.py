@@ -8,11 +8,12 @@ import jax
 
 from sdjax.convert.components import FORMATS, TOKENIZERS, Checkpoint, Component
 from sdjax.convert.families import FAMILIES, scheduler_config
+from sdjax.convert.single_file import TOKENIZER_FOLDERS
+from sdjax.convert.tokenizers import tokenizers_of
 from sdjax.core.errors import unknown
 from sdjax.core.precision import dtype_named
+from sdjax.diffusion_model.model import DiffusionModel, build_model
 from sdjax.models import autoencoder, clip, unet
-from sdjax.pipeline.loading import make_system
-from sdjax.tasks.latent import System
 
 
 class Variant(NamedTuple):
@@ -23,6 +24,22 @@ class Variant(NamedTuple):
     vae: str
     text_encoder: str | None = None
     text_encoder_2: str | None = None
+
+    @property
+    def configs(self) -> dict[str, Any]:
+        """Configs of its components."""
+        found = {"unet": unet.VARIANTS[self.unet], "vae": autoencoder.VARIANTS[self.vae]}
+        return found | {name: clip.VARIANTS[getattr(self, name)] for name in TOKENIZERS if getattr(self, name)}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """Folders of the published tokenizers, by text encoder."""
+        folders = {"clip_l": "clip_l"}
+        return {
+            name: TOKENIZER_FOLDERS / folders.get(getattr(self, name), "open_clip")
+            for name in TOKENIZERS
+            if getattr(self, name)
+        }
 
 
 VARIANTS = {
@@ -37,13 +54,13 @@ class Shaped(NamedTuple):
     """A model without weights.
 
     Attributes:
-        system: its networks.
+        model: its networks.
         params: their shapes, by component.
         scheduler: its published scheduler config.
-        size: side in pixels of the pictures it was trained on.
+        size: side in pixels of the images it was trained on.
     """
 
-    system: System
+    model: DiffusionModel
     params: dict[str, Any]
     scheduler: dict[str, Any]
     size: int
@@ -58,14 +75,14 @@ def shaped(name: str, dtype: str) -> Shaped:
     if name not in VARIANTS:
         raise unknown("model", name, VARIANTS, "--model")
     variant, kind = VARIANTS[name], dtype_named(dtype, "--dtype")
-    configs = {"unet": unet.VARIANTS[variant.unet], "vae": autoencoder.VARIANTS[variant.vae]}
-    configs |= {e: clip.VARIANTS[getattr(variant, e)] for e in TOKENIZERS if getattr(variant, e)}
     parts: dict[str, Any] = {}
-    for part, config in configs.items():
+    for part, config in variant.configs.items():
         shapes = FORMATS[part].shapes(config)
         own = shapes if part == "vae" else jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), shapes)
         parts[part] = Component(config, own)
     scheduler = scheduler_config(variant.family, "epsilon", ())
-    system = make_system(Checkpoint(**parts, scheduler_config=scheduler), kind, name)
+    checkpoint = Checkpoint(components=parts, scheduler=scheduler, tokenizers=variant.tokenizers)
+    tokenizers = dict(zip(variant.tokenizers, tokenizers_of(checkpoint), strict=True))
+    model = build_model(checkpoint, tokenizers, kind, name)
     params = {part: component.params for part, component in parts.items()}
-    return Shaped(system, params, dict(scheduler), FAMILIES[variant.family].size)
+    return Shaped(model, params, dict(scheduler), FAMILIES[variant.family].size)

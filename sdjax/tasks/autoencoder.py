@@ -27,19 +27,22 @@ from sdjax.core.errors import UserError, unknown
 from sdjax.core.partition import gathered
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream
-from sdjax.core.tree import Tree, flatten, unflatten
+from sdjax.core.tree import Params, Tree, flatten, unflatten
 from sdjax.data import sources, transforms
 from sdjax.data.loader import Loader
+from sdjax.data.pictures import tile, to_uint8
+from sdjax.diffusion_model.model import AUTOENCODER as VAE
 from sdjax.models import quantize
+from sdjax.models.apply import apply
 from sdjax.models.autoencoder import VARIANTS, AnyAutoencoder, Autoencoder, Posterior, autoencoder_of
 from sdjax.models.layers import Conv
 from sdjax.models.lpips import LPIPS
 from sdjax.models.patchgan import PatchDiscriminator
 from sdjax.models.quantize import Quantized
-from sdjax.tasks.base import apply, batches, tile, to_uint8
+from sdjax.tasks.base import batches
 from sdjax.tasks.first_stage.objective import CRITERIA, MOST, Adversary, adversarial, reconstruction
-from sdjax.tasks.latent.networks import VAE, sizes_of
-from sdjax.training.task import Metrics, Params, Place, Task
+from sdjax.tasks.variants import sizes_of
+from sdjax.training.task import DevicePut, Metrics, Task
 
 DISCRIMINATOR, PERCEPTUAL, LOGVAR = "discriminator", "lpips", "logvar"
 ERRORS = {"l1": jnp.abs, "l2": jnp.square}
@@ -101,7 +104,7 @@ def make(config: Config, mesh: Mesh) -> Task:
             value += own - jax.lax.stop_gradient(own)
         return value + regular, metrics | judged
 
-    def sample(params: Params) -> UInt8[np.ndarray, "h w 3"]:
+    def preview(params: Params) -> UInt8[np.ndarray, "h w 3"]:
         x = np.stack([pictures[i * len(pictures) // SHOWN]["image"] for i in range(SHOWN)])
         return tile(np.concatenate([x, to_uint8(reconstruct(model, params[VAE], x))]), SHOWN)
 
@@ -115,17 +118,17 @@ def make(config: Config, mesh: Mesh) -> Task:
         measured = dataclasses.replace(sizes, scaling_factor=scaling_factor)
         write_component(folder / VAE, VAE, Component(measured, params[VAE]))
 
-    def specimen(rows: int) -> dict[str, Any]:
+    def batch_spec(rows: int) -> dict[str, Any]:
         return {"image": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)}
 
-    def stored(place: Place) -> Params:
+    def pretrained(put: DevicePut) -> Params:
         if not perceives:
             return {}
         weights = flatten(published.load("vgg16"))
-        return {PERCEPTUAL: unflatten({name: place(leaf, f"{PERCEPTUAL}/{name}") for name, leaf in weights.items()})}
+        return {PERCEPTUAL: unflatten({name: put(leaf, f"{PERCEPTUAL}/{name}") for name, leaf in weights.items()})}
 
     frozen = {PERCEPTUAL: critics.lpips_shapes()} if perceives else {}
-    return Task(init, loss, sample, batch, export, specimen, frozen, stored)
+    return Task(init, loss, preview, batch, export, batch_spec, frozen, pretrained)
 
 
 def _adversary(config: Config, values: int) -> tuple[PatchDiscriminator, Adversary | None]:

@@ -48,7 +48,7 @@ class Metrics:
         self._sums: dict[str, float] = {}
         self._summed = 0
 
-    def wait_for(self, batches: Iterator[Any]) -> Any:
+    def next_batch(self, batches: Iterator[Any]) -> Any:
         """The next batch; the time that it takes is counted as waiting for data."""
         before = time.monotonic()
         batch = next(batches)

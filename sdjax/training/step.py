@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from sdjax.core.prng import stream
+from sdjax.core.tree import Params, merge
 from sdjax.parallel.sharding import shapes_on, tree_shardings
-from sdjax.training.task import Metrics, Params, Task
+from sdjax.training.task import Metrics, Task
 
 
 class TrainState(NamedTuple):
@@ -37,14 +38,14 @@ StepFn = Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]
 
 
 def init_state(
-    task: Task, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, stored: Params | None = None
+    task: Task, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, initial: Params | None = None
 ) -> TrainState:
     """A fresh state, every array made directly where it will live: nothing is whole on one device.
 
     Args:
-        stored: components that begin from these arrays; the others are drawn.
+        initial: parameters that begin from these arrays; the others are drawn.
     """
-    build, key, initial = _builder(task, optimizer), stream(seed, "init"), stored or {}
+    build, key, initial = _builder(task, optimizer), stream(seed, "init"), initial or {}
     shardings = tree_shardings(jax.eval_shape(build, key, initial), mesh)
     return jax.jit(build, out_shardings=shardings)(key, initial)
 
@@ -57,7 +58,7 @@ def state_shapes(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh
 
 def _builder(task: Task, optimizer: optax.GradientTransformation) -> Callable[[PRNGKeyArray, Params], TrainState]:
     def build(key: PRNGKeyArray, initial: Params) -> TrainState:
-        params = {**task.init(key), **initial}
+        params = merge(task.init(key), initial)
         return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
 
     return build
@@ -85,7 +86,7 @@ def make_step(
         params: Params, frozen: Params, batch: Any, key: PRNGKeyArray, count: Array
     ) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[Array, Metrics]:
-            value, metrics = task.loss({**frozen, **params}, batch, key, count)
+            value, metrics = task.loss(merge(frozen, params), batch, key, count)
             return value, {"loss": value, **metrics}
 
         return jax.grad(loss, has_aux=True)(params)

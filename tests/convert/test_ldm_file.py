@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 from original_names import bert_original, unet2d_original
+from sdjax.convert.ddpm_folder import read_ddpm
+from sdjax.convert.ldm_folder import is_ldm, read_ldm
+from sdjax.pipeline.loading import read_guide
+from sdjax.tasks.latent.networks import sizes_of
+from sdjax.tasks.ldm.model import load_model
 from torch_reference import drawn
 
 import sdjax
 from sdjax.convert import __main__ as command
 from sdjax.convert import adm_file, components, unet2d
 from sdjax.convert.adm_file import read_adm_classifier, read_adm_file
-from sdjax.convert.ddpm_folder import read_ddpm
 from sdjax.convert.files import write_safetensors
 from sdjax.convert.layout import pieces_of
 from sdjax.convert.ldm_families import LDM_FAMILIES
 from sdjax.convert.ldm_file import read_ldm_file
-from sdjax.convert.ldm_folder import is_ldm, read_ldm
 from sdjax.convert.original import outward
 from sdjax.convert.rules import export
 from sdjax.core.errors import UserError
@@ -33,9 +36,6 @@ from sdjax.models.bert import BertConfig
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
 from sdjax.models.unet import UNetConfig
 from sdjax.models.unet2d import VARIANTS, UNet2DConfig
-from sdjax.pipeline.loading import read_guide
-from sdjax.tasks.latent.networks import sizes_of
-from sdjax.tasks.ldm.model import load_model
 
 UNET, VAE, COND = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 SMALL = {"channels": (32, 32, 64), "layers_per_block": 1, "groups": 32}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from children import HASTY
 from PIL import Image
+from sdjax.tasks.latent.networks import sizes_of
 from torch_reference import drawn
 
 import train
@@ -23,7 +24,6 @@ from sdjax.convert.components import FORMATS, Component
 from sdjax.convert.folder import write_component
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.parallel.mesh import shapes_of, text_of
-from sdjax.tasks.latent.networks import sizes_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("on_meshes.py")

@@ -13,15 +13,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sdjax.convert.ddpm_folder import PixelCheckpoint, write_ddpm
+from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
+from sdjax.tasks.class_conditional import ClassConditioner
+from sdjax.tasks.inpainting import HoleConditioner
+from sdjax.tasks.latent.networks import sizes_of
+from sdjax.tasks.ldm.conditioner import Conditioner
+from sdjax.tasks.ldm.model import draw
+from sdjax.tasks.ldm.tokens import TokenConditioner
+from sdjax.tasks.retrieval import NeighbourConditioner
+from sdjax.tasks.semantic_synthesis import MapConditioner
+from sdjax.tasks.super_resolution import LowResolutionConditioner
 from torch_reference import channels_first, channels_last, drawn
 
 import sample
 import sdjax
 from sdjax.convert.adm_file import ADM_FAMILIES
 from sdjax.convert.components import ALL_FORMATS, Component
-from sdjax.convert.ddpm_folder import PixelCheckpoint, write_ddpm
 from sdjax.convert.folder import write_component
-from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
 from sdjax.core.errors import UserError
 from sdjax.core.prng import image_keys
 from sdjax.data.degradation import bicubic
@@ -32,15 +41,6 @@ from sdjax.models.bert import BertConfig
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
 from sdjax.models.unet import UNetConfig
 from sdjax.models.unet2d import UNet2DConfig
-from sdjax.tasks.class_conditional import ClassConditioner
-from sdjax.tasks.inpainting import HoleConditioner
-from sdjax.tasks.latent.networks import sizes_of
-from sdjax.tasks.ldm.conditioner import Conditioner
-from sdjax.tasks.ldm.model import draw
-from sdjax.tasks.ldm.tokens import TokenConditioner
-from sdjax.tasks.retrieval import NeighbourConditioner
-from sdjax.tasks.semantic_synthesis import MapConditioner
-from sdjax.tasks.super_resolution import LowResolutionConditioner
 
 CONFIG = Path(__file__).parents[2] / "configs/openmoji.py"
 FIRST_STAGE = sizes_of(

@@ -8,15 +8,15 @@ import sys
 
 import children
 import numpy as np
+from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
+from sdjax.tasks.latent.networks import sizes_of
 from torch_reference import drawn
 
 from sdjax.convert.components import ALL_FORMATS, Component
 from sdjax.convert.ldm_families import LDM_FAMILIES
-from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.embedders import ClassEmbedderConfig
 from sdjax.models.unet import UNetConfig
-from sdjax.tasks.latent.networks import sizes_of
 
 CODE = """
 import sys

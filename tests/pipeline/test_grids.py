@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sdjax.pipeline.grids import MAX_PIXELS, Axis, cells, contact_sheet, parse_grid
 
 from sdjax.core.errors import UserError
-from sdjax.pipeline.grids import MAX_PIXELS, Axis, cells, contact_sheet, parse_grid
 
 
 def test_names_values_and_types():

@@ -8,9 +8,9 @@ import torch
 from diffusers import StableDiffusionDepth2ImgPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from sdjax.pipeline.inputs import check_mask_sizes, load_depth, load_masks, load_pictures, paste_back, resize_bicubic
 
 from sdjax.core.errors import UserError
-from sdjax.pipeline.inputs import check_mask_sizes, load_depth, load_masks, load_pictures, paste_back, resize_bicubic
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (48, 60, 3), np.uint8)

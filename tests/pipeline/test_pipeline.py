@@ -9,13 +9,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+from sdjax.pipeline.stages import first_bad_row, noise_stage, rows_of
 from tiny_diffusers import LATENT, SIZE
 
 import sdjax
 from sdjax.convert.folder import read_folder, write_folder
 from sdjax.core.errors import UserError
 from sdjax.pipeline.pipeline import Pipeline
-from sdjax.pipeline.stages import first_bad_row, noise_stage, rows_of
 from sdjax.tasks.base import to_uint8
 
 FAST = {"steps": 3, "guidance_scale": 3.0}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from sdjax.pipeline.prompt_files import parse_line, read_prompt_file
 
 from sdjax.core.errors import UserError
-from sdjax.pipeline.prompt_files import parse_line, read_prompt_file
 
 FILE = """\ufeff# all of these
 a red heart --negative_prompt blue --seed 3 --steps 20 --width 512

@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-
-from sdjax.core.errors import UserError
-from sdjax.diffusion.samplers import SAMPLERS, SPACINGS
 from sdjax.pipeline.records import (
     SAMPLER_LABELS,
     SCHEDULE_LABELS,
@@ -22,6 +19,9 @@ from sdjax.pipeline.records import (
     read_parameters,
     write_picture,
 )
+
+from sdjax.core.errors import UserError
+from sdjax.diffusion.samplers import SAMPLERS, SPACINGS
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (8, 8, 3), np.uint8)

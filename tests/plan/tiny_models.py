@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from sdjax.tasks.latent import System, TextEncoder
+
 from sdjax.convert.components import FORMATS
 from sdjax.convert.families import scheduler_config
 from sdjax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.plan.variants import Shaped
-from sdjax.tasks.latent import System, TextEncoder
 
 
 def tiny_model() -> Shaped:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from sdjax.tasks.pixels import make
 
 import train
 from configs import pixels as configs
@@ -14,7 +15,6 @@ from sdjax.convert.folder import read_component
 from sdjax.core.errors import UserError
 from sdjax.models.unet2d import UNet2D
 from sdjax.parallel.mesh import make_mesh
-from sdjax.tasks.pixels import make
 
 
 def config_of(pictures, name: str = "iddpm_64_tiny"):

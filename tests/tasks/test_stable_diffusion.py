@@ -14,6 +14,8 @@ import torch
 import transformers
 from ml_collections import ConfigDict
 from PIL import Image
+from sdjax.tasks.latent.networks import tokenizers_of
+from sdjax.tasks.stable_diffusion import make
 
 import sdjax
 import train
@@ -26,8 +28,6 @@ from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import placer, put_batch
 from sdjax.prepare import prepare
 from sdjax.tasks.base import make_task
-from sdjax.tasks.latent.networks import tokenizers_of
-from sdjax.tasks.stable_diffusion import make
 from sdjax.training.step import init_state, make_step
 
 TINY = tuple(configs.TINY)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sdjax.tasks.latent.tiles import decode_tiled, encode_tiled
 
 from sdjax.convert.folder import read_component
 from sdjax.core.errors import UserError
 from sdjax.data.openmoji import render
 from sdjax.data.pictures import read_picture
 from sdjax.models.autoencoder import Autoencoder
-from sdjax.tasks.latent.tiles import decode_tiled, encode_tiled
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "openmoji"
 RNG = np.random.default_rng(0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from sdjax.core.errors import UserError, unknown
 from sdjax.diffusion.samplers.ancestral import dpm2_a, dpmpp_2s_a, dpmpp_sde
@@ -18,7 +19,7 @@ from sdjax.diffusion.samplers.options import TIMESTEP_SPACINGS, SamplerOptions, 
 from sdjax.diffusion.samplers.plms import plms
 from sdjax.diffusion.samplers.scan import first_noise, sample
 from sdjax.diffusion.samplers.second_order import dpm2, heun
-from sdjax.diffusion.samplers.table import Plan, Table, stack
+from sdjax.diffusion.samplers.table import Plan, Table, batched, network_calls, stack
 from sdjax.diffusion.samplers.unipc import unipc
 from sdjax.diffusion.schedule import Schedule
 
@@ -27,12 +28,15 @@ __all__ = [
     "SPACINGS",
     "SamplerOptions",
     "Table",
+    "batched",
     "first_noise",
     "make_table",
+    "network_calls",
     "sample",
     "sampler_of",
     "schedule_of",
     "start_of",
+    "table_for",
 ]
 
 SAMPLERS: dict[str, Callable[[Schedule, int, SamplerOptions, int], Plan]] = {
@@ -106,6 +110,35 @@ def make_table(
     plan = SAMPLERS[sampler](schedule, steps, options, start)
     from_scratch = SAMPLERS[sampler](schedule, steps, options, 0) if start else plan
     return stack(plan, options.limits, len(from_scratch.rows))
+
+
+def table_for(
+    scheduler: Mapping[str, Any],
+    sampler: str | None = None,
+    steps: int = 50,
+    *,
+    spacing: str | None = None,
+    start: int = 0,
+    latents: bool = True,
+    **changes: object,
+) -> Table:
+    """The table of a model's sampler, by its scheduler_config.json.
+
+    Args:
+        scheduler: the config.
+        sampler: a key of SAMPLERS; None for the config's own.
+        steps, spacing, start, changes: as in `make_table`.
+        latents: whether latents are diffused. They are not within [-1, 1], so another sampler than the config's own
+            does not clip them where the config says nothing.
+
+    Raises:
+        UserError: as `make_table`.
+    """
+    own = sampler_of(scheduler)
+    sampler = own if sampler is None else sampler
+    known = scheduler if sampler == own or not latents else {**_LATENT, **scheduler}
+    options = SamplerOptions.from_scheduler_config(known, sampler)
+    return make_table(sampler, schedule_of(scheduler), steps, options, spacing=spacing, start=start, **changes)
 
 
 def start_of(steps: int, strength: float) -> int:

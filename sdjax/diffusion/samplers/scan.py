@@ -1,4 +1,4 @@
-"""The one loop that runs every sampler."""
+"""The one loop that runs every sampler, each image by a table of its own."""
 
 from __future__ import annotations
 
@@ -10,107 +10,143 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from sdjax.diffusion.denoise import Denoise, parts
+from sdjax.diffusion.denoise import Denoise, parts, per_image
 from sdjax.diffusion.guidance import dynamic_threshold, static_threshold
 from sdjax.diffusion.samplers.table import HISTORY, Table
 
-Between = Callable[[Float[Array, "b h w c"], Float[Array, ""], Key[Array, " b"]], Float[Array, "b h w c"]]
-"""between(x, sigma_next, keys) -> x: applied after every row, e.g. to blend in the known part of a picture."""
+Between = Callable[[Float[Array, "b *space c"], Float[Array, " b"]], Float[Array, "b *space c"]]
+"""between(x, sigma_next) -> x: applied after every row, e.g. to blend in the known part of an image."""
 
 _FIRST_NOISE = 2**31 - 1
 
 
-class _State(NamedTuple):
-    x: Array
-    anchor: Array
-    kept: Array  # [K - 1, b, h, w, c] newest first
+class State(NamedTuple):
+    """The carry of the loop; every array begins with the batch, so that images may join and leave between calls.
+
+    Attributes:
+        x: variance-exploding samples.
+        anchor: where a step of several network calls began.
+        kept: the last predictions, newest first.
+    """
+
+    x: Float[Array, "b *space c"]
+    anchor: Float[Array, "b *space c"]
+    kept: Float[Array, "b k *space c"]
 
 
-def first_noise(keys: Key[Array, " b"], shape: tuple[int, int, int]) -> Float[Array, "b h w c"]:
+def first_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b *space c"]:
     """Standard normal noise of each image, from its own key alone and apart from that of every row.
 
     Args:
         keys: [b].
-        shape: (h, w, c).
+        shape: of one image's latents.
     """
-    return _noise(keys, _FIRST_NOISE, shape)
+    return _noise(keys, jnp.full(len(keys), _FIRST_NOISE, jnp.int32), shape)
+
+
+def init_state(x: Float[Array, "b *space c"]) -> State:
+    """The state before the first row, from x in variance-exploding coordinates."""
+    x = x.astype(jnp.float32)
+    return State(x, x, jnp.zeros((len(x), HISTORY - 1, *x.shape[1:]), jnp.float32))
+
+
+def advance(
+    denoise: Denoise,
+    tables: Table,
+    state: State,
+    keys: Key[Array, " b"],
+    rows: tuple[Int[Array, ""] | int, Int[Array, ""] | int],
+    between: Between | None = None,
+    given: Float[Array, "b n *space c"] | None = None,
+) -> State:
+    """Run some rows of every image's table, in float32.
+
+    The bounds are arguments of the compiled loop: all rows in one call or one row a call run the same program, and give
+    the same images to the bit.
+
+    Args:
+        denoise: denoise(x, sigma [b], timestep [b]) -> x0, or (x0, v) with a learned variance, or `Guided`.
+        tables: of `batched`: one table an image.
+        state: of `init_state`, or of an earlier call.
+        keys: [b], one an image; noise is drawn from fold_in(key, index of the row), whatever the batch.
+        rows: the first row and the one after the last.
+        between: see `Between`; None for nothing.
+        given: noise of each row in place of what the keys draw.
+    """
+    limits = tables.limits
+    per_row = tables._replace(first_scale=None, limits=None)  # pyright: ignore[reportArgumentType]
+
+    def body(number: Array, state: State) -> State:
+        row = jax.tree.map(lambda values: values[:, number], per_row)
+        noise = _noise(keys, row.index, state.x.shape[1:]) if given is None else given[:, number]
+        after = _step(denoise, state, row, limits, noise)
+        if between is not None:
+            after = after._replace(x=between(after.x, row.sigma_next))
+        # An image whose table has ended, or has not begun, waits for the others.
+        return jax.tree.map(lambda new, old: jnp.where(per_image(row.active, new), new, old), after, state)
+
+    return jax.lax.fori_loop(*rows, body, state)
 
 
 def sample(
     denoise: Denoise,
     table: Table,
-    x_init: Float[Array, "b h w c"],
+    x_init: Float[Array, "b *space c"],
     keys: Key[Array, " b"],
     between: Between | None = None,
-    callback: Callable[[int], None] | None = None,
-    given: Float[Array, "b n h w c"] | None = None,
-) -> Float[Array, "b h w c"]:
-    """Runs a sampler's rows, in float32; the result is a clean sample in the network's coordinates.
+    given: Float[Array, "b n *space c"] | None = None,
+) -> Float[Array, "b *space c"]:
+    """Run all rows of one table for every image; the result is a clean sample in the network's coordinates.
 
     Args:
-        denoise: denoise(x, sigma, timestep) -> x0, or (x0, v) with a learned variance, or `Drawn` by a guide.
+        denoise: as in `advance`.
         table: of `make_table`; its arrays may be traced.
         x_init: in variance-exploding coordinates: first_scale noise, or x0 + sigma[0] noise.
-        keys: [b], one an image; the noise of row i is drawn from fold_in(key, i), whatever the batch.
-        between: see `Between`; None for nothing.
-        callback: called on the host with each row's number once it has run, in no certain order.
-        given: the noise of each row, n of them as the table has, in place of what the keys draw.
+        keys, between, given: as in `advance`.
     """
-    table = jax.tree.map(_to_device, table)
-    limits = jnp.asarray(table.limits)
-    x_init = x_init.astype(jnp.float32)
-    state = _State(x_init, x_init, jnp.zeros((HISTORY - 1, *x_init.shape), jnp.float32))
-    per_row = table._replace(first_scale=None, limits=None)  # pyright: ignore[reportArgumentType]
-
-    def active(state: _State, row: Table, index: Int[Array, ""]) -> _State:
-        noise = _noise(keys, index, x_init.shape[1:]) if given is None else given[:, index]
-        state = _step(denoise, state, row, limits, noise)
-        if between is not None:
-            state = state._replace(x=between(state.x, jnp.asarray(row.sigma_next), keys))
-        if callback is not None:
-            jax.debug.callback(callback, index)
-        return state
-
-    def body(state: _State, scanned: tuple[Table, Int[Array, ""]]) -> tuple[_State, None]:
-        row, index = scanned
-        return jax.lax.cond(row.active, active, lambda state, row, index: state, state, row, index), None
-
-    state, _ = jax.lax.scan(body, state, (per_row, jnp.arange(table.sigma.shape[0])))
-    return state.x
+    tables = jax.tree.map(lambda values: jnp.broadcast_to(values, (len(x_init), *values.shape)), _to_device(table))
+    return advance(denoise, tables, init_state(x_init), keys, (0, jnp.sum(table.active)), between, given).x
 
 
-def _step(denoise: Denoise, state: _State, row: Table, limits: Array, noise: Array) -> _State:
+def _step(denoise: Denoise, state: State, row: Table, limits: Array | np.ndarray, noise: Array) -> State:
+    # Each array of `row` holds one value an image: images at different levels share a network call.
     raw, v, gradient = parts(denoise(state.x, row.sigma, row.timestep))
     x0 = _limit(raw, limits)
     if gradient is not None:
+        # DDIM's rule (ADM, algorithm 2) moves x0; where the row has a drift, algorithm 1 moves the mean below.
         by_score = jnp.where(row.drift > 0.0, 0.0, row.sigma**2 / jnp.sqrt(row.sigma**2 + 1.0))
-        x0 = raw = x0 + by_score * gradient
-    prediction = row.record[0] * state.x + row.record[1] * x0 + row.record[2] * raw
-    fraction = (v + 1.0) / 2.0
-    log_variance = fraction * row.log_variance[1] + (1.0 - fraction) * row.log_variance[0]
+        x0 = raw = x0 + per_image(by_score, x0) * gradient
+    prediction = _weighted(row.record, (state.x, x0, raw))
+    # A learned variance lies between the row's bounds (iDDPM, eq. 15); without one both are 0.
+    low, high = (per_image(row.log_variance[:, i], x0) for i in (0, 1))
+    log_variance = low + (v + 1.0) / 2.0 * (high - low)
     noise = noise * jnp.exp(0.5 * log_variance)
-    terms = jnp.concatenate([jnp.stack([state.x, state.anchor, prediction]), state.kept, noise[None]])
-    # Not a dot product: accelerators would round its inputs.
-    x, anchor = (jnp.sum(weights.reshape(-1, 1, 1, 1, 1) * terms, axis=0) for weights in row.weights)
+    terms = (state.x, state.anchor, prediction, *jnp.moveaxis(state.kept, 1, 0), noise)
+    x, anchor = (_weighted(row.weights[:, i], terms) for i in (0, 1))
     if gradient is not None:
-        x = x + row.drift * jnp.exp(log_variance) * gradient
-    kept = jnp.where(row.keep, jnp.concatenate([prediction[None], state.kept[:-1]]), state.kept)
-    return _State(x, anchor, kept)
+        x = x + per_image(row.drift, x) * jnp.exp(log_variance) * gradient
+    pushed = jnp.concatenate([prediction[:, None], state.kept[:, :-1]], axis=1)
+    return State(x, anchor, jnp.where(per_image(row.keep, pushed), pushed, state.kept))
 
 
-def _limit(x0: Array, limits: Array) -> Array:
-    clip, ratio, greatest = limits
-    return jax.lax.cond(
-        ratio > 0.0,
-        lambda x0: dynamic_threshold(x0, ratio, greatest),
-        lambda x0: static_threshold(x0, clip),
-        x0,
-    )
+def _weighted(weights: Float[Array | np.ndarray, "b k"], terms: tuple[Array, ...]) -> Array:
+    """Each image's own sum of terms; not a dot product, whose inputs accelerators would round."""
+    return sum(per_image(weights[:, i], term) * term for i, term in enumerate(terms))  # pyright: ignore[reportReturnType]
 
 
-def _to_device(values: Array | np.ndarray) -> Array:
-    return jnp.asarray(values, values.dtype if values.dtype == bool else jnp.float32)
+def _limit(x0: Array, limits: Float[Array | np.ndarray, "b 3"]) -> Array:
+    clip, ratio, greatest = (limits[:, i] for i in range(3))
+
+    def dynamic(x0: Array) -> Array:
+        return jnp.where(per_image(ratio > 0.0, x0), dynamic_threshold(x0, ratio, greatest), static_threshold(x0, clip))
+
+    # The quantile sorts every image: only where some image asks for it.
+    return jax.lax.cond(jnp.any(ratio > 0.0), dynamic, lambda x0: static_threshold(x0, clip), x0)
 
 
-def _noise(keys: Key[Array, " b"], index: int | Int[Array, ""], shape: tuple[int, ...]) -> Array:
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
+def _to_device(table: Table) -> Table:
+    return jax.tree.map(lambda v: jnp.asarray(v, jnp.float32 if v.dtype == np.float64 else v.dtype), table)
+
+
+def _noise(keys: Key[Array, " b"], index: Int[Array, " b"], shape: tuple[int, ...]) -> Array:
+    return jax.vmap(lambda key, i: jax.random.normal(jax.random.fold_in(key, i), shape))(keys, index)

@@ -61,6 +61,7 @@ class Table(NamedTuple):
         weights: [n, 2, 2 + K + 1], next_x then next_anchor.
         record: [n, 3].
         keep, active: [n] bool.
+        index: [n] the row's own number, which with an image's key decides its noise.
         log_variance: [n, 2].
         drift: [n].
         first_scale: [] noise times this is where sampling from nothing begins.
@@ -74,6 +75,7 @@ class Table(NamedTuple):
     record: np.ndarray
     keep: np.ndarray
     active: np.ndarray
+    index: np.ndarray
     log_variance: np.ndarray
     drift: np.ndarray
     first_scale: np.ndarray
@@ -137,6 +139,7 @@ def stack(plan: Plan, limits: tuple[float, float, float], rows_without_start: in
         record=pad([row.record for row in rows]),
         keep=pad([row.keep for row in rows], bool),
         active=pad(np.ones(len(rows)), bool),
+        index=np.arange(length, dtype=np.int32),
         log_variance=pad([row.log_variance for row in rows]),
         drift=pad([row.drift for row in rows]),
         first_scale=np.array(plan.first_scale),
@@ -154,3 +157,24 @@ def padded_length(rows: int) -> int:
         if rows <= length:
             return length
     raise UserError(f"too many sampling steps: {rows} network calls, the limit is {LENGTHS[-1]}")
+
+
+def network_calls(table: Table) -> int:
+    """The number of network calls that a table makes."""
+    return int(np.sum(table.active))
+
+
+def batched(tables: Sequence[Table]) -> Table:
+    """One table an image, [b n ...] in float32 on the host, padded to the longest of them.
+
+    Images with different samplers, schedules and numbers of steps go through one loop: those that are done wait.
+    """
+    length = max(len(table.sigma) for table in tables)
+
+    def stacked(name: str, *columns: np.ndarray) -> np.ndarray:
+        per_row = name not in ("first_scale", "limits")
+        padded = [np.pad(c, [(0, length - len(c)), *[(0, 0)] * (c.ndim - 1)]) if per_row else c for c in columns]
+        array = np.stack(padded)
+        return array.astype(np.float32) if array.dtype == np.float64 else array
+
+    return Table(*(stacked(name, *columns) for name, *columns in zip(Table._fields, *tables, strict=True)))

@@ -1,0 +1,89 @@
+"""Images that a command line asks for, and their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sdjax.cli.prompt_files import PromptLine
+from sdjax.core.errors import UserError
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.pipeline.prepare import Row
+
+
+class ImageJob(NamedTuple):
+    """One image.
+
+    Attributes:
+        number: its place among all, which names its file.
+        index: with the seed it decides the noise; the cells of a grid share it.
+        prompt: None for models that take none.
+        options: of the call, but for the prompt.
+    """
+
+    number: int
+    index: int
+    prompt: str | None
+    options: Mapping[str, Any]
+
+
+def expand_jobs(
+    lines: Sequence[PromptLine], common: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], first_index: int
+) -> list[ImageJob]:
+    """All images, numbered by prompt, image and cell, in the order in which they are best made: cell by cell.
+
+    Args:
+        lines: prompts, whose own settings win over the common ones.
+        common: settings; num_images says how many images each prompt has.
+        cells: of a grid, whose settings win over all; one empty one without a grid.
+        first_index: of the first image.
+    """
+    images = [line for line in lines for _ in range(_images(line, common))]
+    jobs = []
+    for cell, changed in enumerate(cells):
+        for i, line in enumerate(images):
+            options = {**common, **line.overrides, **changed}
+            options.pop("num_images", None)
+            jobs.append(ImageJob(first_index + i * len(cells) + cell, first_index + i, line.prompt, options))
+    return jobs
+
+
+def _images(line: PromptLine, common: Mapping[str, Any]) -> int:
+    return int(line.overrides.get("num_images", common.get("num_images") or 1))
+
+
+def groups(jobs: Sequence[ImageJob]) -> Iterator[list[ImageJob]]:
+    """Runs of jobs that one call can make: equal options but for the prompts, and indices without a gap."""
+    group: list[ImageJob] = []
+    for job in jobs:
+        if group and (_shared(job) != _shared(group[-1]) or job.index != group[-1].index + 1):
+            yield group
+            group = []
+        group.append(job)
+    if group:
+        yield group
+
+
+def _shared(job: ImageJob) -> dict[str, Any]:
+    return {name: value for name, value in job.options.items() if name != "negative_prompt"}
+
+
+def prepare_jobs(pipe: Pipeline, jobs: Sequence[ImageJob]) -> list[Row]:
+    """Rows of all jobs in their order: whatever is wrong is said before the first image is made.
+
+    Raises:
+        UserError: as `Pipeline.prepare`.
+    """
+    rows = []
+    for group in groups(jobs):
+        options: Any = {**_shared(group[0]), "first_index": group[0].index}
+        if "prompt" not in pipe.inputs:
+            if any(job.prompt for job in group):
+                pipe.prepare([job.prompt or "" for job in group], **options)  # which refuses them
+            rows += pipe.prepare(num_images=len(group), **options)
+            continue
+        if any(job.prompt is None for job in group):
+            raise UserError(f"{pipe.name} needs a prompt; give one by --prompt, or before the flags of a line")
+        negatives = [job.options.get("negative_prompt") for job in group]
+        rows += pipe.prepare([str(job.prompt) for job in group], negatives, **options)
+    return rows

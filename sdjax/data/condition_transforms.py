@@ -1,0 +1,34 @@
+"""Conditions made of captions and objects, as transforms of a data loader."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import grain
+import numpy as np
+
+from sdjax.data.layout import WHOLE, LayoutTokens
+from sdjax.data.transforms import Example
+from sdjax.data.word_pieces import WordPieces
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeWords(grain.transforms.Map):
+    """Adds `tokens`, int32 [l], the ids of the example's caption."""
+
+    tokenizer: WordPieces
+
+    def map(self, element: Example) -> Example:
+        return {**element, "tokens": self.tokenizer.encode([element["caption"]])[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout(grain.transforms.RandomMap):
+    """Adds `tokens`, those of the example's `objects` and `boxes` in a random order."""
+
+    tokens: LayoutTokens
+
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        order = rng.permutation(len(element["objects"]))[: self.tokens.objects]
+        tokens = self.tokens.encode(element["objects"][order], element["boxes"][order], element.get("crop", WHOLE))
+        return {**element, "tokens": tokens}

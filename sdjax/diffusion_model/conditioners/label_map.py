@@ -1,0 +1,79 @@
+"""Label maps (LDM, section 4.3.2): the map, made small by a learned rescaler, joined to the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, PRNGKeyArray
+
+from sdjax.core.errors import UserError
+from sdjax.core.tree import Params
+from sdjax.data.pictures import picture_size, read_labels
+from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Input, required
+from sdjax.models.apply import apply
+from sdjax.models.conditioning import Cond
+from sdjax.models.embedders import Rescaler, RescalerConfig
+
+RESCALER, LABEL_MAP = "rescaler", "label_map"
+
+
+@dataclass(frozen=True)
+class LabelMapConditioner(Conditioner):
+    """`label_map`, uint8 [b H W].
+
+    Attributes:
+        config: of the rescaler.
+    """
+
+    config: RescalerConfig = field(default_factory=RescalerConfig)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return (Input(LABEL_MAP),)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {RESCALER: self.config}
+
+    @property
+    def concat_channels(self) -> int:
+        return self.config.features
+
+    @property
+    def keeps_size(self) -> bool:
+        return True
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        side = 2**self.config.stages
+        return {RESCALER: dict(Rescaler(self.config).init(key, jnp.zeros((1, side, side), jnp.int32))["params"])}
+
+    def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
+        del factor
+        given = inputs.get(LABEL_MAP)
+        if given is None:
+            return None
+        height, width = picture_size(given) if isinstance(given, str | Path) else np.shape(given)[:2]
+        return height, width
+
+    def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
+        given = required(inputs, LABEL_MAP, host.name)
+        labels = read_labels(given, host.size) if isinstance(given, str | Path) else np.asarray(given)
+        if (
+            labels.ndim != 2
+            or labels.dtype.kind not in "ui"
+            or not 0 <= labels.min() <= labels.max() < self.config.classes
+        ):
+            raise UserError(
+                f"label_map holds {labels.dtype} {list(labels.shape)} up to {labels.max()}; {host.name} takes "
+                f"[height, width] of the classes 0 to {self.config.classes - 1}"
+            )
+        return {LABEL_MAP: labels.astype(np.uint8)}
+
+    def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
+        del keys
+        return Cond(concat=apply(Rescaler(self.config), params[RESCALER], jnp.asarray(columns[LABEL_MAP])))

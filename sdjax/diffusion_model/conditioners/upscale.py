@@ -1,0 +1,76 @@
+"""Upscaling by Stable Diffusion (stabilityai/stable-diffusion-x4-upscaler): a small image with noise of a level.
+
+The level is the class label of the backbone, and a timestep of a schedule of its own (Ho et al. 2022, noise
+conditioning augmentation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from sdjax.core.tree import Params
+from sdjax.data.image_inputs import load_image, size_of
+from sdjax.diffusion.loss import q_sample
+from sdjax.diffusion.samplers import first_noise, schedule_of
+from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Input, required
+from sdjax.models.conditioning import Cond
+
+SMALL, LEVEL, SIGNAL, NOISE = "small", "noise_level", "signal", "small_noise"
+NOISE_LEVEL = 20
+STREAM = 1  # an image's key is folded with it for the noise of its small image
+# How the published model noises its small image, for single files, which do not say it.
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02}
+
+
+@dataclass(frozen=True)
+class UpscaleConditioner(Conditioner):
+    """`small` [b h w 3] in [-1, 1], `noise_level` int32 [b], `signal` [b]: the level's share abar of the image.
+
+    `small_noise` [b h w 3], where it is there, takes the place of the images' own noise.
+    """
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return Input("init_image"), Input(LEVEL, required=False)
+
+    @property
+    def concat_channels(self) -> int:
+        return 3
+
+    @property
+    def default_strength(self) -> None:
+        return None
+
+    def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
+        if inputs.get("init_image") is None:
+            return None
+        height, width = size_of(inputs["init_image"])
+        return height * factor, width * factor
+
+    def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
+        level = NOISE_LEVEL if inputs.get(LEVEL) is None else inputs[LEVEL]
+        schedule = schedule_of(host.settings.get("low_res_scheduler") or SCHEDULE)
+        small = load_image(required(inputs, "init_image", host.name), host.latents) * 2.0 - 1.0
+        return {
+            SMALL: small.astype(np.float32),
+            LEVEL: np.int32(level),
+            SIGNAL: np.float32(schedule.alphas_cumprod[level]),
+        }
+
+    def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
+        del params
+        small = jnp.asarray(columns[SMALL])
+        if NOISE in columns:
+            noise = jnp.asarray(columns[NOISE])
+        else:
+            assert keys is not None, "the noise of a small image is its own"
+            noise = first_noise(jax.vmap(lambda key: jax.random.fold_in(key, STREAM))(keys), small.shape[1:])
+        noisy = q_sample(small, noise, jnp.asarray(columns[SIGNAL]))
+        return Cond(concat=noisy, label=jnp.asarray(columns[LEVEL]))

@@ -1,0 +1,246 @@
+"""Compiled stages of sampling; `sample` is the only jitted root over a sampler's loop.
+
+Whatever differs between two calls or two images of a batch (prompt, seed, guidance, sampler, schedule, strength, given
+images) is an argument with one row an image, so that it compiles nothing. Each stage also answers whether all it
+computed is finite.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sdjax.core.compilation import jit
+from sdjax.core.partition import gathered
+from sdjax.core.prng import image_keys
+from sdjax.core.tree import Params
+from sdjax.diffusion.denoise import Denoise, Network, make_denoise, per_image
+from sdjax.diffusion.guidance import guided
+from sdjax.diffusion.samplers import Table, first_noise
+from sdjax.diffusion.samplers.scan import State, advance, init_state
+from sdjax.diffusion_model.conditioner import Columns
+from sdjax.diffusion_model.model import BACKBONE, DiffusionModel
+from sdjax.models.apply import apply
+from sdjax.models.conditioning import Cond
+from sdjax.models.layers import guidance_embedding
+
+Finite = Bool[Array, ""]
+_LATER = 2**31 - 2  # an image's key is folded with it for models after the first, beyond the number of any row
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance, one value an image.
+
+    Attributes:
+        scale: 1 for none.
+        rescale: phi of Lin et al. 2024; 0 for none.
+    """
+
+    scale: Float[Array | np.ndarray, " b"]
+    rescale: Float[Array | np.ndarray, " b"]
+
+
+class Start(NamedTuple):
+    """The known part of an image, which masked sampling holds to the level of every row.
+
+    Attributes:
+        known: scaled latents of a given image; zeros where there is none.
+        noise: standard normal noise that takes `known` to a level.
+        mask: [b *space 1], 1 where the image is made anew; all ones where nothing is kept.
+    """
+
+    known: Float[Array, "b *space z"]
+    noise: Float[Array, "b *space z"]
+    mask: Float[Array, "b *space 1"]
+
+
+class SamplingBatch(NamedTuple):
+    """All that a loop reads and does not change, one row an image.
+
+    Attributes:
+        tables: of `samplers.table.batched`.
+        cond: of `condition`; with twice as many rows as images, an image's condition and its null are neighbours.
+        columns: those that the conditioner reads at every step.
+        guidance: see `Guidance`.
+        keys: of the images.
+        start: see `Start`.
+        noise: of every row of the tables, in place of what the keys draw.
+    """
+
+    tables: Table
+    cond: Cond
+    columns: Columns
+    guidance: Guidance
+    keys: Key[Array, " b"]
+    start: Start
+    noise: Float[Array, "b n *space z"] | None = None
+
+
+@jit(static_argnums=2)
+def draw_noise(
+    seeds: Int[Array, " b"], indices: Int[Array, " b"], shape: tuple[int, ...], part: Int[Array, ""]
+) -> tuple[Key[Array, " b"], Float[Array, "b *space z"]]:
+    """The key and the first noise of each image; models after the first, those of a higher `part`, have other keys."""
+    keys = image_keys(seeds, indices)
+    later = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, _LATER), part))(keys)
+    keys = jnp.where(part > 0, later, keys)
+    return keys, first_noise(keys, shape)
+
+
+@jit(static_argnums=0)
+def encode(
+    model: DiffusionModel, params: Params, images: Float[Array, "b H W 3"]
+) -> tuple[Float[Array, "b h w z"], Finite]:
+    """Scaled latents of images in [-1, 1]."""
+    latents = model.encode(params, images).astype(jnp.float32)
+    return latents, all_finite(latents)
+
+
+@jit(static_argnames=("model", "guided"))
+def condition(
+    model: DiffusionModel,
+    params: Params,
+    columns: Columns,
+    keys: Key[Array, " b"],
+    guidance: Guidance,
+    *,
+    guided: bool,
+) -> tuple[Cond, Finite]:
+    """The condition of a batch; `guided` by the null condition, as pairs of neighbours through one pass.
+
+    So a device that holds an image makes both rows of it.
+    """
+    conditioner = model.conditioner
+    if guided:
+        null = conditioner.null(columns)
+        assert null is not None, "guidance needs a null condition"
+        pairs = {name: _neighbours(jnp.asarray(columns[name]), jnp.asarray(null[name])) for name in columns}
+        cond = conditioner.cond(params, pairs, jnp.repeat(keys, 2))
+    else:
+        cond = conditioner.cond(params, columns, keys)
+    if model.config.guidance_dim is not None:
+        # A network distilled to imitate guidance is conditioned on its scale (Luo et al. 2023, LCM).
+        cond = cond._replace(guidance=guidance_embedding(jnp.asarray(guidance.scale) - 1.0, model.config.guidance_dim))
+    return cond, all_finite(cond)
+
+
+@jit
+def start_state(
+    tables: Table, noise: Float[Array, "b *space z"], known: Float[Array, "b *space z"], fresh: Bool[Array, " b"]
+) -> State:
+    """The loop's first state: pure noise where `fresh`, else the known latents with noise up to the first level."""
+    scale, sigma = per_image(tables.first_scale, noise), per_image(tables.sigma[:, 0], noise)
+    return init_state(jnp.where(per_image(fresh, noise), scale * noise, known + sigma * noise))
+
+
+@jit(static_argnames="model", donate_argnames="state")
+def sample(
+    model: DiffusionModel,
+    params: Params,
+    batch: SamplingBatch,
+    state: State,
+    first: Int[Array, ""] | int,
+    last: Int[Array, ""] | int,
+) -> tuple[State, Finite]:
+    """Run rows `first` to `last` - 1 of every image's table: the only sampling root.
+
+    All rows in one call or one row a call run the same program, so that a caller may cancel, show progress, and let
+    images join or leave between calls, without a bit of a difference.
+
+    Args:
+        model: static.
+        params: of all components.
+        batch: see `SamplingBatch`.
+        state: of `start_state` or an earlier call; donated.
+        first, last: arguments of the loop.
+
+    Returns:
+        The next state; after all rows `x` is scaled latents, with noise where the table's last row leaves some.
+    """
+    start = batch.start
+
+    def keep_known(x: Array, sigma: Array) -> Array:
+        return start.mask * x + (1.0 - start.mask) * (start.known + per_image(sigma, x) * start.noise)
+
+    denoise = _denoiser(model, params, batch, len(state.x))
+    state = advance(denoise, batch.tables, state, batch.keys, (first, last), keep_known, batch.noise)
+    return state, all_finite(state.x)
+
+
+@jit(static_argnums=0)
+def decode(
+    model: DiffusionModel, params: Params, latents: Float[Array, "b h w z"]
+) -> tuple[Float[Array, "b H W 3"], Finite]:
+    """Images in [0, 1] of scaled latents."""
+    images = model.decode(params, latents)
+    return jnp.clip(images, 0.0, 1.0), all_finite(images)
+
+
+def generate(
+    model: DiffusionModel,
+    params: Params,
+    columns: Columns,
+    tables: Table,
+    guidance: Guidance,
+    keys: Key[Array, " b"],
+    size: tuple[int, int],
+) -> Float[np.ndarray, "b H W 3"]:
+    """Images in [0, 1] of some conditions, in one go: for previews while a model is in training.
+
+    Args:
+        model, params: of all components.
+        columns: of the conditioner.
+        tables: of `batched`.
+        guidance: see `Guidance`; it acts where the conditioner has a null condition.
+        keys: one an image.
+        size: height and width in pixels.
+    """
+    encoded = {name: encode(model, params, x)[0] for name, x in model.conditioner.images_to_encode(columns).items()}
+    columns = {**columns, **encoded}
+    null = model.config.guidance_dim is None and model.has_null and bool(np.any(np.asarray(guidance.scale) > 1.0))
+    cond, _ = condition(model, params, columns, keys, guidance, guided=null)
+    noise = first_noise(keys, model.latent_shape(size))
+    zeros = jnp.zeros_like(noise)
+    state = start_state(tables, noise, zeros, np.ones(len(keys), bool))
+    own = {name: columns[name] for name in model.conditioner.step_columns if name in columns}
+    batch = SamplingBatch(tables, cond, own, guidance, keys, Start(zeros, noise, jnp.ones_like(noise[..., :1])))
+    state, _ = sample(model, params, batch, state, 0, int(np.max(np.sum(tables.active, axis=1))))
+    images, _ = decode(model, params, state.x)
+    return np.asarray(jax.jit(gathered)(images))
+
+
+def all_finite(tree: object) -> Finite:
+    """Whether no array of a tree holds NaN or an infinity."""
+    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)
+
+
+def _denoiser(model: DiffusionModel, params: Params, batch: SamplingBatch, images: int) -> Denoise:
+    cond = batch.cond
+    rows = {len(leaf) for leaf in jax.tree.leaves(cond)}
+    pairs = rows == {2 * images}
+
+    def backbone(x: Array, t: Array) -> Array:
+        return apply(model.backbone, params[BACKBONE], x, t, cond)
+
+    network = model.conditioner.wrap(params, batch.columns, backbone)
+    denoise = make_denoise(_guided(network, batch.guidance) if pairs else network, model.parameterization)
+    return model.conditioner.steer(params, batch.columns, denoise, model.decode)
+
+
+def _guided(network: Network, guidance: Guidance) -> Network:
+    def pair(x: Array, t: Array) -> tuple[Array, Array]:
+        made = network(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2))
+        made = made.reshape(-1, 2, *made.shape[1:])
+        return made[:, 0], made[:, 1]
+
+    return guided(pair, guidance.scale, guidance.rescale)
+
+
+def _neighbours(first: Array, second: Array) -> Any:
+    """[b ...] and [b ...] to [2b ...], the rows of an image next to each other."""
+    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])

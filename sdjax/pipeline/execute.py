@@ -1,0 +1,297 @@
+"""The device half of sampling: rows in batches through every stage, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from sdjax.core.errors import UserError
+from sdjax.data.image_inputs import paste_back
+from sdjax.diffusion.samplers import batched, network_calls
+from sdjax.diffusion_model import sampling
+from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
+from sdjax.diffusion_model.tiles import Coder, decode_tiled, encode_tiled
+from sdjax.parallel.sharding import check_batch
+from sdjax.pipeline.options import Progress
+from sdjax.pipeline.prepare import Part, Row
+
+if TYPE_CHECKING:
+    from sdjax.pipeline.pipeline import Pipeline
+
+# Pixels of a batch when the caller does not choose: one image of 1024 x 1024, four of 512 x 512.
+BATCH_PIXELS = 2**20
+
+
+def run(
+    pipe: Pipeline,
+    rows: Sequence[Row],
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    *,
+    decoded: bool = True,
+    rows_per_call: int = 1,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Images of rows as they are made: (place in `rows`, [H W 3] in [0, 1], or unscaled latents).
+
+    Rows with the same programs share batches, whatever their prompts, seeds, samplers and guidance.
+
+    Args:
+        pipe: that prepared the rows.
+        rows: of `prepare`, of one call or of several.
+        batch_size: images of one pass; None suits their size. The last batch is filled up, so that any number of
+            images compiles once.
+        progress: called after every call of the compiled loop with the network calls so far and those of all rows.
+        decoded: whether to make images of the latents.
+        rows_per_call: rows of the tables that one call of the compiled loop runs; between two calls a keyboard
+            interrupt is answered. The images are the same to the bit.
+
+    Raises:
+        UserError: a batch size that the devices do not divide, or a stage's output is not finite.
+    """
+    batches = list(split(pipe, rows, batch_size))
+    total = sum(_calls([rows[i] for i in places]) for places, _ in batches)
+    done = 0
+    for places, batch in batches:
+        filled = [rows[places[min(i, len(places) - 1)]] for i in range(batch)]
+
+        def report(calls: int, before: int = done) -> None:
+            if progress is not None:
+                progress(before + calls, total)
+
+        with pipe.devices.mesh_context():
+            images = _run_batch(pipe, filled, report, decoded, rows_per_call)
+        done += _calls(filled)
+        yield from zip(places, images, strict=False)
+
+
+def split(pipe: Pipeline, rows: Sequence[Row], batch_size: int | None = None) -> Iterator[tuple[list[int], int]]:
+    """Batches of rows that share their programs, as (places in `rows`, batch size).
+
+    Within a batch the number of network calls is the largest of its rows, so rows with equal numbers are put together.
+    """
+    groups: dict[Any, list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault((row.compile_key, row.calls, _second_key(row)), []).append(place)
+    for places in groups.values():
+        row = rows[places[0]]
+        size = batch_size or default_batch_size(pipe, len(places), row.second or row)
+        if pipe.devices.mesh is not None and size != pipe.devices.min_batch:
+            check_batch(size, pipe.devices.mesh, "batch_size")
+        for first in range(0, len(places), size):
+            yield places[first : first + size], size
+
+
+def default_batch_size(pipe: Pipeline, images: int, row: Row) -> int:
+    """Images of each pass when the caller does not say: a power of two that suits their size."""
+    height, width = row.size
+    shards, fewest = pipe.devices.shards, pipe.devices.min_batch
+    if images <= fewest:
+        return fewest
+    most = max(1, BATCH_PIXELS // (height * width))
+    each = 2 ** (min(-(-images // shards), most) - 1).bit_length()
+    return shards * min(each, 2 ** (most.bit_length() - 1))
+
+
+def _second_key(row: Row) -> Any:
+    return None if row.second is None else row.second.compile_key
+
+
+def _calls(rows: Sequence[Row]) -> int:
+    """Network calls of a batch, which goes on until its last row is done."""
+    own = sum(max(network_calls(row.parts[i].table) for row in rows) for i in range(len(rows[0].parts)))
+    seconds = [row.second for row in rows if row.second is not None]
+    return own + (_calls(seconds) if seconds else 0)
+
+
+def _run_batch(
+    pipe: Pipeline, rows: Sequence[Row], report: Callable[[int], None], decoded: bool, rows_per_call: int
+) -> list[np.ndarray]:
+    latents, done = None, 0
+    models = [pipe, pipe.refiner][: len(rows[0].parts)]
+    for part, one in enumerate(models):
+        assert one is not None, "prepared with a refiner"
+        latents, calls = _sample_part(
+            one, rows, part, latents, lambda n, before=done: report(before + n), rows_per_call
+        )
+        done += calls
+    last = models[-1]
+    assert last is not None
+    assert latents is not None
+    if not decoded:
+        return list(np.asarray(last.devices.all_gather(latents)) / np.float32(last.model.scale))
+    images = decode(last, latents, rows[0].tile)
+    images = [_paste(row, image) for row, image in zip(rows, images, strict=True)]
+    if rows[0].second is None:
+        return images
+    seconds = [_begin_from(row, image) for row, image in zip(rows, images, strict=True)]
+    return _run_batch(pipe, seconds, lambda n: report(done + n), decoded, rows_per_call)
+
+
+def _sample_part(
+    pipe: Pipeline,
+    rows: Sequence[Row],
+    number: int,
+    noisy: jax.Array | None,
+    report: Callable[[int], None],
+    rows_per_call: int,
+) -> tuple[jax.Array, int]:
+    """Scaled latents after one model's rows, from `noisy` latents of the model before where there is one."""
+    model, devices, parts = pipe.model, pipe.devices, [row.parts[number] for row in rows]
+    # jax.random.key reads the bits, so that large seeds need no 64-bit integers.
+    seeds = np.array([row.seed for row in rows], np.uint32).view(np.int32)
+    indices = np.array([row.index for row in rows], np.int32)
+    guidance, tables = (
+        Guidance(*np.array([row.guidance for row in rows], np.float32).T),
+        batched([part.table for part in parts]),
+    )
+    seeds, indices, guidance, device_tables = devices.shard_batch((seeds, indices, guidance, tables))
+    shape = model.latent_shape(rows[0].size)
+    keys, noise = sampling.draw_noise(seeds, indices, shape, devices.replicate(np.int32(number)))
+    if number == 0 and rows[0].latents is not None:
+        noise = devices.shard_batch(np.stack([row.latents for row in rows]))  # pyright: ignore[reportArgumentType]
+    elif number == 0 and rows[0].torch is not None:
+        noise = devices.shard_batch(np.stack([row.torch[0].first(row.torch[1]) for row in rows]))  # pyright: ignore
+    cond, columns = _condition(pipe, parts, rows[0].tile, keys, guidance)
+    start, state = _start(pipe, rows, noise, device_tables)
+    if noisy is not None:
+        state = sampling.init_state(noisy)
+    batch = SamplingBatch(device_tables, cond, columns, guidance, keys, start, _row_noise(pipe, rows, number))
+    calls = max(network_calls(part.table) for part in parts)
+    before: tuple[int, int, Any] | None = None
+    for first in range(0, calls, rows_per_call):
+        last = min(first + rows_per_call, calls)
+        state, finite = sampling.sample(model, pipe.params, batch, state, np.int32(first), np.int32(last))
+        # The call before is waited for while this one runs, so that devices never wait for the host.
+        if before is not None:
+            _check_call(pipe, rows, parts[0], before, calls)
+            report(before[1])
+        before = first, last, finite
+    assert before is not None, "a table has a row at least"
+    _check_call(pipe, rows, parts[0], before, calls)
+    report(calls)
+    return state.x, calls
+
+
+def _check_call(pipe: Pipeline, rows: Sequence[Row], part: Part, call: tuple[int, int, Any], calls: int) -> None:
+    first, last, finite = call
+    which = f"network call {last}" if last - first == 1 else f"network calls {first + 1} to {last}"
+    timestep = part.table.timestep[min(first, network_calls(part.table) - 1)]
+    place = f"{which} of {calls} (timestep {timestep:g}, guidance scale {rows[0].guidance[0]:g})"
+    check_finite(pipe, finite, f"the UNet's output at {place}")
+
+
+def check_finite(pipe: Pipeline, finite: Any, stage: str) -> None:
+    """Hold a stage to finite values.
+
+    Raises:
+        UserError: they are not; it names the stage.
+    """
+    if not finite:
+        hint = "" if pipe.dtype == "float32" else f"; {pipe.dtype} may be too narrow, try float32"
+        raise UserError(f"{stage} is not finite: the weights of {pipe.name} hold values that overflow{hint}")
+
+
+def _condition(
+    pipe: Pipeline, parts: Sequence[Part], tile: int, keys: jax.Array, guidance: Guidance
+) -> tuple[Any, Any]:
+    model = pipe.model
+    columns = pipe.devices.shard_batch(
+        {name: np.stack([part.columns[name] for part in parts]) for name in parts[0].columns}
+    )
+    for name, images in model.conditioner.images_to_encode(columns).items():
+        columns[name] = encode(pipe, images, tile, "masked image")
+    cond, finite = sampling.condition(model, pipe.params, columns, keys, guidance, guided=parts[0].guided)
+    check_finite(pipe, finite, "the text encoder's output" if "prompt" in pipe.inputs else "the condition")
+    return cond, {name: columns[name] for name in model.conditioner.step_columns if name in columns}
+
+
+def _start(pipe: Pipeline, rows: Sequence[Row], noise: jax.Array, tables: Any) -> tuple[Start, Any]:
+    """Pure noise, or given images with some."""
+    model, devices = pipe.model, pipe.devices
+    h, w, z = model.latent_shape(rows[0].size)
+    if rows[0].image is None:
+        known = devices.shard_batch(np.zeros((len(rows), h, w, z), np.float32))
+    else:
+        images = np.stack([np.asarray(row.image, np.float32) for row in rows]) * np.float32(2.0) - np.float32(1.0)
+        known = encode(pipe, images, rows[0].tile, "given image")
+    anew = np.ones((len(rows), h, w, 1), np.float32)
+    for mask, row in zip(anew, rows, strict=True):
+        if row.blend and row.mask is not None:
+            mask[...] = row.mask[:: model.factor, :: model.factor]
+    anew, fresh = devices.shard_batch((anew, np.array([row.fresh for row in rows])))
+    state = sampling.start_state(tables, noise, known, fresh)
+    return Start(known, noise, anew), state
+
+
+def _row_noise(pipe: Pipeline, rows: Sequence[Row], number: int) -> Any:
+    if rows[0].torch is None:
+        return None
+    steps = [row.torch[0].steps(number, row.torch[1]) for row in rows if row.torch is not None]
+    return None if steps[0] is None else pipe.devices.shard_batch(np.stack(steps))
+
+
+def _paste(row: Row, image: np.ndarray) -> np.ndarray:
+    if row.paste is None or row.image is None or row.mask is None:
+        return image
+    return paste_back(image, row.image, row.mask, row.paste)
+
+
+def _begin_from(row: Row, image: Float[np.ndarray, "h w 3"]) -> Row:
+    """The second pass over an image, enlarged by Lanczos."""
+    assert row.second is not None
+    height, width = row.second.size
+    enlarged = Image.fromarray(np.rint(image * 255.0).astype(np.uint8)).resize(
+        (width, height), Image.Resampling.LANCZOS
+    )
+    return row.second._replace(image=np.asarray(enlarged, np.float32) / np.float32(255.0))
+
+
+def encode(pipe: Pipeline, images: Any, tile: int, name: str) -> jax.Array:
+    """Scaled latents of images in [-1, 1], in tiles where a side is longer than `tile` pixels.
+
+    Raises:
+        UserError: they are not finite; it names the image.
+    """
+    coder, checks = _checked(sampling.encode, pipe)
+    factor = pipe.model.factor
+    side, overlap = _tiling(tile, factor, images.shape[1:3])
+    latents = encode_tiled(coder, pipe.devices.shard_batch(images), side, overlap, factor)
+    check_finite(pipe, all(checks), f"the autoencoder's encoding of the {name}")
+    return latents
+
+
+def decode(pipe: Pipeline, latents: jax.Array, tile: int) -> Float[np.ndarray, "b H W c"]:
+    """Images in [0, 1] of scaled latents, in tiles where a side would be longer than `tile` pixels.
+
+    Raises:
+        UserError: they are not finite.
+    """
+    coder, checks = _checked(sampling.decode, pipe)
+    factor = pipe.model.factor
+    size = latents.shape[1] * factor, latents.shape[2] * factor
+    images = decode_tiled(coder, latents, *_tiling(tile, factor, size), factor)
+    check_finite(pipe, all(checks), "the decoded image")
+    return np.asarray(pipe.devices.all_gather(images))
+
+
+def _checked(stage: Callable[..., tuple[jax.Array, jax.Array]], pipe: Pipeline) -> tuple[Coder, list[jax.Array]]:
+    """A stage for one tile, and its answers whether all is finite."""
+    checks: list[jax.Array] = []
+
+    def coder(values: jax.Array) -> jax.Array:
+        made, finite = stage(pipe.model, pipe.params, values)
+        checks.append(finite)
+        return made
+
+    return coder, checks
+
+
+def _tiling(tile: int, factor: int, size: tuple[int, ...]) -> tuple[int, int]:
+    """Side and overlap of tiles in latents; 0 pixels are no tiles. Pixels themselves need none."""
+    side = max(1, tile // factor) if tile and factor > 1 else max(size) // factor
+    return side, side // 4

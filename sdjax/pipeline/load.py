@@ -1,0 +1,160 @@
+"""From a source, as users name it, to a pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Unpack, cast
+
+import jax
+from jax.sharding import Mesh
+
+from sdjax.convert.adm_file import read_adm_classifier
+from sdjax.convert.components import CLASSIFIERS, TOKENIZERS, Checkpoint, Component
+from sdjax.convert.folder import read_component
+from sdjax.convert.hub import resolve
+from sdjax.convert.model_index import INDEX
+from sdjax.convert.opening import read_checkpoint
+from sdjax.convert.patches import add_embeddings, replace_vae
+from sdjax.convert.rules import Placer
+from sdjax.convert.tokenizers import tokenizers_of
+from sdjax.core.errors import UserError, unknown
+from sdjax.core.precision import dtype_named
+from sdjax.core.workdirs import EXPORT
+from sdjax.data.tokenizers import Tokenizer
+from sdjax.data.word_pieces import WordPieces, load_word_pieces
+from sdjax.diffusion_model.conditioners import TEXT
+from sdjax.diffusion_model.conditioners.guides import CLASSIFIER
+from sdjax.diffusion_model.conditioners.tokens import BERT
+from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, build_model
+from sdjax.parallel.sharding import placer
+from sdjax.pipeline.few_step import few_step_defaults
+from sdjax.pipeline.options import LOAD_OPTIONS, LoadOptions
+from sdjax.pipeline.pipeline import Pipeline
+
+UNDERSTOOD = (
+    f"a diffusers folder (one with {INDEX}), a Hub id (owner/name), a single .safetensors or .ckpt file, or the "
+    "workdir of a finished train.py run"
+)
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+Source = str | Path
+
+
+def load(source: Source, dtype: str = "float32", mesh: Mesh | None = None, **options: Unpack[LoadOptions]) -> Pipeline:
+    """Load anything that can be sampled; parameters are read one at a time, straight to the devices.
+
+    Args:
+        source: a Hub id, a diffusers folder, a single file (Stable Diffusion's, LDM's `model.ckpt`, ADM's
+            `256x256_diffusion.pt`), or the workdir of a finished train.py run.
+        dtype: of the backbone and the text encoders, "float32" or "bfloat16"; the autoencoder works in float32 always.
+        mesh: of `sdjax.parallel.mesh.make_mesh`; parameters and batches are spread over it. None for one device.
+        options: rows of `sdjax.pipeline.options.LoadOptions`: `family`, `prediction`, `variant`, `vae`, `embeddings`,
+            `refiner`, `classifier`, `tokenizer`.
+
+    Raises:
+        UserError: the source is missing or is none of these, or what it holds is corrupt or not supported.
+    """
+    given = {name: value for name, value in options.items() if value}
+    for name in given:
+        if name not in LOAD_OPTIONS:
+            raise unknown("option", name, LOAD_OPTIONS, "load")
+    path, place = find(source, cast(Any, given.get("variant"))), _placer(mesh)
+    checkpoint = _read(path, dtype, given, place)
+    name = _name(source, path)
+    if given.get("classifier"):
+        checkpoint = _with_classifier(checkpoint, Path(cast(Any, given["classifier"])).expanduser(), name, place)
+    tokenizers = _tokenizers(checkpoint)
+    model = build_model(checkpoint, cast(Any, tokenizers), dtype_named(dtype), path)
+    if checkpoint.conditioning == TEXT:
+        distilled = model.config.guidance_dim is not None
+        own = few_step_defaults(name, checkpoint.scheduler, distilled, path.is_file())
+        checkpoint = dataclasses.replace(checkpoint, settings={**own, **checkpoint.settings})
+    refiner = load(cast(Any, given["refiner"]), dtype, mesh) if given.get("refiner") else None
+    return Pipeline(name, checkpoint, model, cast(Any, tokenizers), dtype, mesh, refiner)
+
+
+def load_conditional(source: Source, *args: Any, **options: Any) -> Pipeline:
+    """Alias of `load`, which opens every kind of model."""
+    warnings.warn("load_conditional is now load; this name goes with the next release", FutureWarning, stacklevel=2)
+    return load(source, *args, **options)
+
+
+def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Placer) -> Checkpoint:
+    dtypes = dict.fromkeys((BACKBONE, *TOKENIZERS), dtype) | {AUTOENCODER: "float32"}
+    dtypes |= dict.fromkeys((BERT, "class_embedder", "rescaler"), "float32")
+    chosen = {name: given.get(name) for name in ("family", "prediction", "variant", "tokenizer")}
+    checkpoint = read_checkpoint(path, dtype=dtypes, place=place, **chosen)
+    if "vae" in given:
+        checkpoint = replace_vae(given["vae"], place)(checkpoint)
+    return add_embeddings(given["embeddings"])(checkpoint) if "embeddings" in given else checkpoint
+
+
+def _with_classifier(checkpoint: Checkpoint, path: Path, name: str, place: Placer) -> Checkpoint:
+    """The checkpoint with a classifier of noisy images that guides it."""
+    if AUTOENCODER in checkpoint.components:
+        raise UserError(f"classifier {str(path)!r}: classifiers guide models of pixels, which {name} is not")
+    guide = read_classifier(path, place)
+    size = checkpoint.components[BACKBONE].extra.get("sample_size")
+    if guide.config.size != size:
+        raise UserError(f"{name} makes images of {size} pixels; its classifier knows those of {guide.config.size}")
+    return dataclasses.replace(checkpoint, components={**checkpoint.components, CLASSIFIER: guide})
+
+
+def read_classifier(path: Path, place: Placer | None = None) -> Component:
+    """A classifier of noisy images: the workdir or export of its training, or ADM's file.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    (name,) = CLASSIFIERS
+    if path.is_file():
+        return read_adm_classifier(path, place=place)
+    folders = [folder for folder in (path, path / EXPORT) if (folder / name / "config.json").is_file()]
+    if not folders:
+        raise UserError(f"there is no classifier in {path}: neither {name}/config.json nor a file of ADM's")
+    return read_component(folders[0] / name, name, place=place)
+
+
+def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer | WordPieces]:
+    if checkpoint.conditioning == TEXT:
+        names = [name for name in TOKENIZERS if name in checkpoint.components]
+        return dict(zip(names, tokenizers_of(checkpoint), strict=True))
+    if BERT in checkpoint.tokenizers and BERT in checkpoint.components:
+        length = checkpoint.components[BERT].config.max_length
+        return {BERT: load_word_pieces(checkpoint.tokenizers[BERT], length)}
+    return {}
+
+
+def _placer(mesh: Mesh | None) -> Placer:
+    return (lambda array, name: jax.device_put(array)) if mesh is None else placer(mesh)
+
+
+def find(source: Source, variant: str | None = None) -> Path:
+    """The folder or single file that a source means, with symbolic links followed.
+
+    Raises:
+        UserError: there is none, or it cannot be downloaded.
+    """
+    path = resolve(source, variant=variant)
+    if path.is_dir():
+        for folder in (path, path / EXPORT):
+            if (folder / INDEX).is_file():
+                return folder.resolve()
+        if (path / "checkpoints").is_dir():
+            raise UserError(f"{path} is a workdir without {EXPORT}: train.py writes it when training ends")
+        raise UserError(f"{path} is no checkpoint: it has no {INDEX}; give {UNDERSTOOD}")
+    if path.suffix not in SINGLE_FILES:
+        raise UserError(f"{path} is no checkpoint file ({', '.join(SINGLE_FILES)}); give {UNDERSTOOD}")
+    return path.absolute()  # the Hub's cache holds links to files whose names say nothing
+
+
+def _name(source: Source, path: Path) -> str:
+    """The checkpoint's name as a user would say it."""
+    if not Path(source).expanduser().exists():  # of the Hub, whose cache has other names
+        last = str(source).split("@")[0].split("/")[-1]
+        return last.removesuffix(path.suffix) if path.is_file() else last
+    if path.is_file():
+        return path.stem
+    return path.parent.name if path.name == EXPORT else path.name

@@ -1,0 +1,299 @@
+"""The one table of options: what a call, a flag, a line of a prompt file, a grid and a PNG's text may set.
+
+A new option is one row here and its use. From the row come its type for editors and type checkers, its check, its flag
+and help, its place in prompt files and grids, and its name in A1111's text.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from sdjax.core.errors import UserError, unknown
+from sdjax.data.image_inputs import ImageInput
+from sdjax.diffusion.samplers import SAMPLERS, SPACINGS
+
+Number = int | float
+Pair = Sequence[int]
+Images = ImageInput | Sequence[ImageInput]
+Progress = Callable[[int, int], None]
+"""progress(done, total) network calls."""
+MAX_SEED, MAX_SIDE = 2**32 - 1, 2**14
+Scope = Literal["image", "call", "load"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the table.
+
+    Attributes:
+        help: a phrase.
+        least, most: of numbers, inclusive; a checkpoint's own narrower range is checked where it is used.
+        choices: of texts; () for any.
+        label: A1111's name in the text of a PNG; "" where it has none.
+        scope: "image" for what may differ from image to image, and so stands in prompt files and records; "call" for
+            arguments of a call in Python; "load" for what is loaded.
+        grid: whether it may be an axis of a grid.
+        kind: int, float, str, bool, Pair or Images; taken from the annotation.
+        condition: whether only models that are conditioned on it read it.
+        file: whether it names a file.
+        many: whether a flag may be repeated.
+    """
+
+    help: str
+    least: Number = -math.inf
+    most: Number = math.inf
+    choices: tuple[str, ...] = ()
+    label: str = ""
+    scope: Scope = "image"
+    grid: bool = True
+    kind: Any = str
+    condition: bool = False
+    file: bool = False
+    many: bool = False
+
+    @property
+    def is_number(self) -> bool:
+        """Whether its values are numbers."""
+        return self.kind in (int, float)
+
+    @property
+    def is_axis(self) -> bool:
+        """Whether a grid may have it as an axis."""
+        return self.scope == "image" and self.grid and (self.is_number or bool(self.choices))
+
+
+def _image(text: str) -> Option:
+    return Option(text, grid=False, file=True)
+
+
+def _condition(
+    text: str, least: Number = -math.inf, most: Number = math.inf, *, grid: bool = False, file: bool = False
+) -> Option:
+    return Option(text, least, most, grid=grid, condition=True, file=file)
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of a call; None or nothing leaves the choice to the checkpoint."""
+
+    steps: Annotated[
+        int | None, Option("of the sampler; some call the network more than once a step", 1, label="Steps")
+    ]
+    sampler: Annotated[str | None, Option("as A1111 and k-diffusion know it", choices=tuple(SAMPLERS), label="Sampler")]
+    schedule: Annotated[str | None, Option("spacing of the noise levels", choices=SPACINGS, label="Schedule type")]
+    guidance_scale: Annotated[
+        Number | None, Option("of classifier-free guidance; 1 or less is none", 0, label="CFG scale")
+    ]
+    guidance_rescale: Annotated[Number | None, Option("phi of Lin et al. 2024", 0, 1, label="CFG Rescale")]
+    eta: Annotated[
+        Number | None, Option("of DDIM (0 deterministic) or of the ancestral samplers (1 as known)", 0, 1, label="Eta")
+    ]
+    seed: Annotated[int | None, Option("with an image's index it decides all its noise", 0, MAX_SEED, label="Seed")]
+    width: Annotated[int | None, Option("in pixels", 1, MAX_SIDE)]
+    height: Annotated[int | None, Option("in pixels", 1, MAX_SIDE)]
+    num_images: Annotated[int | None, Option("of each prompt", 1, grid=False)]
+    first_index: Annotated[
+        int | None, Option("index of the first image", 0, 2**31 - 1, scope="image", label="Image index", grid=False)
+    ]
+    clip_skip: Annotated[
+        int | None, _condition("layers of the text encoders to skip, as diffusers counts", 0, grid=True)
+    ]
+    syntax: Annotated[str | None, Option("of prompts", choices=("a1111", "plain"), condition=True)]
+    rng: Annotated[str | None, Option("jax, or torch for the noise of PyTorch on a CPU", choices=("jax", "torch"))]
+    torch_batch: Annotated[int | None, Option("images that PyTorch draws for together", 1, grid=False)]
+    init_image: Annotated[Images | None, _image("image to begin from, to keep part of, or to enlarge")]
+    strength: Annotated[
+        Number | None, Option("share of the steps that init_image goes through", 0, 1, label="Denoising strength")
+    ]
+    mask: Annotated[Images | None, _image("white where init_image is made anew")]
+    feather: Annotated[Number | None, Option("pixels within the mask over which init_image fades out", 0)]
+    depth: Annotated[Images | None, _condition("depth map, near as bright", file=True)]
+    noise_level: Annotated[
+        int | None, _condition("of an upscaler's small image; more lets it invent more", 0, 999, grid=True)
+    ]
+    class_label: Annotated[str | int | Sequence[str | int] | None, _condition("number or name of a class")]
+    layout: Annotated[Any, _condition('JSON file of {"class": ..., "box": [x, y, width, height]}', file=True)]
+    label_map: Annotated[Images | None, _condition("image of one channel, whose values are classes", file=True)]
+    neighbours: Annotated[Any, _condition("NumPy file of CLIP embeddings [k, d]", file=True)]
+    resemble: Annotated[Images | None, _image("image that the result shall be like")]
+    resemble_scale: Annotated[Number | None, Option("how strongly", 0)]
+    classifier_scale: Annotated[Number | None, _condition("of a classifier's guidance", 0, grid=True)]
+    original_size: Annotated[Pair | None, _condition("SDXL's size condition: height,width before cropping", 1)]
+    crop: Annotated[Pair | None, _condition("SDXL's crop condition: top,left", 0)]
+    target_size: Annotated[Pair | None, _condition("SDXL's target size condition: height,width", 1)]
+    aesthetic_score: Annotated[Number | None, _condition("condition of SDXL's refiner", 0, grid=True)]
+    negative_aesthetic_score: Annotated[Number | None, _condition("the same of the negative prompt", 0, grid=True)]
+    refiner_start: Annotated[Number | None, Option("share of the noise levels from which a refiner takes over", 0, 1)]
+    hires: Annotated[Number | None, Option("factor of a second pass over the enlarged image", 1, label="Hires upscale")]
+    hires_strength: Annotated[Number | None, Option("strength of the second pass", 0, 1)]
+    tile: Annotated[int | None, Option("pixels of the autoencoder's tiles; 0 for none", 0)]
+    paste: Annotated[bool | None, Option("put init_image's own pixels back outside of the mask", scope="call")]
+    latents: Annotated[Any, Option("standard normal first noise [n, h, w, z]; it decides the size", scope="call")]
+    output: Annotated[str | None, Option("image, or unscaled latents", choices=("image", "latent"), scope="call")]
+    batch_size: Annotated[int | None, Option("images of one pass", 1, scope="call")]
+    progress: Annotated[Progress | None, Option("called after every network call", scope="call")]
+
+
+class LoadOptions(TypedDict, total=False):
+    """Keyword arguments of `sdjax.load` beside the source, the arithmetic's type and the device mesh."""
+
+    family: Annotated[str | None, Option("what a single file is, where its keys and shapes mislead", scope="load")]
+    prediction: Annotated[str | None, Option("prediction type in place of the checkpoint's", scope="load")]
+    variant: Annotated[str | None, Option("of a folder's weights, e.g. fp16", scope="load")]
+    vae: Annotated[str | Path | None, Option("another autoencoder", scope="load")]
+    embeddings: Annotated[Sequence[str | Path], Option("textual inversions", scope="load", many=True)]
+    refiner: Annotated[str | Path | None, Option("checkpoint that takes over the last steps", scope="load")]
+    classifier: Annotated[str | Path | None, Option("classifier of noisy images, for guidance", scope="load")]
+    tokenizer: Annotated[str | Path | None, Option("folder with BERT's vocab.txt, for LDM's text models", scope="load")]
+
+
+@functools.cache
+def table_of(options: type) -> dict[str, Option]:
+    """The rows of `Options` or `LoadOptions` by name, each with the kind that its annotation says."""
+    rows = {}
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        kind, option = get_args(hint)[:2]
+        rows[name] = Option(**{**option.__dict__, "kind": _kind(kind, option)})
+    return rows
+
+
+def _kind(hint: Any, option: Option) -> Any:
+    kinds = set(get_args(hint) or (hint,)) - {type(None)}
+    if hint in (Pair | None,) or any(
+        get_origin(kind) is get_origin(Pair) and get_args(kind) == (int,) for kind in kinds
+    ):
+        return Pair
+    if float in kinds:
+        return float
+    if kinds == {int}:
+        return int
+    return bool if kinds == {bool} else str
+
+
+# A call takes negative prompts beside its prompts.
+OPTIONS = table_of(Options) | {"negative_prompt": _condition("condition that guidance departs from")}
+LOAD_OPTIONS = {
+    "dtype": Option("of the arithmetic", choices=("float32", "bfloat16"), scope="load"),
+    **table_of(LoadOptions),
+}
+
+
+def help_of(table: Mapping[str, Option]) -> str:
+    """Lines of --help, one an option."""
+    lines = []
+    for name, option in table.items():
+        limits = f" ({', '.join(option.choices)})" if option.choices else ""
+        if option.is_number and not (math.isinf(option.least) and math.isinf(option.most)):
+            limits = f" ({_range(option.least, option.most)})"
+        flag = f"    --{name} " + {int: "N", float: "X", Pair: "N,N"}.get(
+            option.kind, "FILE" if option.file else "NAME"
+        )
+        text = textwrap.fill(option.help + limits, 120, initial_indent=" " * 29, subsequent_indent=" " * 29)
+        lines.append(f"{flag:<28} {text.lstrip()}")
+    return "\n".join(lines) + "\n"
+
+
+def check_options(given: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """Options of a call that are not None, each of its type and in its range.
+
+    Raises:
+        UserError: an option is unknown, of another type, or out of range.
+    """
+    for name in given:
+        if name not in OPTIONS:
+            raise unknown("option", name, OPTIONS, place)
+    return {name: check_value(name, value, place) for name, value in given.items() if value is not None}
+
+
+def check_value(name: str, value: Any, place: str = "") -> Any:
+    """A value of an option as Python has it.
+
+    Raises:
+        UserError: it is of another type, out of range, or none of the choices.
+    """
+    option = OPTIONS[name]
+    if option.kind is int:
+        return check_int(name, value, option.least, option.most, place)
+    if option.kind is float:
+        return check_float(name, value, option.least, option.most, place)
+    if option.kind is Pair:
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+            limits = _range(option.least, math.inf)
+            raise UserError(f"{name} {value!r}{_in(place)}: choose two integers of {limits}, vertical first")
+        return tuple(check_int(name, part, option.least, place=place) for part in value)
+    if option.choices:
+        if value not in option.choices:
+            raise unknown(name, value, option.choices, place)
+        return value
+    return value
+
+
+def parse_value(name: str, text: str, place: str) -> Any:
+    """A value of an option that is written as text.
+
+    Args:
+        name: of the option.
+        text: as written.
+        place: the flag, file and line, or grid that holds it, for messages.
+
+    Raises:
+        UserError: as `check_value`.
+    """
+    option = OPTIONS[name]
+    if option.kind is Pair:
+        return check_value(name, [parse_number(name, part, int, place) for part in text.split(",")], place)
+    return check_value(name, parse_number(name, text, option.kind, place) if option.is_number else text, place)
+
+
+def parse_number(name: str, text: str, kind: Any, place: str = "") -> Number:
+    """A number that is written as text.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return int(text) if kind is int else float(text)
+    except ValueError as error:
+        option = OPTIONS.get(name, Option(""))
+        noun = "an integer" if kind is int else "a number"
+        raise UserError(f"{name} {text!r}{_in(place)}: choose {noun} of {_range(option.least, option.most)}") from error
+
+
+def check_int(name: str, value: Any, least: Number = -math.inf, most: Number = math.inf, place: str = "") -> int:
+    """An integer in a range.
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value <= most:
+        raise UserError(f"{name} {value!r}{_in(place)}: choose an integer of {_range(least, most)}")
+    return int(value)
+
+
+def check_float(name: str, value: Any, least: Number = -math.inf, most: Number = math.inf, place: str = "") -> float:
+    """A finite number in a range.
+
+    Raises:
+        UserError: it is not.
+    """
+    number = isinstance(value, Number | np.floating | np.integer) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not least <= value <= most:
+        raise UserError(f"{name} {value!r}{_in(place)}: choose a number of {_range(least, most)}")
+    return float(value)
+
+
+def _in(place: str) -> str:
+    return f" in {place}" if place else ""
+
+
+def _range(least: Number, most: Number) -> str:
+    if math.isinf(least):
+        return "any size"
+    return f"at least {least:g}" if math.isinf(most) else f"{least:g} to {most:g}"

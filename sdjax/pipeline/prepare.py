@@ -1,0 +1,424 @@
+"""The host half of sampling: from the options of a call to rows, one an image, that any batch may hold.
+
+Nothing here runs a network, so that whatever is wrong with a request is said before the first image is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from sdjax.core.errors import UserError
+from sdjax.data.image_inputs import check_mask_size, listed, load_image, load_mask, size_of
+from sdjax.diffusion.samplers import Table, network_calls, sampler_of, schedule_of, start_of, table_for
+from sdjax.diffusion_model.conditioners.upscale import NOISE, SMALL
+from sdjax.pipeline.noise import Draws, TorchNoise
+from sdjax.pipeline.options import OPTIONS, check_int, check_options
+
+if TYPE_CHECKING:
+    from sdjax.pipeline.pipeline import Pipeline
+
+STEPS, PIXEL_STEPS = 50, 250
+REFINER_START, HIRES_STRENGTH, TILE = 0.8, 0.5, 1536
+# Options of which a list gives one value a prompt.
+LISTED = ("init_image", "mask", "depth", "class_label", "layout", "label_map", "neighbours", "resemble")
+TABLE_OPTIONS = ("eta",)
+"""Options that go to the sampler's table as they are."""
+
+
+class Part(NamedTuple):
+    """One model's share of an image: the base model's, then a refiner's.
+
+    Attributes:
+        columns: of its conditioner, without the batch axis.
+        table: rows of its sampler.
+        guided: whether the null condition takes part.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    table: Table
+    guided: bool
+
+
+class Row(NamedTuple):
+    """One image, prepared: all that its sampling depends on.
+
+    Attributes:
+        parts: of each model in turn.
+        seed, index: decide the image's noise.
+        guidance: scale and rescale.
+        size: height and width in pixels.
+        image: in [0, 1], to begin from; None where there is none.
+        mask: [H W 1], 1 where `image` is made anew; None without one.
+        blend: whether the loop holds the known part, as the model itself is not conditioned on it.
+        fresh: whether sampling begins from pure noise.
+        paste: pixels of feather with which `image` is put back outside of the mask; None not to.
+        latents: standard normal first noise; None for the image's own.
+        torch: PyTorch's noise, and this image's place in it; None for the image's own.
+        tile: pixels of the autoencoder's tiles; 0 for none.
+        second: the second pass, whose `image` is what the first pass makes; None without one.
+        settings: every option that the image depends on, those that the checkpoint chose included.
+    """
+
+    parts: tuple[Part, ...]
+    seed: int
+    index: int
+    guidance: tuple[float, float]
+    size: tuple[int, int]
+    image: Float[np.ndarray, "H W 3"] | None
+    mask: Float[np.ndarray, "H W 1"] | None
+    blend: bool
+    fresh: bool
+    paste: float | None
+    latents: np.ndarray | None
+    torch: tuple[TorchNoise, int] | None
+    tile: int
+    second: Row | None
+    settings: Mapping[str, Any]
+
+    @property
+    def compile_key(self) -> tuple[Any, ...]:
+        """Rows with equal keys may share a batch: they run the same programs."""
+        shapes = tuple(
+            (tuple(sorted((n, np.shape(v), np.asarray(v).dtype.str) for n, v in p.columns.items())), p.guided)
+            for p in self.parts
+        )
+        lengths = tuple(len(part.table.sigma) for part in self.parts)
+        given = self.image is None, self.latents is None, None if self.torch is None else self.torch[0]
+        return self.size, shapes, lengths, given, self.tile
+
+    @property
+    def calls(self) -> int:
+        """Network calls of all parts and passes."""
+        own = sum(network_calls(part.table) for part in self.parts)
+        return own + (self.second.calls if self.second is not None else 0)
+
+
+def prepare(
+    pipe: Pipeline,
+    prompts: str | Sequence[str] | None,
+    negative_prompt: str | Sequence[str | None] | None,
+    options: Mapping[str, Any],
+) -> list[Row]:
+    """Rows of a call: `num_images` of the first prompt, then of the next.
+
+    Raises:
+        UserError: an option is not what it should be, has no effect for this model, or a needed one is missing.
+    """
+    given = check_options(options)
+    entries = _entries(pipe, prompts, negative_prompt, given)
+    _check_used(pipe, given)
+    count = given.get("num_images", 1)
+    total = len(entries) * count
+    size = _size(pipe, entries[0], given, total)
+    given = _resolved(pipe, given, size)
+    first = given.get("first_index", 0)
+    check_int("first_index", first, 0, 2**31 - 1 - total)
+    parts = _tables(pipe, given)
+    made = [_prepare_entry(pipe, entry, given, size, parts) for entry in entries]
+    rows = [row._replace(index=first + i * count + j) for i, row in enumerate(made) for j in range(count)]
+    rows = _with_noise(pipe, rows, given, len(entries))
+    return [_with_second_pass(pipe, row, entries[i // count], given) for i, row in enumerate(rows)]
+
+
+def _entries(
+    pipe: Pipeline, prompts: str | Sequence[str] | None, negatives: Any, given: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Inputs of each prompt, or of each entry of the longest list where there are no prompts."""
+    takes_prompt = "prompt" in pipe.inputs
+    lists = {name: listed(given[name]) for name in LISTED if name in given and _is_listed(pipe, name, given[name])}
+    if takes_prompt:
+        if prompts is None:
+            raise UserError(f"{pipe.name} needs a prompt")
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts:
+            raise UserError("there are no prompts")
+        count = len(texts)
+    else:
+        if prompts:
+            raise UserError(f"{pipe.name} takes no prompt; it is conditioned on {', '.join(pipe.inputs) or 'nothing'}")
+        texts, count = [None], max((len(values) for values in lists.values()), default=1)
+    if negatives is None or isinstance(negatives, str):
+        negatives = [negatives] * count
+    if len(negatives) != count:
+        raise UserError(f"{len(negatives)} negative prompts for {count} prompts; give one, or one for each")
+    for name, values in lists.items():
+        if len(values) not in (1, count):
+            raise UserError(f"{len(values)} entries in {name} for {count} prompts; give one, or one for each")
+    entries = []
+    for i in range(count):
+        entry = dict(given) | {name: values[i % len(values)] for name, values in lists.items()}
+        entry |= {"prompt": texts[i % len(texts)], "negative_prompt": negatives[i]}
+        entries.append(entry | {"syntax": given.get("syntax", "a1111")})
+    return entries
+
+
+def _is_listed(pipe: Pipeline, name: str, value: Any) -> bool:
+    """A layout is itself a list; several of them are a list of lists."""
+    if name == "layout":
+        return not isinstance(value, str) and bool(value) and isinstance(value[0], list | tuple)
+    if name == "neighbours":
+        return isinstance(value, list | tuple)
+    return True
+
+
+def _check_used(pipe: Pipeline, given: Mapping[str, Any]) -> None:
+    """Refuse options that would change nothing."""
+    known = set(pipe.inputs) | (set() if pipe.refiner is None else set(pipe.refiner.inputs))
+    needs = {
+        "strength": ("an init_image to begin from", "init_image" in given and pipe.begins_from_images),
+        "mask": ("an init_image whose unmasked part is kept", "init_image" in given),
+        "feather": ("a mask", "mask" in given),
+        "refiner_start": ("a refiner", pipe.refiner is not None),
+        "classifier_scale": ("a classifier", "classifier_scale" in known),
+        "hires_strength": ("hires", "hires" in given),
+        "torch_batch": ('rng="torch"', given.get("rng") == "torch"),
+    }
+    for name, value in given.items():
+        if OPTIONS[name].condition and name not in known:
+            shown = f" {value!r}" if OPTIONS[name].is_number else ""
+            others = ", ".join(pipe.inputs) or "nothing"
+            raise UserError(f"{name}{shown} changes nothing: {pipe.name} is conditioned on {others}; leave it out")
+        needed, there = needs.get(name, ("", True))
+        if not there:
+            shown = f" {value!r}" if OPTIONS[name].is_number else ""
+            raise UserError(f"{name}{shown} changes nothing without {needed}; leave it out")
+    if "mask" in given and not pipe.begins_from_images:
+        raise UserError(f"mask changes nothing: {pipe.name} enlarges its init_image; leave it out")
+
+
+def _size(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], total: int) -> tuple[int, int]:
+    """Height and width of a call's images."""
+    model = pipe.model
+    asked = model.conditioner.image_size(entry, model.factor)
+    width, height = given.get("width"), given.get("height")
+    if model.conditioner.keeps_size and asked is not None and (width, height) != (None, None):
+        raise UserError(f"width and height have no effect: the condition of {pipe.name} asks for {asked[1]}x{asked[0]}")
+    if asked is None and entry.get("init_image") is not None and (width, height) == (None, None):
+        # The largest part of the given image that the model can make.
+        asked = tuple(max(side // model.multiple, 1) * model.multiple for side in size_of(entry["init_image"]))
+    latents = given.get("latents")
+    if latents is not None and np.ndim(latents) == 4:
+        asked = np.shape(latents)[1] * model.factor, np.shape(latents)[2] * model.factor
+    default = asked or pipe.default_size
+    size = height or default[0], width or default[1]
+    for name, side in zip(("height", "width"), size, strict=True):
+        _check_side(name, side, model.multiple)
+    if latents is not None:
+        wanted = (total, *model.latent_shape(size))
+        if np.shape(latents) != wanted:
+            raise UserError(f"latents have the shape {list(np.shape(latents))}; it must be {list(wanted)}, NHWC")
+        if not np.isfinite(latents).all():
+            raise UserError("latents hold values that are not finite")
+    return size
+
+
+def _check_side(name: str, side: int, multiple: int) -> None:
+    if side % multiple:
+        near = sorted({max(multiple, side // multiple * multiple), -(-side // multiple) * multiple})
+        raise UserError(
+            f"{name} {side} is not a multiple of {multiple}, which this model needs; "
+            f"nearest: {', '.join(map(str, near))}"
+        )
+
+
+def _resolved(pipe: Pipeline, given: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """Options with the checkpoint's own choices where the call made none."""
+    latents = pipe.model.autoencoder is not None
+    chosen: dict[str, Any] = {
+        "steps": STEPS if latents or sampler_of(pipe.scheduler) != "ddpm" else PIXEL_STEPS,
+        "sampler": sampler_of(pipe.scheduler),
+        "guidance_scale": pipe.model.conditioner.default_guidance,
+        "guidance_rescale": 0.0,
+        "seed": 0,
+        "rng": "jax",
+        "tile": TILE,
+        **{
+            name: pipe.settings[name]
+            for name in ("steps", "sampler", "schedule", "guidance_scale")
+            if name in pipe.settings
+        },
+        **given,
+        "height": size[0],
+        "width": size[1],
+    }
+    if chosen.get("schedule") == "ays" and pipe.is_sdxl:
+        chosen["schedule"] = "ays_sdxl"  # SDXL has levels of its own (Sabour et al. 2024)
+    if "init_image" in given and pipe.begins_from_images:
+        chosen.setdefault("strength", pipe.model.conditioner.default_strength)
+    if given.get("guidance_scale", 0.0) > 1.0 and not pipe.is_distilled and not pipe.has_null:
+        raise UserError(
+            f"guidance_scale {given['guidance_scale']:g}: {pipe.name} was trained without condition dropout, so it has "
+            "no guidance; leave it out"
+        )
+    return chosen
+
+
+def _tables(pipe: Pipeline, given: Mapping[str, Any]) -> list[Table]:
+    """The base model's rows, and those of the refiner where there is one."""
+    if pipe.refiner is None:
+        return [make_rows(pipe, given)]
+    return hand_over(pipe, given, given.get("refiner_start", REFINER_START))
+
+
+def make_rows(pipe: Pipeline, given: Mapping[str, Any], start: int | None = None) -> Table:
+    """A sampler's rows.
+
+    Args:
+        pipe: whose scheduler config says how it was trained.
+        given: resolved options.
+        start: step to begin at; None for where a given image of this strength begins.
+
+    Raises:
+        UserError: an unknown sampler or schedule, or steps or strength out of range.
+    """
+    if start is None:
+        strength = given.get("strength")
+        start = 0 if strength is None else start_of(given["steps"], strength)
+    return table_for(
+        pipe.scheduler,
+        given["sampler"],
+        given["steps"],
+        spacing=given.get("schedule"),
+        start=start,
+        latents=pipe.model.autoencoder is not None,
+        **{name: given[name] for name in TABLE_OPTIONS if name in given},
+    )
+
+
+def hand_over(pipe: Pipeline, given: Mapping[str, Any], share: float) -> list[Table]:
+    """The rows of a base model and those of the refiner that takes over (SDXL, section 2.5; diffusers' denoising_end).
+
+    The refiner begins with the first step whose timestep lies below (1 - share) of all; no noise is added there, and
+    the levels of both are those of one table.
+
+    Raises:
+        UserError: the share leaves one of the two without a step.
+    """
+    steps = given["steps"]
+    whole, table = make_rows(pipe, given, 0), make_rows(pipe, given)
+    rows = network_calls(whole)
+    # Samplers of second order call the network twice a step but for the last.
+    stride = 2 if steps > 1 and rows >= 2 * steps - 1 else 1
+    timesteps = whole.timestep[:rows:stride][:steps]
+    trained = schedule_of(pipe.scheduler).num_timesteps
+    step = int(np.sum(timesteps >= round(trained - share * trained)))
+    first = 0 if given.get("strength") is None else start_of(steps, given["strength"])
+    if not first < step < steps:
+        raise UserError(
+            f"refiner_start {share:g} gives the base {max(step - first, 0)} of {steps - first} steps; both models need "
+            "at least one"
+        )
+    rest = make_rows(pipe, given, step)
+    # The base stops where the refiner's rows begin: as many rows before the end as those are.
+    last = network_calls(table) - network_calls(rest)
+    return [table._replace(active=table.active & (np.arange(len(table.active)) < last)), rest]
+
+
+def _prepare_entry(
+    pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], size: tuple[int, int], tables: Sequence[Table]
+) -> Row:
+    guidance = float(given["guidance_scale"])
+    parts = []
+    for one, table in zip([pipe, pipe.refiner], tables, strict=False):
+        assert one is not None, "a second table is a refiner's"
+        columns = one.model.conditioner.encode(entry, one.host(size))
+        # 1 or less is none, as in diffusers; so is 0 for models distilled to need none.
+        guided = guidance > 1.0 and not one.is_distilled and one.has_null
+        parts.append(Part(columns, table, guided))
+    image = mask = None
+    if entry.get("mask") is not None:
+        check_mask_size(entry["init_image"], entry["mask"])
+        mask = load_mask(entry["mask"], size)
+    if entry.get("init_image") is not None and pipe.begins_from_images:
+        image = load_image(entry["init_image"], size)
+    own = "mask" in pipe.inputs
+    feather = given.get("feather", pipe.model.conditioner.feather)
+    return Row(
+        parts=tuple(parts),
+        seed=given["seed"],
+        index=0,
+        guidance=(max(guidance, 1.0), float(given["guidance_rescale"])),
+        size=size,
+        image=image,
+        mask=mask,
+        blend=mask is not None and not own,
+        # Making a masked part anew at full strength knows nothing of the image below it (diffusers' inpainting).
+        fresh=image is None or (mask is not None and given["strength"] == 1.0),
+        paste=feather if mask is not None and given.get("paste", True) else None,
+        latents=None,
+        torch=None,
+        tile=given["tile"],
+        second=None,
+        settings=_record(pipe, entry, given),
+    )
+
+
+def _record(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that make the image again: resolved options, and the entry's own inputs."""
+    kept = {n: v for n, v in given.items() if OPTIONS[n].scope == "image" and n not in ("num_images", "first_index")}
+    kept |= {name: entry[name] for name in LISTED if name in given}
+    if "hires" in given:
+        kept.setdefault("hires_strength", HIRES_STRENGTH)
+    if "prompt" in pipe.inputs:
+        kept |= {"negative_prompt": entry["negative_prompt"]}
+    return {"prompt": entry["prompt"] or "", **kept}
+
+
+def _with_noise(pipe: Pipeline, rows: list[Row], given: Mapping[str, Any], entries: int) -> list[Row]:
+    """The rows with noise from outside: given first noise, or PyTorch's."""
+    if given.get("latents") is not None:
+        latents = np.asarray(given["latents"], np.float32)
+        rows = [row._replace(latents=latents[i]) for i, row in enumerate(rows)]
+    if given["rng"] != "torch":
+        return rows
+    first, last = rows[0].index, rows[-1].index + 1
+    total = check_int("torch_batch", given.get("torch_batch", last), last)
+    # diffusers encodes an image once however many are made of it.
+    several = "init_image" in given and len(listed(given["init_image"])) > 1
+    images = -(-total * entries // (last - first)) if several else 1
+    return [_with_torch_noise(pipe, row, given, total, images) for row in rows]
+
+
+def _with_torch_noise(pipe: Pipeline, row: Row, given: Mapping[str, Any], total: int, images: int) -> Row:
+    # An inpainting model's given image is not encoded where nothing of it is left.
+    unseen = row.mask is not None and row.fresh and "mask" in pipe.inputs
+    small = row.parts[0].columns.get(SMALL)
+    draws = Draws(
+        small=None if small is None else small.shape,
+        posteriors=0 if row.image is None or unseen else images,
+        masked=images if row.mask is not None else 0,
+    )
+    noisy = tuple(_noisy_rows(part.table) for part in row.parts)
+    noise = TorchNoise(row.seed, total, pipe.model.latent_shape(row.size), noisy, draws)
+    row = row._replace(torch=(noise, row.index), settings={**row.settings, "torch_batch": total})
+    if small is None:
+        return row
+    columns = {**row.parts[0].columns, NOISE: noise.small(row.index)}
+    return row._replace(parts=(row.parts[0]._replace(columns=columns), *row.parts[1:]))
+
+
+def _noisy_rows(table: Table) -> tuple[bool, ...]:
+    return tuple(bool(noisy) for noisy in table.active & np.any(table.weights[..., -1] != 0.0, axis=-1))
+
+
+def _with_second_pass(pipe: Pipeline, row: Row, entry: Mapping[str, Any], given: Mapping[str, Any]) -> Row:
+    """The row with a pass over its enlarged image: A1111's hires fix, with Lanczos as its upscaler."""
+    scale = given.get("hires")
+    if scale is None:
+        return row
+    if row.image is not None or not pipe.begins_from_images:
+        raise UserError(f"hires {scale:g} is for images from a prompt alone; set --width and --height instead")
+    multiple = pipe.model.multiple
+    size = tuple(round(side * scale / multiple) * multiple for side in row.size)
+    again = {**given, "strength": given.get("hires_strength", HIRES_STRENGTH), "height": size[0], "width": size[1]}
+    second = _prepare_entry(pipe, entry, again, size, [make_rows(pipe, again)])._replace(index=row.index)
+    blank = np.zeros((*size, 3), np.float32)  # stands for what the first pass makes
+    second = second._replace(image=blank, fresh=False)
+    if row.torch is not None:
+        total = row.torch[0].batch
+        second = _with_torch_noise(pipe, second, again, total, total)
+    return row._replace(second=second)

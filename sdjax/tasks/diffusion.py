@@ -1,0 +1,260 @@
+"""Training of diffusion models: every condition, latents or pixels, whole or in parts (LDM, eq. 2 and 3; DDPM; ADM).
+
+Reads config.model (`unet`; `autoencoder` where no first stage is named; what the condition has), config.data,
+config.sample, config.train.trainable, and of config.task:
+
+    conditioning   a key of `sdjax.tasks.conditions.CONDITIONS`
+    latents        "encoded" in every step, "cached" in memory, "prepared" on disk; "encoded" for pixels, too
+    first_stage    folder with the autoencoder, or the config that trains it; "" for components', "none" for pixels
+    components     source of frozen networks; "" draws them
+    initial        source of networks that training begins from; "" for fresh ones
+    dropout        probability of the null condition
+    scheduler, weighting, norm, timesteps, offset_noise, export_dtype
+
+With twice as many output channels as latents have the variance is learned, by the hybrid loss (iDDPM, eq. 16).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, PRNGKeyArray, UInt8
+
+from sdjax.convert.components import Checkpoint, Component
+from sdjax.convert.folder import read_config, write_checkpoint
+from sdjax.core.config import Config
+from sdjax.core.errors import UserError
+from sdjax.core.precision import dtype_named
+from sdjax.core.tree import Params, select
+from sdjax.data import sources
+from sdjax.data.loader import Loader
+from sdjax.diffusion.denoise import per_image
+from sdjax.diffusion.loss import hybrid_loss, posterior_tables
+from sdjax.diffusion_model.conditioner import Columns, Conditioner
+from sdjax.diffusion_model.conditioners import TEXT
+from sdjax.diffusion_model.conditioners.text import NULL
+from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, DiffusionModel, backbone_of, check_fit
+from sdjax.models import autoencoder, unet, unet2d
+from sdjax.models.apply import apply
+from sdjax.models.autoencoder import autoencoder_of
+from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
+from sdjax.tasks.latents import latent_source, open_prepared
+from sdjax.tasks.objective import objective_of
+from sdjax.tasks.pretrained import init_component, read_components
+from sdjax.tasks.preview import preview
+from sdjax.tasks.variants import sizes_of
+from sdjax.training.task import DevicePut, Metrics, Task
+
+PIXELS = "none"
+"""`task.first_stage` of models that diffuse pixels."""
+
+
+def make(config: Config, mesh: Mesh) -> Task:
+    """The task of a config whose `task.name` is "diffusion"; of data and weights nothing is read yet.
+
+    Raises:
+        UserError: a name in the config is not what it should be, or sizes do not fit each other.
+    """
+    model, condition = make_model(config)
+    source, objective = latent_source(config, model, condition, mesh), objective_of(config.task)
+    learned = model.config.out_channels == 2 * model.channels
+    bounds = posterior_tables(objective.schedule) if learned else None
+    shapes = jax.eval_shape(lambda key: init_all(model, key), jax.random.key(0))
+    trainable, frozen = split_trainable(config, condition, shapes)
+
+    def init(key: PRNGKeyArray) -> Params:
+        made = {name: init_component(model, name, jax.random.fold_in(key, i)) for i, name in enumerate(trainable)}
+        return select(made, config.train.trainable or tuple(trainable))[0]
+
+    def loss(params: Params, batch: Any, key: PRNGKeyArray, step: Int[Array, ""]) -> tuple[Array, Metrics]:
+        del step
+        latent_key, noise_key, drop_key = jax.random.split(key, 3)
+        x0 = source.latents(params, batch, latent_key)
+        columns = drop_condition(model.conditioner, condition.columns(batch), drop_key, config.task.dropout)
+        images = model.conditioner.images_to_encode(columns)
+        encoded = {name: jax.lax.stop_gradient(model.encode(params, image)) for name, image in images.items()}
+        cond = model.conditioner.cond(params, {**columns, **encoded})
+
+        def network(x: Array, t: Array) -> Array:
+            return apply(model.backbone, params[BACKBONE], x, t, cond)
+
+        metrics = {} if model.autoencoder is None else {"latent_std": x0.std()}
+        if bounds is None:
+            return objective.loss(network, x0, noise_key), metrics
+        noised = objective.noised(x0, noise_key)
+        output = network(noised.x, noised.timesteps)
+        value = hybrid_loss(output, x0, noised.noise, noised.timesteps, bounds, objective.prediction).mean()
+        return value, metrics
+
+    def pretrained(put: DevicePut) -> Params:
+        return read_pretrained(config, model, set(trainable), set(frozen), put)
+
+    def export(params: Params, folder: Path) -> None:
+        write_checkpoint(folder, checkpoint_of(config, model, condition, params), config.task.export_dtype)
+
+    def batch(params: Params) -> Loader:
+        return source.batches(params)
+
+    def show(params: Params) -> UInt8[np.ndarray, "h w 3"]:
+        return preview(config, model, condition, params)
+
+    def batch_spec(rows: int) -> dict[str, Any]:
+        return {name: jax.ShapeDtypeStruct((rows, *row.shape), row.dtype) for name, row in source.spec.items()}
+
+    return Task(init, loss, show, batch, export, batch_spec, frozen, pretrained)
+
+
+def make_model(config: Config) -> tuple[DiffusionModel, TrainingCondition]:
+    """The networks of a config and their condition.
+
+    Raises:
+        UserError: a variant is unknown, or sizes do not fit each other.
+    """
+    variants = {**unet.VARIANTS, **unet2d.VARIANTS}
+    sizes = sizes_of(config.model.unet, variants, "config.model.unet")
+    first_stage = first_stage_of(config)
+    condition = training_condition(config, first_stage, sizes)
+    backbone = backbone_of(sizes, dtype_named(config.train.dtype, "config.train.dtype"), config.train.remat)
+    coder = None if first_stage is None else autoencoder_of(first_stage)
+    model = DiffusionModel(backbone, coder, condition.conditioner, config.task.scheduler.prediction_type)
+    if config.data.size % model.multiple:
+        raise UserError(
+            f"config.data.size={config.data.size} is not a multiple of {model.multiple}, which the networks need"
+        )
+    check_fit(model, "config.model")
+    if coder is None:
+        _check_variance(config, sizes)
+    return model, condition
+
+
+def first_stage_of(config: Config) -> Any:
+    """Config of the autoencoder: that of the first stage's folder, else of `config.model.autoencoder`; None for pixels.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    folder = config.task.get("first_stage", "")
+    if folder == PIXELS:
+        return None
+    if folder:
+        return read_config(Path(folder) / AUTOENCODER, AUTOENCODER)
+    return sizes_of(config.model.autoencoder, autoencoder.VARIANTS, "config.model.autoencoder")
+
+
+def _check_variance(config: Config, sizes: Any) -> None:
+    learned = sizes.out_channels == 2 * sizes.in_channels
+    if learned != (config.task.scheduler.get("variance_type") == "learned_range"):
+        raise UserError(
+            f"config.model.unet.out_channels={sizes.out_channels} and config.task.scheduler.variance_type="
+            f"{config.task.scheduler.get('variance_type')!r}: 6 channels go with 'learned_range', 3 with a fixed one"
+        )
+
+
+def init_all(model: DiffusionModel, key: PRNGKeyArray) -> Params:
+    """Fresh parameters of every component; traceable."""
+    return {name: init_component(model, name, key) for name in model.configs()}
+
+
+def split_trainable(config: Config, condition: TrainingCondition, shapes: Params) -> tuple[Params, Params]:
+    """Shapes of the parameters that `config.train.trainable` names, and of all others.
+
+    Raises:
+        UserError: a pattern matches nothing.
+    """
+    patterns = tuple(config.train.trainable) or tuple(name for name in shapes if name != AUTOENCODER)
+    trainable, frozen = select(shapes, patterns)
+    for pattern in patterns:
+        if not select(shapes, (pattern,))[0]:
+            raise UserError(
+                f"config.train.trainable: {pattern!r} matches no parameter; components are {', '.join(shapes)}"
+            )
+    if config.task.conditioning == TEXT and config.task.text == "prepared":
+        encoders = set(condition.tokenizers)
+        if encoders & set(trainable):
+            raise UserError("config.train.trainable names a text encoder, but config.task.text='prepared' freezes them")
+        # Precomputed embeddings take the encoders' place; those of the null condition stand beside the parameters.
+        conditioner: Any = condition.conditioner
+        frozen = {**frozen, NULL: embedding_shapes(conditioner)}
+    return trainable, frozen
+
+
+def drop_condition(conditioner: Conditioner, columns: Columns, key: PRNGKeyArray, probability: float) -> Columns:
+    """Columns with the null condition for a share of the rows, for classifier-free guidance (Ho & Salimans 2022)."""
+    null = conditioner.null(columns)
+    if null is None or not probability:
+        return columns
+    drops = jax.random.bernoulli(key, probability, (len(next(iter(columns.values()))),))
+    return {
+        name: value if null[name] is value else jnp.where(per_image(drops, jnp.asarray(value)), null[name], value)
+        for name, value in columns.items()
+    }
+
+
+def read_pretrained(
+    config: Config, model: DiffusionModel, trainable: set[str], frozen: set[str], put: DevicePut
+) -> Params:
+    """Every frozen component, and the trainable ones that do not begin from random numbers.
+
+    Raises:
+        UserError: a source cannot be read, or has other sizes than the config describes.
+    """
+    seed, task = config.train.seed, config.task
+    initial, components = task.get("initial", ""), task.get("components", "")
+    first_stage = task.get("first_stage", "")
+    read: Params = {}
+    for name in sorted(frozen - {NULL} | trainable):
+        if name == AUTOENCODER and first_stage:
+            key, source = "first_stage", first_stage
+        elif name in trainable and initial:
+            key, source = "initial", initial
+        elif name in frozen or (components and name != BACKBONE):
+            key, source = "components", components
+        else:
+            continue
+        read |= read_components(source, model, (name,), put, f"config.task.{key}", seed)
+    if NULL in frozen:
+        constants = open_prepared(config, model).constants
+        conditioner: Any = model.conditioner
+        names = embedding_shapes(conditioner)
+        read[NULL] = {name: put(np.asarray(constants[name], np.float32), f"{NULL}/{name}") for name in names}
+    return read
+
+
+def checkpoint_of(config: Config, model: DiffusionModel, condition: TrainingCondition, params: Params) -> Checkpoint:
+    """A finished model as others read it."""
+    side = config.data.size
+    extra = {BACKBONE: {"sample_size": side // model.factor}, AUTOENCODER: {"sample_size": side}}
+    for name in condition.tokenizers if config.model.get("tokenizer") and condition.loaded else ():
+        tokenizer = condition.loaded[name]
+        extra[name] = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    components = {name: Component(sizes, params[name], extra.get(name, {})) for name, sizes in model.configs().items()}
+    return Checkpoint(
+        components=components,
+        scheduler=config.task.scheduler.to_dict(),
+        conditioning=config.task.conditioning,
+        settings=settings_of(config, model, condition),
+        tokenizers=dict(condition.tokenizers),
+    )
+
+
+def settings_of(config: Config, model: DiffusionModel, condition: TrainingCondition) -> dict[str, Any]:
+    """How a finished model is best sampled, and facts of its condition."""
+    if model.autoencoder is None:
+        return {}
+    if config.task.conditioning == TEXT:
+        return {name: config.sample[name] for name in ("steps", "guidance_scale")}
+    names = getattr(sources.source(config.data.source, "train"), "classes", ())
+    return {
+        "size": config.data.size,
+        "steps": config.sample.steps,
+        "sampler": config.sample.sampler,
+        "guidance_scale": config.sample.guidance_scale,
+        **condition.settings,
+        **model.conditioner.settings,
+        **({"classes": list(names)} if names else {}),
+    }

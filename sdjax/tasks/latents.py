@@ -1,0 +1,159 @@
+"""Three ways to a batch's latents: encoded in every step, cached in memory, or prepared on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from sdjax.core.config import Config
+from sdjax.core.errors import UserError, unknown
+from sdjax.core.partition import gathered
+from sdjax.core.tree import Params
+from sdjax.data import sources, transforms
+from sdjax.data.bucketed import bucketed
+from sdjax.data.loader import Loader
+from sdjax.data.prepared import PreparedSource
+from sdjax.data.transforms import Select
+from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
+from sdjax.models.apply import apply
+from sdjax.models.autoencoder import posterior
+from sdjax.tasks.base import batches, loader_options, process_shard, square_crops
+from sdjax.tasks.conditions import TrainingCondition
+from sdjax.tasks.precompute import STORED, check_identity, identity_of
+
+IMAGE, MOMENTS = "image", "moments"
+
+
+class LatentSource(NamedTuple):
+    """Clean latents of a run.
+
+    Attributes:
+        spec: columns of one row of a batch, the condition's among them.
+        latents: (params, batch, key) -> scaled latents.
+        batches: params -> the endless iterator over this process's rows.
+    """
+
+    spec: Mapping[str, jax.ShapeDtypeStruct]
+    latents: Callable[[Params, Mapping[str, Any], PRNGKeyArray], Float[Array, "b *space z"]]
+    batches: Callable[[Params], Loader]
+
+
+def latent_source(config: Config, model: DiffusionModel, condition: TrainingCondition, mesh: Mesh) -> LatentSource:
+    """The way that `config.task.latents` names.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if config.task.latents not in SOURCES:
+        raise unknown("latents", config.task.latents, SOURCES, "config.task.latents")
+    return SOURCES[config.task.latents](config, model, condition, mesh)
+
+
+def encoded(config: Config, model: DiffusionModel, condition: TrainingCondition, mesh: Mesh) -> LatentSource:
+    """Images through the autoencoder in every step, as in the LDM paper; pixels are their own latents."""
+    side = config.data.size
+    image = jax.ShapeDtypeStruct((side, side, 3), jnp.uint8)
+
+    def load(params: Params) -> Loader:
+        del params
+        images, cuts = square_crops(config)
+        flips = [transforms.Flip()] if config.data.flip else []
+        select = transforms.Select((IMAGE, *condition.spec))
+        return batches(config, images, [*cuts, *flips, *condition.transforms, select], mesh)
+
+    def latents(params: Params, batch: Mapping[str, Any], key: PRNGKeyArray) -> Array:
+        return jax.lax.stop_gradient(model.encode_sampled(params, batch[IMAGE], key))
+
+    return LatentSource({IMAGE: image, **condition.spec}, latents, load)
+
+
+def cached(config: Config, model: DiffusionModel, condition: TrainingCondition, mesh: Mesh) -> LatentSource:
+    """Moments of every image, computed at the start and kept in memory, with the tokens of its caption."""
+
+    def load(params: Params) -> Loader:
+        images = grain.MapDataset.source(sources.source(config.data.source, "train"))
+        images = images.map(transforms.Square(config.data.size, config.data.crop))
+        return batches(config, cache_latents(model, params, images, condition), (), mesh)
+
+    spec = {MOMENTS: jax.ShapeDtypeStruct(_moments_shape(config, model), jnp.float32), **condition.spec}
+    return LatentSource(spec, _from_moments(model), load)
+
+
+def prepared(config: Config, model: DiffusionModel, condition: TrainingCondition, mesh: Mesh) -> LatentSource:
+    """Moments and captions that `python -m sdjax.prepare` wrote, in buckets of aspect."""
+    spec = {MOMENTS: jax.ShapeDtypeStruct(_moments_shape(config, model), STORED), **condition.spec}
+
+    def load(params: Params) -> Loader:
+        del params
+        source, options = open_prepared(config, model), config.train
+        shard, reading = process_shard(mesh), loader_options(config)
+        chosen = [Select(tuple(spec))]
+        return bucketed(source, source.buckets, options.batch_size, options.seed, chosen, shard, reading)
+
+    return LatentSource(spec, _from_moments(model), load)
+
+
+SOURCES = {"encoded": encoded, "cached": cached, "prepared": prepared}
+
+
+def open_prepared(config: Config, model: DiffusionModel) -> PreparedSource:
+    """The data of `config.data.prepared`.
+
+    Raises:
+        UserError: it was prepared with other networks.
+    """
+    source = PreparedSource(Path(config.data.prepared).expanduser())
+    check_identity(source.identity, identity_of(config, model), config.data.prepared)
+    return source
+
+
+def cache_latents(
+    model: DiffusionModel, params: Params, images: sources.Source, condition: TrainingCondition
+) -> sources.ArraySource:
+    """Moments of every image's latents, float32, and the tokens of its caption: a row an image.
+
+    Raises:
+        UserError: the condition is none of captions.
+    """
+    if not condition.loaded and condition.spec:
+        raise UserError("config.task.latents='cached' keeps captions; choose 'encoded' for other conditions")
+
+    @jax.jit
+    def encode(params: Params, images: Array) -> Array:
+        x = images.astype(jnp.float32) / 127.5 - 1.0
+        latent = apply(model.autoencoder, params, x, method="encode")  # pyright: ignore[reportArgumentType]
+        return gathered(jnp.concatenate([latent.mean, latent.logvar], axis=-1))
+
+    moments, captions, size = [], [], 64
+    for start in range(0, len(images), size):
+        rows: Any = [images[i] for i in range(start, min(start + size, len(images)))]
+        stack = np.stack([row[IMAGE] for row in rows])
+        padded = np.pad(stack, [(0, size - len(rows)), (0, 0), (0, 0), (0, 0)])
+        moments.append(np.asarray(encode(params[AUTOENCODER], padded))[: len(rows)])
+        captions += [row["caption"] for row in rows]
+    columns = {MOMENTS: np.concatenate(moments)}
+    if condition.spec:
+        tokens = [condition.loaded[name].encode(captions) for name in condition.tokenizers]
+        columns["tokens"] = np.stack(tokens, axis=1)
+    return sources.ArraySource(columns)
+
+
+def _moments_shape(config: Config, model: DiffusionModel) -> tuple[int, ...]:
+    height, width, channels = model.latent_shape((config.data.size, config.data.size))
+    return height, width, 2 * channels
+
+
+def _from_moments(model: DiffusionModel) -> Callable[[Params, Mapping[str, Any], PRNGKeyArray], Array]:
+    def latents(params: Params, batch: Mapping[str, Any], key: PRNGKeyArray) -> Array:
+        del params
+        return posterior(batch[MOMENTS]).sample(key) * model.scale
+
+    return latents

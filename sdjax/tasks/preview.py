@@ -1,0 +1,80 @@
+"""Images of a model while it is in training: always of the same conditions, from the same noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from sdjax.core.config import Config
+from sdjax.core.prng import image_keys
+from sdjax.core.tree import Params
+from sdjax.data import crops, sources, transforms
+from sdjax.data.image_inputs import paste_back
+from sdjax.data.pictures import tile, to_uint8
+from sdjax.diffusion.samplers import batched, table_for
+from sdjax.diffusion_model.conditioner import Columns, Host
+from sdjax.diffusion_model.model import DiffusionModel
+from sdjax.diffusion_model.sampling import Guidance, generate
+from sdjax.tasks.conditions import TrainingCondition
+from sdjax.tasks.latents import IMAGE
+
+
+def preview(config: Config, model: DiffusionModel, condition: TrainingCondition, params: Params) -> np.ndarray:
+    """A sheet of `config.sample.prompts`, or of conditions of the data below their own images, uint8 [h w 3].
+
+    Raises:
+        UserError: the sampler or a prompt does not fit.
+    """
+    options, size = config.sample, (config.data.size, config.data.size)
+    if "prompts" in options:
+        columns, rows = prompt_columns(config, model, condition), [np.zeros((0, *size, 3), np.uint8)]
+    else:
+        columns = preview_batch(config, condition, options.count)
+        rows = [columns[IMAGE]]
+    images = sample_columns(config, model, params, condition.columns(columns), size)
+    return tile(np.concatenate([*rows, to_uint8(images)]), options.columns)
+
+
+def sample_columns(
+    config: Config, model: DiffusionModel, params: Params, columns: Columns, size: tuple[int, int]
+) -> np.ndarray:
+    """Images in [0, 1] of a batch of columns, with the sampler of `config.sample`."""
+    options = config.sample
+    count = len(next(iter(columns.values())))
+    table = table_for(
+        config.task.scheduler.to_dict(), options.sampler, options.steps, latents=model.autoencoder is not None
+    )
+    scale = options.get("guidance_scale", 1.0)
+    guidance = Guidance(np.full(count, scale, np.float32), np.zeros(count, np.float32))
+    keys = image_keys(config.train.seed, jnp.arange(count))
+    images = generate(model, params, columns, batched([table] * count), guidance, keys, size)
+    known = model.conditioner.known(columns)
+    if known is None:
+        return images
+    pairs = zip(images, *map(np.asarray, known), strict=True)
+    return np.stack([paste_back(made, given, mask, model.conditioner.feather) for made, given, mask in pairs])
+
+
+def prompt_columns(config: Config, model: DiffusionModel, condition: TrainingCondition) -> dict[str, np.ndarray]:
+    """Columns of `config.sample.prompts`, unweighted."""
+    size = (config.data.size, config.data.size)
+    host = Host("the model", {}, condition.loaded, size, model.latent_shape(size)[:2])
+    inputs = [{"prompt": prompt, "negative_prompt": None, "syntax": "plain"} for prompt in config.sample.prompts]
+    rows = [model.conditioner.encode(one, host) for one in inputs]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def preview_batch(
+    config: Config, condition: TrainingCondition, count: int, split: str = "train"
+) -> dict[str, UInt8[np.ndarray, "..."]]:
+    """Images, evenly chosen, with their conditions, as a batch has them; always the same ones."""
+    images = crops.still(sources.source(config.data.source, split), config.data.size, config.data.crop)
+    chosen: Any = images.slice(slice(None, None, max(len(images) // count, 1))).seed(config.train.seed)
+    for change in [*condition.transforms, transforms.Select((IMAGE, *condition.spec))]:
+        chosen = chosen.random_map(change) if isinstance(change, grain.transforms.RandomMap) else chosen.map(change)
+    rows = [chosen[i] for i in range(count)]
+    return {name: np.stack([row[name] for row in rows]) for name in (IMAGE, *condition.spec)}
