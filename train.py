@@ -21,13 +21,14 @@ from etils import epath
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.flags import command_line, define_processes, define_training, load_config, processes, require
+from sdjax.core.workdirs import EXPORT
 from sdjax.data import checking
 from sdjax.parallel.distributed import initialise, run_together
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import check_batch, placer, put_batch
 from sdjax.tasks.base import make_task
 from sdjax.training.checkpoint import Checkpoints
-from sdjax.training.export import FOLDER, exported, local_folder, write_export
+from sdjax.training.export import exported, local_folder, write_export
 from sdjax.training.metrics import Metrics
 from sdjax.training.optim import make_optimizer
 from sdjax.training.preemption import Preemption
@@ -83,7 +84,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
         # ---- restore, or begin ----
         start = checkpoints.latest or 0
         if start >= options.steps and exported(root, start):
-            return root / FOLDER
+            return root / EXPORT
         stored = task.stored(placer(mesh))
         frozen = {name: stored.pop(name) for name in task.frozen}
         state = init_state(task, optimizer, options.seed, mesh, stored)
@@ -113,7 +114,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
 
         # ---- what others can load ----
         write_export(task.export, {**frozen, **state.ema}, root, int(state.step), mesh)
-    return root / FOLDER
+    return root / EXPORT
 
 
 if __name__ == "__main__":

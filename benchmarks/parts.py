@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from benchmarks.measuring import Call
 from sdjax.core.compilation import jit
+from sdjax.models.apply import apply
 from sdjax.models.conditioning import Cond
 from sdjax.pipeline.devices import Devices
 from sdjax.pipeline.pipeline import Pipeline
@@ -20,7 +21,6 @@ from sdjax.plan import flops
 from sdjax.plan.programs import Program
 from sdjax.plan.sampling import Wanted, sampling_programs
 from sdjax.plan.variants import Shaped
-from sdjax.tasks.base import apply
 
 PROMPT = "a photo of a red heart on a wooden table"
 GUIDANCE = 7.5

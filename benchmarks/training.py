@@ -37,6 +37,7 @@ from sdjax.convert.folder import write_component
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.flags import command_line, define_processes, load_config, processes
+from sdjax.core.tree import Params
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.parallel.distributed import initialise, is_first, run_together
 from sdjax.parallel.mesh import make_mesh, parse_mesh
@@ -47,7 +48,7 @@ from sdjax.tasks.base import make_task
 from sdjax.tasks.latent.networks import sizes_of
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import StepFn, TrainState, init_state, make_step
-from sdjax.training.task import Params, Task
+from sdjax.training.task import Task
 
 DATA = ("synthetic", "real")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain")

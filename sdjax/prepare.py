@@ -30,6 +30,7 @@ from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.flags import define_processes, parse_flags, processes, require
+from sdjax.core.tree import Params
 from sdjax.data import buckets, sources
 from sdjax.data.loader import Shard
 from sdjax.data.prepared_writer import PreparedWriter, Range, Row
@@ -40,7 +41,6 @@ from sdjax.parallel.sharding import put_batch, whole_placer
 from sdjax.tasks.latent import System
 from sdjax.tasks.latent.networks import VAE, Origin, system_of, tokenizers_of
 from sdjax.tasks.latent.preparation import STORED, blank_of, encode_captions, encode_moments, identity_of
-from sdjax.training.task import Params
 
 TABLES: dict[str, Callable[[int, int], buckets.Table]] = {
     "square": lambda size, step: (buckets.Size(size, size),),

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 Tree = Mapping[str, Any]
+Params = dict[str, Any]
+"""Parameters by component: {"unet": ..., "vae": ..., "text_encoder": ...}."""
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:

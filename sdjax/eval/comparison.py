@@ -25,8 +25,8 @@ from sdjax.eval.inception_score import inception_score
 from sdjax.eval.kernel_distance import kernel_distance
 from sdjax.eval.manifold import precision_recall
 from sdjax.eval.similarity import psnr, ssim
+from sdjax.models.apply import apply
 from sdjax.models.lpips import LPIPS
-from sdjax.tasks.base import apply
 
 # Statistics as others publish them: (mean, covariance) by metric, under pytorch-fid's and guided-diffusion's names.
 STORED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}

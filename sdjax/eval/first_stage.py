@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 from sdjax.convert.folder import read_component
 from sdjax.core.errors import UserError
+from sdjax.core.tree import Params
 from sdjax.data.examples import Example, Pictures
 from sdjax.data.transforms import square
 from sdjax.eval.comparison import METRICS, Figures, Options, Real, compare
 from sdjax.models import quantize
+from sdjax.models.apply import apply
 from sdjax.models.autoencoder import AnyAutoencoder, VQAutoencoder, autoencoder_of
 from sdjax.tasks.autoencoder import reconstruct
-from sdjax.tasks.base import apply, to_uint8
-from sdjax.training.task import Params
+from sdjax.tasks.base import to_uint8
 
 WANTED = ("fid", *(name for name, metric in METRICS.items() if metric.paired))
 

@@ -23,6 +23,7 @@ from sdjax.convert.single_file import read_autoencoder_file, read_single_file
 from sdjax.convert.weights import read_file
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
+from sdjax.core.workdirs import EXPORT
 from sdjax.data.textual_inversion import fit, read_embedding
 from sdjax.data.tokenizers import Tokenizer, load_tokenizer, with_placeholders
 from sdjax.diffusion.denoise import check_prediction
@@ -36,7 +37,6 @@ from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.pixels import PixelPipeline
 from sdjax.tasks.latent import System, TextEncoder
 from sdjax.tasks.latent.system import AESTHETICS, SIZES, extra_channels
-from sdjax.training.export import FOLDER
 
 UNDERSTOOD = (
     f"a diffusers folder (one with {INDEX}), a Hub id (owner/name), a single .safetensors or .ckpt file, or the "
@@ -171,7 +171,7 @@ def read_guide(path: Path, place: Placer | None = None) -> Component:
     """
     if path.is_file():
         return read_adm_classifier(path, place=place)
-    folders = [folder for folder in (path, path / FOLDER) if (folder / CLASSIFIER / "config.json").is_file()]
+    folders = [folder for folder in (path, path / EXPORT) if (folder / CLASSIFIER / "config.json").is_file()]
     if not folders:
         raise UserError(f"there is no classifier in {path}: neither {CLASSIFIER}/config.json nor a file of ADM's")
     return read_component(folders[0] / CLASSIFIER, CLASSIFIER, place=place)
@@ -185,11 +185,11 @@ def find(source: Source, variant: str | None = None) -> Path:
     """
     path = resolve(source, variant=variant)
     if path.is_dir():
-        for folder in (path, path / FOLDER):
+        for folder in (path, path / EXPORT):
             if (folder / INDEX).is_file():
                 return folder.resolve()
         if (path / "checkpoints").is_dir():
-            raise UserError(f"{path} is a workdir without {FOLDER}: train.py writes it when training ends")
+            raise UserError(f"{path} is a workdir without {EXPORT}: train.py writes it when training ends")
         raise UserError(f"{path} is no checkpoint: it has no {INDEX}; give {UNDERSTOOD}")
     if path.suffix not in SINGLE_FILES:
         raise UserError(f"{path} is no checkpoint file ({', '.join(SINGLE_FILES)}); give {UNDERSTOOD}")
@@ -203,7 +203,7 @@ def _name(source: Source, path: Path) -> str:
         return last.removesuffix(path.suffix) if path.is_file() else last
     if path.is_file():
         return path.stem
-    return path.parent.name if path.name == FOLDER else path.name
+    return path.parent.name if path.name == EXPORT else path.name
 
 
 def make_system(checkpoint: Checkpoint, kind: Any, place: object) -> System:

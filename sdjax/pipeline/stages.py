@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sdjax.core.compilation import jit
 from sdjax.core.prng import image_keys
+from sdjax.core.tree import Params
 from sdjax.diffusion.loss import q_sample
 from sdjax.diffusion.samplers import Table, first_noise
 from sdjax.models.conditioning import Cond
@@ -30,7 +31,6 @@ from sdjax.tasks.latent import (
     denoise_latents,
     encode_image,
 )
-from sdjax.training.task import Params
 
 Finite = Bool[Array, ""]
 LATER = 2**31 - 2  # what an image's key is folded with for the steps of a refiner, beyond the number of any row

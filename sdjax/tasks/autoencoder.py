@@ -27,19 +27,20 @@ from sdjax.core.errors import UserError, unknown
 from sdjax.core.partition import gathered
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream
-from sdjax.core.tree import Tree, flatten, unflatten
+from sdjax.core.tree import Params, Tree, flatten, unflatten
 from sdjax.data import sources, transforms
 from sdjax.data.loader import Loader
 from sdjax.models import quantize
+from sdjax.models.apply import apply
 from sdjax.models.autoencoder import VARIANTS, AnyAutoencoder, Autoencoder, Posterior, autoencoder_of
 from sdjax.models.layers import Conv
 from sdjax.models.lpips import LPIPS
 from sdjax.models.patchgan import PatchDiscriminator
 from sdjax.models.quantize import Quantized
-from sdjax.tasks.base import apply, batches, tile, to_uint8
+from sdjax.tasks.base import batches, tile, to_uint8
 from sdjax.tasks.first_stage.objective import CRITERIA, MOST, Adversary, adversarial, reconstruction
 from sdjax.tasks.latent.networks import VAE, sizes_of
-from sdjax.training.task import Metrics, Params, Place, Task
+from sdjax.training.task import Metrics, Place, Task
 
 DISCRIMINATOR, PERCEPTUAL, LOGVAR = "discriminator", "lpips", "logvar"
 ERRORS = {"l1": jnp.abs, "l2": jnp.square}

@@ -7,7 +7,6 @@ import pkgutil
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
@@ -18,7 +17,7 @@ from sdjax.core.errors import UserError, unknown
 from sdjax.data import crops, sources
 from sdjax.data.loader import Loader, Reading, Shard, Transform, loader
 from sdjax.parallel.sharding import rows_of_process
-from sdjax.training.task import Params, Task
+from sdjax.training.task import Task
 
 
 def task_names() -> list[str]:
@@ -37,11 +36,6 @@ def make_task(config: Config, mesh: Mesh) -> Task:
     if name not in task_names():
         raise unknown("task", name, task_names(), "config.task.name")
     return importlib.import_module(f"sdjax.tasks.{name}").make(config, mesh)
-
-
-def apply(module: nn.Module, params: Params, *inputs: Any, method: str | None = None) -> Any:
-    """What a module, or a method of it, answers: all its variables are parameters, and none changes."""
-    return module.apply({"params": params}, *inputs, method=method)
 
 
 def my_rows(mesh: Mesh) -> Shard:

@@ -17,14 +17,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sdjax.core.config import Config
+from sdjax.core.tree import Params
 from sdjax.data.masks import RandomMask
+from sdjax.models.apply import apply
 from sdjax.models.autoencoder import AutoencoderConfig, autoencoder_of
 from sdjax.models.conditioning import Cond
-from sdjax.tasks.base import apply
 from sdjax.tasks.latent.networks import VAE
 from sdjax.tasks.ldm.conditioner import Columns, Conditioner, Told
 from sdjax.tasks.ldm.training import first_stage_of, make_latent_task
-from sdjax.training.task import Params, Task
+from sdjax.training.task import Task
 
 IMAGE, MASK = "image", "mask"
 

@@ -24,14 +24,16 @@ from sdjax.convert.folder import read_component, write_component
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
+from sdjax.core.tree import Params
 from sdjax.data import crops, sources, transforms
 from sdjax.data.loader import Loader
 from sdjax.diffusion.loss import gather, q_sample, uniform_timesteps
 from sdjax.diffusion.samplers import schedule_of
 from sdjax.models.adm_classifier import VARIANTS, Classifier, ClassifierConfig, classifier_of
-from sdjax.tasks.base import apply, batches, squares, tile
+from sdjax.models.apply import apply
+from sdjax.tasks.base import batches, squares, tile
 from sdjax.tasks.latent.networks import sizes_of
-from sdjax.training.task import Metrics, Params, Task
+from sdjax.training.task import Metrics, Task
 
 NAME, LABEL, IMAGE = "classifier", "label", "image"
 

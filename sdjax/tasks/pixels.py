@@ -24,6 +24,7 @@ from sdjax.core.errors import UserError
 from sdjax.core.partition import gathered
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import image_keys
+from sdjax.core.tree import Params
 from sdjax.data import transforms
 from sdjax.data.loader import Loader
 from sdjax.diffusion.denoise import make_denoise
@@ -32,12 +33,13 @@ from sdjax.diffusion.loss import hybrid_loss, posterior_tables
 from sdjax.diffusion.samplers import SamplerOptions, Table, first_noise, make_table, schedule_of
 from sdjax.diffusion.samplers import sample as run_sampler
 from sdjax.models.adm_classifier import Classifier
+from sdjax.models.apply import apply
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet2d import VARIANTS, UNet2D, UNet2DConfig
-from sdjax.tasks.base import apply, batches, squares, tile, to_uint8
+from sdjax.tasks.base import batches, squares, tile, to_uint8
 from sdjax.tasks.latent.networks import UNET, sizes_of
 from sdjax.tasks.latent.objective import objective_of
-from sdjax.training.task import Metrics, Params, Task
+from sdjax.training.task import Metrics, Task
 
 CHANNELS, LABEL = 3, "label"
 

@@ -17,13 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdjax.core.config import Config
+from sdjax.core.tree import Params
 from sdjax.data.transforms import OfShape
 from sdjax.models import unet
 from sdjax.models.conditioning import Cond
 from sdjax.tasks.latent.networks import UNET, sizes_of
 from sdjax.tasks.ldm.conditioner import Columns, Conditioner, Told
 from sdjax.tasks.ldm.training import make_latent_task
-from sdjax.training.task import Params, Task
+from sdjax.training.task import Task
 
 NAME = "neighbours"
 

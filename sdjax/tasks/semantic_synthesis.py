@@ -18,13 +18,14 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from sdjax.core.config import Config
+from sdjax.core.tree import Params
 from sdjax.data.transforms import InRange
+from sdjax.models.apply import apply
 from sdjax.models.conditioning import Cond
 from sdjax.models.embedders import Rescaler, RescalerConfig
-from sdjax.tasks.base import apply
 from sdjax.tasks.ldm.conditioner import Columns, Conditioner, Told
 from sdjax.tasks.ldm.training import first_stage_of, make_latent_task
-from sdjax.training.task import Params, Task
+from sdjax.training.task import Task
 
 NAME, LABELS = "rescaler", "label_map"
 

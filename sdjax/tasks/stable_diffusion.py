@@ -22,12 +22,14 @@ from sdjax.convert.components import TOKENIZERS, Checkpoint, Component
 from sdjax.convert.folder import write_folder
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
+from sdjax.core.tree import Params
 from sdjax.data.bucketed import bucketed
 from sdjax.data.loader import Loader
 from sdjax.data.prepared import PreparedSource
 from sdjax.data.transforms import Select
+from sdjax.models.apply import apply
 from sdjax.models.autoencoder import posterior
-from sdjax.tasks.base import apply, my_rows, reading_of, tile, to_uint8
+from sdjax.tasks.base import my_rows, reading_of, tile, to_uint8
 from sdjax.tasks.latent import Encoded, System, Text, cond, encode_text
 from sdjax.tasks.latent.networks import (
     UNET,
@@ -43,7 +45,7 @@ from sdjax.tasks.latent.networks import (
 from sdjax.tasks.latent.objective import objective_of
 from sdjax.tasks.latent.preparation import BLANK, blank_shapes, check_identity, fields_of, identity_of
 from sdjax.tasks.latent.rehearsal import sample_prompts
-from sdjax.training.task import Metrics, Params, Place, Task
+from sdjax.training.task import Metrics, Place, Task
 
 
 class Reading(NamedTuple):

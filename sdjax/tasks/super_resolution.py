@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sdjax.core.config import Config
+from sdjax.core.tree import Params
 from sdjax.data.degradation import LowResolution
 from sdjax.models.conditioning import Cond
 from sdjax.tasks.latent.networks import VAE
 from sdjax.tasks.ldm.conditioner import Columns, Conditioner, Told
 from sdjax.tasks.ldm.training import first_stage_of, make_latent_task
-from sdjax.training.task import Params, Task
+from sdjax.training.task import Task
 
 LOW = "low_res"
 

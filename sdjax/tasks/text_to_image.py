@@ -22,17 +22,19 @@ from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.partition import gathered
 from sdjax.core.precision import dtype_named
+from sdjax.core.tree import Params
 from sdjax.data import loader, sources, transforms
 from sdjax.data.tokenizers import Tokenizer, load_tokenizer
+from sdjax.models.apply import apply
 from sdjax.models.autoencoder import AnyAutoencoder, autoencoder_of, posterior
 from sdjax.models.clip import CLIPText, CLIPTextConfig
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet, UNetConfig
-from sdjax.tasks.base import apply, batches, tile, to_uint8
+from sdjax.tasks.base import batches, tile, to_uint8
 from sdjax.tasks.latent import System, Text, TextEncoder, cond, encode_text
 from sdjax.tasks.latent.objective import objective_of
 from sdjax.tasks.latent.rehearsal import sample_prompts
-from sdjax.training.task import Metrics, Params, Place, Task
+from sdjax.training.task import Metrics, Place, Task
 
 
 def make(config: Config, mesh: Mesh) -> Task:

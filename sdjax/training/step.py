@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from sdjax.core.prng import stream
+from sdjax.core.tree import Params
 from sdjax.parallel.sharding import shapes_on, tree_shardings
-from sdjax.training.task import Metrics, Params, Task
+from sdjax.training.task import Metrics, Task
 
 
 class TrainState(NamedTuple):

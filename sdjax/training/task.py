@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from sdjax.core.tree import Params
 from sdjax.data.loader import Loader
-
-Params = dict[str, Any]
-"""Parameters by component: {"unet": ..., "vae": ..., "text_encoder": ...}."""
 
 Metrics = dict[str, Float[Array, ""]]
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sdjax.core.tree import Params
 from sdjax.diffusion.denoise import per_image
 from sdjax.models.conditioning import Cond
 from sdjax.models.layers import timestep_embedding
 from sdjax.tasks.latent.system import System
 from sdjax.tasks.latent.text import Encoded, Text, encode_text
-from sdjax.training.task import Params
 
 
 class Asked(NamedTuple):

@@ -20,7 +20,7 @@ from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream
-from sdjax.core.tree import flatten, unflatten
+from sdjax.core.tree import Params, flatten, unflatten
 from sdjax.data.tokenizers import Tokenizer, load_tokenizer
 from sdjax.models import autoencoder, clip, unet
 from sdjax.models.autoencoder import autoencoder_of
@@ -28,7 +28,7 @@ from sdjax.models.clip import TEXT_LAYERS, CLIPText, CLIPTextConfig
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet
 from sdjax.tasks.latent.system import System, TextEncoder
-from sdjax.training.task import Params, Place
+from sdjax.training.task import Place
 
 UNET, VAE = "unet", "vae"
 

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
-from sdjax.tasks.base import apply
+from sdjax.core.tree import Params
+from sdjax.models.apply import apply
 from sdjax.tasks.latent.networks import VAE, configs_of
 from sdjax.tasks.latent.system import SIZES, System
 from sdjax.tasks.latent.text import Text, encode_text
-from sdjax.training.task import Params
 
 BLANK = "blank"
 STORED = jnp.float16

@@ -13,13 +13,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sdjax.core.config import Config
 from sdjax.core.partition import gathered
 from sdjax.core.prng import image_keys
+from sdjax.core.tree import Params
 from sdjax.data.tokenizers import Tokenizer
 from sdjax.diffusion.samplers import SamplerOptions, first_noise, make_table, schedule_of
 from sdjax.tasks.latent.conditions import Asked, conditions
 from sdjax.tasks.latent.sampling import Guidance, Start, decode, denoise_latents
 from sdjax.tasks.latent.system import System
 from sdjax.tasks.latent.text import Text
-from sdjax.training.task import Params
 
 
 def sample_prompts(

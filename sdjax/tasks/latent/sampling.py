@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from sdjax.core.tree import Params
 from sdjax.diffusion.denoise import Denoise, Network, make_denoise
 from sdjax.diffusion.guidance import guided
 from sdjax.diffusion.samplers import Table
 from sdjax.diffusion.samplers import sample as run_sampler
+from sdjax.models.apply import apply
 from sdjax.models.conditioning import Cond
 from sdjax.models.layers import guidance_embedding
-from sdjax.tasks.base import apply
 from sdjax.tasks.latent.system import Diffuser
-from sdjax.training.task import Params
 
 
 class Guidance(NamedTuple):

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sdjax.core.tree import Params
+from sdjax.models.apply import apply
 from sdjax.models.clip import emphasise, layer_states
-from sdjax.tasks.base import apply
 from sdjax.tasks.latent.system import System, TextEncoder
-from sdjax.training.task import Params
 
 
 class Text(NamedTuple):

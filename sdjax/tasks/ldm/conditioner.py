@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from sdjax.core.tree import Params
 from sdjax.models.conditioning import Cond
-from sdjax.training.task import Params
 
 Columns = Mapping[str, Array | np.ndarray]
 """What a batch says of its pictures, e.g. {"label": int32 [b]}; `image`, uint8 [b H W 3], may be among it."""

@@ -16,19 +16,20 @@ from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.partition import gathered
 from sdjax.core.precision import dtype_named
+from sdjax.core.tree import Params
 from sdjax.diffusion.denoise import Denoise
 from sdjax.diffusion.guidance import image_guided
 from sdjax.diffusion.samplers import Table, first_noise
 from sdjax.models import unet, unet2d
+from sdjax.models.apply import apply
 from sdjax.models.autoencoder import AnyAutoencoder, autoencoder_of
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet
 from sdjax.models.unet2d import UNet2D, UNet2DConfig
-from sdjax.tasks.base import apply, task_names
+from sdjax.tasks.base import task_names
 from sdjax.tasks.latent.networks import UNET, VAE, sizes_of
 from sdjax.tasks.latent.sampling import Guidance, Start, decode, decode_unclipped, denoise_latents
 from sdjax.tasks.ldm.conditioner import Columns, Conditioner
-from sdjax.training.task import Params
 
 
 class ImageGuide(NamedTuple):

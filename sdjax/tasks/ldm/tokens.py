@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from sdjax.core.tree import Params
+from sdjax.models.apply import apply
 from sdjax.models.bert import Bert, BertConfig
 from sdjax.models.conditioning import Cond
-from sdjax.tasks.base import apply
 from sdjax.tasks.ldm.conditioner import Columns, Conditioner
-from sdjax.training.task import Params
 
 BERT, TOKENS = "bert", "tokens"
 

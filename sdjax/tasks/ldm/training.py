@@ -23,17 +23,19 @@ from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.prng import image_keys
+from sdjax.core.tree import Params
 from sdjax.data import crops, sources, transforms
 from sdjax.data.loader import Loader
 from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion.samplers import SamplerOptions, make_table, schedule_of
+from sdjax.models.apply import apply
 from sdjax.models.autoencoder import autoencoder_of
-from sdjax.tasks.base import apply, batches, squares, tile, to_uint8
+from sdjax.tasks.base import batches, squares, tile, to_uint8
 from sdjax.tasks.latent.networks import UNET, VAE
 from sdjax.tasks.latent.objective import objective_of
 from sdjax.tasks.ldm.conditioner import Columns, Told
 from sdjax.tasks.ldm.model import Model, draw, init, to_latents, unet_of
-from sdjax.training.task import Metrics, Params, Place, Task
+from sdjax.training.task import Metrics, Place, Task
 
 IMAGE = "image"
 
