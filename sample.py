@@ -70,6 +70,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import sdjax
+from sdjax.convert.model_index import STABLE_DIFFUSION
+from sdjax.convert.opening import kind_of
 from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
@@ -77,7 +79,7 @@ from sdjax.core.flags import PROCESSES, TIMEOUTS, define_processes, parse_flags
 from sdjax.parallel.distributed import agreed, end_by_signals, initialise, is_first, is_mine, run_together, sync
 from sdjax.parallel.mesh import make_mesh
 from sdjax.pipeline.grids import Axis, cells, contact_sheet, parse_grid
-from sdjax.pipeline.loading import find, kind_of
+from sdjax.pipeline.loading import find
 from sdjax.pipeline.orders import Order, groups, list_orders
 from sdjax.pipeline.prompt_files import PromptLine, read_prompt_file
 from sdjax.pipeline.records import check_free, fresh_folder, read_parameters, write_grid, write_picture
@@ -173,7 +175,7 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
 
 def is_conditional(source: str, variant: str | None) -> bool:
     """Whether a checkpoint is one of the LDM paper's or of ADM's, not told Stable Diffusion's prompts."""
-    return bool(source) and kind_of(find(beside(source), variant)) is not None
+    return bool(source) and kind_of(find(beside(source), variant)) != STABLE_DIFFUSION
 
 
 def make_conditional(source: str, config: Config, flag: Mapping[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +14,10 @@ import sdjax
 from sdjax.convert.components import FORMATS, TOKENIZERS, Checkpoint, Component
 from sdjax.convert.families import FAMILIES, scheduler_config
 from sdjax.convert.single_file import TOKENIZER_FOLDERS
+from sdjax.convert.tokenizers import tokenizers_of
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree, flatten, unflatten
-from sdjax.data.tokenizers import load_tokenizer
 from sdjax.models import autoencoder, clip, unet
 from sdjax.parallel.sharding import placer
 from sdjax.pipeline.loading import make_system
@@ -59,6 +60,7 @@ def random_pipeline(name: str, dtype: str, mesh: Mesh | None = None) -> Pipeline
         return Component(config, random_params(typed, place), extra or {})
 
     size = FAMILIES[variant.family].size // autoencoder.VARIANTS[variant.vae].factor
+    tokenizers: dict[str, Path] = {}
     parts: dict[str, Any] = {
         "unet": component("unet", unet.VARIANTS[variant.unet], dtype, {"sample_size": size}),
         "vae": component("vae", autoencoder.VARIANTS[variant.vae], "float32"),
@@ -67,15 +69,11 @@ def random_pipeline(name: str, dtype: str, mesh: Mesh | None = None) -> Pipeline
         row = getattr(variant, encoder)
         if row is not None:
             parts[encoder] = component(encoder, clip.VARIANTS[row], dtype)
-            parts[TOKENIZERS[encoder]] = TOKENIZER_FOLDERS / ("clip_l" if row == "clip_l" else "open_clip")
-    checkpoint = Checkpoint(**parts, scheduler_config=scheduler_config(variant.family, "epsilon", ()))
+            tokenizers[encoder] = TOKENIZER_FOLDERS / ("clip_l" if row == "clip_l" else "open_clip")
+    scheduler = scheduler_config(variant.family, "epsilon", ())
+    checkpoint = Checkpoint(components=parts, scheduler=scheduler, tokenizers=tokenizers)
     system = make_system(checkpoint, dtype_named(dtype), name)
-    tokenizers = [
-        load_tokenizer(parts[TOKENIZERS[encoder]], parts[encoder].config.max_length)
-        for encoder in TOKENIZERS
-        if encoder in parts
-    ]
-    return Pipeline(name, checkpoint, system, tuple(tokenizers), dtype, mesh)
+    return Pipeline(name, checkpoint, system, tokenizers_of(checkpoint), dtype, mesh)
 
 
 def random_params(shapes: Tree, place: Place) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from sdjax.convert.ldm_folder import LDMCheckpoint
+from sdjax.convert.components import Checkpoint
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.prng import image_keys
 from sdjax.data.folder import read_embeddings
@@ -50,23 +50,23 @@ class ConditionalPipeline:
         settings: how it was trained to be sampled; `classes` are the names of its classes, where it has some.
     """
 
-    def __init__(self, name: str, checkpoint: LDMCheckpoint, dtype: str = "float32", mesh: Mesh | None = None):
-        """Takes a model that `read_ldm` read, its parameters where they shall be: on the devices of `mesh`, if any.
+    def __init__(self, name: str, checkpoint: Checkpoint, dtype: str = "float32", mesh: Mesh | None = None):
+        """Takes a latent model, its parameters where they shall be: on the devices of `mesh`, if any.
 
         Raises:
             UserError: a part of it is missing.
         """
-        self.name, self.task = name, checkpoint.task
-        if self.task == "text_bert" and checkpoint.tokenizer is not None and "nothing" not in checkpoint.settings:
+        self.name, self.task = name, checkpoint.conditioning
+        self._tokenizer = checkpoint.tokenizers.get(BERT)
+        if self.task == "text_bert" and self._tokenizer is not None and "nothing" not in checkpoint.settings:
             # diffusers' folders do not say which tokens say nothing: those of the empty prompt.
             length = checkpoint.components[BERT].config.max_length
-            nothing = load_word_pieces(checkpoint.tokenizer, length).encode([""])[0].tolist()
-            checkpoint = checkpoint._replace(settings={**checkpoint.settings, "nothing": nothing})
+            nothing = load_word_pieces(self._tokenizer, length).encode([""])[0].tolist()
+            checkpoint = dataclasses.replace(checkpoint, settings={**checkpoint.settings, "nothing": nothing})
         self.settings = dict(checkpoint.settings)
         self.model, self.params = load_model(checkpoint, dtype)
         self._scheduler, self._devices = checkpoint.scheduler, Devices(mesh)
         self._sizes: Mapping[str, Any] = {key: part.config for key, part in checkpoint.components.items()}
-        self._tokenizer = checkpoint.tokenizer
         self._pixels = int(checkpoint.components[VAE].extra.get("sample_size", 0)) or self.settings.get("size", 256)
 
     def __call__(

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from sdjax.convert.adm_file import is_adm_file, read_adm_classifier, read_adm_file
-from sdjax.convert.components import CLASSIFIERS, TOKENIZERS, Checkpoint, Component
-from sdjax.convert.ddpm_folder import is_ddpm, read_ddpm
-from sdjax.convert.folder import INDEX, read_component, read_folder
+from sdjax.convert.adm_file import read_adm_classifier
+from sdjax.convert.components import CLASSIFIERS, TOKENIZERS, Checkpoint, Component, Patch
+from sdjax.convert.folder import read_component
 from sdjax.convert.hub import resolve
-from sdjax.convert.ldm_file import find_tokenizer, holds_ldm, read_ldm_file
-from sdjax.convert.ldm_folder import is_ldm, read_ldm
-from sdjax.convert.pickles import read_pickle
+from sdjax.convert.model_index import INDEX, LDM, STABLE_DIFFUSION
+from sdjax.convert.opening import kind_of, read_checkpoint
+from sdjax.convert.patches import add_embeddings, replace_vae
 from sdjax.convert.rules import Placer
-from sdjax.convert.single_file import read_autoencoder_file, read_single_file
-from sdjax.convert.weights import read_file
+from sdjax.convert.tokenizers import tokenizers_of
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.workdirs import EXPORT
-from sdjax.data.textual_inversion import fit, read_embedding
-from sdjax.data.tokenizers import Tokenizer, load_tokenizer, with_placeholders
 from sdjax.diffusion.denoise import check_prediction
 from sdjax.models.autoencoder import autoencoder_of
-from sdjax.models.clip import TEXT_LAYERS, CLIPText, extend_vocabulary
+from sdjax.models.clip import TEXT_LAYERS, CLIPText
 from sdjax.models.unet import UNet
 from sdjax.parallel.sharding import placer
 from sdjax.pipeline.conditional import ConditionalPipeline
@@ -77,26 +73,18 @@ def load(
     path = find(source, variant)
     dtypes = dict.fromkeys(("unet", "text_encoder", "text_encoder_2"), dtype) | {"vae": "float32"}
     place = _placer(mesh)
-    if path.is_dir():
-        if family is not None:
-            raise UserError(f"family {family!r}: {path} is a folder, whose configs say what it is; leave it out")
-        checkpoint = read_folder(path, dtypes, variant=variant, place=place)
-    else:
-        checkpoint = read_single_file(path, dtypes, family=family, prediction=prediction, place=place)
-    if prediction is not None:
-        check_prediction(prediction)
-        scheduler = {**checkpoint.scheduler_config, "prediction_type": prediction}
-        checkpoint = dataclasses.replace(checkpoint, scheduler_config=scheduler)
-    if vae is not None:
-        checkpoint = dataclasses.replace(checkpoint, vae=_read_vae(resolve(vae), place, checkpoint.vae))
-    tokenizers = _tokenizers(checkpoint, path)
-    if embeddings:
-        checkpoint, tokenizers = _with_words(checkpoint, tokenizers, [Path(file) for file in embeddings])
+    checkpoint = read_checkpoint(path, dtype=dtypes, family=family, prediction=prediction, variant=variant, place=place)
+    if checkpoint.conditioning != "text":
+        raise UserError(f"{path} is a model of {checkpoint.conditioning}; sdjax.load_conditional reads it")
+    patches: list[Patch] = [] if vae is None else [replace_vae(vae, place)]
+    for patch in [*patches, add_embeddings(embeddings)] if embeddings else patches:
+        checkpoint = patch(checkpoint)
+    tokenizers = tokenizers_of(checkpoint)
     system = make_system(checkpoint, kind, path)
     name = _name(source, path)
-    told_guidance = checkpoint.unet.config.guidance_dim is not None
-    own = few_step_defaults(name, checkpoint.scheduler_config, told_guidance, path.is_file())
-    checkpoint = dataclasses.replace(checkpoint, defaults={**own, **checkpoint.defaults})
+    told_guidance = checkpoint.components["unet"].config.guidance_dim is not None
+    own = few_step_defaults(name, checkpoint.scheduler, told_guidance, path.is_file())
+    checkpoint = dataclasses.replace(checkpoint, settings={**own, **checkpoint.settings})
     return Pipeline(name, checkpoint, system, tokenizers, dtype, mesh)
 
 
@@ -126,37 +114,17 @@ def load_conditional(
     """
     path = find(source)
     name, kind = _name(source, path), kind_of(path)
-    if kind is None:
+    if kind == STABLE_DIFFUSION:
         raise UserError(f"{path} is no model of classes, layouts, label maps or pictures; sdjax.load reads the others")
-    if path.is_dir() and family is not None:
-        raise UserError(f"family {family!r}: {path} is a folder, whose configs say what it is; leave it out")
     place = _placer(mesh)
-    if kind == "ldm":
-        if classifier is not None:
-            raise UserError(f"classifier {str(classifier)!r}: classifiers guide models of pixels, which {name} is not")
-        if path.is_file():
-            read = read_ldm_file(path, family=family, tokenizer=tokenizer, place=place)
-        else:
-            read = read_ldm(path, place=place)
-            if tokenizer is not None:
-                read = read._replace(tokenizer=find_tokenizer(read.task, read.components, tokenizer))
+    if kind == LDM and classifier is not None:
+        raise UserError(f"classifier {str(classifier)!r}: classifiers guide models of pixels, which {name} is not")
+    read = read_checkpoint(path, family=family, tokenizer=tokenizer, place=place)
+    if kind == LDM:
         return ConditionalPipeline(name, read, dtype, mesh)
-    if tokenizer is not None:
-        raise UserError(f"tokenizer {str(tokenizer)!r}: {name} reads no words")
-    read = read_adm_file(path, family=family, place=place) if path.is_file() else read_ddpm(path, place=place)
     return PixelPipeline(
         name, read, dtype, None if classifier is None else read_guide(Path(classifier).expanduser(), place), mesh
     )
-
-
-def kind_of(path: Path) -> str | None:
-    """ "ldm" or "pixels" for what `load_conditional` reads, else None.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    tests = {"ldm": (is_ldm, holds_ldm), "pixels": (is_ddpm, is_adm_file)}
-    return next((kind for kind, (folder, file) in tests.items() if (folder if path.is_dir() else file)(path)), None)
 
 
 def _placer(mesh: Mesh | None) -> Placer:
@@ -212,17 +180,18 @@ def make_system(checkpoint: Checkpoint, kind: Any, place: object) -> System:
     Raises:
         UserError: they do not fit each other.
     """
-    unet = checkpoint.unet.config
+    parts = checkpoint.components
+    unet = parts["unet"].config
     layer = TEXT_LAYERS["last" if unet.vector_dim is None else "penultimate_raw"]
-    encoders = [(name, getattr(checkpoint, name)) for name in TOKENIZERS]
-    prediction = checkpoint.scheduler_config.get("prediction_type", "epsilon")
+    encoders = [name for name in TOKENIZERS if name in parts]
+    prediction = checkpoint.scheduler.get("prediction_type", "epsilon")
     check_prediction(prediction)
     system = System(
         unet=UNet(unet, dtype=kind),
-        autoencoder=autoencoder_of(checkpoint.vae.config),
-        text_encoders=tuple(TextEncoder(n, CLIPText(part.config, kind), layer) for n, part in encoders if part),
+        autoencoder=autoencoder_of(parts["vae"].config),
+        text_encoders=tuple(TextEncoder(name, CLIPText(parts[name].config, kind), layer) for name in encoders),
         prediction=prediction,
-        number_width=checkpoint.unet.extra.get("addition_time_embed_dim") or 256,
+        number_width=parts["unet"].extra.get("addition_time_embed_dim") or 256,
     )
     _check_fit(system, place)
     return system
@@ -248,55 +217,3 @@ def _check_fit(system: System, place: object) -> None:
                 f"{place}: the UNet takes a vector of {unet.vector_dim} features, which is not the pooled prompt's "
                 f"{system.pooled_width} and {AESTHETICS} or {SIZES} numbers of {system.number_width}"
             )
-
-
-def _tokenizers(checkpoint: Checkpoint, place: object) -> tuple[Tokenizer, ...]:
-    tokenizers = []
-    for name, folder_name in TOKENIZERS.items():
-        encoder, folder = getattr(checkpoint, name), getattr(checkpoint, folder_name)
-        if encoder is None:
-            continue
-        if folder is None:
-            raise UserError(f"{place} has a {name} without its {folder_name}")
-        tokenizer = load_tokenizer(folder, encoder.config.max_length)
-        if tokenizer.vocab_size > encoder.config.vocab_size:
-            raise UserError(
-                f"{folder} has {tokenizer.vocab_size} tokens, the text encoder beside it {encoder.config.vocab_size}"
-            )
-        tokenizers.append(tokenizer)
-    return tuple(tokenizers)
-
-
-def _read_vae(path: Path, place: Any, own: Component) -> Component:
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
-        return read_component(folder, "vae", place=place)
-    read = read_autoencoder_file(path, place=place)
-    # A bare file does not say its scale; it takes the place of an autoencoder with the same latents.
-    scale = own.config.scaling_factor
-    return dataclasses.replace(read, config=dataclasses.replace(read.config, scaling_factor=scale))
-
-
-def _with_words(
-    checkpoint: Checkpoint, tokenizers: Sequence[Tokenizer], files: Sequence[Path]
-) -> tuple[Checkpoint, tuple[Tokenizer, ...]]:
-    """The checkpoint whose text encoders know the words of textual inversions, and its tokenizers likewise."""
-    names = [name for name in TOKENIZERS if getattr(checkpoint, name) is not None]
-    parts: dict[str, Component] = {name: getattr(checkpoint, name) for name in names}
-    fitted = fit(
-        [read_embedding(_tensors(file), file.stem) for file in files],
-        [part.config.width for part in parts.values()],
-    )
-    extended, longer = {}, []
-    for name, tokenizer, rows in zip(names, tokenizers, fitted.rows, strict=True):
-        part = parts[name]
-        config, params = extend_vocabulary(part.config, part.params, rows, tokenizer.eos)
-        extended[name] = dataclasses.replace(part, config=config, params=params)
-        longer.append(with_placeholders(tokenizer, fitted.counts, part.config.vocab_size))
-    return dataclasses.replace(checkpoint, **extended), tuple(longer)
-
-
-def _tensors(file: Path) -> Mapping[str, Any]:
-    if not file.is_file():
-        raise UserError(f"there is no textual inversion {str(file)!r}")
-    return read_file(file).tensors if file.suffix == ".safetensors" else read_pickle(file)[0]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from sdjax.convert.components import Checkpoint
-from sdjax.convert.folder import write_folder
+from sdjax.convert.folder import write_checkpoint
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.tokenizers import Tokenizer
 from sdjax.diffusion.samplers import Table
@@ -69,18 +69,18 @@ class Pipeline:
     ) -> None:
         """Takes a checkpoint whose parameters are on the devices already."""
         self.name, self.system, self.tokenizers = name, system, tokenizers
-        self.scheduler_config, self.dtype = checkpoint.scheduler_config, dtype
+        self.scheduler_config, self.dtype = checkpoint.scheduler, dtype
         self.shape = Shape(
             factor=system.autoencoder.config.factor,
             channels=system.autoencoder.config.latent_channels,
             default=_default_size(checkpoint, system.autoencoder.config.factor),
         )
-        self._devices, self._defaults = Devices(mesh), checkpoint.defaults
-        parts = checkpoint.components()
+        self._devices, self._defaults = Devices(mesh), checkpoint.settings
+        parts = checkpoint.components
         self.params = {name: part.params for name, part in parts.items()}
         # The checkpoint keeps no second hold of them; `save` takes the parameters from here.
         empty = {name: dataclasses.replace(part, params={}) for name, part in parts.items()}
-        self._checkpoint = dataclasses.replace(checkpoint, **empty)
+        self._checkpoint = dataclasses.replace(checkpoint, components=empty)
 
     def save(self, folder: str | Path, dtype: str = "float32") -> None:
         """Writes a diffusers folder that diffusers itself loads.
@@ -89,8 +89,8 @@ class Pipeline:
             UserError: the folder holds something that sdjax did not write, or a parameter is not finite in `dtype`.
         """
         host = jax.device_get(self._devices.everywhere(self.params))
-        parts = {n: dataclasses.replace(getattr(self._checkpoint, n), params=host[n]) for n in host}
-        write_folder(folder, dataclasses.replace(self._checkpoint, **parts), dtype)
+        parts = {n: dataclasses.replace(self._checkpoint.components[n], params=host[n]) for n in host}
+        write_checkpoint(folder, dataclasses.replace(self._checkpoint, components=parts), dtype)
 
     def settings(self, *, init_image: Pictures | None = None, **given: Any) -> Settings:
         """What a call with these keyword arguments resolves to; see `__call__`.
@@ -292,7 +292,7 @@ class Pipeline:
 
     @property
     def _model(self) -> Model:
-        low_resolution = self._checkpoint.low_res_scheduler_config
+        low_resolution = self._checkpoint.low_res_scheduler
         return Model(self.name, self.dtype, self.system, self.params, self.shape, self._devices, low_resolution)
 
     def _table(self, settings: Settings) -> Table:
@@ -378,6 +378,6 @@ class Pipeline:
 
 def _default_size(checkpoint: Checkpoint, factor: int) -> tuple[int, int]:
     """Height and width in pixels; diffusers keeps them as the UNet's sample_size, 64 where it says nothing."""
-    size = checkpoint.unet.extra.get("sample_size") or 64
+    size = checkpoint.components["unet"].extra.get("sample_size") or 64
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return height * factor, width * factor

@@ -10,8 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from sdjax.convert.components import Component
-from sdjax.convert.ddpm_folder import PixelCheckpoint
+from sdjax.convert.components import Checkpoint, Component
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import image_keys
@@ -38,22 +37,23 @@ class PixelPipeline:
     def __init__(
         self,
         name: str,
-        checkpoint: PixelCheckpoint,
+        checkpoint: Checkpoint,
         dtype: str = "float32",
         classifier: Component | None = None,
         mesh: Mesh | None = None,
     ):
-        """Takes a model that `read_ddpm` read, and a classifier for guidance, both on the devices of `mesh`, if any.
+        """Takes a model of pixels, and a classifier for guidance, both on the devices of `mesh`, if any.
 
         Raises:
             UserError: the classifier is of pictures of another size.
         """
         self.name, self.settings = name, dict[str, Any]()
-        config = checkpoint.unet.config
+        component = checkpoint.components["unet"]
+        config = component.config
         self._unet = UNet2D(config, dtype=dtype_named(dtype))
-        self._params = cast(Any, checkpoint.unet.params)
+        self._params = cast(Any, component.params)
         self._scheduler, self._classes = checkpoint.scheduler, config.classes
-        side = checkpoint.unet.extra.get("sample_size")
+        side = component.extra.get("sample_size")
         self._pixels = side if isinstance(side, int) else 0
         if self._pixels < 1:
             raise UserError(f"{name} does not say the size of its pictures (sample_size)")

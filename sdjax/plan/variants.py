@@ -66,6 +66,6 @@ def shaped(name: str, dtype: str) -> Shaped:
         own = shapes if part == "vae" else jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), shapes)
         parts[part] = Component(config, own)
     scheduler = scheduler_config(variant.family, "epsilon", ())
-    system = make_system(Checkpoint(**parts, scheduler_config=scheduler), kind, name)
+    system = make_system(Checkpoint(components=parts, scheduler=scheduler), kind, name)
     params = {part: component.params for part, component in parts.items()}
     return Shaped(system, params, dict(scheduler), FAMILIES[variant.family].size)

@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
-from sdjax.convert.components import Component
-from sdjax.convert.ddpm_folder import PixelCheckpoint, write_ddpm
+from sdjax.convert.components import Checkpoint, Component
+from sdjax.convert.folder import write_checkpoint
+from sdjax.convert.model_index import pixel_conditioning
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.partition import gathered
@@ -107,7 +108,9 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     def export(params: Params, folder: Path) -> None:
         component = Component(sizes, params[UNET], {"sample_size": config.data.size})
-        write_ddpm(folder, PixelCheckpoint(component, scheduler), config.task.export_dtype)
+        conditioning = pixel_conditioning(sizes, "config.model.unet")
+        checkpoint = Checkpoint(components={UNET: component}, scheduler=scheduler, conditioning=conditioning)
+        write_checkpoint(folder, checkpoint, config.task.export_dtype)
 
     def specimen(rows: int) -> dict[str, Any]:
         side = config.data.size

@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt8
 
-from sdjax.convert.components import TOKENIZERS, Checkpoint, Component
-from sdjax.convert.folder import write_folder
+from sdjax.convert.components import Checkpoint, Component
+from sdjax.convert.folder import write_checkpoint
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.tree import Params
@@ -168,16 +168,12 @@ def _batches(config: Config, system: System, mesh: Mesh, params: Params) -> Load
 def _export(config: Config, system: System, params: Params, folder: Path) -> None:
     side = config.data.size // system.autoencoder.config.factor
     extra = {UNET: {"sample_size": side}, VAE: {"sample_size": config.data.size}}
-    parts: Any = {
-        name: Component(sizes, params[name], extra.get(name, {})) for name, sizes in configs_of(system).items()
-    }
-    tokenizers: Any = {
-        TOKENIZERS[name]: path for name, path in tokenizer_folders(system, config.task.components).items()
-    }
     checkpoint = Checkpoint(
-        **parts,
-        **tokenizers,
-        scheduler_config=config.task.scheduler.to_dict(),
-        defaults={name: config.sample[name] for name in ("steps", "guidance_scale")},
+        components={
+            name: Component(sizes, params[name], extra.get(name, {})) for name, sizes in configs_of(system).items()
+        },
+        scheduler=config.task.scheduler.to_dict(),
+        tokenizers=tokenizer_folders(system, config.task.components),
+        settings={name: config.sample[name] for name in ("steps", "guidance_scale")},
     )
-    write_folder(folder, checkpoint, config.task.export_dtype)
+    write_checkpoint(folder, checkpoint, config.task.export_dtype)

@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
-from sdjax.convert.components import FORMATS
-from sdjax.convert.folder import Checkpoint, Component, read_component, read_config, write_folder
+from sdjax.convert.components import FORMATS, Checkpoint, Component
+from sdjax.convert.folder import read_component, read_config, write_checkpoint
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.partition import gathered
@@ -79,15 +79,18 @@ def make(config: Config, mesh: Mesh) -> Task:
         return tile(to_uint8(np.asarray(images)), config.sample.columns)
 
     def export(params: Params, folder: Path) -> None:
+        text = Component(_text_encoder(system).config, params["text_encoder"], _token_ids(tokenizer))
         checkpoint = Checkpoint(
-            unet=Component(system.unet.config, params["unet"], {"sample_size": side}),
-            vae=Component(first_stage, params["vae"], {"sample_size": config.data.size}),
-            text_encoder=Component(_text_encoder(system).config, params["text_encoder"], _token_ids(tokenizer)),
-            scheduler_config=config.task.scheduler.to_dict(),
-            tokenizer=Path(config.model.tokenizer),
-            defaults={name: config.sample[name] for name in ("steps", "guidance_scale")},
+            components={
+                "unet": Component(system.unet.config, params["unet"], {"sample_size": side}),
+                "vae": Component(first_stage, params["vae"], {"sample_size": config.data.size}),
+                "text_encoder": text,
+            },
+            scheduler=config.task.scheduler.to_dict(),
+            tokenizers={"text_encoder": Path(config.model.tokenizer)},
+            settings={name: config.sample[name] for name in ("steps", "guidance_scale")},
         )
-        write_folder(folder, checkpoint, config.task.export_dtype)
+        write_checkpoint(folder, checkpoint, config.task.export_dtype)
 
     def specimen(rows: int) -> dict[str, Any]:
         moments = jax.ShapeDtypeStruct((rows, side, side, 2 * first_stage.latent_channels), jnp.float32)

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from sdjax.convert.components import FORMATS, TOKENIZERS, Component
-from sdjax.convert.folder import find_tokenizer, read_component
+from sdjax.convert.folder import read_component
 from sdjax.convert.hub import resolve
 from sdjax.convert.single_file import TOKENIZER_FOLDERS, read_single_file
+from sdjax.convert.tokenizers import find_tokenizer
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
@@ -158,7 +159,7 @@ class Origin(NamedTuple):
         checkpoint = read_single_file(
             path, dtype, place=lambda array, at: place(array, at) if _in(at, names) else array
         )
-        return {name: part for name, part in checkpoint.components().items() if name in set(names)}
+        return {name: part for name, part in checkpoint.components.items() if name in set(names)}
 
     def _drawn(self, system: System, names: Iterable[str], place: Place) -> dict[str, Component]:
         found = {}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt8
 
-from sdjax.convert.ldm_folder import LDMCheckpoint
+from sdjax.convert.components import Checkpoint
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.partition import gathered
@@ -161,27 +161,28 @@ def _steered(model: Model, params: Params, guide: ImageGuide, denoise: Denoise) 
     return image_guided(denoise, likelihood, guide.scale)
 
 
-def load_model(checkpoint: LDMCheckpoint, dtype: str = "float32") -> tuple[Model, Params]:
+def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> tuple[Model, Params]:
     """A stored model, and all of its parameters.
 
     Raises:
         UserError: its task is none of ours, or a part of it is missing.
     """
     sizes = {name: component.config for name, component in checkpoint.components.items()}
-    if checkpoint.task not in task_names():
-        raise unknown("task", checkpoint.task, task_names(), "the model's index")
-    conditioner_of = importlib.import_module(f"sdjax.tasks.{checkpoint.task}").conditioner_of
+    kind = checkpoint.conditioning
+    if kind not in task_names():
+        raise unknown("task", kind, task_names(), "the model's index")
+    conditioner_of = importlib.import_module(f"sdjax.tasks.{kind}").conditioner_of
     arithmetic = dtype_named(dtype)
     missing = {UNET, VAE} - set(sizes)
     if missing:
-        raise UserError(f"the model of {checkpoint.task} lacks its {missing.pop()}")
+        raise UserError(f"the model of {kind} lacks its {missing.pop()}")
     module = UNet2D if isinstance(sizes[UNET], UNet2DConfig) else UNet
     try:
         conditioner = conditioner_of(sizes, checkpoint.settings)
     except (KeyError, AttributeError) as error:
-        raise UserError(f"a model of {checkpoint.task} needs a part that is not there: {error}") from error
+        raise UserError(f"a model of {kind} needs a part that is not there: {error}") from error
     if module is UNet2D and conditioner.context_width is not None:
-        raise UserError(f"a model of {checkpoint.task} needs a UNet with cross-attention, and this one has none")
+        raise UserError(f"a model of {kind} needs a UNet with cross-attention, and this one has none")
     _check_fit(sizes[UNET], sizes[VAE].latent_channels, conditioner, "unet")
     model = Model(
         module(cast(Any, sizes[UNET]), dtype=arithmetic),

@@ -17,9 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
-from sdjax.convert.components import FORMATS, Component
-from sdjax.convert.folder import read_component, read_config
-from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
+from sdjax.convert.components import FORMATS, Checkpoint, Component
+from sdjax.convert.folder import read_component, read_config, write_checkpoint
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.prng import image_keys
@@ -35,6 +34,7 @@ from sdjax.tasks.latent.networks import UNET, VAE
 from sdjax.tasks.latent.objective import objective_of
 from sdjax.tasks.ldm.conditioner import Columns, Told
 from sdjax.tasks.ldm.model import Model, draw, init, to_latents, unet_of
+from sdjax.tasks.ldm.tokens import BERT
 from sdjax.training.task import Metrics, Place, Task
 
 IMAGE = "image"
@@ -96,8 +96,14 @@ def make_latent_task(config: Config, mesh: Mesh, told: Told) -> Task:
         components = {name: Component(value, params[name], extra.get(name, {})) for name, value in sizes.items()}
         names = getattr(sources.source(config.data.source, "train"), "classes", ())
         settings = settings_of(config) | conditioner.settings | ({"classes": list(names)} if names else {})
-        checkpoint = LDMCheckpoint(config.task.name, components, scheduler, settings, told.tokenizer)
-        write_ldm(folder, checkpoint, config.task.export_dtype)
+        checkpoint = Checkpoint(
+            components=components,
+            scheduler=scheduler,
+            conditioning=config.task.name,
+            settings=settings,
+            tokenizers={} if told.tokenizer is None else {BERT: told.tokenizer},
+        )
+        write_checkpoint(folder, checkpoint, config.task.export_dtype)
 
     def specimen(rows: int) -> dict[str, Any]:
         own = {name: jax.ShapeDtypeStruct((rows, *row.shape), row.dtype) for name, row in told.columns.items()}
