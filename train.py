@@ -22,13 +22,14 @@ from sdjax.core.compile_cache import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.flags import command_line, define_processes, define_training, load_config, processes, require
 from sdjax.core.tree import merge
+from sdjax.core.workdirs import EXPORT
 from sdjax.data import checking
 from sdjax.parallel.distributed import initialise, run_together
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import check_batch, placer, put_batch
 from sdjax.tasks.base import make_task
 from sdjax.training.checkpoint import Checkpoints
-from sdjax.training.export import FOLDER, exported, local_folder, write_export
+from sdjax.training.export import exported, local_folder, write_export
 from sdjax.training.metrics import Metrics
 from sdjax.training.optim import make_optimizer
 from sdjax.training.preemption import Preemption
@@ -85,7 +86,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
         # ---- restore, or begin ----
         start = checkpoints.latest or 0
         if start >= options.steps and exported(root, start):
-            return root / FOLDER
+            return root / EXPORT
         frozen, initial = split_frozen(task, task.pretrained(placer(mesh)))
         state = init_state(task, optimizer, options.seed, mesh, initial)
         batches = task.batch(merge(frozen, state.params))
@@ -114,7 +115,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
 
         # ---- what others can load ----
         write_export(task.export, merge(frozen, state.ema), root, int(state.step), mesh)
-    return root / FOLDER
+    return root / EXPORT
 
 
 if __name__ == "__main__":

@@ -18,35 +18,28 @@ A file or folder that was not written here is never written over.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from sdjax.convert.adm_file import is_adm_classifier, is_adm_file, read_adm_classifier, read_adm_file
+from sdjax.convert.adm_file import is_adm_classifier, read_adm_classifier
 from sdjax.convert.components import CLASSIFIERS, Checkpoint
-from sdjax.convert.ddpm_folder import write_ddpm
-from sdjax.convert.families import PREDICTIONS
-from sdjax.convert.folder import absent_parts, read_folder, write_component, write_folder
+from sdjax.convert.folder import write_checkpoint, write_component
 from sdjax.convert.hub import resolve
-from sdjax.convert.ldm_file import holds_ldm, read_ldm_file
-from sdjax.convert.ldm_folder import write_ldm
+from sdjax.convert.model_index import LDM, PIXELS, STABLE_DIFFUSION, absent_parts
+from sdjax.convert.opening import kind_of, read_checkpoint
 from sdjax.convert.pickles import SUFFIXES
-from sdjax.convert.single_file import (
-    detect,
-    is_autoencoder_file,
-    read_autoencoder_file,
-    read_single_file,
-    write_single_file,
-)
-from sdjax.core.errors import UserError, run_or_exit, unknown
+from sdjax.convert.single_file import detect, is_autoencoder_file, read_autoencoder_file, write_single_file
+from sdjax.convert.weights import Weights, read_file
+from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
 
 SINGLE = ".safetensors"
 (CLASSIFIER,) = CLASSIFIERS
-Options = Mapping[str, str | None]
+Options = Mapping[str, Any]
 
 
 def main() -> None:
@@ -62,11 +55,12 @@ def main() -> None:
     chosen = {name: values[name].value for name in ("dtype", "family", "prediction", "weights", "tokenizer")}
     if path.is_dir():
         check_unused(path, chosen, ("dtype", "prediction"))
-        checkpoint = read_folder(path, chosen["dtype"], variant=values["variant"].value)
-        write(target, with_prediction(checkpoint, chosen["prediction"]))
+        dtype, prediction = chosen["dtype"], chosen["prediction"]
+        write(target, read_checkpoint(path, dtype=dtype, prediction=prediction, variant=values["variant"].value))
         return
-    read = next(read for holds, read in KINDS if holds(path))
-    read(path, target, chosen)
+    stored = read_file(path)
+    read = next((read for holds, read in ALONE if holds(stored)), convert_checkpoint)
+    read(stored, target, chosen)
 
 
 def check_unused(path: Path, chosen: Options, known: Collection[str]) -> None:
@@ -80,77 +74,56 @@ def check_unused(path: Path, chosen: Options, known: Collection[str]) -> None:
             raise UserError(f"--{name} {value} is not for {path}; what is: {', '.join(f'--{name}' for name in known)}")
 
 
-def convert_autoencoder(path: Path, target: Path, chosen: Options) -> None:
+def convert_autoencoder(stored: Weights, target: Path, chosen: Options) -> None:
     """An autoencoder alone."""
-    check_unused(path, chosen, ("dtype", "family"))
-    component = read_autoencoder_file(path, chosen["dtype"], family=chosen["family"] or "sd1")
+    check_unused(stored.path, chosen, ("dtype", "family"))
+    component = read_autoencoder_file(stored, chosen["dtype"], family=chosen["family"] or "sd1")
     write_component(fresh(target, "an autoencoder alone"), "vae", component, None)
     print(f"{target}: the folder of an autoencoder, scaling factor {component.config.scaling_factor}")
 
 
-def convert_ldm(path: Path, target: Path, chosen: Options) -> None:
-    """One of the LDM paper's models."""
-    check_unused(path, chosen, ("dtype", "family", "weights", "tokenizer"))
-    family, weights, tokenizer = (chosen[name] for name in ("family", "weights", "tokenizer"))
-    checkpoint = read_ldm_file(path, chosen["dtype"], family=family, weights=weights, tokenizer=tokenizer)
-    write_ldm(fresh(target, "such a model"), checkpoint, None)
-    print(f"{target}: a folder of a model of {checkpoint.task}")
+def convert_classifier(stored: Weights, target: Path, chosen: Options) -> None:
+    """ADM's classifier."""
+    check_unused(stored.path, chosen, ("dtype",))
+    component = read_adm_classifier(stored, chosen["dtype"])
+    write_component(fresh(target, "a classifier") / CLASSIFIER, CLASSIFIER, component, None)
+    print(f"{target}: the folder of a classifier of {component.config.size} pixels")
 
 
-def convert_adm(path: Path, target: Path, chosen: Options) -> None:
-    """ADM's UNet or classifier."""
-    if is_adm_classifier(path):
-        check_unused(path, chosen, ("dtype",))
-        component = read_adm_classifier(path, chosen["dtype"])
-        write_component(fresh(target, "a classifier") / CLASSIFIER, CLASSIFIER, component, None)
-        print(f"{target}: the folder of a classifier of {component.config.size} pixels")
-        return
-    check_unused(path, chosen, ("dtype", "family"))
-    checkpoint = read_adm_file(path, chosen["dtype"], family=chosen["family"])
-    write_ddpm(fresh(target, "such a model"), checkpoint, None)
-    print(f"{target}: a folder of a model of pictures of {checkpoint.unet.extra['sample_size']} pixels")
+def convert_checkpoint(stored: Weights, target: Path, chosen: Options) -> None:
+    """A whole model."""
+    kind = kind_of(stored)
+    check_unused(stored.path, chosen, OPTIONS[kind])
+    if kind == STABLE_DIFFUSION:
+        print(f"{stored.path}: {detect(stored, family=chosen['family'], prediction=chosen['prediction'])}")
+    write(target, read_checkpoint(stored, **chosen))
 
 
-def convert_stable_diffusion(path: Path, target: Path, chosen: Options) -> None:
-    """A file of Stable Diffusion's family."""
-    check_unused(path, chosen, ("dtype", "family", "prediction", "weights"))
-    family, prediction, weights = (chosen[name] for name in ("family", "prediction", "weights"))
-    print(f"{path}: {detect(path, family=family, prediction=prediction)}")
-    dtype, weights = chosen["dtype"], weights or "model"
-    write(target, read_single_file(path, dtype, family=family, prediction=prediction, weights=weights))
-
-
-# What a file may hold, and how it is converted; the last takes whatever is left, and says what it looks like.
-KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Path, Options], None]], ...] = (
+# What a file may hold beside a whole model, and how it is converted.
+ALONE: tuple[tuple[Callable[[Weights], bool], Callable[[Weights, Path, Options], None]], ...] = (
     (is_autoencoder_file, convert_autoencoder),
-    (holds_ldm, convert_ldm),
-    (is_adm_file, convert_adm),
-    (Path.is_file, convert_stable_diffusion),
+    (is_adm_classifier, convert_classifier),
 )
-
-
-def with_prediction(checkpoint: Checkpoint, prediction: str | None) -> Checkpoint:
-    """The checkpoint with another `prediction_type` in its scheduler's config; None leaves it.
-
-    Raises:
-        UserError: there is no such prediction type.
-    """
-    if prediction is None:
-        return checkpoint
-    if prediction not in PREDICTIONS:
-        raise unknown("prediction", prediction, PREDICTIONS)
-    scheduler = {**checkpoint.scheduler_config, "prediction_type": PREDICTIONS[prediction]}
-    return dataclasses.replace(checkpoint, scheduler_config=scheduler)
+OPTIONS = {
+    LDM: ("dtype", "family", "weights", "tokenizer"),
+    PIXELS: ("dtype", "family"),
+    STABLE_DIFFUSION: ("dtype", "family", "prediction", "weights"),
+}
 
 
 def write(target: Path, checkpoint: Checkpoint) -> None:
     """Writes the layout that the target's name asks for, and says what it lacks."""
-    if target.suffix == SINGLE:
+    if checkpoint.conditioning != "text":
+        write_checkpoint(fresh(target, "such a model"), checkpoint, None)
+        size = checkpoint.components["unet"].extra.get("sample_size")
+        kind = checkpoint.conditioning if "vae" in checkpoint.components else f"pictures of {size} pixels"
+        print(f"{target}: a folder of a model of {kind}")
+    elif target.suffix == SINGLE:
         write_single_file(target, checkpoint, None)
         print(f"{target}: one file, without tokenizer and scheduler")
-        return
-    write_folder(target, checkpoint, None)
-    print(f"{target}: a diffusers folder, without {', '.join(absent_parts(checkpoint))}")
+    else:
+        write_checkpoint(target, checkpoint, None)
+        print(f"{target}: a diffusers folder, without {', '.join(absent_parts(checkpoint))}")
 
 
 def fresh(target: Path, what: str) -> Path:

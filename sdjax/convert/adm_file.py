@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdjax.convert import adm_classifier, unet2d
-from sdjax.convert.components import Component, Reading, read_params
-from sdjax.convert.ddpm_folder import PixelCheckpoint, check_pixels
-from sdjax.convert.files import Writable
+from sdjax.convert.components import Checkpoint, Component, Dtypes, Reading, read_params
+from sdjax.convert.model_index import pixel_conditioning
 from sdjax.convert.rules import Placer
 from sdjax.convert.single_file import shapes_of
 from sdjax.convert.sizes import Heads, unet2d_config
-from sdjax.convert.weights import read_file
+from sdjax.convert.weights import Source, read_file
 from sdjax.core.errors import UserError, unknown
 from sdjax.models.adm_classifier import VARIANTS
 from sdjax.models.unet2d import UNet2DConfig
@@ -70,24 +69,24 @@ ADM_FAMILIES = {
 }
 
 
-def is_adm_file(path: str | Path) -> bool:
+def is_adm_file(source: Source) -> bool:
     """Whether a file holds a UNet or a classifier of ADM's; of a safetensors file only the header is read.
 
     Raises:
         UserError: it cannot be read.
     """
-    tensors = read_file(path).tensors
+    tensors = read_file(source).tensors
     return {FIRST, "time_embed.0.weight", "middle_block.1.qkv.weight"} <= set(tensors)
 
 
-def is_adm_classifier(path: str | Path) -> bool:
-    """Whether a file for which `is_adm_file` holds has a classifier."""
-    return POOL in read_file(path).tensors
+def is_adm_classifier(source: Source) -> bool:
+    """Whether a file holds a classifier of ADM's."""
+    return is_adm_file(source) and POOL in read_file(source).tensors
 
 
 def read_adm_file(
-    path: str | Path, dtype: str | None = "float32", *, family: str | None = None, place: Placer | None = None
-) -> PixelCheckpoint:
+    source: Source, dtype: Dtypes = "float32", *, family: str | None = None, place: Placer | None = None
+) -> Checkpoint:
     """Reads a UNet; `.pt` through torch's restricted loader.
 
     Args:
@@ -99,14 +98,15 @@ def read_adm_file(
     """
     if family is not None and family not in ADM_FAMILIES:
         raise unknown("family", family, ADM_FAMILIES)
-    tensors = _arrays(path)
+    tensors, path = _arrays(source)
     found = unet2d_config(shapes_of(tensors), Heads(), path)
     row = ADM_FAMILIES[family or _family(found, path)]
-    check_pixels(found, path)
+    conditioning = pixel_conditioning(found, path)
     config = dataclasses.replace(found, heads=tuple(map(row.heads.of, found.channels)))
     renamed = unet2d.from_original(tensors, config, new_order=row.new_order)
     params = read_params("unet", config, renamed, path, Reading(dtype, place))
-    return PixelCheckpoint(Component(config, params, {"sample_size": row.size}), row.scheduler)
+    unet = Component(config, params, {"sample_size": row.size})
+    return Checkpoint(components={"unet": unet}, scheduler=row.scheduler, conditioning=conditioning)
 
 
 def _family(config: UNet2DConfig, path: object) -> str:
@@ -125,13 +125,13 @@ def _family(config: UNet2DConfig, path: object) -> str:
     )
 
 
-def read_adm_classifier(path: str | Path, dtype: str | None = "float32", place: Placer | None = None) -> Component:
+def read_adm_classifier(source: Source, dtype: Dtypes = "float32", place: Placer | None = None) -> Component:
     """Reads one of the four published classifiers, known by the number of its blocks.
 
     Raises:
         UserError: the file is missing or corrupt, or holds none of them.
     """
-    tensors = _arrays(path)
+    tensors, path = _arrays(source)
     blocks = {key.split(".")[1] for key in tensors if key.startswith("input_blocks.")}
     known = {len(row.encoder.channels) * (row.encoder.layers_per_block + 1): row for row in VARIANTS.values()}
     config = known.get(len(blocks))
@@ -141,6 +141,6 @@ def read_adm_classifier(path: str | Path, dtype: str | None = "float32", place: 
     return Component(config, read_params("classifier", config, renamed, path, Reading(dtype, place)))
 
 
-def _arrays(path: str | Path) -> Mapping[str, np.ndarray]:
-    tensors: Mapping[str, Writable] = read_file(path).tensors
-    return {key: np.asarray(tensor) for key, tensor in tensors.items()}
+def _arrays(source: Source) -> tuple[Mapping[str, np.ndarray], Path]:
+    stored = read_file(source)
+    return {key: np.asarray(tensor) for key, tensor in stored.tensors.items()}, stored.path

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from sdjax.convert import adm_classifier, autoencoder, bert, clip, embedders, unet, unet2d
 from sdjax.convert.rules import Placer, Stored, Table, read
-from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree
 from sdjax.models.unet2d import UNet2DConfig
@@ -32,34 +31,40 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole model: what a diffusers folder or a single file holds.
-
-    Stable Diffusion 1 and 2 have `text_encoder`, SDXL both, its refiner only `text_encoder_2`; each has its tokenizer.
+    """A whole model: what a folder or a single file holds.
 
     Attributes:
-        scheduler_config: scheduler/scheduler_config.json; `_class_name` names the sampler.
-        low_res_scheduler_config: how an upscaler's low-resolution picture is noised; None for other models.
-        tokenizer: the folder with the files of the tokenizer of `text_encoder`; `tokenizer_2` likewise.
+        components: its networks: "unet", "vae" (not in models that diffuse pixels), "text_encoder", "text_encoder_2",
+            then "bert", "class_embedder" or "rescaler".
+        scheduler: scheduler_config.json; `_class_name` names the sampler.
+        conditioning: "text" for Stable Diffusion, whose refiner and upscaler included; for other latent models the
+            file of `sdjax.tasks` that trains such; "unconditional" or "class_conditional" for models of pixels.
+        settings: how it is best sampled, e.g. {"steps": 25, "guidance_scale": 2.5}, and what its condition means, e.g.
+            {"classes": ["cat", "dog"]}; diffusers passes over it.
+        tokenizers: the folder with a tokenizer's files, by the text encoder that reads its tokens.
+        low_res_scheduler: how an upscaler's low-resolution image is noised; None for other models.
         model_index: what model_index.json says beside its components, e.g. {"_class_name":
             "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}.
-        defaults: how the model is best sampled, e.g. {"steps": 25, "guidance_scale": 2.5}; diffusers passes over it.
+        placeholders: words of textual inversions, and the number of vectors of each. Their ids are the last of every
+            text encoder, in this order.
     """
 
-    unet: Component
-    vae: Component
-    scheduler_config: Mapping[str, Any]
-    text_encoder: Component | None = None
-    text_encoder_2: Component | None = None
-    tokenizer: Path | None = None
-    tokenizer_2: Path | None = None
-    low_res_scheduler_config: Mapping[str, Any] | None = None
+    components: Mapping[str, Component]
+    scheduler: Mapping[str, Any]
+    conditioning: str = "text"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tokenizers: Mapping[str, Path] = field(default_factory=dict)
+    low_res_scheduler: Mapping[str, Any] | None = None
     model_index: Mapping[str, Any] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    placeholders: Mapping[str, int] = field(default_factory=dict)
 
-    def components(self) -> dict[str, Component]:
-        """The networks that are there, by name."""
-        found = {name: getattr(self, name) for name in FORMATS}
-        return {name: component for name, component in found.items() if component is not None}
+    def replace_component(self, name: str, component: Component) -> Checkpoint:
+        """The checkpoint with another network in place of the one called `name`."""
+        return replace(self, components={**self.components, name: component})
+
+
+Patch: TypeAlias = Callable[[Checkpoint], Checkpoint]
+"""A change of a checkpoint, e.g. another autoencoder."""
 
 
 class Format(NamedTuple):
@@ -143,6 +148,7 @@ CLASSIFIERS: dict[str, Format] = {
 
 ALL_FORMATS = FORMATS | CONDITIONERS | CLASSIFIERS
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""The folder of the tokenizer of each of CLIP's text encoders."""
 
 
 Dtypes: TypeAlias = str | Mapping[str, str | None] | None
@@ -173,17 +179,3 @@ def read_params(name: str, config: Any, tensors: Mapping[str, Stored], source: o
     place = how.place
     below = None if place is None else lambda array, path: place(array, f"{name}/{path}")
     return read(form.table(config), tensors, form.shapes(config), dtype, source, below)
-
-
-def check_whole(checkpoint: Checkpoint) -> None:
-    """Refuses a checkpoint without a text encoder, or with one that lacks its tokenizer.
-
-    Raises:
-        UserError: naming what is missing.
-    """
-    encoders = [name for name in TOKENIZERS if getattr(checkpoint, name) is not None]
-    if not encoders:
-        raise UserError("the checkpoint has no text encoder")
-    for name in encoders:
-        if getattr(checkpoint, TOKENIZERS[name]) is None:
-            raise UserError(f"the checkpoint has a {name} without its {TOKENIZERS[name]}")

@@ -18,9 +18,9 @@ from huggingface_hub.errors import (
 
 from sdjax.convert.components import CONDITIONERS, FORMATS, TOKENIZERS
 from sdjax.convert.files import read_json, read_weight_map
-from sdjax.convert.folder import INDEX, TOKENIZER_FILES
-from sdjax.convert.ldm_folder import FIRST_STAGE
+from sdjax.convert.model_index import FIRST_STAGE, INDEX
 from sdjax.convert.pickles import SUFFIXES
+from sdjax.convert.tokenizers import TOKENIZER_FILES
 from sdjax.convert.weights import candidates
 from sdjax.core.errors import UserError
 from sdjax.data.word_pieces import FILE

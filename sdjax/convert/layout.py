@@ -122,5 +122,5 @@ def networks_of(checkpoint: Checkpoint, family: str) -> list[Network]:
     prefixes = {"unet": UNET, "vae": VAE, **FAMILIES[family].prefixes}
     return [
         Network(name, prefixes[name], component.config, {}, pieces_of(name, prefixes[name], component.config))
-        for name, component in checkpoint.components().items()
+        for name, component in checkpoint.components.items()
     ]

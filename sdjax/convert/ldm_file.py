@@ -6,14 +6,13 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sdjax.convert import bert, layout, sizes, unet2d
 from sdjax.convert.averages import chosen_weights
-from sdjax.convert.components import FORMATS, Component, Dtypes, Reading, read_params
+from sdjax.convert.components import FORMATS, Checkpoint, Component, Dtypes, Reading, read_params
 from sdjax.convert.families import FAMILIES, UNET, VAE
 from sdjax.convert.files import Writable
 from sdjax.convert.ldm_families import (
@@ -26,12 +25,10 @@ from sdjax.convert.ldm_families import (
     find_ldm_family,
     is_ldm_file,
 )
-from sdjax.convert.ldm_folder import LDMCheckpoint
 from sdjax.convert.rules import Placer, check_shapes
 from sdjax.convert.single_file import as_expected, component_of, shapes_of, wanted
-from sdjax.convert.weights import read_file
+from sdjax.convert.weights import Source, read_file
 from sdjax.core.errors import UserError
-from sdjax.data.word_pieces import read_vocabulary
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
 
 logger = logging.getLogger("sdjax")
@@ -39,44 +36,42 @@ logger = logging.getLogger("sdjax")
 SIZE = 256  # of the pictures, where the family does not say another
 
 
-def holds_ldm(path: str | Path) -> bool:
+def holds_ldm(source: Source) -> bool:
     """Whether a file is one of these models; of a safetensors file only the header is read.
 
     Raises:
         UserError: it cannot be read.
     """
-    return is_ldm_file(shapes_of(read_file(path).tensors))
+    return is_ldm_file(shapes_of(read_file(source).tensors))
 
 
 def read_ldm_file(
-    path: str | Path,
+    source: Source,
     dtype: Dtypes = "float32",
     *,
     family: str | None = None,
     weights: str | None = None,
-    tokenizer: str | Path | None = None,
     place: Placer | None = None,
-) -> LDMCheckpoint:
-    """Reads a `.ckpt` through torch's restricted loader, or a `.safetensors` file.
+) -> Checkpoint:
+    """Reads a `.ckpt` through torch's restricted loader, or a `.safetensors` file; neither has BERT's vocabulary.
 
     Args:
         dtype, place: as in `sdjax.convert.folder.read_folder`.
         family: one of `LDM_FAMILIES`; None to find out.
         weights: "ema" or "model"; None for averages where the file has them, as the paper samples.
-        tokenizer: the folder with BERT's vocab.txt, which a model of words is stored with; the file has none.
 
     Raises:
         UserError: the file is missing, corrupt or no such model, lacks keys or has others (both are listed), or there
-            is no such family or tokenizer.
+            is no such family.
     """
-    stored = read_file(path).tensors
+    stored, _, path = read_file(source)
     if not is_ldm_file(shapes_of(stored)):
         raise UserError(f"{path} is none of the LDM paper's models ({', '.join(LDM_FAMILIES)})")
     name = find_ldm_family(shapes_of(stored), family, path)
     found = LDM_FAMILIES[name]
     kept = chosen_weights(stored, weights, path)
     averaged = any(kept[key] is not stored[key] for key in kept)
-    logger.info("%s is taken for %s; %s weights", Path(path).name, name, "averaged" if averaged else "its last")
+    logger.info("%s is taken for %s; %s weights", path.name, name, "averaged" if averaged else "its last")
     tensors = _without_twins(wanted(kept))
     how, size = Reading(dtype, place), int(found.sampling.get("size", SIZE))
     components = {"unet": _unet(tensors, found, path, how)}
@@ -90,8 +85,9 @@ def read_ldm_file(
     if left := [key for key in tensors if key not in used]:
         raise UserError(f"{path} has tensors that belong to nothing: {', '.join(left[:5])}")
     settings = {"size": size, **found.sampling, **settings}
-    folder = None if tokenizer is None else find_tokenizer(found.task, told, tokenizer)
-    return LDMCheckpoint(found.task, components | told, found.scheduler, settings, folder)
+    return Checkpoint(
+        components=components | told, scheduler=found.scheduler, conditioning=found.task, settings=settings
+    )
 
 
 def _scale(tensors: Mapping[str, Writable], family: LDMFamily, path: object) -> float:
@@ -176,19 +172,3 @@ def _shape(tensors: Mapping[str, Writable], key: str, path: object) -> tuple[int
     if key not in tensors:
         raise UserError(f"{path} lacks {key}")
     return tuple(tensors[key].shape)
-
-
-def find_tokenizer(task: str, networks: Mapping[str, Component], folder: str | Path) -> Path:
-    """The folder with the vocabulary of a model of words.
-
-    Raises:
-        UserError: the model reads no words, the folder holds no vocabulary, or a larger one than the model knows.
-    """
-    folder = Path(folder).expanduser()
-    if task != "text_bert":
-        raise UserError(f"tokenizer {str(folder)!r}: a model of {task} reads no words")
-    count = len(read_vocabulary(folder))
-    known = networks["bert"].config.vocab_size
-    if count > known:
-        raise UserError(f"tokenizer {str(folder)!r} has {count} tokens; the model knows {known}")
-    return folder

@@ -10,7 +10,6 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from sdjax.convert.files import Writable, write_safetensors
 from sdjax.convert.layout import Detected, Network, networks_in, networks_of, vae_in
 from sdjax.convert.original import SQUEEZED, Part, Piece, inward, is_vae_attention, outward
 from sdjax.convert.rules import Kind, Placer, check_shapes, export
-from sdjax.convert.weights import read_file
+from sdjax.convert.weights import Source, read_file
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
 
@@ -37,18 +36,22 @@ ALIASES = (  # the first files were written before transformers had the inner na
 )
 
 
-def detect(path: str | Path, *, family: str | None = None, prediction: str | None = None) -> Detected:
+def detect(source: Source, *, family: str | None = None, prediction: str | None = None) -> Detected:
     """What `read_single_file` takes a file for; of a safetensors file only the header is read.
 
     Raises:
         UserError: as `read_single_file`.
     """
-    weights = read_file(path)
-    return _detect(weights.tensors, weights.facts, path, family, prediction)
+    stored = read_file(source)
+    first = stored.tensors.get(f"{UNET}input_blocks.0.0.weight")
+    in_channels = None if first is None or len(first.shape) < 2 else int(first.shape[1])
+    name = find_family(stored.tensors, in_channels, family, stored.path)
+    assert in_channels is not None, "a file of a family has a UNet"
+    return Detected(name, *find_prediction(name, stored.tensors, stored.facts, in_channels, prediction), in_channels)
 
 
 def read_single_file(
-    path: str | Path,
+    source: Source,
     dtype: Dtypes = "float32",
     *,
     family: str | None = None,
@@ -68,28 +71,26 @@ def read_single_file(
         UserError: the file is missing or corrupt, is of no family here (the message says what it looks like), or lacks
             keys of its family or has others (both are listed).
     """
-    stored = read_file(path)
-    found = _detect(stored.tensors, stored.facts, path, family, prediction)
-    logger.info("%s is taken for %s", Path(path).name, found)
+    stored = read_file(source)
+    found, path = detect(stored, family=family, prediction=prediction), stored.path
+    logger.info("%s is taken for %s", path.name, found)
     tensors = wanted(chosen_weights(stored.tensors, weights, path))
     networks = networks_in(shapes_of(tensors), found, path)
     expected = {key: shape for network in networks for key, shape in network.original_shapes().items()}
     tensors = as_expected(tensors, networks)
     check_shapes(expected, shapes_of(tensors), path)
-    parts: dict[str, Any] = {}
-    for network in networks:
-        parts[network.name] = component_of(network, tensors, path, Reading(dtype, place))
-        if network.name in TOKENIZERS:
-            parts[TOKENIZERS[network.name]] = TOKENIZER_FOLDERS / ("open_clip" if network.is_open_clip else "clip_l")
+    how = Reading(dtype, place)
+    folders = {n.name: "open_clip" if n.is_open_clip else "clip_l" for n in networks if n.name in TOKENIZERS}
     return Checkpoint(
-        **parts,
-        scheduler_config=scheduler_config(found.family, found.prediction, stored.tensors),
-        low_res_scheduler_config=FAMILIES[found.family].low_res_scheduler,
+        components={network.name: component_of(network, tensors, path, how) for network in networks},
+        scheduler=scheduler_config(found.family, found.prediction, stored.tensors),
+        tokenizers={name: TOKENIZER_FOLDERS / folder for name, folder in folders.items()},
+        low_res_scheduler=FAMILIES[found.family].low_res_scheduler,
     )
 
 
 def read_autoencoder_file(
-    path: str | Path, dtype: Dtypes = "float32", *, family: str = "sd1", place: Placer | None = None
+    source: Source, dtype: Dtypes = "float32", *, family: str = "sd1", place: Placer | None = None
 ) -> Component:
     """Reads an autoencoder alone, in the original naming or in diffusers' own.
 
@@ -101,7 +102,8 @@ def read_autoencoder_file(
     """
     if family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
-    tensors = _without_prefix(wanted(read_file(path).tensors))
+    stored = read_file(source)
+    tensors, path = _without_prefix(wanted(stored.tensors)), stored.path
     if any(key.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for key in tensors):
         raise UserError(f"{path} is an autoencoder in diffusers' naming; put it into a diffusers folder")
     network = vae_in(shapes_of(tensors), FAMILIES[family], "", path)
@@ -110,13 +112,13 @@ def read_autoencoder_file(
     return component_of(network, tensors, path, Reading(dtype, place))
 
 
-def is_autoencoder_file(path: str | Path) -> bool:
+def is_autoencoder_file(source: Source) -> bool:
     """Whether a file holds an autoencoder in the original naming and no UNet.
 
     Raises:
         UserError: it cannot be read.
     """
-    keys = list(read_file(path).tensors)
+    keys = list(read_file(source).tensors)
     named = any(re.fullmatch(r"(first_stage_model\.|vae\.)?decoder\.mid\..*", key) for key in keys)
     return named and not any(key.startswith(UNET) for key in keys)
 
@@ -133,18 +135,18 @@ def write_single_file(path: str | Path, checkpoint: Checkpoint, dtype: str | Non
             not fit their configs, or they are not finite in `dtype`.
     """
     family = family_of(checkpoint)
-    prediction = checkpoint.scheduler_config.get("prediction_type", "epsilon")
+    prediction = checkpoint.scheduler.get("prediction_type", "epsilon")
     networks = networks_of(checkpoint, family)
     tensors: dict[str, Writable] = {}
     for network in networks:
-        form, component = FORMATS[network.name], checkpoint.components()[network.name]
+        form, component = FORMATS[network.name], checkpoint.components[network.name]
         named = f"the {network.name} to be written"
         arrays = export(form.table(network.config), component.params, form.shapes(network.config), named)
         tensors |= {network.prefix + key: whole for key, whole in outward(network.pieces, arrays).items()}
     shapes = shapes_of(tensors)
-    in_channels = checkpoint.unet.config.in_channels
+    in_channels = checkpoint.components["unet"].config.in_channels
     _check_expressed(networks, networks_in(shapes, Detected(family, prediction, "", in_channels), path))
-    if checkpoint.scheduler_config.get("rescale_betas_zero_snr"):
+    if checkpoint.scheduler.get("rescale_betas_zero_snr"):
         marks = ("ztsnr", "v_pred") if prediction == "v_prediction" else ("ztsnr",)
         tensors |= {mark: np.zeros(0, np.float32) for mark in marks}  # as other programs mark such files
     said = {"modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction}
@@ -153,23 +155,21 @@ def write_single_file(path: str | Path, checkpoint: Checkpoint, dtype: str | Non
 
 
 def family_of(checkpoint: Checkpoint) -> str:
-    """The family whose original layout holds the networks of a checkpoint."""
-    if checkpoint.text_encoder_2 is not None:
-        return "sdxl_refiner" if checkpoint.text_encoder is None else "sdxl"
-    if checkpoint.low_res_scheduler_config is not None:
+    """The family whose original layout holds the networks of a checkpoint.
+
+    Raises:
+        UserError: it is none of Stable Diffusion's.
+    """
+    if checkpoint.conditioning != "text":
+        raise UserError(
+            f"one file holds Stable Diffusion in its original naming, no model of {checkpoint.conditioning}"
+        )
+    text = checkpoint.components.get("text_encoder")
+    if "text_encoder_2" in checkpoint.components:
+        return "sdxl_refiner" if text is None else "sdxl"
+    if checkpoint.low_res_scheduler is not None:
         return "x4_upscaler"
-    open_clip = checkpoint.text_encoder is not None and checkpoint.text_encoder.config.activation == "gelu"
-    return "sd2" if open_clip else "sd1"
-
-
-def _detect(
-    tensors: Mapping[str, Writable], facts: Mapping[str, str], path: object, family: str | None, prediction: str | None
-) -> Detected:
-    first = tensors.get(f"{UNET}input_blocks.0.0.weight")
-    in_channels = None if first is None or len(first.shape) < 2 else int(first.shape[1])
-    name = find_family(tensors, in_channels, family, path)
-    assert in_channels is not None, "a file of a family has a UNet"
-    return Detected(name, *find_prediction(name, tensors, facts, in_channels, prediction), in_channels)
+    return "sd2" if text is not None and text.config.activation == "gelu" else "sd1"
 
 
 def wanted(tensors: Mapping[str, Writable]) -> dict[str, Writable]:

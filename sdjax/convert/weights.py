@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from sdjax.convert.files import Writable, read_metadata, read_safetensors, read_sharded
 from sdjax.convert.pickles import SUFFIXES, read_pickle
@@ -19,23 +19,31 @@ class Weights(NamedTuple):
     Attributes:
         tensors: by key; each is read when it is made an array.
         facts: what the file says of itself, e.g. {"modelspec.prediction_type": "v"} or {"global_step": "875000"}.
+        path: the file.
     """
 
     tensors: Mapping[str, Writable]
     facts: Mapping[str, str]
+    path: Path
 
 
-def read_file(path: str | Path) -> Weights:
-    """The tensors of a `.safetensors` file, or of a pickle through torch's restricted loader.
+Source: TypeAlias = str | Path | Weights
+"""A file's path, or what was read of it."""
+
+
+def read_file(source: Source) -> Weights:
+    """The tensors of a `.safetensors` file, or of a pickle through torch's restricted loader; not read a second time.
 
     Raises:
         UserError: the file is missing, corrupt, of another kind, or a pickle where torch is not installed.
     """
-    path = Path(path)
+    if isinstance(source, Weights):
+        return source
+    path = Path(source)
     if path.suffix == ".safetensors":
-        return Weights(read_safetensors(path), read_metadata(path))
+        return Weights(read_safetensors(path), read_metadata(path), path)
     if path.suffix in SUFFIXES:
-        return Weights(*read_pickle(path))
+        return Weights(*read_pickle(path), path)
     raise UserError(f"{path} is none of the files that are read: .safetensors, {', '.join(SUFFIXES)}")
 
 

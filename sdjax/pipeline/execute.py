@@ -153,7 +153,7 @@ def _sample_part(
     shape = model.latent_shape(rows[0].size)
     keys, noise = sampling.draw_noise(seeds, indices, shape, devices.replicate(np.int32(number)))
     if number == 0 and rows[0].latents is not None:
-        noise = devices.shard_batch(np.stack([row.latents for row in rows]))  # pyright: ignore[reportArgumentType]
+        noise = devices.shard_batch(np.stack([np.asarray(row.latents) for row in rows]))
     elif number == 0 and rows[0].torch is not None:
         noise = devices.shard_batch(np.stack([row.torch[0].first(row.torch[1]) for row in rows]))  # pyright: ignore
     cond, columns = _condition(pipe, parts, rows[0].tile, keys, guidance)
@@ -232,7 +232,7 @@ def _row_noise(pipe: Pipeline, rows: Sequence[Row], number: int) -> Any:
     if rows[0].torch is None:
         return None
     steps = [row.torch[0].steps(number, row.torch[1]) for row in rows if row.torch is not None]
-    return None if steps[0] is None else pipe.devices.shard_batch(np.stack(steps))
+    return None if steps[0] is None else pipe.devices.shard_batch(np.stack([np.asarray(one) for one in steps]))
 
 
 def _paste(row: Row, image: np.ndarray) -> np.ndarray:

@@ -16,18 +16,19 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from sdjax.core.tree import Params
+from sdjax.core.workdirs import EXPORT
 from sdjax.parallel.distributed import is_first, sync
-from sdjax.training.task import Params
 from sdjax.training.workdir import copy_tree, is_remote, write_whole
 
-FOLDER, RECORD = "export", "export.json"
+RECORD = "export.json"
 SMALL = 2**16  # bytes; less is not worth a file
 
 
 def exported(workdir: epath.Path, step: int) -> bool:
     """Whether the export of `step` is there, all of it."""
     record = workdir / RECORD
-    return record.exists() and json.loads(record.read_text()).get("step") == step and (workdir / FOLDER).exists()
+    return record.exists() and json.loads(record.read_text()).get("step") == step and (workdir / EXPORT).exists()
 
 
 def write_export(
@@ -43,19 +44,19 @@ def write_export(
         step: of the parameters.
         mesh: of the run.
     """
-    record, folder = workdir / RECORD, workdir / FOLDER
+    record, folder = workdir / RECORD, workdir / EXPORT
     with _scratch(workdir) as scratch:
         whole = gathered(params, scratch) if jax.process_count() > 1 else params
         if is_first():
             with _alone(mesh):
-                write(whole, scratch / FOLDER)
+                write(whole, scratch / EXPORT)
             record.unlink(missing_ok=True)
             if folder.exists():
                 folder.rmtree()
             if is_remote(workdir):
-                copy_tree(epath.Path(scratch / FOLDER), folder)
+                copy_tree(epath.Path(scratch / EXPORT), folder)
             else:
-                (scratch / FOLDER).rename(folder)
+                (scratch / EXPORT).rename(folder)
             write_whole(record, json.dumps({"step": step}) + "\n")
     sync("export")
 
@@ -98,7 +99,7 @@ def _scratch(workdir: epath.Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="sdjax-") as folder:
             yield Path(folder)
         return
-    folder = Path(workdir / f"{FOLDER}.tmp")
+    folder = Path(workdir / f"{EXPORT}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     yield folder

@@ -16,7 +16,7 @@ from safetensors.torch import save_file as save_torch
 from tiny_checkpoints import tiny_checkpoint
 
 from sdjax.convert.__main__ import main
-from sdjax.convert.folder import read_component, read_folder, write_folder
+from sdjax.convert.folder import read_component, read_folder, write_checkpoint
 from sdjax.convert.layout import VOCABULARY
 from sdjax.convert.single_file import TOKENIZER_FOLDERS, read_single_file, write_single_file
 from sdjax.core.errors import UserError
@@ -74,10 +74,10 @@ def test_types_families_and_predictions_as_asked(convert, tmp_path: Path, capsys
     convert("--dtype", "float16", first, tmp_path / "folder", "--prediction=v")
     assert "Stable Diffusion 2; predicts v_prediction (as asked)" in capsys.readouterr().out
     found = read_folder(tmp_path / "folder", None)
-    assert found.unet.params["conv_in"]["kernel"].dtype == np.float16
-    assert found.scheduler_config["prediction_type"] == "v_prediction"
+    assert found.components["unet"].params["conv_in"]["kernel"].dtype == np.float16
+    assert found.scheduler["prediction_type"] == "v_prediction"
     convert(tmp_path / "folder", tmp_path / "second.safetensors", "--prediction", "epsilon")
-    assert read_single_file(tmp_path / "second.safetensors").scheduler_config["prediction_type"] == "epsilon"
+    assert read_single_file(tmp_path / "second.safetensors").scheduler["prediction_type"] == "epsilon"
 
 
 def test_an_autoencoder_alone(convert, tmp_path: Path):
@@ -108,7 +108,7 @@ def test_an_autoencoder_alone(convert, tmp_path: Path):
 )
 def test_mistakes_are_said_and_nothing_is_written(arguments, words: str, convert, tmp_path: Path):
     source = original(tmp_path / "first.safetensors", "sd1", "float16")
-    write_folder(tmp_path / "folder", read_single_file(source))
+    write_checkpoint(tmp_path / "folder", read_single_file(source))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("text")
     before = sorted(tmp_path.rglob("*"))

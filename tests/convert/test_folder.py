@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import random_params, write_tokenizer
 
 from sdjax.convert import autoencoder, clip, unet
-from sdjax.convert.folder import Checkpoint, Component, read_folder, write_folder
+from sdjax.convert.components import Checkpoint, Component
+from sdjax.convert.folder import read_folder, write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 from sdjax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -45,19 +46,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     text = CLIPTextConfig(
         vocab_size=vocab_size, width=24, layers=2, heads=3, feed_forward=32, max_length=12, eos_token_id=vocab_size - 1
     )
+    own = {"sample_size": 8, "torch_dtype": "float16"}
     return Checkpoint(
-        unet=Component(sizes, random_params(unet.shapes(sizes), 0), {"sample_size": 8, "torch_dtype": "float16"}),
-        vae=Component(vae, random_params(autoencoder.shapes(vae), 1), {"sample_size": 16, "force_upcast": False}),
-        text_encoder=Component(text, random_params(clip.shapes(text), 2), {"bos_token_id": vocab_size - 2}),
-        scheduler_config=SCHEDULER,
-        tokenizer=tokenizer,
+        components={
+            "unet": Component(sizes, random_params(unet.shapes(sizes), 0), own),
+            "vae": Component(
+                vae, random_params(autoencoder.shapes(vae), 1), {"sample_size": 16, "force_upcast": False}
+            ),
+            "text_encoder": Component(text, random_params(clip.shapes(text), 2), {"bos_token_id": vocab_size - 2}),
+        },
+        scheduler=SCHEDULER,
+        tokenizers={"text_encoder": tokenizer},
     )
 
 
 @pytest.fixture(scope="module")
 def folder(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("written") / "deeper" / "model"
-    write_folder(path, checkpoint, "float32")
+    write_checkpoint(path, checkpoint, "float32")
     return path
 
 
@@ -83,7 +89,7 @@ def test_diffusers_loads_the_folder_and_its_networks_agree_to_1e_4(checkpoint: C
         ["a photo of cat", "heart"], padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
     assert ids.shape == (2, 12)
-    assert ids[0, 5] == checkpoint.text_encoder.config.eos_token_id, "words are single tokens"
+    assert ids[0, 5] == checkpoint.components["text_encoder"].config.eos_token_id, "words are single tokens"
 
     rng = np.random.default_rng(0)
     x, t = rng.standard_normal((2, 8, 8, 4), np.float32), np.float32([7.0, 500.0])
@@ -98,14 +104,14 @@ def test_diffusers_loads_the_folder_and_its_networks_agree_to_1e_4(checkpoint: C
         assert theirs.std() > 0.05
         np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
-    read = read_folder(folder)
-    states = CLIPText(read.text_encoder.config).apply({"params": read.text_encoder.params}, ids.numpy())
+    read = read_folder(folder).components
+    states = CLIPText(read["text_encoder"].config).apply({"params": read["text_encoder"].params}, ids.numpy())
     close(states.last, text.last_hidden_state)
     close(states.pooled, text.pooler_output)
-    predict = jax.jit(UNet(read.unet.config).apply)
-    close(predict({"params": read.unet.params}, x, t, Cond(context=states.last)), noise)
-    decode = jax.jit(lambda params, z: Autoencoder(read.vae.config).apply({"params": params}, z, method="decode"))
-    close(decode(read.vae.params, x), pictures)
+    predict = jax.jit(UNet(read["unet"].config).apply)
+    close(predict({"params": read["unet"].params}, x, t, Cond(context=states.last)), noise)
+    decode = jax.jit(lambda params, z: Autoencoder(read["vae"].config).apply({"params": params}, z, method="decode"))
+    close(decode(read["vae"].params, x), pictures)
     assert pipe("red heart", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
@@ -115,29 +121,31 @@ def test_what_diffusers_writes_again_is_read_as_the_same_checkpoint(
     StableDiffusionPipeline.from_pretrained(folder, local_files_only=True).save_pretrained(tmp_path / "theirs")
     found = read_folder(tmp_path / "theirs")
     for name in ("unet", "vae", "text_encoder"):
-        ours, theirs = getattr(checkpoint, name), getattr(found, name)
+        ours, theirs = checkpoint.components[name], found.components[name]
         assert theirs.config == ours.config
         expected, params = flatten(ours.params), flatten(theirs.params)
         assert params.keys() == expected.keys()
         assert all(np.array_equal(params[key], expected[key]) for key in expected), name
-    assert SCHEDULER.items() <= {**found.scheduler_config}.items() | {("_class_name", "DDIMScheduler")}
+    assert SCHEDULER.items() <= {**found.scheduler}.items() | {("_class_name", "DDIMScheduler")}
 
 
 def test_reading_and_writing_again_gives_the_same_files(folder: Path, tmp_path: Path):
-    write_folder(tmp_path / "again", read_folder(folder), "float32")
+    write_checkpoint(tmp_path / "again", read_folder(folder), "float32")
     assert files_of(tmp_path / "again") == files_of(folder)
 
 
 def test_half_precision(checkpoint: Checkpoint, tmp_path: Path):
-    write_folder(tmp_path / "half", checkpoint, "float16")
+    write_checkpoint(tmp_path / "half", checkpoint, "float16")
     found = read_folder(tmp_path / "half", "bfloat16")
-    kernel = np.asarray(checkpoint.unet.params["conv_in"]["kernel"])
-    assert found.unet.params["conv_in"]["kernel"].dtype == jnp.bfloat16
+    kernel = np.asarray(checkpoint.components["unet"].params["conv_in"]["kernel"])
+    assert found.components["unet"].params["conv_in"]["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(
-        found.unet.params["conv_in"]["kernel"], kernel.astype(np.float16).astype(jnp.bfloat16), strict=True
+        found.components["unet"].params["conv_in"]["kernel"],
+        kernel.astype(np.float16).astype(jnp.bfloat16),
+        strict=True,
     )
     assert (tmp_path / "half/unet/diffusion_pytorch_model.safetensors").stat().st_size < 0.6 * sum(
-        leaf.size * 4 for leaf in flatten(checkpoint.unet.params).values()
+        leaf.size * 4 for leaf in flatten(checkpoint.components["unet"].params).values()
     )
     with pytest.raises(UserError, match="unknown dtype 'int8'"):
         read_folder(tmp_path / "half", "int8")
@@ -184,17 +192,17 @@ def as_diffusers_itself_shards(source: Path) -> None:
     ids=["fp16", "shards", "fp16 shards", "diffusers' fp16 shards", "pickle", "fp16 pickle"],
 )
 def test_weights_are_found_wherever_diffusers_puts_them(copy: Path, move):
-    expected = flatten(read_folder(copy).vae.params)
+    expected = flatten(read_folder(copy).components["vae"].params)
     move(copy / "vae" / VAE_FILE)
-    found = flatten(read_folder(copy).vae.params)
+    found = flatten(read_folder(copy).components["vae"].params)
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[key], expected[key]) for key in expected)
 
 
 def test_transformers_names_its_pickle_otherwise(copy: Path):
-    expected = flatten(read_folder(copy).text_encoder.params)
+    expected = flatten(read_folder(copy).components["text_encoder"].params)
     pickled(copy / "text_encoder" / "model.safetensors", "pytorch_model.bin")
-    found = flatten(read_folder(copy).text_encoder.params)
+    found = flatten(read_folder(copy).components["text_encoder"].params)
     assert all(np.array_equal(found[key], expected[key]) for key in expected)
 
 
@@ -203,10 +211,11 @@ def test_the_variant_that_is_asked_for_comes_first(copy: Path):
     plain = copy / "vae" / VAE_FILE
     doubled = {name: tensor * 2 for name, tensor in load_file(plain).items()}
     save_file(doubled, plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    kernel = read_folder(copy).vae.params["quant_conv"]["kernel"]
+    kernel = read_folder(copy).components["vae"].params["quant_conv"]["kernel"]
     half = read_folder(copy, variant="fp16")
-    np.testing.assert_array_equal(half.vae.params["quant_conv"]["kernel"], 2 * kernel)
-    assert half.unet.config == read_folder(copy).unet.config, "where there is no such file, the plain one is read"
+    np.testing.assert_array_equal(half.components["vae"].params["quant_conv"]["kernel"], 2 * kernel)
+    unet_config = read_folder(copy).components["unet"].config
+    assert half.components["unet"].config == unet_config, "where there is no such file, the plain one is read"
     plain.unlink()
     plain.with_name("diffusion_pytorch_model.fp16.safetensors").unlink()
     with pytest.raises(UserError, match=r"vae holds no diffusion_pytorch_model\.safetensors"):
@@ -244,11 +253,11 @@ def test_writing_over_a_folder_keeps_what_is_the_users(checkpoint: Checkpoint, c
     (copy / "README.md").write_text("a model card")
     (copy / "pictures").mkdir()
     (copy / "pictures" / "0.png").write_bytes(b"png")
-    changed = dataclasses.replace(checkpoint, scheduler_config=SCHEDULER | {"steps_offset": 0})
-    write_folder(copy, changed)
+    changed = dataclasses.replace(checkpoint, scheduler=SCHEDULER | {"steps_offset": 0})
+    write_checkpoint(copy, changed)
     assert (copy / "README.md").read_text() == "a model card"
     assert (copy / "pictures" / "0.png").exists()
-    assert read_folder(copy).scheduler_config["steps_offset"] == 0
+    assert read_folder(copy).scheduler["steps_offset"] == 0
     assert list(tmp_path.iterdir()) == [copy], "nothing temporary is left"
 
 
@@ -259,22 +268,23 @@ def test_a_folder_that_is_not_ours_is_left_alone(checkpoint: Checkpoint, copy: P
     (tmp_path / "notes" / "diary.txt").write_text("text")
     for target in (copy, tmp_path / "file", tmp_path / "notes"):
         with pytest.raises(UserError, match="was not written by sdjax"):
-            write_folder(target, checkpoint)
+            write_checkpoint(target, checkpoint)
     assert (tmp_path / "notes" / "diary.txt").read_text() == "text"
 
 
 def test_a_write_that_fails_leaves_the_old_folder(checkpoint: Checkpoint, copy: Path, tmp_path: Path):
     before = files_of(copy)
-    params = dict(checkpoint.vae.params)
+    vae = checkpoint.components["vae"]
+    params = dict(vae.params)
     params["quant_conv"] = {"kernel": np.full((1, 1, 8, 8), np.inf, np.float32), "bias": np.zeros(8, np.float32)}
     with pytest.raises(UserError, match=r"quant_conv\.weight holds values that are not finite"):
-        write_folder(copy, dataclasses.replace(checkpoint, vae=dataclasses.replace(checkpoint.vae, params=params)))
-    wrong = dataclasses.replace(checkpoint.vae, params={"quant_conv": params["quant_conv"]})
+        write_checkpoint(copy, checkpoint.replace_component("vae", dataclasses.replace(vae, params=params)))
+    wrong = dataclasses.replace(vae, params={"quant_conv": params["quant_conv"]})
     with pytest.raises(UserError, match="the vae to be written does not fit"):
-        write_folder(copy, dataclasses.replace(checkpoint, vae=wrong))
+        write_checkpoint(copy, checkpoint.replace_component("vae", wrong))
     with pytest.raises(UserError, match="_class_name"):
-        write_folder(copy, dataclasses.replace(checkpoint, scheduler_config={"beta_start": 1}))
+        write_checkpoint(copy, dataclasses.replace(checkpoint, scheduler={"beta_start": 1}))
     with pytest.raises(UserError, match="holds no tokenizer"):
-        write_folder(copy, dataclasses.replace(checkpoint, tokenizer=tmp_path))
+        write_checkpoint(copy, dataclasses.replace(checkpoint, tokenizers={"text_encoder": tmp_path}))
     assert files_of(copy) == before
     assert list(tmp_path.iterdir()) == [copy]

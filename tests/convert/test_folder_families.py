@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny_checkpoints import DDIM, FAMILIES, assert_same, tiny_checkpoint, write_tokenizer
 
-from sdjax.convert.folder import absent_parts, read_folder, write_folder
+from sdjax.convert.folder import read_folder, write_checkpoint
+from sdjax.convert.model_index import absent_parts
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 
@@ -35,7 +36,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_loads_each_family_and_writes_it_back_the_same(family: str, tokenizer, tmp_path: Path):
     checkpoint = tiny_checkpoint(family, *tokenizer)
-    write_folder(tmp_path / "ours", checkpoint)
+    write_checkpoint(tmp_path / "ours", checkpoint)
     # the depth estimator and its processor are no part of the model here; diffusers insists on hearing of them
     left_out = {name: None for name in ("depth_estimator", "feature_extractor") if family == "sd2_depth"}
     assert set(left_out) <= set(absent_parts(checkpoint))
@@ -43,12 +44,12 @@ def test_diffusers_loads_each_family_and_writes_it_back_the_same(family: str, to
     generic = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours", local_files_only=True, **left_out)
     assert type(generic) is kind, "model_index.json names the class"
     theirs = kind.from_pretrained(tmp_path / "ours", local_files_only=True, **left_out)
-    assert theirs.unet.config.in_channels == checkpoint.unet.config.in_channels
+    assert theirs.unet.config.in_channels == checkpoint.components["unet"].config.in_channels
     theirs.save_pretrained(tmp_path / "theirs")
     found = read_folder(tmp_path / "theirs")
     assert_same(checkpoint, found)
     assert found.model_index["_class_name"] == CLASSES[family]
-    assert (found.low_res_scheduler_config is None) == (family != "x4_upscaler")
+    assert (found.low_res_scheduler is None) == (family != "x4_upscaler")
     if family.startswith("sdxl"):
         refines = family == "sdxl_refiner"
         assert found.model_index["force_zeros_for_empty_prompt"] is not refines
@@ -60,12 +61,12 @@ def test_diffusers_loads_each_family_and_writes_it_back_the_same(family: str, to
 def test_the_index_of_a_folder_is_kept(tokenizer, tmp_path: Path):
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": False, "add_watermarker": None}
     checkpoint = dataclasses.replace(tiny_checkpoint("sdxl", *tokenizer), model_index=index)
-    write_folder(tmp_path / "model", checkpoint)
+    write_checkpoint(tmp_path / "model", checkpoint)
     assert read_folder(tmp_path / "model").model_index == index
 
 
 def test_each_network_has_its_own_type_and_place(tokenizer, tmp_path: Path):
-    write_folder(tmp_path / "model", tiny_checkpoint("sdxl", *tokenizer), "float16")
+    write_checkpoint(tmp_path / "model", tiny_checkpoint("sdxl", *tokenizer), "float16")
     seen: dict[str, np.ndarray] = {}
 
     def place(array: np.ndarray, path: str) -> str:
@@ -73,7 +74,7 @@ def test_each_network_has_its_own_type_and_place(tokenizer, tmp_path: Path):
         return path
 
     found = read_folder(tmp_path / "model", {"vae": "float32", "unet": "bfloat16"}, place=place)
-    for name, component in found.components().items():
+    for name, component in found.components.items():
         flat = flatten(component.params)
         assert all(leaf == f"{name}/{key}" for key, leaf in flat.items())
     types = {"unet": "bfloat16", "vae": "float32", "text_encoder": "float16", "text_encoder_2": "float16"}
@@ -82,8 +83,8 @@ def test_each_network_has_its_own_type_and_place(tokenizer, tmp_path: Path):
 
 def test_stored_types_are_kept_when_none_is_asked_for(tokenizer, tmp_path: Path):
     checkpoint = tiny_checkpoint("sd1", *tokenizer)
-    write_folder(tmp_path / "half", checkpoint, "float16")
-    write_folder(tmp_path / "again", read_folder(tmp_path / "half", None), None)
+    write_checkpoint(tmp_path / "half", checkpoint, "float16")
+    write_checkpoint(tmp_path / "again", read_folder(tmp_path / "half", None), None)
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         file = f"{name}.safetensors"
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "half" / file).read_bytes()
@@ -92,13 +93,13 @@ def test_stored_types_are_kept_when_none_is_asked_for(tokenizer, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"text_encoder": None, "text_encoder_2": None}, "no text encoder"),
-        ({"tokenizer_2": None}, "text_encoder_2 without its tokenizer_2"),
-        ({"low_res_scheduler_config": {}}, "low_res_scheduler config has no _class_name"),
+        ({"components": {}}, "no text encoder"),
+        ({"tokenizers": {"text_encoder": Path()}}, "text_encoder_2 without its tokenizer_2"),
+        ({"low_res_scheduler": {}}, "low_res_scheduler config has no _class_name"),
     ],
 )
 def test_an_incomplete_checkpoint_is_not_written(changes: dict, words: str, tokenizer, tmp_path: Path):
-    checkpoint = dataclasses.replace(tiny_checkpoint("sdxl", *tokenizer), scheduler_config=DDIM, **changes)
+    checkpoint = dataclasses.replace(tiny_checkpoint("sdxl", *tokenizer), scheduler=DDIM, **changes)
     with pytest.raises(UserError, match=words):
-        write_folder(tmp_path / "model", checkpoint)
+        write_checkpoint(tmp_path / "model", checkpoint)
     assert not list(tmp_path.iterdir())

@@ -22,7 +22,7 @@ from tiny_checkpoints import assert_same, tiny_checkpoint, write_tokenizer
 from torch_reference import drawn
 
 from sdjax.convert.components import ALL_FORMATS, Checkpoint, Component
-from sdjax.convert.folder import read_folder, write_folder
+from sdjax.convert.folder import read_folder, write_checkpoint
 from sdjax.convert.hub import resolve
 from sdjax.convert.ldm_families import LDM_FAMILIES
 from sdjax.core.errors import UserError
@@ -116,8 +116,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def hub(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     folder = tmp_path / "served" / "acme" / "xl"
-    write_folder(folder, checkpoint)
-    write_folder(tmp_path / "half", checkpoint, "float16")
+    write_checkpoint(folder, checkpoint)
+    write_checkpoint(tmp_path / "half", checkpoint, "float16")
     for name, stem in (("unet", STEM), ("vae", STEM), ("text_encoder", "model"), ("text_encoder_2", "model")):
         shutil.copy(tmp_path / "half" / name / f"{stem}.safetensors", folder / name / f"{stem}.fp16.safetensors")
         (folder / name / f"{stem}.bin").write_bytes(b"a pickle")
@@ -156,7 +156,7 @@ def test_half_precision_is_taken_when_asked_for(checkpoint, hub: Hub, tmp_path: 
     folder = resolve("acme/xl", variant="fp16", cache_dir=tmp_path / "cache", endpoint=hub.url)
     assert len(weights(hub.served)) == 4
     assert all(".fp16." in name for name in weights(hub.served))
-    assert read_folder(folder, None).unet.params["conv_in"]["kernel"].dtype == "float16"
+    assert read_folder(folder, None).components["unet"].params["conv_in"]["kernel"].dtype == "float16"
     hub.stop()  # what was downloaded serves whoever asks for less
     assert resolve("acme/xl", cache_dir=tmp_path / "cache", endpoint=hub.url) == folder
 
@@ -171,14 +171,14 @@ def test_models_of_the_ldm_paper_come_whole(hub: Hub, tmp_path: Path):
     train_word_pieces(["a red heart"], tmp_path / "words", 60)
     scheduler = LDM_FAMILIES["text_f4"].scheduler
     folder = tmp_path / "served" / "acme" / "words"
-    folder.mkdir()
-    write_ldm(folder, LDMCheckpoint("text_bert", components, scheduler, {}, tmp_path / "words"))
+    tokenizers = {"bert": tmp_path / "words"}
+    made = Checkpoint(components=components, scheduler=scheduler, conditioning="text_bert", tokenizers=tokenizers)
+    write_checkpoint(folder, made)
     (folder / "vqvae" / "model.onnx").write_bytes(b"another format")
     found = resolve("acme/words", cache_dir=tmp_path / "cache", endpoint=hub.url)
     assert weights(hub.served) == {f"unet/{STEM}.safetensors", f"vqvae/{STEM}.safetensors", "bert/model.safetensors"}
-    read = read_ldm(found)
-    assert read.tokenizer is not None
-    assert load_word_pieces(read.tokenizer, 11).encode(["a red heart"]).shape == (1, 11)
+    read = read_folder(found)
+    assert load_word_pieces(read.tokenizers["bert"], 11).encode(["a red heart"]).shape == (1, 11)
     for name, component in components.items():
         for key, leaf in flatten(component.params).items():
             np.testing.assert_array_equal(flatten(read.components[name].params)[key], leaf, err_msg=key)

@@ -10,11 +10,6 @@ import numpy as np
 import pytest
 import torch
 from original_names import bert_original, unet2d_original
-from sdjax.convert.ddpm_folder import read_ddpm
-from sdjax.convert.ldm_folder import is_ldm, read_ldm
-from sdjax.pipeline.loading import read_guide
-from sdjax.tasks.latent.networks import sizes_of
-from sdjax.tasks.ldm.model import load_model
 from torch_reference import drawn
 
 import sdjax
@@ -22,9 +17,11 @@ from sdjax.convert import __main__ as command
 from sdjax.convert import adm_file, components, unet2d
 from sdjax.convert.adm_file import read_adm_classifier, read_adm_file
 from sdjax.convert.files import write_safetensors
+from sdjax.convert.folder import read_folder
 from sdjax.convert.layout import pieces_of
 from sdjax.convert.ldm_families import LDM_FAMILIES
 from sdjax.convert.ldm_file import read_ldm_file
+from sdjax.convert.opening import kind_of
 from sdjax.convert.original import outward
 from sdjax.convert.rules import export
 from sdjax.core.errors import UserError
@@ -36,6 +33,9 @@ from sdjax.models.bert import BertConfig
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
 from sdjax.models.unet import UNetConfig
 from sdjax.models.unet2d import VARIANTS, UNet2DConfig
+from sdjax.pipeline.loading import read_guide
+from sdjax.tasks.latent.networks import sizes_of
+from sdjax.tasks.ldm.model import load_model
 
 UNET, VAE, COND = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 SMALL = {"channels": (32, 32, 64), "layers_per_block": 1, "groups": 32}
@@ -128,7 +128,7 @@ def test_every_tensor_of_a_file_is_where_it_was(name, tmp_path):
     assert found.components["unet"].extra["sample_size"] == {"rdm": 96}.get(name, 64 if vae is not KL else 32)
     load_model(found)  # what the UNet takes is what the first stage and the condition give
     row = LDM_FAMILIES[name]
-    assert found.task == row.task
+    assert found.conditioning == row.task
     assert (found.scheduler["beta_start"], found.scheduler["beta_end"]) == row.betas
     assert found.settings == {"size": 256, **row.sampling, **({"none": 1000} if name == "cin256" else {})}
 
@@ -176,7 +176,7 @@ def test_words_need_berts_vocabulary(tmp_path, monkeypatch):
     convert(monkeypatch, path, tmp_path / "folder", f"--tokenizer={tmp_path / 'words'}")
     pipe = diffusers.LDMTextToImagePipeline.from_pretrained(tmp_path / "folder")
     assert pipe.tokenizer.tokenize("a red heart") == ["a", "red", "heart"]
-    checkpoint = read_ldm(tmp_path / "folder")
+    checkpoint = read_folder(tmp_path / "folder")
     assert checkpoint.settings["guidance_scale"] == 5.0
     assert sdjax.load_conditional(path)._tokenizer is None
     with pytest.raises(UserError, match="model has no tokenizer; give the folder"):
@@ -241,16 +241,17 @@ def test_adms_files_become_folders(name, tmp_path, monkeypatch):
     tensors = unet2d_original(stored, config, name == "adm_64")
     torch.save({key: torch.from_numpy(value) for key, value in tensors.items()}, path)
     convert(monkeypatch, path, tmp_path / "folder")
-    found = read_ddpm(tmp_path / "folder")
-    assert found.unet.config == config
+    found = read_folder(tmp_path / "folder")
+    assert found.components["unet"].config == config
     for key, leaf in flatten(params).items():
-        np.testing.assert_array_equal(flatten(found.unet.params)[key], leaf, err_msg=key)
+        np.testing.assert_array_equal(flatten(found.components["unet"].params)[key], leaf, err_msg=key)
     index = json.loads((tmp_path / "folder" / "model_index.json").read_text())
     assert index["_class_name"] == ("PixelDiffusion" if name == "adm_512" else "DDPMPipeline")
     if name != "adm_512":
         assert diffusers.DDPMPipeline.from_pretrained(tmp_path / "folder").unet.config.sample_size == int(name[4:])
     assert found.scheduler["beta_schedule"] == ("squaredcos_cap_v2" if name == "adm_64" else "linear")
-    assert not is_ldm(tmp_path / "folder")
+    assert kind_of(path) == kind_of(tmp_path / "folder") == "pixels"
+    assert found.conditioning == ("unconditional" if config.classes is None else "class_conditional")
     with pytest.raises(UserError, match="unknown family 'sd1'; choose one of: adm_128, adm_256, adm_512, adm_64"):
         read_adm_file(path, family="sd1")
     if name == "adm_64":  # nothing of the schedule is lost between a file and a folder
@@ -277,7 +278,7 @@ def test_a_unet_that_is_none_of_adms_is_refused(tmp_path):
             with pytest.raises(UserError, match="no UNet of pictures without cross-attention, of 3 channels in"):
                 read_adm_file(path, family="adm_256")
         else:
-            assert read_adm_file(path, family="adm_256").unet.config == config
+            assert read_adm_file(path, family="adm_256").components["unet"].config == config
 
 
 def test_sizes_that_diffusers_has_no_words_for_come_back():

@@ -18,8 +18,9 @@ from tiny_checkpoints import FAMILIES, assert_same, tiny_checkpoint
 
 from sdjax.convert import autoencoder, unet
 from sdjax.convert.components import FORMATS, Checkpoint
-from sdjax.convert.folder import pipeline_class, read_folder, write_component
+from sdjax.convert.folder import read_folder, write_component
 from sdjax.convert.layout import VOCABULARY, pieces_of
+from sdjax.convert.model_index import pipeline_class
 from sdjax.convert.original import outward
 from sdjax.convert.rules import export, stored_shapes
 from sdjax.convert.single_file import (
@@ -43,8 +44,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Checkpo
     folder, found = tmp_path_factory.mktemp("files"), {}
     for family in FAMILIES:
         checkpoint = tiny_checkpoint(family, TOKENIZER_FOLDERS / "clip_l", VOCABULARY)
-        scheduler = {**checkpoint.scheduler_config, "prediction_type": PREDICTIONS.get(family, "epsilon")}
-        checkpoint = dataclasses.replace(checkpoint, scheduler_config=scheduler)
+        scheduler = {**checkpoint.scheduler, "prediction_type": PREDICTIONS.get(family, "epsilon")}
+        checkpoint = dataclasses.replace(checkpoint, scheduler=scheduler)
         found[family] = checkpoint, folder / f"{family}.safetensors"
         write_single_file(found[family][1], checkpoint)
     return found
@@ -56,13 +57,13 @@ def tensors(made) -> Mapping[str, Tensors]:
 
 
 def in_diffusers_names(checkpoint: Checkpoint, name: str) -> dict[str, np.ndarray]:
-    component, form = checkpoint.components()[name], FORMATS[name]
+    component, form = checkpoint.components[name], FORMATS[name]
     return export(form.table(component.config), component.params, form.shapes(component.config), name)
 
 
 def converted(family: str, checkpoint: Checkpoint, name: str, file: Tensors) -> Tensors:
     """What diffusers' own converters make of a file for one network."""
-    config = FORMATS[name].to_config(checkpoint.components()[name].config)
+    config = FORMATS[name].to_config(checkpoint.components[name].config)
     if name == "unet":
         return theirs.convert_ldm_unet_checkpoint(dict(file), config)
     if name == "vae":
@@ -77,7 +78,7 @@ def converted(family: str, checkpoint: Checkpoint, name: str, file: Tensors) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_converters_make_of_our_file_what_we_wrote(family: str, made, tensors):
     checkpoint, _ = made[family]
-    for name in checkpoint.components():
+    for name in checkpoint.components:
         expected = in_diffusers_names(checkpoint, name)
         found = converted(family, checkpoint, name, tensors[family])
         assert found.keys() == expected.keys()
@@ -92,14 +93,13 @@ def test_what_was_written_is_read(family: str, made):
     assert_same(checkpoint, found)
     plain = family in ("sdxl_refiner", "x4_upscaler")
     assert detect(path).family == (family if plain else family.split("_")[0])
-    assert found.scheduler_config["prediction_type"] == checkpoint.scheduler_config["prediction_type"]
+    assert found.scheduler["prediction_type"] == checkpoint.scheduler["prediction_type"]
     assert pipeline_class(found) == pipeline_class(checkpoint)
-    assert (found.low_res_scheduler_config is None) == (family != "x4_upscaler")
+    assert (found.low_res_scheduler is None) == (family != "x4_upscaler")
     clip_l = family.startswith("sd1") or family == "sdxl"
-    assert found.tokenizer == (
-        None if family == "sdxl_refiner" else TOKENIZER_FOLDERS / ("clip_l" if clip_l else "open_clip")
-    )
-    assert found.tokenizer_2 == (TOKENIZER_FOLDERS / "open_clip" if family.startswith("sdxl") else None)
+    folders = {} if family == "sdxl_refiner" else {"text_encoder": "clip_l" if clip_l else "open_clip"}
+    folders |= {"text_encoder_2": "open_clip"} if family.startswith("sdxl") else {}
+    assert found.tokenizers == {name: TOKENIZER_FOLDERS / folder for name, folder in folders.items()}
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -143,7 +143,7 @@ def with_what_published_files_hold(family: str, tensors: Tensors) -> Tensors:
 def test_what_else_published_files_hold_is_passed_over(family: str, made, tensors, tmp_path: Path):
     path = tmp_path / "full.safetensors"
     save_file(with_what_published_files_hold(family, tensors[family]), path)
-    prediction = made[family][0].scheduler_config["prediction_type"]
+    prediction = made[family][0].scheduler["prediction_type"]
     assert_same(made[family][0], read_single_file(path, prediction=prediction))
 
 
@@ -186,7 +186,7 @@ def test_what_the_network_predicts(family, metadata, marks, asked, prediction, t
     assert found.prediction == prediction
     assert prediction in str(found)
     if marks or asked:
-        scheduler = read_single_file(path, prediction=asked).scheduler_config
+        scheduler = read_single_file(path, prediction=asked).scheduler
         assert scheduler["prediction_type"] == prediction
         assert scheduler.get("rescale_betas_zero_snr", False) is ("ztsnr" in marks)
         assert scheduler.get("timestep_spacing", "leading") == ("trailing" if "ztsnr" in marks else "leading")
@@ -194,9 +194,9 @@ def test_what_the_network_predicts(family, metadata, marks, asked, prediction, t
 
 def test_a_terminal_snr_of_zero_survives_the_round_trip(made, tmp_path: Path):
     checkpoint, _ = made["sdxl"]
-    scheduler = {**checkpoint.scheduler_config, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    write_single_file(tmp_path / "z.safetensors", dataclasses.replace(checkpoint, scheduler_config=scheduler))
-    found = read_single_file(tmp_path / "z.safetensors").scheduler_config
+    scheduler = {**checkpoint.scheduler, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    write_single_file(tmp_path / "z.safetensors", dataclasses.replace(checkpoint, scheduler=scheduler))
+    found = read_single_file(tmp_path / "z.safetensors").scheduler
     assert (found["prediction_type"], found["rescale_betas_zero_snr"]) == ("v_prediction", True)
 
 
@@ -209,7 +209,7 @@ def test_an_autoencoder_alone(form: str, made, tensors, tmp_path: Path):
     assert not is_autoencoder_file(made["sdxl"][1])
     component = read_autoencoder_file(path, family="sdxl")
     checkpoint = made["sdxl"][0]
-    assert_same(checkpoint, dataclasses.replace(checkpoint, vae=component))
+    assert_same(checkpoint, checkpoint.replace_component("vae", component))
     assert read_autoencoder_file(path).config.scaling_factor == 0.18215
     with pytest.raises(UserError, match="no checkpoint of a family"):
         read_single_file(path)
@@ -284,8 +284,9 @@ def test_structures_that_are_not_here_are_refused(tensors, tmp_path: Path):
 
 def test_what_the_layout_cannot_say_is_not_written(made, tmp_path: Path):
     checkpoint, _ = made["sd1"]
-    config = dataclasses.replace(checkpoint.unet.config, heads=(4, 4))
-    other = dataclasses.replace(checkpoint, unet=dataclasses.replace(checkpoint.unet, config=config))
+    part = checkpoint.components["unet"]
+    config = dataclasses.replace(part.config, heads=(4, 4))
+    other = checkpoint.replace_component("unet", dataclasses.replace(part, config=config))
     with pytest.raises(UserError, match=r"cannot say of the unet: heads \(4, 4\) \(not \(8, 8\)\)"):
         write_single_file(tmp_path / "x.safetensors", other)
     (tmp_path / "mine.safetensors").write_bytes(b"mine")

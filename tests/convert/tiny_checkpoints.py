@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sdjax.convert import autoencoder, clip, unet
-from sdjax.convert.components import Checkpoint, Component
+from sdjax.convert.components import TOKENIZERS, Checkpoint, Component
 from sdjax.core.tree import flatten, unflatten
 from sdjax.models.autoencoder import AutoencoderConfig
 from sdjax.models.clip import CLIPTextConfig
@@ -95,28 +95,29 @@ def tiny_checkpoint(
     scale = 0.13025 if family.startswith("sdxl") else 0.08333 if upscaler else 0.18215
     vae = AutoencoderConfig(channels=(32, 64), layers_per_block=1, scaling_factor=scale)
     eos = vocab_size - 1 if eos is None else eos
-    parts: dict[str, Any] = {}
+    parts = {
+        "unet": Component(sizes, random_params(unet.shapes(sizes), 0), {"sample_size": 8}),
+        "vae": Component(vae, random_params(autoencoder.shapes(vae), 1), {"sample_size": 16}),
+    }
     if family != "sdxl_refiner":
         text = tiny_text(vocab_size, eos, length, False, family.startswith("sd2") or upscaler)
-        parts |= {"text_encoder": Component(text, random_params(clip.shapes(text), 2)), "tokenizer": tokenizer}
+        parts["text_encoder"] = Component(text, random_params(clip.shapes(text), 2))
     if family.startswith("sdxl"):
         text = tiny_text(vocab_size, eos, length, True, True)
-        parts |= {"text_encoder_2": Component(text, random_params(clip.shapes(text), 3)), "tokenizer_2": tokenizer}
-    if upscaler:
-        parts["low_res_scheduler_config"] = {"_class_name": "DDPMScheduler", **BETAS, "beta_end": 0.02}
+        parts["text_encoder_2"] = Component(text, random_params(clip.shapes(text), 3))
     return Checkpoint(
-        unet=Component(sizes, random_params(unet.shapes(sizes), 0), {"sample_size": 8}),
-        vae=Component(vae, random_params(autoencoder.shapes(vae), 1), {"sample_size": 16}),
-        scheduler_config=EULER if family.startswith("sdxl") else DDIM,
-        **parts,
+        components=parts,
+        scheduler=EULER if family.startswith("sdxl") else DDIM,
+        tokenizers={name: tokenizer for name in TOKENIZERS if name in parts},
+        low_res_scheduler={"_class_name": "DDPMScheduler", **BETAS, "beta_end": 0.02} if upscaler else None,
     )
 
 
 def assert_same(ours: Checkpoint, theirs: Checkpoint) -> None:
     """Configs and parameters, bit for bit."""
-    assert theirs.components().keys() == ours.components().keys()
-    for name, component in ours.components().items():
-        other = theirs.components()[name]
+    assert theirs.components.keys() == ours.components.keys()
+    for name, component in ours.components.items():
+        other = theirs.components[name]
         assert other.config == component.config
         expected, found = flatten(component.params), flatten(other.params)
         assert found.keys() == expected.keys()

@@ -24,7 +24,7 @@ from published import CLIPS, UNETS, VAES
 
 from sdjax.convert.components import FORMATS, TOKENIZERS, Checkpoint, Component
 from sdjax.convert.families import scheduler_config
-from sdjax.convert.folder import read_folder, write_folder
+from sdjax.convert.folder import read_folder, write_checkpoint
 from sdjax.convert.single_file import TOKENIZER_FOLDERS, read_single_file, write_single_file
 from sdjax.core.compilation import jit
 from sdjax.core.tree import flatten, size, unflatten
@@ -65,8 +65,8 @@ class Written(NamedTuple):
 def written(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Written]:
     folder, file = tmp_path / "folder", tmp_path / "model.safetensors"
     checkpoint = random_checkpoint(request.param)
-    assert size(checkpoint.unet.params) == TOTALS[request.param]
-    write_folder(folder, checkpoint, None)
+    assert size(checkpoint.components["unet"].params) == TOTALS[request.param]
+    write_checkpoint(folder, checkpoint, None)
     write_single_file(file, checkpoint, None)
     del checkpoint
     gc.collect()
@@ -98,27 +98,28 @@ def test_a_unet_call_and_a_decoding_agree_with_diffusers_from_either_layout(writ
 def ours(checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What the checkpoint's UNet and decoder answer."""
     vector = None
-    if checkpoint.unet.config.vector_dim is not None:
+    if checkpoint.components["unet"].config.vector_dim is not None:
         sinusoids = timestep_embedding(jnp.asarray(inputs["numbers"]).reshape(-1), 256).reshape(1, -1)
         vector = jnp.concatenate([inputs["pooled"], sinusoids], axis=-1)
-    network, autoencoder = UNet(checkpoint.unet.config), Autoencoder(checkpoint.vae.config)
+    network, autoencoder = UNet(checkpoint.components["unet"].config), Autoencoder(checkpoint.components["vae"].config)
     unet = jit(lambda params, x, t, cond: network.apply({"params": params}, x, t, cond))
     decode = jit(lambda params, z: autoencoder.apply({"params": params}, z, method="decode"))
     cond = Cond(context=jnp.asarray(inputs["context"]), vector=vector)
     return {
-        "unet": np.asarray(unet(checkpoint.unet.params, inputs["x"], inputs["t"], cond)),
-        "picture": np.asarray(decode(checkpoint.vae.params, inputs["z"])),
+        "unet": np.asarray(unet(checkpoint.components["unet"].params, inputs["x"], inputs["t"], cond)),
+        "picture": np.asarray(decode(checkpoint.components["vae"].params, inputs["z"])),
     }
 
 
 def random_checkpoint(family: str) -> Checkpoint:
-    parts: dict[str, Any] = {}
+    parts: dict[str, Component] = {}
+    tokenizers: dict[str, Path] = {}
     for name, config in MODELS[family].items():
         sizes = FORMATS[name].from_config(config, name)
         parts[name] = Component(sizes, random_params(FORMATS[name].shapes(sizes)), config)
         if name in TOKENIZERS:
-            parts[TOKENIZERS[name]] = TOKENIZER_FOLDERS / ("clip_l" if name == "text_encoder" else "open_clip")
-    return Checkpoint(**parts, scheduler_config=scheduler_config(family, "epsilon", ()))
+            tokenizers[name] = TOKENIZER_FOLDERS / ("clip_l" if name == "text_encoder" else "open_clip")
+    return Checkpoint(components=parts, scheduler=scheduler_config(family, "epsilon", ()), tokenizers=tokenizers)
 
 
 def random_params(shapes: Any) -> dict[str, Any]:

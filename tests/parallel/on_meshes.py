@@ -20,14 +20,14 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from sdjax.core.flags import define_processes, parse_flags, processes
-from sdjax.core.tree import nbytes
+from sdjax.core.tree import Params, nbytes
 from sdjax.parallel.distributed import initialise, is_first
 from sdjax.parallel.mesh import make_mesh, parse_mesh
 from sdjax.parallel.sharding import placer, put_batch, rows_of_process, tree_shardings
 from sdjax.tasks.base import make_task
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import TrainState, init_state, make_step
-from sdjax.training.task import Params, Task
+from sdjax.training.task import Task
 
 STEPS = 3
 BELOW = {"mask": 2, "label": 3, "label_map": 3}  # what some columns' integers are below

@@ -13,24 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sdjax.convert.ddpm_folder import PixelCheckpoint, write_ddpm
-from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
-from sdjax.tasks.class_conditional import ClassConditioner
-from sdjax.tasks.inpainting import HoleConditioner
-from sdjax.tasks.latent.networks import sizes_of
-from sdjax.tasks.ldm.conditioner import Conditioner
-from sdjax.tasks.ldm.model import draw
-from sdjax.tasks.ldm.tokens import TokenConditioner
-from sdjax.tasks.retrieval import NeighbourConditioner
-from sdjax.tasks.semantic_synthesis import MapConditioner
-from sdjax.tasks.super_resolution import LowResolutionConditioner
 from torch_reference import channels_first, channels_last, drawn
 
 import sample
 import sdjax
 from sdjax.convert.adm_file import ADM_FAMILIES
-from sdjax.convert.components import ALL_FORMATS, Component
-from sdjax.convert.folder import write_component
+from sdjax.convert.components import ALL_FORMATS, Checkpoint, Component
+from sdjax.convert.folder import write_checkpoint, write_component
 from sdjax.core.errors import UserError
 from sdjax.core.prng import image_keys
 from sdjax.data.degradation import bicubic
@@ -41,6 +30,15 @@ from sdjax.models.bert import BertConfig
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
 from sdjax.models.unet import UNetConfig
 from sdjax.models.unet2d import UNet2DConfig
+from sdjax.tasks.class_conditional import ClassConditioner
+from sdjax.tasks.inpainting import HoleConditioner
+from sdjax.tasks.latent.networks import sizes_of
+from sdjax.tasks.ldm.conditioner import Conditioner
+from sdjax.tasks.ldm.model import draw
+from sdjax.tasks.ldm.tokens import TokenConditioner
+from sdjax.tasks.retrieval import NeighbourConditioner
+from sdjax.tasks.semantic_synthesis import MapConditioner
+from sdjax.tasks.super_resolution import LowResolutionConditioner
 
 CONFIG = Path(__file__).parents[2] / "configs/openmoji.py"
 FIRST_STAGE = sizes_of(
@@ -83,10 +81,9 @@ def folders(tmp_path_factory):
         settings = {"size": 16, "steps": 2, "guidance_scale": 2.0, **conditioner.settings}
         if task in ("class_conditional", "layout"):
             settings["classes"] = ["cat", "dog"]
-        folder = root / task
-        folder.mkdir()
-        write_ldm(folder, LDMCheckpoint(task, components, SCHEDULER, settings))
-        found[task] = folder
+        found[task] = root / task
+        made = Checkpoint(components=components, scheduler=SCHEDULER, conditioning=task, settings=settings)
+        write_checkpoint(found[task], made)
     return found
 
 
@@ -255,7 +252,9 @@ def pixels(tmp_path_factory):
     unet = UNet2DConfig((32, 64), (1,), (1, 2), out_channels=6, layers_per_block=1, classes=3, scale_shift=True)
     params = drawn(ALL_FORMATS["unet"].shapes(unet))
     scheduler = ADM_FAMILIES["adm_256"].scheduler
-    write_ddpm(root / "model", PixelCheckpoint(Component(unet, params, {"sample_size": 16}), scheduler))
+    components = {"unet": Component(unet, params, {"sample_size": 16})}
+    made = Checkpoint(components=components, scheduler=scheduler, conditioning="class_conditional")
+    write_checkpoint(root / "model", made)
     judge = ClassifierConfig(UNet2DConfig((32, 64), (1,), (1, 1), layers_per_block=1, resblock_updown=True), 16, 5)
     for size in (16, 8):
         judge = dataclasses.replace(judge, size=size)
@@ -283,7 +282,7 @@ def test_pictures_of_pixels_have_their_command(pixels, tmp_path, monkeypatch, ca
         (("--class_label=1", "--prompt=x"), "model is not told prompt"),
         (("--class_label=1", "--classifier_scale=2"), "model has no classifier beside it"),
         (("--class_label=1", "--guidance_scale=2"), "--guidance_scale is not for model, a model of pixels"),
-        (("--class_label=1", f"--tokenizer={pixels}"), "model reads no words"),
+        (("--class_label=1", f"--tokenizer={pixels}"), "a model of class_conditional reads no words"),
         (("--class_label=1", f"--classifier={pixels}"), "there is no classifier in"),
         (("--class_label=1", f"--classifier={pixels / 'guide_8'}"), "its classifier knows those of 8"),
     ):

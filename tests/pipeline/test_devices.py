@@ -12,7 +12,8 @@ from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
 from sdjax.tasks.latent.networks import sizes_of
 from torch_reference import drawn
 
-from sdjax.convert.components import ALL_FORMATS, Component
+from sdjax.convert.components import ALL_FORMATS, Checkpoint, Component
+from sdjax.convert.folder import write_checkpoint
 from sdjax.convert.ldm_families import LDM_FAMILIES
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.embedders import ClassEmbedderConfig
@@ -82,7 +83,10 @@ def test_four_devices_make_the_same_pictures_of_a_class(tmp_path):
     sizes |= {"class_embedder": ClassEmbedderConfig(3, 32)}
     components = {name: Component(size, drawn(ALL_FORMATS[name].shapes(size))) for name, size in sizes.items()}
     scheduler = LDM_FAMILIES["cin256"].scheduler
-    write_ldm(tmp_path / "model", LDMCheckpoint("class_conditional", components, scheduler, {"none": 2}))
+    checkpoint = Checkpoint(
+        components=components, scheduler=scheduler, conditioning="class_conditional", settings={"none": 2}
+    )
+    write_checkpoint(tmp_path / "model", checkpoint)
     for devices in (1, 4):
         flags = {"XLA_FLAGS": children.devices(devices), "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-c", CONDITIONAL, str(tmp_path / "model"), str(tmp_path)]

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_checkpoints import BETAS, random_params, tiny_checkpoint, write_tokenizer
 
 import sdjax
-from sdjax.convert.folder import read_folder, write_folder
+from sdjax.convert.folder import read_folder, write_checkpoint
 from sdjax.convert.single_file import TOKENIZER_FOLDERS, write_single_file
 from sdjax.convert.unet import shapes as unet_shapes
 from sdjax.core.errors import UserError
@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
 
     def folder(family: str) -> Path:
         if not (parent / family).exists():
-            write_folder(parent / family, tiny_checkpoint(family, parent / "tokenizer", vocab_size))
+            write_checkpoint(parent / family, tiny_checkpoint(family, parent / "tokenizer", vocab_size))
         return parent / family
 
     return folder
@@ -92,8 +92,8 @@ def test_stable_diffusion_2(sampler, zero_snr, folders, noise, tmp_path):
     scheduler = {**BETAS, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "clip_sample": False}
     scheduler |= {"set_alpha_to_one": False, "steps_offset": 1}
     scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
-    made = dataclasses.replace(read_folder(folders("sd2")), scheduler_config=scheduler)
-    write_folder(tmp_path / "sd2", made)
+    made = dataclasses.replace(read_folder(folders("sd2")), scheduler=scheduler)
+    write_checkpoint(tmp_path / "sd2", made)
     ours, theirs = pair(tmp_path / "sd2", "StableDiffusionPipeline", sampler)
     common = {"negative_prompt": NEGATIVES, "guidance_scale": 6.0, "guidance_rescale": 0.7}
     expected = theirs(
@@ -250,12 +250,13 @@ def test_a_latent_consistency_model(folders, tmp_path):
     """In four steps, told the guidance scale, with noise between them."""
     tokenizer = folders("sd1") / "tokenizer"
     made = tiny_checkpoint("sd1", tokenizer, len(json.loads((tokenizer / "vocab.json").read_text())))
-    config = dataclasses.replace(made.unet.config, guidance_dim=256)
-    unet = dataclasses.replace(made.unet, config=config, params=random_params(unet_shapes(config), 0))
+    part = made.components["unet"]
+    config = dataclasses.replace(part.config, guidance_dim=256)
+    unet = dataclasses.replace(part, config=config, params=random_params(unet_shapes(config), 0))
     scheduler = {**BETAS, "_class_name": "LCMScheduler", "original_inference_steps": 50}
     index = {"_class_name": "LatentConsistencyModelPipeline", "requires_safety_checker": False}
-    made = dataclasses.replace(made, unet=unet, scheduler_config=scheduler, model_index=index)
-    write_folder(tmp_path / "lcm", made)
+    made = dataclasses.replace(made.replace_component("unet", unet), scheduler=scheduler, model_index=index)
+    write_checkpoint(tmp_path / "lcm", made)
     ours = sdjax.load(tmp_path / "lcm")
     theirs = diffusers.LatentConsistencyModelPipeline.from_pretrained(tmp_path / "lcm", local_files_only=True)
     expected = theirs(
@@ -308,7 +309,7 @@ def test_a_single_file_paints_what_its_folder_paints(tmp_path):
     """Prompts through CLIP's own vocabulary, which single files lack."""
     checkpoint = tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408, 77)
     checkpoint = dataclasses.replace(checkpoint, tokenizer_2=TOKENIZER_FOLDERS / "open_clip")
-    write_folder(tmp_path / "folder", checkpoint)
+    write_checkpoint(tmp_path / "folder", checkpoint)
     write_single_file(tmp_path / "file.safetensors", checkpoint)
     asked = {"steps": 3, "width": SIZE, "height": SIZE, "sampler": "euler", "schedule": "trailing"}
     from_folder, from_file = (sdjax.load(tmp_path / name)(PROMPTS, **asked) for name in ("folder", "file.safetensors"))

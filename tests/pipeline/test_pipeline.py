@@ -13,7 +13,7 @@ from sdjax.pipeline.stages import first_bad_row, noise_stage, rows_of
 from tiny_diffusers import LATENT, SIZE
 
 import sdjax
-from sdjax.convert.folder import read_folder, write_folder
+from sdjax.convert.folder import read_folder, write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.tasks.base import to_uint8
@@ -230,8 +230,8 @@ def test_progress_counts_network_calls(ours):
 
 
 def test_the_checkpoints_own_defaults(theirs, tmp_path):
-    checkpoint = dataclasses.replace(read_folder(theirs.folder), defaults={"steps": 7, "guidance_scale": 2.5})
-    write_folder(tmp_path / "run" / "export", checkpoint)
+    checkpoint = dataclasses.replace(read_folder(theirs.folder), settings={"steps": 7, "guidance_scale": 2.5})
+    write_checkpoint(tmp_path / "run" / "export", checkpoint)
     pipe = sdjax.load(tmp_path / "run")  # as train.py leaves it
     assert pipe.name == "run"
     assert (pipe.settings().steps, pipe.settings().guidance_scale) == (7, 2.5)

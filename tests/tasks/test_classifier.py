@@ -7,9 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from sdjax.tasks.latent.networks import sizes_of
-from sdjax.tasks.noisy_classifier import classify, read_classifier
-from sdjax.tasks.pixels import VARIANTS, Guide, draw
 from torch_reference import drawn
 
 from configs import classifiers, pixels
@@ -17,9 +14,13 @@ from sdjax.core.errors import UserError
 from sdjax.core.prng import image_keys
 from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import SamplerOptions, make_table, schedule_of
+from sdjax.models.apply import apply
 from sdjax.models.unet2d import UNet2D
 from sdjax.parallel.mesh import make_mesh
-from sdjax.tasks.base import apply, make_task
+from sdjax.tasks.base import make_task
+from sdjax.tasks.latent.networks import sizes_of
+from sdjax.tasks.noisy_classifier import classify, read_classifier
+from sdjax.tasks.pixels import VARIANTS, Guide, draw
 
 MESH = {"data": -1}
 

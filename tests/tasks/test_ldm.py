@@ -14,16 +14,12 @@ from diffusers.pipelines.deprecated.latent_diffusion_uncond import pipeline_late
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion as text_pipeline
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion_superresolution as large_pipeline
 from PIL import Image
-from sdjax.convert.ldm_folder import is_ldm, read_ldm
-from sdjax.pipeline.conditional import ConditionalPipeline
-from sdjax.tasks.inpainting import HoleConditioner
-from sdjax.tasks.latent.networks import sizes_of
-from sdjax.tasks.ldm.model import draw, load_model
 from torch_reference import channels_first, channels_last, drawn
 
 from configs import ldm, openmoji_ldm
 from sdjax.convert.components import FORMATS, Component
-from sdjax.convert.folder import read_component, write_component
+from sdjax.convert.folder import read_component, read_folder, write_component
+from sdjax.convert.opening import kind_of
 from sdjax.core.errors import UserError
 from sdjax.core.prng import image_keys
 from sdjax.data.word_pieces import load_word_pieces, train_word_pieces
@@ -33,7 +29,11 @@ from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig, Rescaler, RescalerConfig
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import placer
+from sdjax.pipeline.conditional import ConditionalPipeline
 from sdjax.tasks.base import make_task
+from sdjax.tasks.inpainting import HoleConditioner
+from sdjax.tasks.latent.networks import sizes_of
+from sdjax.tasks.ldm.model import draw, load_model
 
 SMALL = {"channels": (8, 8, 16), "layers_per_block": 1, "groups": 4, "codes": 64}
 SOURCES = {"layout": "openmoji_scenes", "semantic_synthesis": "openmoji_regions"}
@@ -160,9 +160,8 @@ def test_diffusers_enlarges_pictures_as_we_do(first_stage, tmp_path, monkeypatch
     _, _, ours = exported(config_of("super_resolution", first_stage), tmp_path / "model")
     pipe = diffusers.LDMSuperResolutionPipeline.from_pretrained(ours)
     pipe.save_pretrained(folder := tmp_path / "theirs")
-    assert is_ldm(ours)
-    assert is_ldm(folder)
-    checkpoint = read_ldm(folder)
+    assert kind_of(ours) == kind_of(folder) == "ldm"
+    checkpoint = read_folder(folder)
     model, params = load_model(checkpoint)
     pipe.set_progress_bar_config(disable=True)
     keys = image_keys(0, jnp.arange(2))
@@ -184,7 +183,7 @@ def test_diffusers_paints_words_as_we_do(first_stage, tokenizer, tmp_path, monke
     with config.model.unet.unlocked():
         config.model.unet.update(in_channels=3, out_channels=3)
     _, _, folder = exported(config, tmp_path / "model")
-    checkpoint = read_ldm(folder)
+    checkpoint = read_folder(folder)
     model, params = load_model(checkpoint)
     pipe = diffusers.LDMTextToImagePipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -196,13 +195,12 @@ def test_diffusers_paints_words_as_we_do(first_stage, tokenizer, tmp_path, monke
         type(pipe.tokenizer), "__call__", lambda self, text, **kwargs: encode(text, **{**kwargs, "max_length": 32})
     )
     wanted = pipe(prompts, 32, 32, num_inference_steps=4, guidance_scale=3.0, output_type="np").images
-    assert checkpoint.tokenizer is not None
-    words = load_word_pieces(checkpoint.tokenizer, 32)
+    words = load_word_pieces(checkpoint.tokenizers["bert"], 32)
     tokens, tokens_of_nothing = words.encode(prompts), words.encode([""])[0]
     found = draw(model, params, table_of(checkpoint, 4), {"tokens": tokens}, 3.0, keys, (32, 32))
     pipe.save_pretrained(theirs := tmp_path / "theirs")
     assert "_sdjax" not in json.loads((theirs / "model_index.json").read_text())
-    settings = ConditionalPipeline("theirs", read_ldm(theirs)).settings
+    settings = ConditionalPipeline("theirs", read_folder(theirs)).settings
     assert settings["nothing"] == checkpoint.settings["nothing"] == tokens_of_nothing.tolist()
     assert np.std(wanted) > 0.05
     np.testing.assert_allclose(found, wanted, atol=1e-3)
@@ -218,7 +216,7 @@ def test_an_unconditional_run_is_a_pipeline_of_diffusers(written_by, first_stage
         folder = tmp_path / "theirs"
         pipe.save_pretrained(folder)
         assert "_sdjax" not in json.loads((folder / "model_index.json").read_text())
-    checkpoint = read_ldm(folder)
+    checkpoint = read_folder(folder)
     model, params = load_model(checkpoint)
     keys, side = image_keys(0, jnp.arange(2)), pipe.unet.config.sample_size
     given_noise(monkeypatch, plain_pipeline, np.asarray(first_noise(keys, (side, side, 3))))
@@ -249,7 +247,7 @@ def test_other_models_come_back_as_they_were_written(name, first_stage, neighbou
         with config.model.unet.unlocked():
             config.model.unet.update(in_channels=3, out_channels=3)
     task, params, folder = exported(config, tmp_path / "model")
-    checkpoint = read_ldm(folder)
+    checkpoint = read_folder(folder)
     model, read = load_model(checkpoint)
     batch = next(task.batch(params))
     columns = {key: value[:2] for key, value in batch.items()}
