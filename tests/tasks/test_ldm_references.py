@@ -81,8 +81,8 @@ CASES = {
         {"unet": dataclasses.replace(CROSS, heads=(1, 1)), "class_embedder": ClassEmbedderConfig(3, 32)},
         0.0195,
         ({"class_label": "dog", "guidance_scale": 2.0}, {"class_label": "cat", "guidance_scale": 3.0}),
-        lambda folder, told, noise: ldm_torch.sample_class(
-            folder, [_label(told)] * COUNT, noise, STEPS, told["guidance_scale"]
+        lambda folder, condition, noise: ldm_torch.sample_class(
+            folder, [_label(condition)] * COUNT, noise, STEPS, condition["guidance_scale"]
         ),
         {"none": 2, "classes": ["cat", "dog"]},
     ),
@@ -90,8 +90,8 @@ CASES = {
         {"unet": CROSS, "bert": BERT},
         0.0205,
         ({"layout": LAYOUTS[0], "guidance_scale": 2.0}, {"layout": LAYOUTS[1], "guidance_scale": 3.0}),
-        lambda folder, told, noise: ldm_torch.sample_layout(
-            folder, [_layout(told)] * COUNT, noise, STEPS, told["guidance_scale"]
+        lambda folder, condition, noise: ldm_torch.sample_layout(
+            folder, [_layout(condition)] * COUNT, noise, STEPS, condition["guidance_scale"]
         ),
         {"nothing": [409] * 9 + [0, 399], "classes": ["cat", "dog"]},
     ),
@@ -99,14 +99,16 @@ CASES = {
         {"unet": CONCAT, "rescaler": RescalerConfig(4)},
         0.0205,
         ({"label_map": LABEL_MAPS[0]}, {"label_map": LABEL_MAPS[1]}),
-        lambda folder, told, noise: ldm_torch.sample_label_map(folder, _repeated(told["label_map"]), noise, STEPS),
+        lambda folder, condition, noise: ldm_torch.sample_label_map(
+            folder, _repeated(condition["label_map"]), noise, STEPS
+        ),
     ),
     "inpainting": Case(
         {"unet": dataclasses.replace(CONCAT, in_channels=7, resblock_updown=True)},
         0.0205,
         ({"init_image": IMAGES[0], "mask": MASKS[0]}, {"init_image": IMAGES[1], "mask": MASKS[1]}),
-        lambda folder, told, noise: ldm_torch.sample_inpainting(
-            folder, _repeated(told["init_image"]), _repeated(told["mask"]), noise, STEPS
+        lambda folder, condition, noise: ldm_torch.sample_inpainting(
+            folder, _repeated(condition["init_image"]), _repeated(condition["mask"]), noise, STEPS
         ),
         scaling_factor=1.0,
     ),
@@ -114,8 +116,8 @@ CASES = {
         {"unet": CROSS},
         0.015,
         tuple({"neighbours": x, "guidance_scale": 2.0 + i} for i, x in enumerate(NEIGHBOURS)),
-        lambda folder, told, noise: ldm_torch.sample_retrieval(
-            folder, _repeated(told["neighbours"]), noise, STEPS, told["guidance_scale"]
+        lambda folder, condition, noise: ldm_torch.sample_retrieval(
+            folder, _repeated(condition["neighbours"]), noise, STEPS, condition["guidance_scale"]
         ),
     ),
 }
