@@ -1,23 +1,18 @@
-"""Small checkpoints of every family with random weights, as this library holds them.
-
-Widths are multiples of 64 and groups are 32, as in the published models, so that files in the original naming, which
-say neither, can be told apart and read.
-"""
+"""Small checkpoints of every family with random weights, as this library holds them."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zoo
 
 from sdjax.convert import autoencoder, clip, unet
 from sdjax.convert.components import TOKENIZERS, Checkpoint, Component
 from sdjax.core.tree import flatten, unflatten
-from sdjax.models.autoencoder import AutoencoderConfig
-from sdjax.models.clip import CLIPTextConfig
-from sdjax.models.unet import UNetConfig
 
 WORDS = ["a", "photo", "of", "red", "heart", "cat"]
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -54,56 +49,23 @@ def random_params(shapes: dict, seed: int) -> dict[str, Any]:
     return unflatten({name: value(name, leaf.shape) for name, leaf in flatten(shapes).items()})
 
 
-def tiny_unet(family: str) -> UNetConfig:
-    """Three levels in SDXL, so that its two kinds of upsampling keys are there, and in the upscaler; two elsewhere."""
-    three = family.startswith("sdxl") or family == "x4_upscaler"
-    wide_heads = family.startswith(("sd2", "sdxl"))
-    return UNetConfig(
-        channels=(64, 64, 128) if three else (64, 128),
-        depths={"sdxl": (0, 1, 2), "sdxl_refiner": (0, 1, 0), "x4_upscaler": (0, 1, 1)}.get(family, (1, 0)),
-        mid_depth=2 if family == "sdxl" else 1,
-        heads=tuple([1, 1, 2] if three else [1, 2]) if wide_heads else (8,) * (3 if three else 2),
-        context_dim=128 if family == "sdxl" else 64,
-        vector_dim={"sdxl": 64 + 6 * 256, "sdxl_refiner": 64 + 5 * 256}.get(family),
-        classes=10 if family == "x4_upscaler" else None,
-        cross_only=(1,) if family == "x4_upscaler" else (),
-        linear_projection=not family.startswith("sd1"),
-        in_channels={"sd1_inpainting": 9, "sd2_depth": 5, "x4_upscaler": 7}.get(family, 4),
-    )
-
-
-def tiny_text(vocab_size: int, eos: int, length: int, second: bool, open_clip: bool) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=vocab_size,
-        width=64,
-        layers=2,
-        heads=1,
-        feed_forward=256,
-        activation="gelu" if open_clip else "quick_gelu",
-        max_length=length,
-        projection_dim=64 if second else None,
-        eos_token_id=eos,
-    )
-
-
 def tiny_checkpoint(
-    family: str, tokenizer: Path, vocab_size: int, length: int = 12, eos: int | None = None
+    family: str, tokenizer: Path, vocab_size: int, length: int = zoo.TOKENS, eos: int | None = None, layers: int = 1
 ) -> Checkpoint:
-    """All networks of a family; `tokenizer` serves both encoders of SDXL."""
-    sizes = tiny_unet(family)
+    """All networks of a family, `layers` residual blocks a level; `tokenizer` serves both encoders of SDXL."""
+    sizes = dataclasses.replace(zoo.UNETS[family], layers_per_block=layers)
     upscaler = family == "x4_upscaler"
-    scale = 0.13025 if family.startswith("sdxl") else 0.08333 if upscaler else 0.18215
-    vae = AutoencoderConfig(channels=(32, 64), layers_per_block=1, scaling_factor=scale)
+    vae = zoo.VAES["sdxl" if family.startswith("sdxl") else family if upscaler else "sd"]
     eos = vocab_size - 1 if eos is None else eos
     parts = {
         "unet": Component(sizes, random_params(unet.shapes(sizes), 0), {"sample_size": 8}),
         "vae": Component(vae, random_params(autoencoder.shapes(vae), 1), {"sample_size": 16}),
     }
     if family != "sdxl_refiner":
-        text = tiny_text(vocab_size, eos, length, False, family.startswith("sd2") or upscaler)
+        text = zoo.clip_text(vocab_size, eos, length, open_clip=family.startswith("sd2") or upscaler)
         parts["text_encoder"] = Component(text, random_params(clip.shapes(text), 2))
     if family.startswith("sdxl"):
-        text = tiny_text(vocab_size, eos, length, True, True)
+        text = zoo.clip_text(vocab_size, eos, length, projects=True, open_clip=True)
         parts["text_encoder_2"] = Component(text, random_params(clip.shapes(text), 3))
     return Checkpoint(
         components=parts,
