@@ -227,7 +227,7 @@ def _text_conditioner(
         part.concat_channels: part
         for part in (
             DepthConditioner(),
-            UpscaleConditioner(),
+            UpscaleConditioner(configs[BACKBONE].classes or 1000),
             InpaintConditioner(autoencoder.config.latent_channels, autoencoder.config.factor),
         )
     }

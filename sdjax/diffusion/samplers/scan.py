@@ -47,7 +47,8 @@ def first_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, 
 def init_state(x: Float[Array, "b *space c"]) -> State:
     """The state before the first row, from x in variance-exploding coordinates."""
     x = x.astype(jnp.float32)
-    return State(x, x, jnp.zeros((len(x), HISTORY - 1, *x.shape[1:]), jnp.float32))
+    # Two buffers: a state is donated.
+    return State(x, jnp.copy(x), jnp.zeros((len(x), HISTORY - 1, *x.shape[1:]), jnp.float32))
 
 
 def advance(

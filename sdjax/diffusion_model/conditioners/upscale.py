@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
 from sdjax.data.image_inputs import load_image, size_of
 from sdjax.diffusion.loss import q_sample
@@ -34,7 +35,12 @@ class UpscaleConditioner(Conditioner):
     """`small` [b h w 3] in [-1, 1], `noise_level` int32 [b], `signal` [b]: the level's share abar of the image.
 
     `small_noise` [b h w 3], where it is there, takes the place of the images' own noise.
+
+    Attributes:
+        levels: of noise that the backbone knows.
     """
+
+    levels: int = 1000
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -56,6 +62,8 @@ class UpscaleConditioner(Conditioner):
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         level = NOISE_LEVEL if inputs.get(LEVEL) is None else inputs[LEVEL]
+        if not 0 <= level < self.levels:
+            raise UserError(f"noise_level {level}: {host.name} knows the levels 0 to {self.levels - 1}")
         schedule = schedule_of(host.settings.get("low_res_scheduler") or SCHEDULE)
         small = load_image(required(inputs, "init_image", host.name), host.latents) * 2.0 - 1.0
         return {
