@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.diffusion.denoise import Network
-from sdjax.diffusion.loss import posterior_tables, q_sample, vlb_term
+from sdjax.diffusion.denoise import Network, q_sample
+from sdjax.diffusion.loss import posterior_tables, vlb_term
 from sdjax.diffusion.schedule import Schedule
 
 # What stands for the network's answer v where the variance is fixed: the lower or the upper end of its range.

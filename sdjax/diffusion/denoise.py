@@ -57,21 +57,12 @@ def per_image(values: Array | np.ndarray, like: Array) -> Array:
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
 
 
-def target(
-    kind: str, x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], abar: Float[Array, " b"]
+def q_sample(
+    x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], abar: Float[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    """What a network of this kind should answer at x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise.
-
-    Raises:
-        UserError: the kind is not among PREDICTIONS.
-    """
-    check_prediction(kind)
-    if kind == "epsilon":
-        return noise
-    if kind == "sample":
-        return x0
+    """x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise (DDPM, eq. 4)."""
     abar = per_image(abar, x0)
-    return jnp.sqrt(abar) * noise - jnp.sqrt(1.0 - abar) * x0
+    return jnp.sqrt(abar) * x0 + jnp.sqrt(1.0 - abar) * noise
 
 
 class Parameterization(NamedTuple):
@@ -111,23 +102,6 @@ def to_x0(
     """
     check_prediction(kind)
     return PARAMETERIZATIONS[kind].to_x0(output, x, per_image(sigma, x))
-
-
-def vp_to_x0(
-    kind: str, output: Float[Array, "b h w c"], x_vp: Float[Array, "b h w c"], abar: Float[Array, " b"]
-) -> Float[Array, "b h w c"]:
-    """As `to_x0`, for x in variance-preserving coordinates (DDPM eq. 15; Salimans & Ho 2022, appendix D).
-
-    Raises:
-        UserError: the kind is not among PREDICTIONS.
-    """
-    check_prediction(kind)
-    abar = per_image(abar, x_vp)
-    if kind == "epsilon":
-        return (x_vp - jnp.sqrt(1.0 - abar) * output) / jnp.sqrt(abar)
-    if kind == "sample":
-        return output
-    return jnp.sqrt(abar) * x_vp - jnp.sqrt(1.0 - abar) * output
 
 
 def make_denoise(network: Network, prediction: str) -> Denoise:

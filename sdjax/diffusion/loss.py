@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.diffusion.denoise import check_prediction, per_image, target, vp_to_x0
+from sdjax.diffusion.denoise import check_prediction, per_image, q_sample
 from sdjax.diffusion.schedule import Schedule
 
 WEIGHTINGS = ("simple", "min_snr")
@@ -25,6 +25,40 @@ def gather(table: np.ndarray | Float[Array, " t"], timesteps: Int[Array, " b"]) 
     return jnp.asarray(table, jnp.float32)[timesteps]
 
 
+def target(
+    kind: str, x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], abar: Float[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """What a network of this kind should answer at x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise.
+
+    Raises:
+        UserError: the kind is not among PREDICTIONS.
+    """
+    check_prediction(kind)
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return x0
+    abar = per_image(abar, x0)
+    return jnp.sqrt(abar) * noise - jnp.sqrt(1.0 - abar) * x0
+
+
+def vp_to_x0(
+    kind: str, output: Float[Array, "b h w c"], x_vp: Float[Array, "b h w c"], abar: Float[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """As `to_x0`, for x in variance-preserving coordinates (DDPM eq. 15; Salimans & Ho 2022, appendix D).
+
+    Raises:
+        UserError: the kind is not among PREDICTIONS.
+    """
+    check_prediction(kind)
+    abar = per_image(abar, x_vp)
+    if kind == "epsilon":
+        return (x_vp - jnp.sqrt(1.0 - abar) * output) / jnp.sqrt(abar)
+    if kind == "sample":
+        return output
+    return jnp.sqrt(abar) * x_vp - jnp.sqrt(1.0 - abar) * output
+
+
 def uniform_timesteps(key: PRNGKeyArray, batch: int, num_timesteps: int) -> Int[Array, " b"]:
     """[batch] integers, uniform over 0 .. num_timesteps - 1."""
     return jax.random.randint(key, (batch,), 0, num_timesteps)
@@ -34,14 +68,6 @@ def offset_noise(key: PRNGKeyArray, noise: Float[Array, "b h w c"], level: float
     """Adds `level` times one normal number for each image and channel (SDXL, level 0.05)."""
     batch, _, _, channels = noise.shape
     return noise + level * jax.random.normal(key, (batch, 1, 1, channels), noise.dtype)
-
-
-def q_sample(
-    x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], abar: Float[Array, " b"]
-) -> Float[Array, "b h w c"]:
-    """x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise (DDPM, eq. 4)."""
-    abar = per_image(abar, x0)
-    return jnp.sqrt(abar) * x0 + jnp.sqrt(1.0 - abar) * noise
 
 
 def min_snr_weight(prediction: str, abar: Float[Array, " b"], gamma: float = 5.0) -> Float[Array, " b"]:

@@ -21,16 +21,44 @@ Columns = Mapping[str, Array | np.ndarray]
 """Conditions of a batch by name, one row an image, e.g. {"label": int32 [b]}."""
 
 
-class Input(NamedTuple):
-    """An input that a call may or must be given.
+class Traits(NamedTuple):
+    """Facts about a condition, declared as data.
 
     Attributes:
-        name: of the call's option, e.g. "class_label".
-        required: whether there is nothing to sample without it.
+        required: options of a call, e.g. "class_label", without which there is nothing to sample.
+        optional: further options that this condition reads.
+        concat_channels: channels that are joined to the noisy latents.
+        context_width: features of the cross-attention tokens; None where there are none.
+        keeps_size: whether the inputs alone decide the image's size, so that width and height have no say.
+        has_null: whether the model was trained with condition dropout, so that guidance has something to depart from.
+        guidance_scale: where neither the call nor the checkpoint names one.
+        strength: of image to image, where the call names none; None where an init_image is a condition alone.
+        feather: pixels within a mask over which the given image fades out, where the call names none.
+        step_columns: columns that `wrap` and `steer` read at every step.
     """
 
-    name: str
-    required: bool = True
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    concat_channels: int = 0
+    context_width: int | None = None
+    keeps_size: bool = False
+    has_null: bool = False
+    guidance_scale: float = 1.0
+    strength: float | None = 0.75
+    feather: float = 4.0
+    step_columns: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """All options that this condition reads."""
+        return self.required + self.optional
+
+    def joined(self, other: Traits) -> Traits:
+        """Traits of two conditions of one model: tuples and channels add up; of the rest, what is no default wins."""
+        usual = Traits()._asdict()
+        added = ("required", "optional", "concat_channels", "step_columns")
+        pairs = [(name, mine, getattr(other, name)) for name, mine in self._asdict().items()]
+        return Traits(**{n: a + b if n in added else b if a == usual[n] else a for n, a, b in pairs})
 
 
 class Host(NamedTuple):
@@ -59,9 +87,9 @@ class Conditioner:
     """
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        """Options of a call that this condition reads."""
-        return ()
+    def traits(self) -> Traits:
+        """Facts about the condition."""
+        return Traits()
 
     @property
     def components(self) -> dict[str, Any]:
@@ -73,46 +101,6 @@ class Conditioner:
         """Facts beside those configs that a stored model must keep, as JSON."""
         return {}
 
-    @property
-    def concat_channels(self) -> int:
-        """Channels that are joined to the noisy latents."""
-        return 0
-
-    @property
-    def context_width(self) -> int | None:
-        """Features of the cross-attention tokens; None where there are none."""
-        return None
-
-    @property
-    def keeps_size(self) -> bool:
-        """Whether the inputs alone decide the image's size, so that width and height have no say."""
-        return False
-
-    @property
-    def default_guidance(self) -> float:
-        """Guidance scale where neither the call nor the checkpoint names one."""
-        return 1.0
-
-    @property
-    def default_strength(self) -> float | None:
-        """Strength of image to image where the call names none; None where an init_image is a condition alone."""
-        return 0.75
-
-    @property
-    def has_null(self) -> bool:
-        """Whether there is a null condition, so that guidance has something to depart from."""
-        return False
-
-    @property
-    def feather(self) -> float:
-        """Pixels within a mask over which the given image fades out, where the call names none."""
-        return 4.0
-
-    @property
-    def step_columns(self) -> tuple[str, ...]:
-        """Columns that `wrap` and `steer` read at every step."""
-        return ()
-
     def init(self, key: PRNGKeyArray) -> Params:
         """Fresh parameters of `components`; traceable."""
         del key
@@ -122,14 +110,14 @@ class Conditioner:
         """Height and width in pixels that the inputs of one image ask for; None where they do not say.
 
         Args:
-            inputs: of a call.
+            inputs: options of a call.
             factor: pixels of a latent along each side.
         """
         del inputs, factor
         return None
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
-        """Columns of one image, without the batch axis, from the options of a call.
+        """Columns of one image, arrays without the batch axis, from the options of a call.
 
         Raises:
             UserError: an input is missing, cannot be read, or does not fit the model.
@@ -168,7 +156,7 @@ class Conditioner:
 
         Args:
             params: of all networks.
-            columns: those of `step_columns`.
+            columns: those of `Traits.step_columns`.
             denoise: of the guided network.
             decode: scaled latents to images, 0 black and 1 white, not clipped.
         """
@@ -183,62 +171,40 @@ class Conditioner:
 
 @dataclass(frozen=True)
 class Combined(Conditioner):
-    """Several conditions of one model.
+    """Several conditions of one model, e.g. text and an inpainting model's masked image.
 
     Attributes:
-        parts: the first decides what the others leave open, e.g. text before an inpainting model's masked image.
+        parts: each changes columns and fields of the condition of its own.
     """
 
     parts: tuple[Conditioner, ...] = ()
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return tuple(given for part in self.parts for given in part.inputs)
+    def traits(self) -> Traits:
+        joined = Traits()
+        for part in self.parts:
+            joined = joined.joined(part.traits)
+        return joined
 
     @property
     def components(self) -> dict[str, Any]:
-        return {name: config for part in self.parts for name, config in part.components.items()}
+        return _union(part.components for part in self.parts)
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {name: value for part in self.parts for name, value in part.settings.items()}
-
-    @property
-    def concat_channels(self) -> int:
-        return sum(part.concat_channels for part in self.parts)
-
-    @property
-    def context_width(self) -> int | None:
-        return next((part.context_width for part in self.parts if part.context_width is not None), None)
-
-    @property
-    def keeps_size(self) -> bool:
-        return any(part.keeps_size for part in self.parts)
-
-    @property
-    def default_guidance(self) -> float:
-        return self.parts[0].default_guidance
-
-    @property
-    def default_strength(self) -> float | None:
-        usual = Conditioner().default_strength
-        return next((part.default_strength for part in self.parts if part.default_strength != usual), usual)
-
-    @property
-    def step_columns(self) -> tuple[str, ...]:
-        return tuple(name for part in self.parts for name in part.step_columns)
+        return _union(part.settings for part in self.parts)
 
     def init(self, key: PRNGKeyArray) -> Params:
-        return {name: value for part in self.parts for name, value in part.init(key).items()}
+        return _union(part.init(key) for part in self.parts)
 
     def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
         return next((size for part in self.parts if (size := part.image_size(inputs, factor)) is not None), None)
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
-        return {name: value for part in self.parts for name, value in part.encode(inputs, host).items()}
+        return _union(part.encode(inputs, host) for part in self.parts)
 
     def images_to_encode(self, columns: Columns) -> dict[str, Array]:
-        return {name: image for part in self.parts for name, image in part.images_to_encode(columns).items()}
+        return _union(part.images_to_encode(columns) for part in self.parts)
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
         joined = Cond()
@@ -251,7 +217,6 @@ class Combined(Conditioner):
         nulls = [null for part in self.parts if (null := part.null(columns)) is not None]
         if not nulls:
             return None
-        # Each changes its own columns alone.
         return {name: next((n[name] for n in nulls if n[name] is not columns[name]), columns[name]) for name in columns}
 
     def wrap(self, params: Params, columns: Columns, network: Network) -> Network:
@@ -264,18 +229,12 @@ class Combined(Conditioner):
             denoise = part.steer(params, columns, denoise, decode)
         return denoise
 
-    @property
-    def feather(self) -> float:
-        return next(
-            (part.feather for part in self.parts if part.feather != Conditioner().feather), Conditioner().feather
-        )
-
-    @property
-    def has_null(self) -> bool:
-        return any(part.has_null for part in self.parts)
-
     def known(self, columns: Columns) -> tuple[Array | np.ndarray, Array | np.ndarray] | None:
         return next((found for part in self.parts if (found := part.known(columns)) is not None), None)
+
+
+def _union(parts: Any) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def in_unit_range(images: Array | np.ndarray) -> Array:

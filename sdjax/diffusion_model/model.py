@@ -116,13 +116,13 @@ class DiffusionModel(NamedTuple):
     def channels(self) -> int:
         """Of the latents."""
         if self.autoencoder is None:
-            return self.config.in_channels - self.conditioner.concat_channels
+            return self.config.in_channels - self.conditioner.traits.concat_channels
         return self.autoencoder.config.latent_channels
 
     @property
     def has_null(self) -> bool:
         """Whether there is a null condition to guide away from."""
-        return self.conditioner.has_null
+        return self.conditioner.traits.has_null
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """Shape of the latents of one image of this height and width in pixels."""
@@ -224,7 +224,7 @@ def _text_conditioner(
     text = TextConditioner(encoders, numbers, width, () if zeros else null_ids(encoders, tokenizers))
     channels = configs[BACKBONE].in_channels - autoencoder.config.latent_channels
     parts: dict[int, Conditioner] = {
-        part.concat_channels: part
+        part.traits.concat_channels: part
         for part in (
             DepthConditioner(),
             UpscaleConditioner(configs[BACKBONE].classes or 1000),
@@ -278,7 +278,7 @@ def check_fit(model: DiffusionModel, place: object) -> None:
         UserError: they do not fit; both are named.
     """
     config, conditioner = model.config, model.conditioner
-    width, concat = conditioner.context_width, conditioner.concat_channels
+    width, concat = conditioner.traits.context_width, conditioner.traits.concat_channels
     if width is not None and config.context_dim is None:
         raise UserError(f"{place}: the backbone has no cross-attention, which this condition needs")
     if config.context_dim not in (width, None):

@@ -206,7 +206,7 @@ def generate(
     noise = first_noise(keys, model.latent_shape(size))
     zeros = jnp.zeros_like(noise)
     state = start_state(tables, noise, zeros, np.ones(len(keys), bool))
-    own = {name: columns[name] for name in model.conditioner.step_columns if name in columns}
+    own = {name: columns[name] for name in model.conditioner.traits.step_columns if name in columns}
     batch = SamplingBatch(tables, cond, own, guidance, keys, Start(zeros, noise, jnp.ones_like(noise[..., :1])))
     state, _ = sample(model, params, batch, state, 0, int(np.max(np.sum(tables.active, axis=1))))
     images, _ = decode(model, params, state.x)

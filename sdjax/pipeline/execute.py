@@ -207,7 +207,7 @@ def _condition(
         columns[name] = encode(pipe, images, tile, "masked image")
     cond, finite = sampling.condition(model, pipe.params, columns, keys, guidance, guided=parts[0].guided)
     check_finite(pipe, finite, "the text encoder's output" if "prompt" in pipe.inputs else "the condition")
-    return cond, {name: columns[name] for name in model.conditioner.step_columns if name in columns}
+    return cond, {name: columns[name] for name in model.conditioner.traits.step_columns if name in columns}
 
 
 def _start(pipe: Pipeline, rows: Sequence[Row], noise: jax.Array, tables: Any) -> tuple[Start, Any]:

@@ -70,9 +70,9 @@ class Pipeline:
         self.refiner = refiner
 
     @property
-    def inputs(self) -> dict[str, bool]:
-        """Conditioning inputs of a call by name, with whether they are required."""
-        return {given.name: given.required for given in self.model.conditioner.inputs}
+    def inputs(self) -> tuple[str, ...]:
+        """Options of a call that its condition reads."""
+        return self.model.conditioner.traits.inputs
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -88,7 +88,7 @@ class Pipeline:
     @property
     def begins_from_images(self) -> bool:
         """Whether an init_image is where sampling begins, and not a condition alone."""
-        return self.model.conditioner.default_strength is not None
+        return self.model.conditioner.traits.strength is not None
 
     @property
     def is_distilled(self) -> bool:
@@ -189,5 +189,5 @@ class Pipeline:
 def _check_refines(refiner: Pipeline, base: Pipeline) -> None:
     """Refuse a refiner that cannot go on with the latents of `base`."""
     mine, other = ((pipe.model.factor, pipe.model.channels) for pipe in (refiner, base))
-    if refiner.model.conditioner.concat_channels or mine != other:
+    if refiner.model.conditioner.traits.concat_channels or mine != other:
         raise UserError(f"{refiner.name} cannot refine what {base.name} makes: it takes other latents, or more")

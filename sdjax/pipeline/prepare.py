@@ -139,7 +139,7 @@ def _entries(
         count = len(texts)
     else:
         if prompts:
-            raise UserError(f"{pipe.name} takes no prompt; it is conditioned on {', '.join(pipe.inputs) or 'nothing'}")
+            raise UserError(f"{pipe.name} takes no prompt; it is conditioned on {_conditions(pipe)}")
         texts, count = [None], max((len(values) for values in lists.values()), default=1)
     if negatives is None or isinstance(negatives, str):
         negatives = [negatives] * count
@@ -154,6 +154,10 @@ def _entries(
         entry |= {"prompt": texts[i % len(texts)], "negative_prompt": negatives[i]}
         entries.append(entry | {"syntax": given.get("syntax", "a1111")})
     return entries
+
+
+def _conditions(pipe: Pipeline) -> str:
+    return ", ".join(pipe.model.conditioner.traits.required) or "nothing"
 
 
 def _is_listed(pipe: Pipeline, name: str, value: Any) -> bool:
@@ -180,7 +184,7 @@ def _check_used(pipe: Pipeline, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if OPTIONS[name].condition and name not in known:
             shown = f" {value!r}" if OPTIONS[name].is_number else ""
-            others = ", ".join(pipe.inputs) or "nothing"
+            others = _conditions(pipe)
             raise UserError(f"{name}{shown} changes nothing: {pipe.name} is conditioned on {others}; leave it out")
         needed, there = needs.get(name, ("", True))
         if not there:
@@ -195,7 +199,7 @@ def _size(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], to
     model = pipe.model
     asked = model.conditioner.image_size(entry, model.factor)
     width, height = given.get("width"), given.get("height")
-    if model.conditioner.keeps_size and asked is not None and (width, height) != (None, None):
+    if model.conditioner.traits.keeps_size and asked is not None and (width, height) != (None, None):
         raise UserError(f"width and height have no effect: the condition of {pipe.name} asks for {asked[1]}x{asked[0]}")
     if asked is None and entry.get("init_image") is not None and (width, height) == (None, None):
         # The largest part of the given image that the model can make.
@@ -231,7 +235,7 @@ def _resolved(pipe: Pipeline, given: Mapping[str, Any], size: tuple[int, int]) -
     chosen: dict[str, Any] = {
         "steps": STEPS if latents or sampler_of(pipe.scheduler) != "ddpm" else PIXEL_STEPS,
         "sampler": sampler_of(pipe.scheduler),
-        "guidance_scale": pipe.model.conditioner.default_guidance,
+        "guidance_scale": pipe.model.conditioner.traits.guidance_scale,
         "guidance_rescale": 0.0,
         "seed": 0,
         "rng": "jax",
@@ -248,7 +252,7 @@ def _resolved(pipe: Pipeline, given: Mapping[str, Any], size: tuple[int, int]) -
     if chosen.get("schedule") == "ays" and pipe.is_sdxl:
         chosen["schedule"] = "ays_sdxl"  # SDXL has levels of its own (Sabour et al. 2024)
     if "init_image" in given and pipe.begins_from_images:
-        chosen.setdefault("strength", pipe.model.conditioner.default_strength)
+        chosen.setdefault("strength", pipe.model.conditioner.traits.strength)
     if given.get("guidance_scale", 0.0) > 1.0 and not pipe.is_distilled and not pipe.has_null:
         raise UserError(
             f"guidance_scale {given['guidance_scale']:g}: {pipe.name} was trained without condition dropout, so it has "
@@ -336,7 +340,7 @@ def _prepare_entry(
     if entry.get("init_image") is not None and pipe.begins_from_images:
         image = load_image(entry["init_image"], size)
     own = "mask" in pipe.inputs
-    feather = given.get("feather", pipe.model.conditioner.feather)
+    feather = given.get("feather", pipe.model.conditioner.traits.feather)
     return Row(
         parts=tuple(parts),
         seed=given["seed"],

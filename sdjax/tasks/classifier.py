@@ -28,7 +28,8 @@ from sdjax.core.tree import Params
 from sdjax.data import crops, sources, transforms
 from sdjax.data.loader import Loader
 from sdjax.data.pictures import tile
-from sdjax.diffusion.loss import gather, q_sample, uniform_timesteps
+from sdjax.diffusion.denoise import q_sample
+from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import schedule_of
 from sdjax.models.adm_classifier import VARIANTS, Classifier, ClassifierConfig, classifier_of
 from sdjax.models.apply import apply

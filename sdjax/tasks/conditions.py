@@ -227,7 +227,7 @@ def text_spec(conditioner: TextConditioner, text: str) -> dict[str, jax.ShapeDty
 def embedding_shapes(conditioner: TextConditioner) -> dict[str, jax.ShapeDtypeStruct]:
     """Embeddings of one caption."""
     length = conditioner.encoders[0].max_length
-    shapes = {"context": jax.ShapeDtypeStruct((length, conditioner.context_width), jnp.float32)}
+    shapes = {"context": jax.ShapeDtypeStruct((length, conditioner.traits.context_width), jnp.float32)}
     if conditioner.numbers:
         shapes["pooled"] = jax.ShapeDtypeStruct((conditioner.pooled_width,), jnp.float32)
     return shapes

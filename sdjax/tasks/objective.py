@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sdjax.core.config import Config
 from sdjax.core.errors import unknown
-from sdjax.diffusion.denoise import Network
-from sdjax.diffusion.loss import diffusion_loss, gather, offset_noise, q_sample, uniform_timesteps
+from sdjax.diffusion.denoise import Network, q_sample
+from sdjax.diffusion.loss import diffusion_loss, gather, offset_noise, uniform_timesteps
 from sdjax.diffusion.samplers import schedule_of
 from sdjax.diffusion.schedule import Schedule
 

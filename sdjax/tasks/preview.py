@@ -56,7 +56,7 @@ def sample_columns(
     if known is None:
         return images
     pairs = zip(images, *map(np.asarray, known), strict=True)
-    return np.stack([paste_back(made, given, mask, model.conditioner.feather) for made, given, mask in pairs])
+    return np.stack([paste_back(made, given, mask, model.conditioner.traits.feather) for made, given, mask in pairs])
 
 
 def prompt_columns(config: Config, model: DiffusionModel, condition: TrainingCondition) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from diffusers.training_utils import compute_snr
 from scipy.stats import norm
 
 from sdjax.core.errors import UserError
-from sdjax.diffusion.denoise import PREDICTIONS, make_denoise, target, to_x0, vp_to_x0
+from sdjax.diffusion.denoise import PREDICTIONS, make_denoise, q_sample, to_x0
 from sdjax.diffusion.loss import (
     diffusion_loss,
     gather,
@@ -20,9 +20,10 @@ from sdjax.diffusion.loss import (
     min_snr_weight,
     offset_noise,
     posterior_tables,
-    q_sample,
+    target,
     uniform_timesteps,
     vlb_term,
+    vp_to_x0,
 )
 from sdjax.diffusion.schedule import make_schedule
 

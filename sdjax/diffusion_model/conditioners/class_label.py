@@ -12,7 +12,7 @@ from jaxtyping import Array, Key, PRNGKeyArray
 
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.tree import Params
-from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Input, required
+from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.models.apply import apply
 from sdjax.models.conditioning import Cond
 from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig
@@ -33,8 +33,8 @@ class ClassConditioner(Conditioner):
     null_class: int | None = None
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return (Input("class_label"),)
+    def traits(self) -> Traits:
+        return Traits(("class_label",), context_width=self.config.width, has_null=self.null_class is not None)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -43,14 +43,6 @@ class ClassConditioner(Conditioner):
     @property
     def settings(self) -> dict[str, Any]:
         return {"none": self.null_class}
-
-    @property
-    def has_null(self) -> bool:
-        return self.null_class is not None
-
-    @property
-    def context_width(self) -> int:
-        return self.config.width
 
     def init(self, key: PRNGKeyArray) -> Params:
         return {EMBEDDER: dict(ClassEmbedder(self.config).init(key, jnp.zeros(1, jnp.int32))["params"])}
@@ -80,8 +72,8 @@ class BackboneClassConditioner(Conditioner):
     classes: int = 1000
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return (Input("class_label"),)
+    def traits(self) -> Traits:
+        return Traits(("class_label",))
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         return {LABEL: np.int32(class_number(required(inputs, "class_label", host.name), self.classes, host))}

@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 
 from sdjax.core.tree import Params
 from sdjax.data.image_inputs import load_depth
-from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Input, required
+from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.models.conditioning import Cond
 
 DEPTH = "depth"
@@ -22,12 +22,8 @@ class DepthConditioner(Conditioner):
     """`depth`, float32 [b h w 1] in [-1, 1], as large as the latents."""
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return (Input(DEPTH),)
-
-    @property
-    def concat_channels(self) -> int:
-        return 1
+    def traits(self) -> Traits:
+        return Traits((DEPTH,), concat_channels=1)
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         return {DEPTH: load_depth(required(inputs, DEPTH, host.name), host.latents)}

@@ -16,7 +16,7 @@ from sdjax.core.tree import Params
 from sdjax.data.image_inputs import rgb
 from sdjax.diffusion.denoise import Denoise
 from sdjax.diffusion.guidance import classifier_guided, image_guided
-from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Input, required
+from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.diffusion_model.conditioners.class_label import LABEL, class_number
 from sdjax.models.adm_classifier import ClassifierConfig, classifier_of
 from sdjax.models.apply import apply
@@ -36,12 +36,8 @@ class ClassifierGuide(Conditioner):
     config: ClassifierConfig
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return Input("class_label"), Input(CLASSIFIER_SCALE, required=False)
-
-    @property
-    def step_columns(self) -> tuple[str, ...]:
-        return LABEL, CLASSIFIER_SCALE
+    def traits(self) -> Traits:
+        return Traits(("class_label",), (CLASSIFIER_SCALE,), step_columns=(LABEL, CLASSIFIER_SCALE))
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         label = class_number(required(inputs, "class_label", host.name), self.config.classes, host)
@@ -64,12 +60,8 @@ class ImageGuide(Conditioner):
     """Guidance to an image that the result, made as small, shall be like; any model has it, where one is given."""
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return Input(RESEMBLE, required=False), Input(RESEMBLE_SCALE, required=False)
-
-    @property
-    def step_columns(self) -> tuple[str, ...]:
-        return RESEMBLE, RESEMBLE_SCALE
+    def traits(self) -> Traits:
+        return Traits(optional=(RESEMBLE, RESEMBLE_SCALE), step_columns=(RESEMBLE, RESEMBLE_SCALE))
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         given, scale = inputs.get(RESEMBLE), inputs.get(RESEMBLE_SCALE)

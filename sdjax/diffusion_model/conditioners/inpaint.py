@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from sdjax.core.tree import Params
 from sdjax.data.image_inputs import load_image, load_mask, size_of
-from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Input, in_unit_range, required
+from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, in_unit_range, required
 from sdjax.models.conditioning import Cond
 
 IMAGE, MASK, LATENTS = "image", "mask", "masked_latents"
@@ -39,20 +39,13 @@ class InpaintConditioner(Conditioner):
     stable_diffusion: bool = True
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return Input("init_image"), Input("mask")
-
-    @property
-    def concat_channels(self) -> int:
-        return self.latent_channels + 1
-
-    @property
-    def default_strength(self) -> float:
-        return 1.0
-
-    @property
-    def feather(self) -> float:
-        return 4.0 if self.stable_diffusion else 0.0
+    def traits(self) -> Traits:
+        return Traits(
+            required=("init_image", "mask"),
+            concat_channels=self.latent_channels + 1,
+            strength=1.0,
+            feather=4.0 if self.stable_diffusion else 0.0,
+        )
 
     def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
         if self.stable_diffusion or inputs.get("init_image") is None:

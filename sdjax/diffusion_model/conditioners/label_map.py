@@ -14,7 +14,7 @@ from jaxtyping import Array, Key, PRNGKeyArray
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
 from sdjax.data.pictures import picture_size, read_labels
-from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Input, required
+from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.models.apply import apply
 from sdjax.models.conditioning import Cond
 from sdjax.models.embedders import Rescaler, RescalerConfig
@@ -33,20 +33,12 @@ class LabelMapConditioner(Conditioner):
     config: RescalerConfig = field(default_factory=RescalerConfig)
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return (Input(LABEL_MAP),)
+    def traits(self) -> Traits:
+        return Traits((LABEL_MAP,), concat_channels=self.config.features, keeps_size=True)
 
     @property
     def components(self) -> dict[str, Any]:
         return {RESCALER: self.config}
-
-    @property
-    def concat_channels(self) -> int:
-        return self.config.features
-
-    @property
-    def keeps_size(self) -> bool:
-        return True
 
     def init(self, key: PRNGKeyArray) -> Params:
         side = 2**self.config.stages

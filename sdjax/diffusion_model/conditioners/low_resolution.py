@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 
 from sdjax.core.tree import Params
 from sdjax.data.image_inputs import rgb, size_of
-from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Input, in_unit_range, required
+from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, in_unit_range, required
 from sdjax.models.conditioning import Cond
 
 LOW = "low_res"
@@ -22,20 +22,8 @@ class LowResolutionConditioner(Conditioner):
     """`low_res`, uint8 [b h w 3], as large as the latents."""
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return (Input("init_image"),)
-
-    @property
-    def concat_channels(self) -> int:
-        return 3
-
-    @property
-    def keeps_size(self) -> bool:
-        return True
-
-    @property
-    def default_strength(self) -> None:
-        return None
+    def traits(self) -> Traits:
+        return Traits(("init_image",), concat_channels=3, keeps_size=True, strength=None)
 
     def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
         if inputs.get("init_image") is None:

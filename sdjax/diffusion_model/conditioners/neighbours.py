@@ -17,7 +17,7 @@ from jaxtyping import Array, Key
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
 from sdjax.data.embeddings import read_embeddings
-from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Input, required
+from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.models.conditioning import Cond
 
 NEIGHBOURS = "neighbours"
@@ -34,16 +34,8 @@ class NeighbourConditioner(Conditioner):
     width: int = 768
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return (Input(NEIGHBOURS),)
-
-    @property
-    def has_null(self) -> bool:
-        return True
-
-    @property
-    def context_width(self) -> int:
-        return self.width
+    def traits(self) -> Traits:
+        return Traits((NEIGHBOURS,), context_width=self.width, has_null=True)
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         given = required(inputs, NEIGHBOURS, host.name)

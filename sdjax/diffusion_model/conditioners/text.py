@@ -17,7 +17,7 @@ from sdjax.core.tree import Params
 from sdjax.data.prompts import Chunks, Report, chunk, plain, stack
 from sdjax.data.tokenizers import Tokenizer
 from sdjax.diffusion.denoise import per_image
-from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Input
+from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits
 from sdjax.diffusion_model.text_encoders import TextEmbeddings, TextEncoder
 from sdjax.models.conditioning import Cond
 from sdjax.models.layers import timestep_embedding
@@ -54,32 +54,25 @@ class TextConditioner(Conditioner):
     null_ids: tuple[tuple[int, ...], ...] = ()
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
+    def traits(self) -> Traits:
         sizes = ("original_size", "crop")
         own = {SIZES: (*sizes, "target_size"), AESTHETICS: (*sizes, "aesthetic_score", "negative_aesthetic_score")}
-        optional = ("negative_prompt", "syntax", "clip_skip", *own.get(self.numbers, ()))
-        return (Input("prompt"), *(Input(name, required=False) for name in optional))
+        return Traits(
+            required=("prompt",),
+            optional=("negative_prompt", "syntax", "clip_skip", *own.get(self.numbers, ())),
+            context_width=sum(encoder.width for encoder in self.encoders),
+            has_null=True,
+            guidance_scale=7.5,
+        )
 
     @property
     def components(self) -> dict[str, Any]:
         return {encoder.name: encoder.config for encoder in self.encoders}
 
     @property
-    def has_null(self) -> bool:
-        return True
-
-    @property
-    def context_width(self) -> int:
-        return sum(encoder.width for encoder in self.encoders)
-
-    @property
     def pooled_width(self) -> int:
         """Features of the pooled prompt."""
         return self.encoders[-1].pooled_width
-
-    @property
-    def default_guidance(self) -> float:
-        return 7.5
 
     def init(self, key: PRNGKeyArray) -> Params:
         keys = jax.random.split(key, len(self.encoders))

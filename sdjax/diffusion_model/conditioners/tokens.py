@@ -15,7 +15,7 @@ from jaxtyping import Array, Key, PRNGKeyArray
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
 from sdjax.data.layout import LayoutTokens
-from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Input, required
+from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.diffusion_model.conditioners.class_label import class_number
 from sdjax.models.apply import apply
 from sdjax.models.bert import Bert, BertConfig
@@ -37,20 +37,16 @@ class TokenConditioner(Conditioner):
     null_tokens: tuple[int, ...] = ()
 
     @property
+    def traits(self) -> Traits:
+        return Traits(context_width=self.bert.width, has_null=bool(self.null_tokens))
+
+    @property
     def components(self) -> dict[str, Any]:
         return {BERT: self.bert}
 
     @property
     def settings(self) -> dict[str, Any]:
         return {"nothing": list(self.null_tokens)}
-
-    @property
-    def has_null(self) -> bool:
-        return bool(self.null_tokens)
-
-    @property
-    def context_width(self) -> int:
-        return self.bert.width
 
     def init(self, key: PRNGKeyArray) -> Params:
         return {BERT: dict(Bert(self.bert).init(key, jnp.zeros((1, self.bert.max_length), jnp.int32))["params"])}
@@ -71,8 +67,8 @@ class BertTextConditioner(TokenConditioner):
     """Captions in BERT's word pieces."""
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return (Input("prompt"), Input("negative_prompt", required=False))
+    def traits(self) -> Traits:
+        return super().traits._replace(required=("prompt",), optional=("negative_prompt",))
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         if BERT not in host.tokenizers:
@@ -100,8 +96,8 @@ class LayoutConditioner(TokenConditioner):
     classes: int = 1
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return (Input("layout"),)
+    def traits(self) -> Traits:
+        return super().traits._replace(required=("layout",))
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         layout = required(inputs, "layout", host.name)

@@ -18,9 +18,9 @@ from jaxtyping import Array, Key
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
 from sdjax.data.image_inputs import load_image, size_of
-from sdjax.diffusion.loss import q_sample
+from sdjax.diffusion.denoise import q_sample
 from sdjax.diffusion.samplers import first_noise, schedule_of
-from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Input, required
+from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.models.conditioning import Cond
 
 SMALL, LEVEL, SIGNAL, NOISE = "small", "noise_level", "signal", "small_noise"
@@ -43,16 +43,8 @@ class UpscaleConditioner(Conditioner):
     levels: int = 1000
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return Input("init_image"), Input(LEVEL, required=False)
-
-    @property
-    def concat_channels(self) -> int:
-        return 3
-
-    @property
-    def default_strength(self) -> None:
-        return None
+    def traits(self) -> Traits:
+        return Traits(("init_image",), (LEVEL,), concat_channels=3, strength=None)
 
     def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
         if inputs.get("init_image") is None:
