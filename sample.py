@@ -55,7 +55,8 @@ from sdjax.parallel.mesh import make_mesh
 from sdjax.pipeline.options import LOAD_OPTIONS, OPTIONS, help_of, parse_value
 from sdjax.pipeline.prepare import Row
 
-FLAGS = {name: option for name, option in OPTIONS.items() if option.scope == "image"}
+IMAGE = {name: option for name, option in OPTIONS.items() if option.scope == "image"}
+FLAGS = {**IMAGE, "batch_size": OPTIONS["batch_size"]}
 SOURCES = ("checkpoint", *LOAD_OPTIONS)
 JOBS = ("from_file", "from_image", "grid", "outdir")
 
@@ -68,12 +69,14 @@ class Request(NamedTuple):
         axes: of a grid; () without one.
         sources: checkpoint and options of `sdjax.load`.
         outdir: None for a new folder.
+        batch_size: images of one pass; None suits their size.
     """
 
     jobs: list[ImageJob]
     axes: tuple[Axis, ...]
     sources: dict[str, Any]
     outdir: Path | None
+    batch_size: int | None = None
 
 
 def main() -> None:
@@ -116,10 +119,7 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
 
 def usage() -> str:
     """Text of --help, with the table of options."""
-    image = {name: option for name, option in FLAGS.items() if name != "first_index"}
-    return str(__doc__).format(
-        load=help_of(LOAD_OPTIONS), image=help_of({**image, "first_index": OPTIONS["first_index"]})
-    )
+    return str(__doc__).format(load=help_of(LOAD_OPTIONS), image=help_of(FLAGS))
 
 
 def read_request(config: Config, flag: Mapping[str, Any]) -> Request:
@@ -143,13 +143,14 @@ def read_request(config: Config, flag: Mapping[str, Any]) -> Request:
     else:
         lines = [PromptLine(prompt, {}) for prompt in flag["prompt"] or [record.get("prompt") or None]]
     axes = parse_grid(flag["grid"]) if flag["grid"] is not None else ()
-    common = {name: settings[name] for name in FLAGS if settings.get(name) is not None and name != "first_index"}
+    common = {name: settings[name] for name in IMAGE if settings.get(name) is not None and name != "first_index"}
     first = flag["first_index"] if flag["first_index"] is not None else record.get("index", 0)
     return Request(
         jobs=expand_jobs(lines, common, cells(axes) if axes else [{}], first),
         axes=axes,
         sources={name: settings[name] for name in SOURCES if settings.get(name)},
         outdir=None if flag["outdir"] is None else Path(flag["outdir"]),
+        batch_size=flag["batch_size"],
     )
 
 
@@ -196,7 +197,7 @@ def generate_all(request: Request, pipe: sdjax.Pipeline, sources: Mapping[str, A
 
     made: dict[int, np.ndarray] = {}
     with tqdm(desc="compiling", unit="call", dynamic_ncols=True, disable=not is_first()) as bar:
-        for place, image in pipe.run(rows, progress=advance(bar)):
+        for place, image in pipe.run(rows, request.batch_size, advance(bar)):
             outdir = outdir or shared_folder(Path("outputs") / pipe.name)
             made[jobs[place].number] = to_uint8(image)
             write_job(outdir, jobs[place], rows[place], made[jobs[place].number], sources)

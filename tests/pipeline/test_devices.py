@@ -8,7 +8,6 @@ import sys
 
 import children
 import numpy as np
-from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
 from sdjax.tasks.latent.networks import sizes_of
 from torch_reference import drawn
 
