@@ -20,10 +20,10 @@ from sdjax.diffusion_model.conditioner import Host
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import BACKBONE, DiffusionModel
 from sdjax.models.autoencoder import AnyAutoencoder
-from sdjax.pipeline import execute, prepare
 from sdjax.pipeline.devices import Devices
+from sdjax.pipeline.execute import run
 from sdjax.pipeline.options import Options, Progress
-from sdjax.pipeline.prepare import Row
+from sdjax.pipeline.prepare import Row, prepare
 
 
 class Pipeline:
@@ -148,13 +148,13 @@ class Pipeline:
         Raises:
             UserError: as `__call__`, before any network runs.
         """
-        return prepare.prepare(self, prompts, negative_prompt, options)
+        return prepare(self, prompts, negative_prompt, options)
 
     def run(
         self, rows: Sequence[Row], batch_size: int | None = None, progress: Progress | None = None, **how: Any
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Images of prepared rows as they are made; see `sdjax.pipeline.execute.run`."""
-        return execute.run(self, rows, batch_size, progress, **how)
+        return run(self, rows, batch_size, progress, **how)
 
     def __call__(
         self,
