@@ -27,7 +27,7 @@ from sdjax.data import checking
 from sdjax.parallel.distributed import initialise, run_together
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import check_batch, placer, put_batch
-from sdjax.tasks.base import make_task
+from sdjax.tasks.make import make_task
 from sdjax.training.checkpoint import Checkpoints
 from sdjax.training.export import exported, local_folder, write_export
 from sdjax.training.metrics import Metrics

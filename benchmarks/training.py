@@ -44,7 +44,7 @@ from sdjax.parallel.mesh import make_mesh, parse_mesh
 from sdjax.parallel.sharding import check_batch, placer, put_batch, rows_of_process
 from sdjax.plan.programs import count_flops
 from sdjax.plan.training import check_config, training_programs
-from sdjax.tasks.base import make_task
+from sdjax.tasks.make import make_task
 from sdjax.tasks.variants import sizes_of
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import StepFn, TrainState, init_state, make_step

@@ -22,7 +22,7 @@ from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
 from sdjax.parallel.audit import Audit, Entry, audit, check
 from sdjax.parallel.mesh import parse_mesh
-from sdjax.tasks.base import make_task
+from sdjax.tasks.make import make_task
 
 LARGE = 2**26
 MIB = 2**20

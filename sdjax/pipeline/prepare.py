@@ -199,9 +199,9 @@ def _size(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], to
     model = pipe.model
     asked = model.conditioner.image_size(entry, model.factor)
     width, height = given.get("width"), given.get("height")
-    fixed = model.conditioner.traits.keeps_size and asked is not None
-    if fixed and any(side not in (None, own) for side, own in zip((height, width), asked, strict=True)):
-        raise UserError(f"width and height have no effect: the condition of {pipe.name} asks for {asked[1]}x{asked[0]}")
+    fixed = asked if model.conditioner.traits.keeps_size else None
+    if fixed is not None and (height not in (None, fixed[0]) or width not in (None, fixed[1])):
+        raise UserError(f"width and height have no effect: the condition of {pipe.name} asks for {fixed[1]}x{fixed[0]}")
     if asked is None and entry.get("init_image") is not None and (width, height) == (None, None):
         # The largest part of the given image that the model can make.
         asked = tuple(max(side // model.multiple, 1) * model.multiple for side in size_of(entry["init_image"]))

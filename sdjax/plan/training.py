@@ -10,7 +10,7 @@ from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.parallel.sharding import batch_sharding, check_batch, shapes_on, tree_shardings
 from sdjax.plan.programs import Program
-from sdjax.tasks.base import make_task
+from sdjax.tasks.make import make_task
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import make_step, state_shapes
 

@@ -1,34 +1,17 @@
-"""Finding tasks by name, and what several of them need."""
+"""Data of tasks: square images, and batches of this process's rows."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
 from sdjax.core.config import Config
-from sdjax.core.errors import UserError, unknown
+from sdjax.core.errors import UserError
 from sdjax.data import crops, sources
 from sdjax.data.loader import Loader, Reading, Shard, Transform, loader
 from sdjax.parallel.sharding import rows_of_process
-from sdjax.training.task import Task
-
-TASKS = ("autoencoder", "classifier", "diffusion")
-"""Files of this folder with a function `make(config, mesh)`."""
-
-
-def make_task(config: Config, mesh: Mesh) -> Task:
-    """The task that `config.task.name` asks for.
-
-    Raises:
-        UserError: there is none of this name.
-    """
-    name = config.task.name
-    if name not in TASKS:
-        raise unknown("task", name, TASKS, "config.task.name")
-    return importlib.import_module(f"sdjax.tasks.{name}").make(config, mesh)
 
 
 def process_shard(mesh: Mesh) -> Shard:

@@ -14,7 +14,7 @@ from configs import pixels
 from sdjax.core.errors import UserError
 from sdjax.eval import __main__ as command
 from sdjax.parallel.mesh import make_mesh
-from sdjax.tasks.base import make_task
+from sdjax.tasks.make import make_task
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from sdjax.core.tree import Params, nbytes
 from sdjax.parallel.distributed import initialise, is_first
 from sdjax.parallel.mesh import make_mesh, parse_mesh
 from sdjax.parallel.sharding import placer, put_batch, rows_of_process, tree_shardings
-from sdjax.tasks.base import make_task
+from sdjax.tasks.make import make_task
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import TrainState, init_state, make_step
 from sdjax.training.task import Task

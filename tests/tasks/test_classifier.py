@@ -17,7 +17,7 @@ from sdjax.diffusion.samplers import SamplerOptions, make_table, schedule_of
 from sdjax.models.apply import apply
 from sdjax.models.unet2d import UNet2D
 from sdjax.parallel.mesh import make_mesh
-from sdjax.tasks.base import make_task
+from sdjax.tasks.make import make_task
 from sdjax.tasks.latent.networks import sizes_of
 from sdjax.tasks.noisy_classifier import classify, read_classifier
 from sdjax.tasks.pixels import VARIANTS, Guide, draw

@@ -30,7 +30,7 @@ from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig, Rescaler,
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import placer
 from sdjax.pipeline.conditional import ConditionalPipeline
-from sdjax.tasks.base import make_task
+from sdjax.tasks.make import make_task
 from sdjax.tasks.inpainting import HoleConditioner
 from sdjax.tasks.latent.networks import sizes_of
 from sdjax.tasks.ldm.model import draw, load_model

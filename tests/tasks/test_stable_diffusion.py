@@ -27,7 +27,7 @@ from sdjax.data.prepared import PreparedSource
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import placer, put_batch
 from sdjax.prepare import prepare
-from sdjax.tasks.base import make_task
+from sdjax.tasks.make import make_task
 from sdjax.training.step import init_state, make_step
 
 TINY = tuple(configs.TINY)

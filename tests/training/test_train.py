@@ -16,7 +16,7 @@ import train
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import placer
-from sdjax.tasks.base import make_task
+from sdjax.tasks.make import make_task
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import init_state
 
