@@ -43,6 +43,7 @@ class Option:
         grid: whether it may be an axis of a grid.
         kind: int, float, str, bool, Pair or Images; taken from the annotation.
         condition: whether only models that are conditioned on it read it.
+        table: whether it goes to the sampler's table under its own name.
         file: whether it names a file.
         many: whether a flag may be repeated.
     """
@@ -56,6 +57,7 @@ class Option:
     grid: bool = True
     kind: Any = str
     condition: bool = False
+    table: bool = False
     file: bool = False
     many: bool = False
 
@@ -93,7 +95,8 @@ class Options(TypedDict, total=False):
     ]
     guidance_rescale: Annotated[Number | None, Option("phi of Lin et al. 2024", 0, 1, label="CFG Rescale")]
     eta: Annotated[
-        Number | None, Option("of DDIM (0 deterministic) or of the ancestral samplers (1 as known)", 0, 1, label="Eta")
+        Number | None,
+        Option("of DDIM (0 deterministic) or of the ancestral samplers (1 as known)", 0, 1, label="Eta", table=True),
     ]
     seed: Annotated[int | None, Option("with an image's index it decides all its noise", 0, MAX_SEED, label="Seed")]
     width: Annotated[int | None, Option("in pixels", 1, MAX_SIDE)]

@@ -25,8 +25,6 @@ STEPS, PIXEL_STEPS = 50, 250
 REFINER_START, HIRES_STRENGTH, TILE = 0.8, 0.5, 1536
 # Options of which a list gives one value a prompt.
 LISTED = ("init_image", "mask", "depth", "class_label", "layout", "label_map", "neighbours", "resemble")
-TABLE_OPTIONS = ("eta",)
-"""Options that go to the sampler's table as they are."""
 
 
 class Part(NamedTuple):
@@ -290,7 +288,7 @@ def make_rows(pipe: Pipeline, given: Mapping[str, Any], start: int | None = None
         spacing=given.get("schedule"),
         start=start,
         latents=pipe.model.autoencoder is not None,
-        **{name: given[name] for name in TABLE_OPTIONS if name in given},
+        **{name: given[name] for name, option in OPTIONS.items() if option.table and name in given},
     )
 
 
