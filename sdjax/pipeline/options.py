@@ -98,6 +98,10 @@ class Options(TypedDict, total=False):
         Number | None,
         Option("of DDIM (0 deterministic) or of the ancestral samplers (1 as known)", 0, 1, label="Eta", table=True),
     ]
+    s_noise: Annotated[
+        Number | None,
+        Option("factor on the noise of the ancestral and SDE samplers", 0, label="Sigma noise", table=True),
+    ]
     seed: Annotated[int | None, Option("with an image's index it decides all its noise", 0, MAX_SEED, label="Seed")]
     width: Annotated[int | None, Option("in pixels", 1, MAX_SIDE)]
     height: Annotated[int | None, Option("in pixels", 1, MAX_SIDE)]

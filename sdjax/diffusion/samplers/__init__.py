@@ -65,6 +65,9 @@ SPACINGS = (*TIMESTEP_SPACINGS, *SIGMA_SCHEDULES)
 # Their timesteps are those of the distillation, whatever the spacing.
 _OWN_TIMESTEPS = ("lcm", "tcd")
 
+# Samplers of k-diffusion that add noise, whose factor s_noise is.
+_NOISY = ("euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "euler", "heun", "dpm2")
+
 # Where a latent model's own scheduler config departs from the defaults of the classes.
 _LATENT = {"clip_sample": False, "skip_prk_steps": True}
 
@@ -92,8 +95,8 @@ def make_table(
         **changes: fields of SamplerOptions, e.g. eta=1.0, in place of what `options` says.
 
     Raises:
-        UserError: an unknown sampler, spacing or option, a spacing that does not suit the sampler, a start or a number
-            of steps out of range.
+        UserError: an unknown sampler, spacing or option, a spacing or s_noise that does not suit the sampler, a start
+            or a number of steps out of range.
     """
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
@@ -107,6 +110,10 @@ def make_table(
     options = dataclasses.replace(options, **changes)  # pyright: ignore[reportArgumentType]
     if not 0 <= start < steps:
         raise UserError(f"start {start}: choose 0 to {steps - 1}, below the number of steps")
+    if "s_noise" in changes and sampler not in _NOISY:
+        raise UserError(
+            f"s_noise {options.s_noise:g} changes nothing for {sampler}; choose one of: {', '.join(_NOISY)}"
+        )
     plan = SAMPLERS[sampler](schedule, steps, options, start)
     from_scratch = SAMPLERS[sampler](schedule, steps, options, 0) if start else plan
     return stack(plan, options.limits, len(from_scratch.rows))
