@@ -79,7 +79,7 @@ class Compilations:
         total, write = self.total, terminalreporter.write_line
         if self.show:
             terminalreporter.section(f"the {LONGEST} tests that compiled longest (seconds)")
-            write(" programs  compile    trace    lower  test")
+            write(" programs" + "".join(f"{kind:>9s}" for kind in KINDS.values()) + "  test")
             ranked = sorted(self.by_test.items(), key=lambda pair: -pair[1]["compile"])
             for name, found in ranked[:LONGEST]:
                 write(f"{line_of(found)}  {name}")
