@@ -14,7 +14,7 @@ from PIL import Image
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # whose environment is that of the process that started it
 CACHE_BYTES = 4 * 2**30
-BUDGET = 12_000  # programs that a default run may compile
+BUDGET = 20_000  # programs that a default run may compile
 
 
 def cache_folder() -> Path:
