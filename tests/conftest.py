@@ -1,32 +1,57 @@
-"""What all tests share: programs that are compiled once, for this run and its child processes, and some pictures."""
+"""What all tests share: programs that are compiled once, for all runs and their child processes, and some pictures."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from children import HASTY
+from compilations import Compilations
 from PIL import Image
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # whose environment is that of the process that started it
+CACHE_BYTES = 4 * 2**30
+BUDGET = 20_000  # programs that a default run may compile
+
+
+def cache_folder() -> Path:
+    """Compiled programs of earlier runs: $SDJAX_TEST_CACHE, else `sdjax-tests` in the user's cache."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SDJAX_TEST_CACHE") or Path(caches) / "sdjax-tests")
+
+
+def prune(folder: Path) -> None:
+    """Removes the oldest programs beyond CACHE_BYTES."""
+    files = sorted(((file.stat(), file) for file in folder.glob("*-cache")), key=lambda pair: -pair[0].st_mtime)
+    size = 0
+    for stat, file in files:
+        size += stat.st_size
+        if size > CACHE_BYTES:
+            file.unlink(missing_ok=True)
+
+
 if not IS_WORKER:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sdjax-compiled-")
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    prune(cache_folder())
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_folder())
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin, and would take the other worker's core
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compilations", action="store_true", help="show which tests compiled longest")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not IS_WORKER and config.option.markexpr == "not slow":
+    is_default = config.option.markexpr == "not slow"
+    if not IS_WORKER and is_default:
         os.environ.setdefault("XLA_FLAGS", HASTY)
-
-
-def pytest_unconfigure() -> None:
-    if not IS_WORKER:
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    is_all = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    budget = BUDGET if is_default and is_all else None
+    config.pluginmanager.register(Compilations(config.option.compilations, budget))
 
 
 @pytest.fixture(scope="session")

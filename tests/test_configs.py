@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import openmoji, stable_diffusion
 from sdjax.convert.hub import ID
@@ -29,13 +32,41 @@ def test_published_models_are_ids_of_the_hub(name):
     assert all(ID.fullmatch(config.sample[source]) for source in ("checkpoint", "refiner") if source in config.sample)
 
 
-def test_a_config_takes_no_key_that_nobody_reads():
-    for config in (openmoji.get_config(), openmoji.get_config("autoencoder"), stable_diffusion.get_config()):
-        with pytest.raises((AttributeError, KeyError)):
-            config.sample.stepz = 3
-
-
 TRAINING = ("autoencoders", "classifiers", "ldm", "openmoji", "openmoji_ldm", "pixels", "stable_diffusion_training")
+
+
+def names_in_code() -> set[str]:
+    """What sdjax and the scripts have as an attribute, a string, an argument or a field."""
+    found: set[str] = set()
+    for path in (*(ROOT / "sdjax").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Attribute(attr=name) | ast.arg(arg=name) | ast.keyword(arg=str(name)):
+                    found.add(name)
+                case ast.Constant(value=str(name)) | ast.AnnAssign(target=ast.Name(id=name)):
+                    found.add(name)
+    return found
+
+
+def keys_of(config: ConfigDict) -> set[str]:
+    """Of all sections."""
+    inner = [keys_of(value) for value in config.values() if isinstance(value, ConfigDict)]
+    return set(config.keys()).union(*inner)
+
+
+def test_a_config_takes_no_key_that_nobody_reads():
+    """A key is refused that the config has not; and each that it has is named in the code, where an invented one is
+    not."""
+    read = names_in_code()
+    modules = [importlib.import_module(f"configs.{name}") for name in (*TRAINING, "stable_diffusion")]
+    configs = [module.get_config() for module in modules] + [openmoji.get_config("autoencoder")]
+    for config in configs:
+        assert keys_of(config) <= read
+        with pytest.raises((AttributeError, KeyError)):
+            config.train.stepz = 3
+        with config.unlocked():
+            config.train.stepz = 3
+        assert keys_of(config) - read == {"stepz"}
 
 
 @pytest.mark.parametrize("name", TRAINING)

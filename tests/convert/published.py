@@ -62,6 +62,20 @@ REFINER_UNET: dict[str, Any] = SDXL_UNET | {
     "transformer_layers_per_block": 4,
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
 }
+# Exact sizes of the published checkpoints' UNets (Stability-AI, diffusers).
+UNET_TOTALS = {
+    "sd1": 859_520_964,
+    "sd1_inpaint": 859_535_364,
+    "sd1_lcm": 859_520_964 + 256 * 320,
+    "sd2": 865_910_724,
+    "sd2_inpaint": 865_910_724 + 5 * 9 * 320,
+    "sd2_depth": 865_913_604,
+    "x4_upscaler": 473_398_020,
+    "sdxl": 2_567_463_684,
+    "sdxl_inpaint": 2_567_463_684 + 5 * 9 * 320,
+    "sdxl_lcm": 2_567_463_684 + 256 * 320,
+    "sdxl_refiner": 2_259_526_660,
+}
 UNETS = {"sd1": SD1_UNET, "sd2": SD2_UNET, "sdxl": SDXL_UNET, "sdxl_refiner": REFINER_UNET}
 
 SD_VAE: dict[str, Any] = {

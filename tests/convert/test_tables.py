@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import diffusers
 import pytest
 import torch
 import transformers
-from published import CLIPS, SD1_UNET, SDXL_UNET, UNETS, VAES
+from published import CLIPS, SD1_UNET, SDXL_UNET, UNET_TOTALS, UNETS, VAES
 
 from sdjax.convert import autoencoder, clip, unet
 from sdjax.convert.rules import stored_shapes
@@ -28,6 +30,7 @@ def test_every_key_of_a_unet_and_its_shape(name: str):
     assert config == UNET_VARIANTS[name]
     theirs = on_meta(lambda: diffusers.UNet2DConditionModel.from_config(UNETS[name]))
     assert stored_shapes(unet.table(config), unet.shapes(config)) == theirs
+    assert sum(map(math.prod, theirs.values())) == UNET_TOTALS[name]
     exported = unet.to_diffusers_config(config)
     assert unet.from_diffusers_config(exported) == config
     assert on_meta(lambda: diffusers.UNet2DConditionModel.from_config(exported)) == theirs

@@ -7,13 +7,14 @@ diffusers/stable-diffusion-xl-1.0-inpainting-0.1, SimianLuo/LCM_Dreamshaper_v7 a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from published import SD1_UNET, SD2_UNET, SDXL_UNET
+from published import SD1_UNET, SD2_UNET, SDXL_UNET, UNET_TOTALS
 
 from sdjax.convert import unet
 from sdjax.convert.rules import export, read, stored_shapes
@@ -82,6 +83,7 @@ def test_every_key_and_shape_is_that_of_diffusers_and_so_is_the_exported_config_
     assert config == VARIANTS[name]
     theirs = shapes(CIRCULATING[name])
     assert stored_shapes(unet.table(config), unet.shapes(config)) == theirs
+    assert sum(map(math.prod, theirs.values())) == UNET_TOTALS[name]
     exported = unet.to_diffusers_config(config)
     assert unet.from_diffusers_config(exported) == config
     assert shapes(exported) == theirs

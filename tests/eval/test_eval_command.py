@@ -12,6 +12,7 @@ import torch
 from fidelity import fidelity
 from PIL import Image
 from torch_critics import TorchLPIPS, vgg16
+from torch_reference import drawn
 
 from configs import autoencoders
 from sdjax.convert import published
@@ -22,7 +23,7 @@ from sdjax.eval.comparison import read_statistics
 from sdjax.parallel.mesh import make_mesh
 from sdjax.tasks.autoencoder import make
 
-COUNT = 12
+COUNT = 6
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def pictures_of(folder) -> torch.Tensor:
 def test_all_metrics_of_two_folders(run, folders, networks, tmp_path):
     """FID and the Inception Score are torch-fidelity's of its own features, 1e-3, KID to 1e-6; LPIPS is PyTorch's."""
     names = "fid,sfid,kid,inception_score,precision_recall,psnr,ssim,lpips"
-    sizes = ("--kid_subset=10", "--splits=2", "--batch_size=5")
+    sizes = ("--kid_subset=5", "--splits=2", "--batch_size=4")
     figures, said = run(f"--fake={folders}/fake", f"--real={folders}/real", f"--metrics={names}", *sizes)
     theirs, _ = networks
     with torch.no_grad():
@@ -72,7 +73,7 @@ def test_all_metrics_of_two_folders(run, folders, networks, tmp_path):
     moments = [fid.fid_features_to_statistics(x.double()) for x in (fake, real)]
     expected = fid.fid_statistics_to_metric(*moments, verbose=False)["frechet_inception_distance"]
     assert figures["fid"] == pytest.approx(expected, rel=1e-3)
-    expected = kid.kid_features_to_metric(fake, real, kid_subset_size=10, verbose=False)
+    expected = kid.kid_features_to_metric(fake, real, kid_subset_size=5, verbose=False)
     assert figures["kid"] == pytest.approx(expected["kernel_inception_distance_mean"], abs=1e-6)
     expected = isc.isc_features_to_metric(logits, splits=2)
     assert figures["inception_score"] == pytest.approx(expected["inception_score_mean"], rel=1e-3)
@@ -104,16 +105,16 @@ def test_an_autoencoder_with_a_codebook(run, folders, networks, tmp_path):
     config.data.size = 48
     config.task.perceptual_weight = 0.0
     task = make(config, make_mesh({"data": -1}))
-    params = jax.jit(task.init)(jax.random.key(0))
+    params = drawn(jax.eval_shape(task.init, jax.random.key(0)))
     task.export(params, tmp_path / "export")
-    figures, _ = run(f"--autoencoder={tmp_path}/export", f"--real={folders}/real", "--batch_size=5")
+    figures, _ = run(f"--autoencoder={tmp_path}/export", f"--real={folders}/real", "--batch_size=4")
     assert set(figures) == {"rfid", "psnr", "ssim", "lpips", "codes_used", "perplexity"}
     assert 1 / 16 <= figures["codes_used"] <= 1.0
     assert 1.0 <= figures["perplexity"] <= 16 * figures["codes_used"] + 1e-3
     config.model.autoencoder.update(variant="vq_f8", channels=(8,) * 6)
     config.task.crop = config.data.size = 64
     other = make(config, make_mesh({"data": -1}))
-    other.export(jax.jit(other.init)(jax.random.key(0)), tmp_path / "other")
+    other.export(drawn(jax.eval_shape(other.init, jax.random.key(0))), tmp_path / "other")
     with pytest.raises(UserError, match="pictures of 48x48 do not suit"):
         run(f"--autoencoder={tmp_path}/other", f"--real={folders}/real")
 
@@ -135,7 +136,7 @@ def test_a_missing_network_is_named_and_the_rest_computed(run, folders, monkeypa
         (["--fake={0}/fake"], "--real is required"),
         (["--fake={0}/fake", "--real={0}/real", "--metrics=fidd"], "unknown metric 'fidd' in --metrics; choose"),
         (["--fake={0}/nowhere", "--real={0}/real"], "there is no folder"),
-        (["--fake={0}/fake", "--real={0}/real", "--limit=3", "--metrics=psnr"], "12 sampled and 3 real pictures"),
+        (["--fake={0}/fake", "--real={0}/real", "--limit=3", "--metrics=psnr"], "6 sampled and 3 real pictures"),
         (["--fake={0}/fake", "--real={0}/none.npz"], "cannot read"),
     ],
 )

@@ -15,12 +15,11 @@ from sdjax.core.prng import image_keys
 from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import SamplerOptions, make_table, schedule_of
 from sdjax.models.apply import apply
-from sdjax.models.unet2d import UNet2D
+from sdjax.models.unet2d import UNet2D, UNet2DConfig
 from sdjax.parallel.mesh import make_mesh
 from sdjax.tasks.make import make_task
-from sdjax.tasks.latent.networks import sizes_of
 from sdjax.tasks.noisy_classifier import classify, read_classifier
-from sdjax.tasks.pixels import VARIANTS, Guide, draw
+from sdjax.tasks.pixels import Guide, draw
 
 MESH = {"data": -1}
 
@@ -46,11 +45,12 @@ def test_the_loss_is_the_cross_entropy_of_noisy_pictures(classifier, tmp_path):
     x = np.sqrt(abar) * (batch["image"] / 127.5 - 1.0) + np.sqrt(1.0 - abar) * noise
     task.export(params, tmp_path)
     model, read = read_classifier(tmp_path)
-    logits = np.array(apply(model, read, jnp.asarray(x, jnp.float32), t))
+    answer = jax.jit(lambda x, t: apply(model, read, x, t))
+    logits = np.array(answer(jnp.asarray(x, jnp.float32), t))
     wanted = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(batch["label"]).long())
     assert float(value) == pytest.approx(float(wanted), rel=1e-5)
     assert float(metrics["accuracy"]) == (logits.argmax(-1) == batch["label"]).mean()
-    clean = np.array(apply(model, read, jnp.asarray(batch["image"] / 127.5 - 1.0, jnp.float32), jnp.zeros(8)))
+    clean = np.array(answer(jnp.asarray(batch["image"] / 127.5 - 1.0, jnp.float32), jnp.zeros_like(t)))
     np.testing.assert_allclose(classify(model, read, batch["image"]), clean, atol=1e-5)
 
 
@@ -63,12 +63,11 @@ def test_a_guide_draws_pictures_to_their_class(sampler, spacing, classifier, tmp
     _, task, params = classifier
     task.export(params, tmp_path)
     model, judge = read_classifier(tmp_path)
-    pixel = pixels.get_config("iddpm_64_tiny")
-    unet = UNet2D(sizes_of(pixel.model.unet, VARIANTS, ""))
+    unet = UNet2D(UNet2DConfig((8,), (), (1,), out_channels=6, layers_per_block=1, groups=4))
     x = jnp.zeros((1, 16, 16, 3))
     weights = drawn(jax.eval_shape(unet.init, jax.random.key(0), x, jnp.zeros(1))["params"])
     weights["conv_out"] = jax.tree.map(np.zeros_like, weights["conv_out"])  # the noise stays: only the guide moves it
-    scheduler = pixel.task.scheduler.to_dict()
+    scheduler = pixels.get_config("iddpm_64_tiny").task.scheduler.to_dict()
     options = SamplerOptions.from_scheduler_config(scheduler, sampler)
     table = make_table(sampler, schedule_of(scheduler), 8, options, spacing=spacing)
     keys, labels = image_keys(0, jnp.arange(4)), np.arange(4)

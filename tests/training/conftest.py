@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from configs import openmoji
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(pictures):
     """make_config(variant, steps): a tiny config over the sixteen pictures whose rate does not depend on `steps`."""
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tiny_run
 
 import train
 from sdjax.core.errors import UserError, run_or_exit
@@ -42,34 +43,40 @@ def first_stage(tmp_path_factory, pictures) -> Path:
     return train.train_and_evaluate(config, tmp_path_factory.mktemp("first_stage") / "run")
 
 
-def test_two_halves_are_the_whole(make_config, first_stage, tmp_path):
+@pytest.fixture(scope="module")
+def whole(make_config, first_stage, tmp_path_factory) -> Path:
+    """The workdir of 4 steps over the first stage."""
+    config, workdir = make_config("tiny", 4), tmp_path_factory.mktemp("whole") / "run"
+    config.task.first_stage = str(first_stage)
+    train.train_and_evaluate(config, workdir)
+    return workdir
+
+
+def test_two_halves_are_the_whole(make_config, first_stage, whole, tmp_path):
     """2 + 2 steps leave the state of 4, to the bit: parameters, average, optimiser, order of the data, all noise."""
-    for name, lengths in {"whole": (4,), "halves": (2, 4)}.items():
-        for steps in lengths:
-            config = make_config("tiny", steps)
-            config.task.first_stage = str(first_stage)
-            folder = train.train_and_evaluate(config, tmp_path / name)
-            assert (folder / "model_index.json").is_file()
-    whole, halves = (state_of(tmp_path / name, 4) for name in ("whole", "halves"))
-    assert whole["step"] == 4
-    assert_same_bits(whole, halves)
-    position = [json.loads((tmp_path / n / "checkpoints/4/data/metadata").read_text()) for n in ("whole", "halves")]
+    halves = tmp_path / "halves"
+    for steps in (2, 4):
+        config = make_config("tiny", steps)
+        config.task.first_stage = str(first_stage)
+        folder = train.train_and_evaluate(config, halves)
+        assert (folder / "model_index.json").is_file()
+    assert state_of(whole, 4)["step"] == 4
+    assert_same_bits(state_of(whole, 4), state_of(halves, 4))
+    position = [json.loads((workdir / "checkpoints/4/data/metadata").read_text()) for workdir in (whole, halves)]
     assert position[0] == position[1]
     assert position[0]["step"] == 4
 
 
-def test_a_run_begins_from_a_given_model(make_config, first_stage, tmp_path):
+def test_a_run_begins_from_a_given_model(make_config, first_stage, whole):
     """With task.initial the first state is that model's: what was exported in float16, the average like the rest."""
     config = make_config("tiny", 2)
-    config.task.first_stage = str(first_stage)
-    folder = train.train_and_evaluate(config, tmp_path / "before")
-    config.task.initial = str(folder)
+    config.task.first_stage, config.task.initial = str(first_stage), str(whole / "export")
     mesh = make_mesh(config.mesh)
     task = make_task(config, mesh)
     stored = task.stored(placer(mesh))
     initial = {name: value for name, value in stored.items() if name not in task.frozen}
     state = init_state(task, make_optimizer(config.optim, 2), config.train.seed, mesh, initial)
-    before = state_of(tmp_path / "before", 2)
+    before = state_of(whole, 4)
     for found in (state.params, state.ema):
         jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.float32(np.float16(y))), found, before["ema"])
     config.model.unet.channels = (32, 96)
@@ -77,7 +84,13 @@ def test_a_run_begins_from_a_given_model(make_config, first_stage, tmp_path):
         make_task(config, mesh).stored(placer(mesh))
 
 
-def test_a_checkpoint_that_cannot_be_read_stops_the_run(make_config, tmp_path):
+@pytest.fixture
+def two_layers(monkeypatch):
+    """train.py with tiny_run.py's network: what stops a run does not depend on the system."""
+    monkeypatch.setattr(train, "make_task", tiny_run.make_task)
+
+
+def test_a_checkpoint_that_cannot_be_read_stops_the_run(make_config, two_layers, tmp_path):
     train.train_and_evaluate(make_config("autoencoder_tiny", 2), tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/2/state/d")
     before = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
@@ -86,7 +99,7 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run(make_config, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == before
 
 
-def test_a_workdir_of_another_config_is_refused(make_config, tmp_path):
+def test_a_workdir_of_another_config_is_refused(make_config, two_layers, tmp_path):
     train.train_and_evaluate(make_config("autoencoder_tiny", 2), tmp_path / "run")
     config = make_config("autoencoder_tiny", 4)
     config.optim.learning_rate = 0.5
@@ -95,7 +108,7 @@ def test_a_workdir_of_another_config_is_refused(make_config, tmp_path):
     assert not (tmp_path / "run/checkpoints/4").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(make_config, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(make_config, two_layers, tmp_path):
     config = make_config("autoencoder_tiny", 4)
     config.optim.update(name="adamw", learning_rate=1e38, warmup_steps=1)
     config.train.checkpoint_every = 1
