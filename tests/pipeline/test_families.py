@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import os
 
 import diffusers
+import jax
 import numpy as np
 import pytest
 import torch
@@ -60,22 +63,23 @@ def test_stable_diffusion_2(sampler, kind, zero_snr, in_diffusers, opened, noise
 
 
 @pytest.mark.parametrize("negative", [None, NEGATIVES])
-def test_sdxl(negative, in_diffusers, opened, noise):
+def test_sdxl(negative, in_diffusers, opened):
     """Without a negative prompt the null embeddings are zeros; sizes and crops are conditions."""
-    theirs = in_diffusers("StableDiffusionXLPipeline", "sdxl")
+    theirs = in_diffusers("StableDiffusionXLPipeline", "sdxl", "EulerAncestralDiscreteScheduler")
     sizes = {"original_size": (40, 30), "target_size": (16, 24)}
     common = {"negative_prompt": negative, "guidance_scale": 5.0, "guidance_rescale": 0.5}
     expected = theirs(
         PROMPTS,
         num_inference_steps=6,
-        latents=to_torch(noise),
+        generator=torch.Generator().manual_seed(3),
         crops_coords_top_left=(3, 5),
         output_type="np",
         **SIDES,
         **sizes,
         **common,
     ).images
-    check(opened("sdxl")(PROMPTS, steps=6, latents=noise, crop=(3, 5), **sizes, **common), expected)
+    how = {"steps": 6, "sampler": "euler_a", "seed": 3, "rng": "torch"}
+    check(opened("sdxl")(PROMPTS, crop=(3, 5), **how, **sizes, **common), expected)
 
 
 @pytest.fixture(scope="module")
@@ -84,30 +88,22 @@ def refined(folders):
     return sdjax.load(folders("sdxl"), refiner=folders("sdxl_refiner"))
 
 
-def refined_by_diffusers(in_diffusers, sampler: str, share: float, base: dict, both: dict) -> np.ndarray:
-    """Latents of SDXL's base up to a share of the noise levels, from there on its refiner's images."""
-    first = in_diffusers("StableDiffusionXLPipeline", "sdxl", sampler)
-    second = in_diffusers("StableDiffusionXLImg2ImgPipeline", "sdxl_refiner", sampler)
-    both = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0, **both}
-    latents = first(PROMPTS, denoising_end=share, output_type="latent", **SIDES, **base, **both).images
+def test_refiner(in_diffusers, refined):
+    """From 0.6 of the noise levels on: none is lost, and a multistep solver begins anew.
+
+    One torch generator goes on from the base to the refiner, as diffusers' users pass it to both pipelines.
+    """
+    base = in_diffusers("StableDiffusionXLPipeline", "sdxl", DPMPP_2M)
+    theirs = in_diffusers("StableDiffusionXLImg2ImgPipeline", "sdxl_refiner", DPMPP_2M)
+    for pipe in (base, theirs):
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, algorithm_type="sde-dpmsolver++")
+    generator = torch.Generator().manual_seed(3)
+    common = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0, "num_inference_steps": 10, "generator": generator}
+    latents = base(PROMPTS, denoising_end=0.6, output_type="latent", **SIDES, **common).images
     sizes = {"original_size": (SIZE, SIZE), "target_size": (SIZE, SIZE)}
-    return second(PROMPTS, image=latents, denoising_start=share, output_type="np", **sizes, **both).images
-
-
-def test_refiner(in_diffusers, refined, noise):
-    """From 0.6 of the noise levels on; no noise is added and none is lost, and a multistep solver begins anew."""
-    latents, steps = {"latents": to_torch(noise)}, {"num_inference_steps": 10}
-    expected = refined_by_diffusers(in_diffusers, DPMPP_2M, 0.6, latents, steps)
-    how = {"steps": 10, "sampler": "dpmpp_2m", "latents": noise, "refiner_start": 0.6, "guidance_scale": 4.0}
-    check(refined(PROMPTS, NEGATIVES, **how), expected)
-
-
-def test_torch_noise_goes_on_in_the_refiner(in_diffusers, refined):
-    """One generator for both, as its users pass it to both pipelines of diffusers."""
-    both = {"num_inference_steps": 8, "generator": torch.Generator().manual_seed(3)}
-    expected = refined_by_diffusers(in_diffusers, "EulerAncestralDiscreteScheduler", 0.5, {}, both)
-    how = {"steps": 8, "sampler": "euler_a", "guidance_scale": 4.0, "seed": 3, "rng": "torch", "refiner_start": 0.5}
-    check(refined(PROMPTS, NEGATIVES, **how), expected)
+    expected = theirs(PROMPTS, image=latents, denoising_start=0.6, output_type="np", **sizes, **common).images
+    how = {"steps": 10, "sampler": "dpmpp_2m_sde", "seed": 3, "rng": "torch"}
+    check(refined(PROMPTS, NEGATIVES, refiner_start=0.6, guidance_scale=4.0, **how), expected)
 
 
 def test_rejects_what_cannot_refine(folders, opened, refined):
@@ -198,6 +194,18 @@ def test_latent_consistency_model(checkpoints, tmp_path):
     assert np.abs(ours(PROMPTS, seed=5, rng="torch", guidance_scale=1.0) - found).max() > 0.01
 
 
+@pytest.fixture(scope="module")
+def single_file(tmp_path_factory):
+    """A single file of SDXL with CLIP's own vocabulary, which single files lack, and the folder of the same model."""
+    parent = tmp_path_factory.mktemp("single")
+    made = tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408, 77)
+    second = {"text_encoder_2": TOKENIZER_FOLDERS / "open_clip"}
+    made = dataclasses.replace(made, tokenizers={**made.tokenizers, **second})
+    write_single_file(parent / "model.safetensors", made)
+    write_checkpoint(parent / "folder", made)
+    return parent / "model.safetensors", parent / "folder"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -206,9 +214,8 @@ def test_latent_consistency_model(checkpoints, tmp_path):
         ("sd_xl_base_1.0.safetensors", (50, 7.5, "euler", None)),
     ],
 )
-def test_few_step_files_have_settings_of_their_own(name, expected, tmp_path, caplog):
-    checkpoint = tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408, 77)
-    write_single_file(tmp_path / name, checkpoint)
+def test_few_step_files_have_settings_of_their_own(name, expected, single_file, tmp_path, caplog):
+    os.link(single_file[0], tmp_path / name)
     with caplog.at_level("INFO", "sdjax"):
         pipe = sdjax.load(tmp_path / name)
     assert chosen(pipe) == expected
@@ -217,29 +224,33 @@ def test_few_step_files_have_settings_of_their_own(name, expected, tmp_path, cap
     assert chosen(pipe, steps=9, guidance_scale=3.0)[:2] == (9, 3.0)
 
 
-def test_hub_models_keep_their_names(folders, tmp_path, monkeypatch):
-    """Its cache names folders by commits and files by their sums."""
+def test_hub_models_keep_their_names(single_file, tmp_path, monkeypatch):
+    """The Hub's cache names folders by commits and files by their sums."""
     snapshot, blob = tmp_path / "snapshots" / "0123abc", tmp_path / "blobs" / "4567def"
     snapshot.parent.mkdir()
-    snapshot.symlink_to(folders("sdxl"))
+    snapshot.symlink_to(single_file[1])
     blob.parent.mkdir()
-    write_single_file(tmp_path / "made.safetensors", tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408, 77))
-    (tmp_path / "made.safetensors").rename(blob)
+    os.link(single_file[0], blob)
     file = tmp_path / "sdxl_lightning_2step.safetensors"
     places = {"acme/sdxl-turbo@main": snapshot, f"acme/xl/{file.name}": file}
     file.symlink_to(blob)
-    monkeypatch.setattr("sdjax.pipeline.load.resolve", lambda source, variant=None: places[source])
+    # The function of this name hides its module.
+    module = importlib.import_module("sdjax.pipeline.load")
+    monkeypatch.setattr(module, "resolve", lambda source, variant=None: places[source])
     turbo, lightning = (sdjax.load(source) for source in places)
     assert (turbo.name, *chosen(turbo)[:2]) == ("sdxl-turbo", 4, 0.0)
     assert (lightning.name, chosen(lightning)[0]) == ("sdxl_lightning_2step", 2)
 
 
-def test_a_single_file_paints_what_its_folder_paints(tmp_path):
-    """Prompts through CLIP's own vocabulary, which single files lack."""
-    checkpoint = tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408, 77)
-    checkpoint = dataclasses.replace(checkpoint, tokenizer_2=TOKENIZER_FOLDERS / "open_clip")
-    write_checkpoint(tmp_path / "folder", checkpoint)
-    write_single_file(tmp_path / "file.safetensors", checkpoint)
-    asked = {"steps": 3, "width": SIZE, "height": SIZE, "sampler": "euler", "schedule": "trailing"}
-    from_folder, from_file = (sdjax.load(tmp_path / name)(PROMPTS, **asked) for name in ("folder", "file.safetensors"))
-    np.testing.assert_allclose(from_file, from_folder, atol=1e-5)
+def test_single_file_is_its_folder(single_file):
+    """The same networks, parameters and rows, prompts through CLIP's own vocabulary: so the same images."""
+    from_file, from_folder = map(sdjax.load, single_file)
+    assert from_file.model == from_folder.model
+    how = {"steps": 3, "sampler": "euler", "schedule": "trailing", "guidance_scale": 3.0, **SIDES}
+    for name, (ours, expected) in {
+        "params": (from_file.params, from_folder.params),
+        "rows": tuple(
+            [row._replace(settings={}) for row in pipe.prepare(PROMPTS, **how)] for pipe in (from_file, from_folder)
+        ),
+    }.items():
+        jax.tree.map(lambda a, b, name=name: np.testing.assert_array_equal(a, b, err_msg=name), ours, expected)
