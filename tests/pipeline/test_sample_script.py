@@ -18,12 +18,13 @@ from PIL import Image
 import sdjax
 from sdjax.core.errors import run_or_exit
 from sdjax.data import image_inputs
+from sdjax.pipeline import execute
 
 ROOT = Path(__file__).parents[2]
 FAST = ("--steps=2", "--guidance_scale=2")
 SIDE = zoo.SIDE
 P = "--prompt=red heart"
-TWO = (P, "--prompt=flag")  # as many images as other tests make at once, whose programs are there
+TWO = (P, "--prompt=flag")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,7 @@ def run(script, folder, ours, tmp_path, monkeypatch, capsys):
         return ours if there else load(source, mesh=mesh, **options)
 
     monkeypatch.setattr(sdjax, "load", loaded)
+    monkeypatch.setattr(execute, "default_batch_size", lambda *_: zoo.BATCH)  # whose programs are there
 
     def call(*flags: str, config: str = "configs/openmoji.py:tiny", checkpoint: object = folder):
         argv = ["sample.py", f"--config={ROOT / config}", f"--checkpoint={checkpoint}", *flags]
@@ -195,31 +197,32 @@ BAD = {
     "config key": ([P, "--config.sample.stepz=3"], "stepz"),
     "flag": ([P, "--guidance=3"], "guidance"),
     "argument": ([P, "heart"], "unexpected argument 'heart'"),
-    "neither": ([], "give one of --prompt, --from_file and --from_image"),
+    "neither": ([], "sd1 needs a prompt; give one by --prompt"),
     "both": ([P, "--from_file=x"], "give one of --prompt, --from_file and --from_image"),
     "no file": (["--from_file=missing.txt"], "missing.txt: No such file"),
+    "file without prompts": (["--from_file=bare.txt"], "sd1 needs a prompt; .* before the flags of a line"),
     "empty file": (["--from_file=empty.txt"], "empty.txt holds no prompt"),
     "binary file": (["--from_file=broken.png"], "broken.png: it is not UTF-8"),
-    "sampler": ([P, "--sampler=nope"], "unknown sampler 'nope'; choose one of: ddim"),
-    "schedule": ([P, "--schedule=nope"], "unknown schedule 'nope'; choose one of: ays"),
+    "sampler": ([P, "--sampler=nope"], "unknown sampler 'nope' in --sampler; choose one of: ddim"),
+    "schedule": ([P, "--schedule=nope"], "unknown schedule 'nope' in --schedule; choose one of: ays"),
     "width": ([P, "--width=31"], "width 31 is not a multiple of 2.*nearest: 30, 32"),
-    "steps": ([P, "--steps=0"], "steps 0: choose an integer of at least 1"),
-    "steps type": ([P, "--steps=many"], "steps=many"),
+    "steps": ([P, "--steps=0"], "steps 0 in --steps: choose an integer of at least 1"),
+    "steps type": ([P, "--steps=many"], "steps 'many' in --steps: choose an integer of at least 1"),
     "num_images": ([P, "--num_images=0"], "num_images 0"),
     "strength": ([P, "--init_image=fine.png", "--strength=1.5"], r"strength 1\.5"),
     "no strength": ([P, "--init_image=fine.png", "--strength=0"], r"strength 0\.0: choose more than 0"),
     "strength of nothing": ([P, "--strength=0.5"], "strength 0.5 changes nothing without an init_image"),
     "feather of nothing": ([P, "--feather=2"], "feather 2.0 changes nothing without a mask"),
-    "hires of nothing": ([P, "--hires_strength=0.3"], "--hires_strength 0.3 changes nothing without --hires"),
-    "hires of a picture": ([P, "--hires=2", "--init_image=fine.png"], "hires 2 is for pictures from a prompt alone"),
-    "size of an SDXL": ([P, "--crop=3,4"], r"crop \[3, 4\] changes nothing without an SDXL model"),
+    "hires of nothing": ([P, "--hires_strength=0.3"], "hires_strength 0.3 changes nothing without hires"),
+    "hires of a picture": ([P, "--hires=2", "--init_image=fine.png"], "hires 2 is for images from a prompt alone"),
+    "size of an SDXL": ([P, "--crop=3,4"], r"crop \(3, 4\) changes nothing: sd1 is conditioned on prompt, "),
     "empty name": (["--from_image="], "cannot read the settings of "),
-    "index": ([P, "--first_index=3000000000"], "first_index 3000000000: choose an integer of 0 to"),
-    "huge": ([P, "--width=100000000"], "width 100000000: choose an integer of 1 to 16384"),
+    "index": ([P, "--first_index=3000000000"], "first_index 3000000000 in --first_index: choose an integer of 0 to"),
+    "huge": ([P, "--width=100000000"], "width 100000000 in --width: choose an integer of 1 to 16384"),
     "second line": (["--from_file=two.txt"], "nowhere.png"),
     "picture": ([P, "--init_image=broken.png"], "cannot read picture broken.png"),
     "no picture": ([P, "--init_image=nowhere.png"], "nowhere.png"),
-    "mask": ([P, "--mask=fine.png"], "a mask needs an init_image"),
+    "mask": ([P, "--mask=fine.png"], "mask changes nothing without an init_image"),
     "mask of another size": (
         [P, "--mask=small.png", "--init_image=fine.png"],
         "the mask is 8x8 pixels and its .* 16x16",
@@ -227,10 +230,10 @@ BAD = {
     "grid": ([P, "--grid=steps=1;samplr=euler"], "unknown setting 'samplr' in --grid at character 9"),
     "grid value": ([P, "--grid=sampler=euler,nope"], "unknown sampler 'nope' in --grid at character 15"),
     "line's flag": (["--from_file=flags.txt"], "unknown flag '--stepz' in flags.txt line 2"),
-    "pair": ([P, "--crop=3"], "--crop '3': give two integers"),
-    "hires": ([P, "--hires=0.5", "--steps=1"], "hires 0.5: choose a number of at least 1"),
+    "pair": ([P, "--crop=3"], r"crop \[3\] in --crop: choose two integers of at least 0, vertical first"),
+    "hires": ([P, "--hires=0.5", "--steps=1"], "hires 0.5 in --hires: choose a number of at least 1"),
     "no settings": (["--from_image=fine.png"], "fine.png does not say how it was made"),
-    "depth": ([P, "--depth=fine.png"], "depth is given, of which this model makes nothing"),
+    "depth": ([P, "--depth=fine.png"], "depth changes nothing: sd1 is conditioned on prompt, "),
     "refiner": ([P, "--refiner=missing"], "there is no file or folder 'missing'"),
     "embedding": ([P, "--embedding=missing.pt"], "there is no textual inversion 'missing.pt'"),
     "vae": ([P, "--vae=missing.safetensors"], "there is no file or folder 'missing.safetensors'"),
@@ -245,6 +248,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case, run, tmp_path):
     (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "bare.txt").write_text("red heart\n--seed 3\n")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
     Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "fine.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
