@@ -1,37 +1,24 @@
-"""The model in the repository: PyTorch diffusers loads it and paints the same pictures."""
+"""The model in the repository: PyTorch diffusers loads it and makes the same images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
 import sdjax
 
 FOLDER = Path(__file__).parents[1] / "checkpoints" / "openmoji"
-SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 PROMPTS = ["red heart", "woman firefighter: medium skin tone"]
 
 
-@pytest.fixture(scope="module")
-def ours():
-    return sdjax.load(FOLDER)
-
-
-@pytest.fixture(scope="module")
-def theirs():
-    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_diffusers_paints_the_same(ours, theirs, sampler):
-    """From the same latents, images in [0, 1] agree to 1e-3."""
-    theirs.scheduler = SCHEDULERS[sampler].from_config(ours.scheduler_config)
+def test_diffusers_makes_the_same_images():
+    """By the scheduler that the folder names, from the same latents; images in [0, 1] agree to 1e-3."""
+    torch.set_num_threads(1)
+    theirs = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
     latents = np.random.default_rng(0).standard_normal((2, 16, 16, 16)).astype(np.float32)
     expected = theirs(
         PROMPTS,
@@ -40,7 +27,7 @@ def test_diffusers_paints_the_same(ours, theirs, sampler):
         latents=torch.from_numpy(latents.transpose(0, 3, 1, 2)),
         output_type="np",
     ).images
-    found = ours(PROMPTS, steps=10, guidance_scale=2.5, sampler=sampler, latents=latents)
+    found = sdjax.load(FOLDER)(PROMPTS, steps=10, guidance_scale=2.5, latents=latents)
     assert found.std() > 0.1
     np.testing.assert_allclose(found, expected, atol=1e-3, rtol=0)
 

@@ -94,14 +94,15 @@ def parameters(record: Mapping[str, Any]) -> str:
     """
     get = record.get
     numbers = {label: get(RENAMED.get(name, name)) for label, name in LABELS.items() if label != "Eta DDIM"}
-    # A second pass has A1111's strength for itself, and a rescaling of nothing is not said.
+    numbers["CFG Rescale"] = get("guidance_rescale") or None  # none is not said
+    numbers = {label: f"{value:g}" if isinstance(value, float) else value for label, value in numbers.items()}
+    # A second pass has A1111's strength for itself. Its digits are all kept: they decide the number of steps.
     numbers["Denoising strength"] = get("hires_strength") if get("hires") else get("strength")
-    numbers["CFG Rescale"] = get("guidance_rescale") or None
     settings = {
         "Steps": numbers.pop("Steps"),
         "Sampler": SAMPLER_LABELS.get(get("sampler", ""), get("sampler")),
         "Schedule type": SCHEDULE_LABELS.get(get("schedule") or "", get("schedule")),
-        **{label: f"{value:g}" if isinstance(value, float) else value for label, value in numbers.items()},
+        **numbers,
         "Size": f"{record['width']}x{record['height']}" if "width" in record and "height" in record else None,
         "Model": get("model"),
         "Hires upscaler": "Lanczos" if get("hires") else None,

@@ -83,7 +83,7 @@ def classifier_guided(denoise: Denoise, log_probability: LogProbability, scale: 
     def total(x_vp: Array, timestep: Array) -> Array:
         return log_probability(x_vp, jnp.broadcast_to(timestep, x_vp.shape[:1])).astype(jnp.float32).sum()
 
-    def guided_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
+    def guided_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, "..."], timestep: Float[Array, "..."]):
         gradient = _scalar(scale, x) * jax.grad(total)(
             x / jnp.sqrt(per_image(jnp.asarray(sigma), x) ** 2 + 1.0), timestep
         )
@@ -109,7 +109,7 @@ def image_guided(denoise: Denoise, likelihood: Likelihood, scale: Scalar) -> Den
         scale: s, 0 for none; may be traced.
     """
 
-    def guided_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, ""], timestep: Float[Array, ""]):
+    def guided_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, "..."], timestep: Float[Array, "..."]):
         def total(x: Array) -> tuple[Array, Any]:
             answer = denoise(x, sigma, timestep)
             x0 = answer[0] if isinstance(answer, tuple) else answer

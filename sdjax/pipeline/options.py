@@ -303,4 +303,8 @@ def _in(place: str) -> str:
 def _range(least: Number, most: Number) -> str:
     if math.isinf(least):
         return "any size"
-    return f"at least {least:g}" if math.isinf(most) else f"{least:g} to {most:g}"
+    return f"at least {_exact(least)}" if math.isinf(most) else f"{_exact(least)} to {_exact(most)}"
+
+
+def _exact(bound: Number) -> str:
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"

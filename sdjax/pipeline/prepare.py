@@ -181,7 +181,7 @@ def _check_used(pipe: Pipeline, given: Mapping[str, Any]) -> None:
     }
     for name, value in given.items():
         if OPTIONS[name].condition and name not in known:
-            shown = f" {value!r}" if OPTIONS[name].is_number else ""
+            shown = f" {value!r}" if OPTIONS[name].is_number or isinstance(value, tuple) else ""
             others = _conditions(pipe)
             raise UserError(f"{name}{shown} changes nothing: {pipe.name} is conditioned on {others}; leave it out")
         needed, there = needs.get(name, ("", True))
@@ -414,7 +414,7 @@ def _with_second_pass(pipe: Pipeline, row: Row, entry: Mapping[str, Any], given:
     if scale is None:
         return row
     if row.image is not None or not pipe.begins_from_images:
-        raise UserError(f"hires {scale:g} is for images from a prompt alone; set --width and --height instead")
+        raise UserError(f"hires {scale:g} is for images from a prompt alone; set width and height instead")
     multiple = pipe.model.multiple
     size = tuple(round(side * scale / multiple) * multiple for side in row.size)
     again = {**given, "strength": given.get("hires_strength", HIRES_STRENGTH), "height": size[0], "width": size[1]}

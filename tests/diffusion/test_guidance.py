@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from sdjax.diffusion.denoise import make_denoise
+from sdjax.diffusion.denoise import make_denoise, per_image
 from sdjax.diffusion.guidance import (
     classifier_free,
     classifier_guided,
@@ -85,7 +85,7 @@ def test_a_classifier_leads_to_the_posterior():
     abar = jnp.asarray(schedule.alphas_cumprod, jnp.float32)
 
     def denoise(x, sigma, timestep):
-        return x / (sigma**2 + 1.0)
+        return x / (per_image(sigma, x) ** 2 + 1.0)
 
     def log_probability(x_vp, timestep):
         level = abar[timestep.astype(int)][:, None, None, None]
@@ -121,6 +121,7 @@ def test_ancestral_steps_move_their_mean_as_adm_does(variance):
         return 0.5 * sin(x_vp) + 0.3 * x_vp, sin(x_vp)  # epsilon, v
 
     def denoise(x, sigma, timestep):
+        sigma = per_image(sigma, x)
         epsilon, v = network(x / jnp.sqrt(sigma**2 + 1.0), jnp.sin)
         x0 = x - sigma * epsilon
         return (x0, v) if variance == "learned_range" else x0

@@ -1,25 +1,127 @@
+"""Tiny checkpoints of Stable Diffusion's families, each opened once by PyTorch diffusers and once here."""
+
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import jax
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from tiny_diffusers import make_pipeline
+import zoo
+from tiny_checkpoints import tiny_checkpoint
 
 import sdjax
+from sdjax.convert.components import Checkpoint
+from sdjax.convert.folder import write_checkpoint
+from sdjax.data.tokenizers import train_tokenizer
+
+WORDS = ("red heart", "blue cat with a hat", "a painting of a dog", "flag: Norway", "smiling face")
+VOCABULARY = 560  # room for all bytes, so that any prompt has tokens of its own
+# Channels of an encoder's moments: means, then logarithms of variances. diffusers draws latents from them where this
+# library takes the mean: a variance of exp(-30) makes that the same, and a generator is still drawn from.
+LOG_VARIANCE = -30.0
 
 
 @pytest.fixture(scope="session")
-def theirs(tmp_path_factory):
-    """diffusers' own pipeline, from its folder as everybody has it; that is `theirs.folder`."""
+def checkpoints(tmp_path_factory):
+    """checkpoints(family): one with random weights, whose posterior is as good as its mean."""
+    tokenizer = tmp_path_factory.mktemp("source") / "tokenizer"
+    size = train_tokenizer(WORDS, tokenizer, VOCABULARY).vocab_size
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": zoo.TOKENS}))
+
+    def checkpoint(family: str) -> Checkpoint:
+        made = tiny_checkpoint(family, tokenizer, size)
+        moments = made.components["vae"].params["quant_conv"]
+        channels = moments["bias"].shape[0] // 2
+        moments["kernel"][..., channels:] = 0.0
+        moments["bias"][channels:] = LOG_VARIANCE
+        return made
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, checkpoints):
+    """folders(family, **scheduler): a folder of diffusers, with changes to its scheduler config."""
+    parent = tmp_path_factory.mktemp("families")
+
+    def folder(family: str, **scheduler: Any) -> Path:
+        path = parent / "_".join([family, *map(str, scheduler.values())])
+        if not path.exists():
+            made = checkpoints(family)
+            write_checkpoint(path, dataclasses.replace(made, scheduler={**made.scheduler, **scheduler}))
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def opened(folders):
+    """opened(family, **scheduler): the pipeline of this library."""
+    return functools.cache(lambda family, **scheduler: sdjax.load(folders(family, **scheduler)))
+
+
+@pytest.fixture(scope="session")
+def in_diffusers(folders):
+    """in_diffusers(kind, family, sampler class, **scheduler): diffusers' pipeline, whose networks are read once."""
     torch.set_num_threads(1)  # tiny networks gain nothing from more, and lose much where cores are shared
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    make_pipeline(tmp_path_factory.mktemp("made")).save_pretrained(folder)
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.folder = folder
-    return pipe
+
+    @functools.cache
+    def read(kind: str, folder: Path) -> Any:
+        absent = dict.fromkeys(("depth_estimator", "feature_extractor") if "Depth" in kind else ())
+        pipe = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, **absent)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, pipe.scheduler.config
+
+    def call(kind: str, family: str, sampler: str | None = None, **scheduler: Any) -> Any:
+        pipe, config = read(kind, folders(family, **scheduler))
+        # SDXL's own config, Euler's, says nothing of DDIM's clipping, which latents do not bear.
+        config = {**config, "clip_sample": False, "skip_prk_steps": True}
+        pipe.scheduler = getattr(diffusers, sampler or config["_class_name"]).from_config(config)
+        return pipe
+
+    return call
 
 
 @pytest.fixture(scope="session")
-def ours(theirs):
-    return sdjax.load(theirs.folder)
+def folder(folders) -> Path:
+    return folders("sd1")
+
+
+@pytest.fixture(scope="session")
+def ours(opened):
+    return opened("sd1")
+
+
+@pytest.fixture
+def theirs(in_diffusers):
+    return in_diffusers("StableDiffusionPipeline", "sd1")
+
+
+@pytest.fixture
+def noise():
+    """First noise of two images."""
+    side = zoo.SIDE // 2
+    return np.random.default_rng(3).standard_normal((zoo.BATCH, side, side, 4)).astype(np.float32)
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by the seconds of every program that XLA compiles, or takes from its cache."""
+    compiled = []
+
+    def listener(event: str, seconds: float, **kwargs: object) -> None:
+        del kwargs
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(listener)

@@ -3,72 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
+import importlib
+import os
 
 import diffusers
+import jax
 import numpy as np
 import pytest
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.utils.torch_utils import randn_tensor
+import zoo
 from PIL import Image
-from tiny_checkpoints import BETAS, random_params, tiny_checkpoint, write_tokenizer
+from tiny_checkpoints import BETAS, random_params, tiny_checkpoint
 
 import sdjax
-from sdjax.convert.folder import read_folder, write_checkpoint
+from sdjax.convert.folder import write_checkpoint
 from sdjax.convert.single_file import TOKENIZER_FOLDERS, write_single_file
 from sdjax.convert.unet import shapes as unet_shapes
 from sdjax.core.errors import UserError
 
 TOLERANCE = 1e-3
-SIZE, LATENT = 16, 8
-SAMPLERS = {
-    "ddim": diffusers.DDIMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
-}
+SIZE, LATENT = zoo.SIDE, zoo.SIDE // 2
+DDIM, EULER, DPMPP_2M = "DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
+SIDES = {"width": SIZE, "height": SIZE}
 PROMPTS = ["a red heart", "a photo of a cat"]
 NEGATIVES = ["cat", "a heart"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """folders(family): a tiny checkpoint of it."""
-    torch.set_num_threads(1)
-    parent = tmp_path_factory.mktemp("families")
-    vocab_size = write_tokenizer(parent / "tokenizer")
-
-    def folder(family: str) -> Path:
-        if not (parent / family).exists():
-            write_checkpoint(parent / family, tiny_checkpoint(family, parent / "tokenizer", vocab_size))
-        return parent / family
-
-    return folder
-
-
-@pytest.fixture
-def noise():
-    return np.random.default_rng(3).standard_normal((2, LATENT, LATENT, 4)).astype(np.float32)
-
-
-@pytest.fixture
-def posterior_mean(monkeypatch):
-    """diffusers draws from the posterior of a given picture: it still does, and takes the mean."""
-
-    def mean(self, generator=None):
-        randn_tensor(self.mean.shape, generator=generator)
-        return self.mode()
-
-    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", mean)
-
-
-def pair(folder: Path, kind: str, sampler: str, **absent: None):
-    theirs = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, **absent)
-    # SDXL's own config, Euler's, says nothing of DDIM's clipping, which latents do not bear
-    theirs.scheduler = SAMPLERS[sampler].from_config({**theirs.scheduler.config, "clip_sample": False})
-    theirs.set_progress_bar_config(disable=True)
-    return sdjax.load(folder), theirs
 
 
 def to_torch(latents: np.ndarray) -> torch.Tensor:
@@ -76,7 +34,7 @@ def to_torch(latents: np.ndarray) -> torch.Tensor:
 
 
 def check(ours: np.ndarray, theirs: np.ndarray) -> None:
-    assert theirs.std() > 0.02, "the pictures show nothing"
+    assert theirs.std() > 0.02, "the images show nothing"
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
 
 
@@ -85,106 +43,81 @@ def picture(size: int) -> Image.Image:
     return Image.fromarray((255 * np.stack([x, y, (x + y) / 2], -1)).astype(np.uint8))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("zero_snr", [False, True])
-def test_stable_diffusion_2(sampler, zero_snr, folders, noise, tmp_path):
+def chosen(pipe: sdjax.Pipeline, **options: object) -> tuple[object, ...]:
+    """Steps, guidance scale, sampler and schedule of a call."""
+    settings = pipe.prepare("", **options)[0].settings
+    return tuple(settings.get(name) for name in ("steps", "guidance_scale", "sampler", "schedule"))
+
+
+@pytest.mark.parametrize(("sampler", "kind", "zero_snr"), [("dpmpp_2m", DPMPP_2M, False), ("ddim", DDIM, True)])
+def test_stable_diffusion_2(sampler, kind, zero_snr, in_diffusers, opened, noise):
     """Predicts v; with zero terminal SNR it begins from pure noise at t = 999 (Lin et al. 2024)."""
-    scheduler = {**BETAS, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "clip_sample": False}
-    scheduler |= {"set_alpha_to_one": False, "steps_offset": 1}
+    scheduler = {"prediction_type": "v_prediction"}
     scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
-    made = dataclasses.replace(read_folder(folders("sd2")), scheduler=scheduler)
-    write_checkpoint(tmp_path / "sd2", made)
-    ours, theirs = pair(tmp_path / "sd2", "StableDiffusionPipeline", sampler)
+    theirs = in_diffusers("StableDiffusionPipeline", "sd2", kind, **scheduler)
     common = {"negative_prompt": NEGATIVES, "guidance_scale": 6.0, "guidance_rescale": 0.7}
     expected = theirs(
-        PROMPTS,
-        num_inference_steps=6,
-        latents=to_torch(noise),
-        output_type="np",
-        width=SIZE,
-        height=SIZE,
-        **common,
+        PROMPTS, num_inference_steps=6, latents=to_torch(noise), output_type="np", **SIDES, **common
     ).images
-    check(ours(PROMPTS, steps=6, sampler=sampler, latents=noise, **common), expected)
+    check(opened("sd2", **scheduler)(PROMPTS, steps=6, sampler=sampler, latents=noise, **common), expected)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("negative", [None, NEGATIVES])
-def test_sdxl(sampler, negative, folders, noise):
-    """Without a negative prompt the unconditional embeddings are zeros; sizes and crops are told."""
-    ours, theirs = pair(folders("sdxl"), "StableDiffusionXLPipeline", sampler)
-    told = {"original_size": (40, 30), "target_size": (16, 24)}
+def test_sdxl(negative, in_diffusers, opened):
+    """Without a negative prompt the null embeddings are zeros; sizes and crops are conditions."""
+    theirs = in_diffusers("StableDiffusionXLPipeline", "sdxl", "EulerAncestralDiscreteScheduler")
+    sizes = {"original_size": (40, 30), "target_size": (16, 24)}
     common = {"negative_prompt": negative, "guidance_scale": 5.0, "guidance_rescale": 0.5}
     expected = theirs(
         PROMPTS,
         num_inference_steps=6,
-        latents=to_torch(noise),
+        generator=torch.Generator().manual_seed(3),
         crops_coords_top_left=(3, 5),
         output_type="np",
-        width=SIZE,
-        height=SIZE,
-        **told,
+        **SIDES,
+        **sizes,
         **common,
     ).images
-    found = ours(PROMPTS, steps=6, sampler=sampler, latents=noise, crop=(3, 5), **told, **common)
-    check(found, expected)
+    how = {"steps": 6, "sampler": "euler_a", "seed": 3, "rng": "torch"}
+    check(opened("sdxl")(PROMPTS, crop=(3, 5), **how, **sizes, **common), expected)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_refiner_takes_over(sampler, folders, noise):
-    """From 0.6 of the noise levels on; no noise is added and none is lost."""
-    ours, base = pair(folders("sdxl"), "StableDiffusionXLPipeline", sampler)
-    refiner, theirs = pair(folders("sdxl_refiner"), "StableDiffusionXLImg2ImgPipeline", sampler)
-    common = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0}
-    latents = base(
-        PROMPTS,
-        num_inference_steps=10,
-        denoising_end=0.6,
-        latents=to_torch(noise),
-        output_type="latent",
-        width=SIZE,
-        height=SIZE,
-        **common,
-    ).images
-    sizes = {"original_size": (SIZE, SIZE), "target_size": (SIZE, SIZE)}
-    expected = theirs(
-        PROMPTS, image=latents, num_inference_steps=10, denoising_start=0.6, output_type="np", **sizes, **common
-    ).images
-    found = ours(PROMPTS, steps=10, sampler=sampler, latents=noise, refiner=refiner, refiner_start=0.6, **common)
-    check(found, expected)
+@pytest.fixture(scope="module")
+def refined(folders):
+    """SDXL's base and its refiner."""
+    return sdjax.load(folders("sdxl"), refiner=folders("sdxl_refiner"))
 
 
-def test_torch_noise_goes_on_in_the_refiner(folders):
-    """One generator for both, as its users pass it to both pipelines of diffusers."""
-    ours, base = pair(folders("sdxl"), "StableDiffusionXLPipeline", "euler")
-    refiner, theirs = pair(folders("sdxl_refiner"), "StableDiffusionXLImg2ImgPipeline", "euler")
+def test_refiner(in_diffusers, refined):
+    """From 0.6 of the noise levels on: none is lost, and a multistep solver begins anew.
+
+    One torch generator goes on from the base to the refiner, as diffusers' users pass it to both pipelines.
+    """
+    base = in_diffusers("StableDiffusionXLPipeline", "sdxl", DPMPP_2M)
+    theirs = in_diffusers("StableDiffusionXLImg2ImgPipeline", "sdxl_refiner", DPMPP_2M)
     for pipe in (base, theirs):
-        pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(base.scheduler.config)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, algorithm_type="sde-dpmsolver++")
     generator = torch.Generator().manual_seed(3)
-    common = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0, "num_inference_steps": 8, "generator": generator}
-    size = {"width": SIZE, "height": SIZE}
-    latents = base(PROMPTS, denoising_end=0.5, output_type="latent", **size, **common).images
+    common = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0, "num_inference_steps": 10, "generator": generator}
+    latents = base(PROMPTS, denoising_end=0.6, output_type="latent", **SIDES, **common).images
     sizes = {"original_size": (SIZE, SIZE), "target_size": (SIZE, SIZE)}
-    expected = theirs(PROMPTS, image=latents, denoising_start=0.5, output_type="np", **sizes, **common).images
-    asked = {"steps": 8, "sampler": "euler_a", "guidance_scale": 4.0, "seed": 3, "refiner": refiner}
-    check(ours(PROMPTS, NEGATIVES, rng="torch", refiner_start=0.5, **asked), expected)
+    expected = theirs(PROMPTS, image=latents, denoising_start=0.6, output_type="np", **sizes, **common).images
+    how = {"steps": 10, "sampler": "dpmpp_2m_sde", "seed": 3, "rng": "torch"}
+    check(refined(PROMPTS, NEGATIVES, refiner_start=0.6, guidance_scale=4.0, **how), expected)
 
 
-def test_what_cannot_refine(folders):
-    ours, other = (sdjax.load(folders(family)) for family in ("sdxl", "sd1_inpainting"))
+def test_rejects_what_cannot_refine(folders, opened, refined):
     with pytest.raises(UserError, match="sd1_inpainting cannot refine what sdxl makes"):
-        ours(PROMPTS, steps=4, refiner=other)
+        sdjax.load(folders("sdxl"), refiner=folders("sd1_inpainting"))
     with pytest.raises(UserError, match=r"refiner_start 0\.5 changes nothing without a refiner"):
-        ours(PROMPTS, steps=4, refiner_start=0.5)
-    refiner = sdjax.load(folders("sdxl_refiner"))
+        opened("sdxl").prepare(PROMPTS, steps=4, refiner_start=0.5)
     with pytest.raises(UserError, match="refiner_start 0 gives the base 0 of 4 steps"):
-        ours(PROMPTS, steps=4, refiner=refiner, refiner_start=0)
+        refined.prepare(PROMPTS, steps=4, refiner_start=0)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_nine_channel_inpainting(sampler, strength, folders, posterior_mean):
-    ours, theirs = pair(folders("sd1_inpainting"), "StableDiffusionInpaintPipeline", sampler)
+def test_nine_channel_inpainting(strength, in_diffusers, opened):
+    theirs = in_diffusers("StableDiffusionInpaintPipeline", "sd1_inpainting", DDIM)
     white = np.zeros((SIZE, SIZE), np.uint8)
     white[4:10, 6:14] = 255
     common = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0, "strength": strength}
@@ -192,23 +125,19 @@ def test_nine_channel_inpainting(sampler, strength, folders, posterior_mean):
         PROMPTS,
         image=picture(SIZE),
         mask_image=Image.fromarray(white),
-        width=SIZE,
-        height=SIZE,
         num_inference_steps=6,
         generator=torch.Generator().manual_seed(7),
         output_type="np",
+        **SIDES,
         **common,
     ).images
     given = {"init_image": picture(SIZE), "mask": Image.fromarray(white), "paste": False}
-    found = ours(PROMPTS, steps=6, sampler=sampler, seed=7, rng="torch", **given, **common)
-    check(found, expected)
+    check(opened("sd1_inpainting")(PROMPTS, steps=6, seed=7, rng="torch", **given, **common), expected)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_depth_to_image(sampler, folders, posterior_mean):
-    """Both pictures of one prompt begin from one picture, whose posterior is drawn from once."""
-    absent = {"depth_estimator": None, "feature_extractor": None}
-    ours, theirs = pair(folders("sd2_depth"), "StableDiffusionDepth2ImgPipeline", sampler, **absent)
+def test_depth_to_image(in_diffusers, opened):
+    """Both images of one prompt begin from one image, whose posterior is drawn from once."""
+    theirs, ours = in_diffusers("StableDiffusionDepth2ImgPipeline", "sd2_depth", EULER), opened("sd2_depth")
     depth = np.random.default_rng(0).random((1, 12, 12)).astype(np.float32)
     common = {"guidance_scale": 4.0, "strength": 0.7}
     expected = theirs(
@@ -223,16 +152,15 @@ def test_depth_to_image(sampler, folders, posterior_mean):
         **common,
     ).images
     given = {"init_image": picture(SIZE), "depth": depth[0], "num_images": 2}
-    asked = {"steps": 6, "sampler": sampler, "seed": 7, "rng": "torch", **given, **common}
-    found = ours(PROMPTS[0], NEGATIVES[0], **asked)
+    how = {"steps": 6, "sampler": "euler", "seed": 7, "rng": "torch", **given, **common}
+    found = ours(PROMPTS[0], NEGATIVES[0], **how)
     check(found, expected)
-    near_is_far = ours(PROMPTS[0], NEGATIVES[0], **{**asked, "depth": 1.0 - depth[0]})
+    near_is_far = ours(PROMPTS[0], NEGATIVES[0], **{**how, "depth": 1.0 - depth[0]})
     assert np.abs(near_is_far - found).max() > 0.01
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_upscaler(sampler, folders):
-    ours, theirs = pair(folders("x4_upscaler"), "StableDiffusionUpscalePipeline", sampler)
+def test_upscaler(in_diffusers, opened):
+    theirs = in_diffusers("StableDiffusionUpscalePipeline", "x4_upscaler", DDIM)
     common = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0, "noise_level": 2}
     expected = theirs(
         PROMPTS,
@@ -242,16 +170,15 @@ def test_upscaler(sampler, folders):
         output_type="np",
         **common,
     ).images
-    found = ours(PROMPTS, steps=6, sampler=sampler, seed=7, rng="torch", init_image=picture(LATENT), **common)
+    found = opened("x4_upscaler")(PROMPTS, steps=6, seed=7, rng="torch", init_image=picture(LATENT), **common)
     check(found, expected)
 
 
-def test_a_latent_consistency_model(folders, tmp_path):
-    """In four steps, told the guidance scale, with noise between them."""
-    tokenizer = folders("sd1") / "tokenizer"
-    made = tiny_checkpoint("sd1", tokenizer, len(json.loads((tokenizer / "vocab.json").read_text())))
+def test_latent_consistency_model(checkpoints, tmp_path):
+    """In four steps, conditioned on the guidance scale, with noise between them."""
+    made = checkpoints("sd1")
     part = made.components["unet"]
-    config = dataclasses.replace(part.config, guidance_dim=256)
+    config = dataclasses.replace(part.config, guidance_dim=256)  # as many as diffusers gives it
     unet = dataclasses.replace(part, config=config, params=random_params(unet_shapes(config), 0))
     scheduler = {**BETAS, "_class_name": "LCMScheduler", "original_inference_steps": 50}
     index = {"_class_name": "LatentConsistencyModelPipeline", "requires_safety_checker": False}
@@ -259,13 +186,24 @@ def test_a_latent_consistency_model(folders, tmp_path):
     write_checkpoint(tmp_path / "lcm", made)
     ours = sdjax.load(tmp_path / "lcm")
     theirs = diffusers.LatentConsistencyModelPipeline.from_pretrained(tmp_path / "lcm", local_files_only=True)
-    expected = theirs(
-        PROMPTS, generator=torch.Generator().manual_seed(5), output_type="np", width=SIZE, height=SIZE
-    ).images
-    chosen = ours.settings()
-    assert (chosen.steps, chosen.guidance_scale, chosen.sampler) == (4, 8.5, "lcm")
-    check(ours(PROMPTS, seed=5, rng="torch"), expected)
-    assert np.abs(ours(PROMPTS, seed=5, guidance_scale=1.0) - ours(PROMPTS, seed=5)).max() > 0.01
+    generator = torch.Generator().manual_seed(5)
+    expected = theirs(PROMPTS, generator=generator, output_type="np", **SIDES).images
+    assert chosen(ours) == (4, 8.5, "lcm", None)
+    found = ours(PROMPTS, seed=5, rng="torch")
+    check(found, expected)
+    assert np.abs(ours(PROMPTS, seed=5, rng="torch", guidance_scale=1.0) - found).max() > 0.01
+
+
+@pytest.fixture(scope="module")
+def single_file(tmp_path_factory):
+    """A single file of SDXL with CLIP's own vocabulary, which single files lack, and the folder of the same model."""
+    parent = tmp_path_factory.mktemp("single")
+    made = tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408, 77)
+    second = {"text_encoder_2": TOKENIZER_FOLDERS / "open_clip"}
+    made = dataclasses.replace(made, tokenizers={**made.tokenizers, **second})
+    write_single_file(parent / "model.safetensors", made)
+    write_checkpoint(parent / "folder", made)
+    return parent / "model.safetensors", parent / "folder"
 
 
 @pytest.mark.parametrize(
@@ -276,56 +214,43 @@ def test_a_latent_consistency_model(folders, tmp_path):
         ("sd_xl_base_1.0.safetensors", (50, 7.5, "euler", None)),
     ],
 )
-def test_few_step_files_have_settings_of_their_own(name, expected, tmp_path, caplog):
-    checkpoint = tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408, 77)
-    write_single_file(tmp_path / name, checkpoint)
+def test_few_step_files_have_settings_of_their_own(name, expected, single_file, tmp_path, caplog):
+    os.link(single_file[0], tmp_path / name)
     with caplog.at_level("INFO", "sdjax"):
         pipe = sdjax.load(tmp_path / name)
-    chosen = pipe.settings()
-    assert (chosen.steps, chosen.guidance_scale, chosen.sampler, chosen.schedule) == expected
+    assert chosen(pipe) == expected
     assert ("is sampled as a" in caplog.text) == (expected[0] < 50)
     assert f"{name} is taken for SDXL" in caplog.text
-    assert pipe.settings(steps=9, guidance_scale=3.0).steps == 9
+    assert chosen(pipe, steps=9, guidance_scale=3.0)[:2] == (9, 3.0)
 
 
-def test_a_model_of_the_hub_is_called_what_it_is_called_there(folders, tmp_path, monkeypatch):
-    """Its cache names folders by commits and files by their sums."""
+def test_hub_models_keep_their_names(single_file, tmp_path, monkeypatch):
+    """The Hub's cache names folders by commits and files by their sums."""
     snapshot, blob = tmp_path / "snapshots" / "0123abc", tmp_path / "blobs" / "4567def"
     snapshot.parent.mkdir()
-    snapshot.symlink_to(folders("sdxl"))
+    snapshot.symlink_to(single_file[1])
     blob.parent.mkdir()
-    write_single_file(tmp_path / "made.safetensors", tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408, 77))
-    (tmp_path / "made.safetensors").rename(blob)
+    os.link(single_file[0], blob)
     file = tmp_path / "sdxl_lightning_2step.safetensors"
     places = {"acme/sdxl-turbo@main": snapshot, f"acme/xl/{file.name}": file}
     file.symlink_to(blob)
-    monkeypatch.setattr("sdjax.pipeline.loading.resolve", lambda source, variant=None: places[source])
+    # The function of this name hides its module.
+    module = importlib.import_module("sdjax.pipeline.load")
+    monkeypatch.setattr(module, "resolve", lambda source, variant=None: places[source])
     turbo, lightning = (sdjax.load(source) for source in places)
-    assert (turbo.name, turbo.settings().steps, turbo.settings().guidance_scale) == ("sdxl-turbo", 4, 0.0)
-    assert (lightning.name, lightning.settings().steps) == ("sdxl_lightning_2step", 2)
+    assert (turbo.name, *chosen(turbo)[:2]) == ("sdxl-turbo", 4, 0.0)
+    assert (lightning.name, chosen(lightning)[0]) == ("sdxl_lightning_2step", 2)
 
 
-def test_a_single_file_paints_what_its_folder_paints(tmp_path):
-    """Prompts through CLIP's own vocabulary, which single files lack."""
-    checkpoint = tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408, 77)
-    checkpoint = dataclasses.replace(checkpoint, tokenizer_2=TOKENIZER_FOLDERS / "open_clip")
-    write_checkpoint(tmp_path / "folder", checkpoint)
-    write_single_file(tmp_path / "file.safetensors", checkpoint)
-    asked = {"steps": 3, "width": SIZE, "height": SIZE, "sampler": "euler", "schedule": "trailing"}
-    from_folder, from_file = (sdjax.load(tmp_path / name)(PROMPTS, **asked) for name in ("folder", "file.safetensors"))
-    np.testing.assert_allclose(from_file, from_folder, atol=1e-5)
-
-
-def test_torch_noise_of_an_ancestral_sampler(folders):
-    """--rng torch draws diffusers' own noise for a seed, that of every step included."""
-    ours, theirs = pair(folders("sd1"), "StableDiffusionPipeline", "euler")
-    theirs.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(theirs.scheduler.config)
-    expected = theirs(
-        PROMPTS,
-        num_inference_steps=6,
-        generator=torch.Generator().manual_seed(11),
-        output_type="np",
-        width=SIZE,
-        height=SIZE,
-    ).images
-    check(ours(PROMPTS, steps=6, sampler="euler_a", seed=11, rng="torch"), expected)
+def test_single_file_is_its_folder(single_file):
+    """The same networks, parameters and rows, prompts through CLIP's own vocabulary: so the same images."""
+    from_file, from_folder = map(sdjax.load, single_file)
+    assert from_file.model == from_folder.model
+    how = {"steps": 3, "sampler": "euler", "schedule": "trailing", "guidance_scale": 3.0, **SIDES}
+    for name, (ours, expected) in {
+        "params": (from_file.params, from_folder.params),
+        "rows": tuple(
+            [row._replace(settings={}) for row in pipe.prepare(PROMPTS, **how)] for pipe in (from_file, from_folder)
+        ),
+    }.items():
+        jax.tree.map(lambda a, b, name=name: np.testing.assert_array_equal(a, b, err_msg=name), ours, expected)

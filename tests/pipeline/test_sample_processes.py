@@ -1,4 +1,4 @@
-"""sample.py by two processes over loopback: each writes its share, and the pictures are those of one."""
+"""sample.py by two processes over loopback: each writes its share, and the images are those of one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import children
 import numpy as np
 from PIL import Image
 
+from sdjax.data.pictures import to_uint8
+
 ROOT = Path(__file__).parents[2]
 FLAGS = ("--steps=3", "--guidance_scale=2", "--sampler=euler_a", "--seed=4")
+PROMPTS = ("red heart", "flag", "green apple", "blue heart", "cat", "dog")
 
 
 def free_port() -> int:
@@ -22,35 +25,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(source: Path, prompts: Path, outdir: Path, devices: int, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, ROOT / "sample.py", f"--config={ROOT}/configs/openmoji.py:tiny", *FLAGS, *flags]
-    command += [f"--checkpoint={source}", f"--from_file={prompts}", f"--outdir={outdir}"]
-    environment = os.environ | {"XLA_FLAGS": children.devices(devices)}
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=-1, stderr=-1, text=True)
+def test_two_processes_write_what_one_would(folder, ours, tmp_path):
+    """Six prompts, each second one in fewer steps, in two batches over data 2 x fsdp 2.
 
-
-def test_two_processes_write_what_one_would(theirs, tmp_path):
-    """Five prompts over data 2 x fsdp 2; within one level of 255, for sums are taken in another order."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("red heart\nflag\ngreen apple --steps 2\nblue heart\ncat\n")
-    together = [
-        f"--coordinator=localhost:{free_port()}",
-        "--processes=2",
-        "--config.mesh.data=2",
-        "--config.mesh.fsdp=2",
-    ]
+    Within one level of 255, for sums are taken in another order.
+    """
+    lines = [prompt + " --steps 2" * (i % 2) for i, prompt in enumerate(PROMPTS)]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    command = [sys.executable, ROOT / "sample.py", f"--config={ROOT}/configs/openmoji.py:tiny", *FLAGS]
+    command += [f"--checkpoint={folder}", f"--from_file={tmp_path}/prompts.txt", f"--outdir={tmp_path}/made"]
+    command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", f"--coordinator=localhost:{free_port()}"]
+    environment = os.environ | {"XLA_FLAGS": children.devices(2)}
     running = [
-        start(theirs.folder, prompts, tmp_path / "two", 2, *together, f"--process_id={number}") for number in range(2)
+        subprocess.Popen(
+            [*command, "--processes=2", f"--process_id={i}"], env=environment, cwd=ROOT, stdout=-1, stderr=-1, text=True
+        )
+        for i in range(2)
     ]
-    alone = start(theirs.folder, prompts, tmp_path / "one", 1)
-    said = [process.communicate(timeout=300) for process in (*running, alone)]
-    assert [process.returncode for process in (*running, alone)] == [0, 0, 0], said
-    last = [out.strip().splitlines()[-1] for out, _ in (said[0], said[2])]  # above it, gloo tells of its peers
-    assert last == [str(tmp_path / "two"), str(tmp_path / "one")]
-    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
-    assert files[0] == files[1]
-    assert len(files[0]) == 11, "a picture and a record each, and the grid"
-    for name in (name for name in files[0] if name.endswith("png")):
-        one, two = (np.asarray(Image.open(tmp_path / folder / name), np.int16) for folder in ("one", "two"))
-        assert np.abs(one - two).max() <= 1, name
-        assert one.std() > 1.0
+    said = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert said[0][0].strip().splitlines()[-1] == str(tmp_path / "made")  # above it, gloo tells of its peers
+    files = {f"{i:05d}.{end}" for i in range(6) for end in ("png", "json")} | {"grid.png"}
+    assert {path.name for path in (tmp_path / "made").iterdir()} == files
+    for i, prompt in enumerate(PROMPTS):
+        how = {"steps": 3 - i % 2, "sampler": "euler_a", "seed": 4, "guidance_scale": 2, "first_index": i}
+        (expected,) = ours(prompt, batch_size=2, **how)
+        made = np.asarray(Image.open(tmp_path / "made" / f"{i:05d}.png"), np.int16)
+        assert np.abs(made - to_uint8(expected).astype(np.int16)).max() <= 1, prompt
+        assert made.std() > 1.0

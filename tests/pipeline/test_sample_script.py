@@ -12,12 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zoo
 from PIL import Image
 
+import sdjax
 from sdjax.core.errors import run_or_exit
+from sdjax.data import image_inputs
+from sdjax.pipeline import execute
 
 ROOT = Path(__file__).parents[2]
 FAST = ("--steps=2", "--guidance_scale=2")
+SIDE = zoo.SIDE
+P = "--prompt=red heart"
+TWO = (P, "--prompt=flag")
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +36,20 @@ def script():
 
 
 @pytest.fixture
-def run(script, theirs, tmp_path, monkeypatch, capsys):
+def run(script, folder, ours, tmp_path, monkeypatch, capsys):
     """run(*flags) -> (exit code, stdout, stderr), in this process and a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
+    load = sdjax.load
 
-    def call(*flags: str, config: str = "configs/openmoji.py:tiny", checkpoint: object = theirs.folder):
+    def loaded(source: object, mesh: object = None, **options: object) -> sdjax.Pipeline:
+        there = source == str(folder) and mesh is None and options == {"dtype": "float32"}
+        return ours if there else load(source, mesh=mesh, **options)
+
+    monkeypatch.setattr(sdjax, "load", loaded)
+    monkeypatch.setattr(execute, "default_batch_size", lambda *_: zoo.BATCH)  # whose programs are there
+
+    def call(*flags: str, config: str = "configs/openmoji.py:tiny", checkpoint: object = folder):
         argv = ["sample.py", f"--config={ROOT / config}", f"--checkpoint={checkpoint}", *flags]
         monkeypatch.setattr(sys, "argv", argv)
         code = 0
@@ -52,116 +67,123 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_the_files_of_a_run(run, ours, tmp_path):
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path), int)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def test_files_of_a_run(run, ours, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red heart\n\n  flag: 旗 \n", encoding="utf-8")
-    flags = ("--negative_prompt=ugly, bad", "--sampler=euler", "--schedule=karras", "--seed=5", "--num_images=2")
+    flags = ("--negative_prompt=ugly, bad", "--sampler=euler", "--schedule=karras", "--seed=5")
     code, out, err = run(f"--from_file={prompts}", *flags, *FAST, "--outdir=made")
     assert code == 0, err
     assert out.strip() == "made"
-    pictures = [f"{i:05d}" for i in range(4)]
-    assert names(tmp_path / "made") == sorted(
-        [f"{n}.{end}" for n in pictures for end in ("png", "json")] + ["grid.png"]
-    )
-    expected = ours(
-        ["red heart", "flag: 旗"],
-        "ugly, bad",
-        sampler="euler",
-        schedule="karras",
-        seed=5,
-        num_images=2,
-        steps=2,
-        guidance_scale=2,
-        progress=lambda done, total: None,
-    )
-    images = [Image.open(tmp_path / "made" / f"{name}.png") for name in pictures]
-    for image, theirs in zip(images, expected, strict=True):
-        np.testing.assert_allclose(np.asarray(image) / 255.0, theirs, atol=0.51 / 255.0)
-    assert images[3].text["parameters"] == (
+    assert names(tmp_path / "made") == ["00000.json", "00000.png", "00001.json", "00001.png", "grid.png"]
+    how = {"sampler": "euler", "schedule": "karras", "seed": 5, "steps": 2, "guidance_scale": 2}
+    expected = ours(["red heart", "flag: 旗"], "ugly, bad", **how)
+    images = [Image.open(tmp_path / "made" / f"0000{i}.png") for i in range(2)]
+    for image, wanted in zip(images, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(image) / 255.0, wanted, atol=0.51 / 255.0)
+    assert images[1].text["parameters"] == (
         "flag: 旗\nNegative prompt: ugly, bad\n"
-        "Steps: 2, Sampler: Euler, Schedule type: Karras, CFG scale: 2, Seed: 5, Image index: 3, Size: 32x32, "
-        "Model: tiny"
+        "Steps: 2, Sampler: Euler, Schedule type: Karras, CFG scale: 2, Seed: 5, Image index: 1, Size: 16x16, "
+        "Model: sd1"
     )
-    cell = np.asarray(Image.open(tmp_path / "made" / "grid.png"))[32:, :32]
-    np.testing.assert_array_equal(cell, np.asarray(images[2]))
+    cell = np.asarray(Image.open(tmp_path / "made" / "grid.png"))[:SIDE, SIDE:]
+    np.testing.assert_array_equal(cell, np.asarray(images[1]))
 
 
-def test_a_picture_can_be_had_again_from_its_json(run, tmp_path):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+def test_an_image_can_be_made_again_from_its_json(run, tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8))
     picture.save(tmp_path / "given.png")
-    prompts = [f"--prompt={text}" for text in ("red heart", "flag", "blue cat")]
     given = ("--init_image=given.png", "--mask=given.png", "--strength=0.6")
-    assert run(*prompts, *given, "--sampler=euler_a", "--steps=5", "--outdir=all")[0] == 0
-    record = json.loads((tmp_path / "all" / "00001.json").read_text())
+    assert run(*TWO, *given, "--sampler=euler_a", "--steps=5", "--outdir=all")[0] == 0
+    record = records(tmp_path / "all")[1]
     flags = [f"--{key}={value}" for key, value in record.items() if value is not None and key in FLAGS]
-    assert run(f"--first_index={record['index']}", "--outdir=again", *flags, checkpoint=record["checkpoint"])[0] == 0
-    first, again = (np.asarray(Image.open(tmp_path / name / "00001.png"), int) for name in ("all", "again"))
+    again = ("--num_images=2", f"--first_index={record['index']}", "--outdir=again")
+    assert run(*again, *flags, checkpoint=record["checkpoint"])[0] == 0
+    first, again = (pixels(tmp_path / name / "00001.png") for name in ("all", "again"))
     assert np.abs(first - again).max() <= 1
-    assert names(tmp_path / "again") == ["00001.json", "00001.png"]
 
 
 FLAGS = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "sampler", "schedule", "width", "height")
 FLAGS += ("init_image", "mask", "strength")
 
 
-def test_a_picture_is_painted_again_from_itself(run, tmp_path):
-    prompts = [f"--prompt={text}" for text in ("(red heart:1.3)", "flag")]
+def test_an_image_is_made_again_from_itself(run, tmp_path):
     how = ("--sampler=euler_a", "--steps=4", "--seed=9", "--rng=torch", "--hires=1.5", "--hires_strength=0.6")
-    assert run(*prompts, *how, "--negative_prompt=cat", "--outdir=all")[0] == 0
-    code, _, err = run("--from_image=all/00000.png", "--outdir=again")
+    assert run(*TWO, *how, "--negative_prompt=cat", "--outdir=all")[0] == 0
+    code, _, err = run("--from_image=all/00001.png", "--outdir=again")
     assert code == 0, err
-    assert names(tmp_path / "again") == ["00000.json", "00000.png"]
-    first, again = (np.asarray(Image.open(tmp_path / name / "00000.png"), int) for name in ("all", "again"))
-    assert first.shape == (48, 48, 3)
+    assert names(tmp_path / "again") == ["00001.json", "00001.png"]
+    first, again = (pixels(tmp_path / name / "00001.png") for name in ("all", "again"))
+    assert first.shape == (24, 24, 3)
     assert np.abs(first - again).max() <= 1
-    assert json.loads((tmp_path / "again" / "00000.json").read_text())["torch_batch"] == 2
-    assert run("--from_image=all/00000.png", "--seed=10", "--outdir=other")[0] == 0
-    assert np.abs(first - np.asarray(Image.open(tmp_path / "other" / "00000.png"), int)).max() > 20
+    assert records(tmp_path / "again")[0]["torch_batch"] == 2
+    assert run("--from_image=all/00001.png", "--seed=10", "--outdir=other")[0] == 0
+    assert np.abs(first - pixels(tmp_path / "other" / "00001.png")).max() > 20
 
 
 def test_every_line_may_have_settings_of_its_own(run, ours, tmp_path):
-    (tmp_path / "prompts.txt").write_text(
-        "red heart --sampler heun --steps 3\n# not this\nflag --n ugly --w 64\nflag\n"
-    )
+    """Lines with as many network calls share a batch, whatever their samplers."""
+    lines = "red heart --sampler heun --steps 3\n# not this\nflag --n ugly --steps 5\nflag --w 32\nflag --w 32\n"
+    (tmp_path / "prompts.txt").write_text(lines)
     code, _, err = run("--from_file=prompts.txt", *FAST, "--outdir=made")
     assert code == 0, err
-    records = [json.loads((tmp_path / "made" / f"0000{i}.json").read_text()) for i in range(3)]
-    assert [record["sampler"] for record in records] == ["heun", "ddim", "ddim"]
-    assert [record["steps"] for record in records] == [3, 2, 2]
-    assert [record["width"] for record in records] == [32, 64, 32]
-    assert [record.get("negative_prompt") for record in records] == [None, "ugly", None]
-    expected = ours("flag", first_index=2, steps=2, guidance_scale=2)[0]
-    made = np.asarray(Image.open(tmp_path / "made" / "00002.png")) / 255.0
-    np.testing.assert_allclose(made, expected, atol=1.01 / 255.0)
+    assert "9/9" in err or "7/7" in err, "a bar counts network calls"
+    made = records(tmp_path / "made")
+    assert [record["sampler"] for record in made] == ["heun", "ddim", "ddim", "ddim"]
+    assert [record["steps"] for record in made] == [3, 5, 2, 2]
+    assert [record["width"] for record in made] == [16, 16, 32, 32]
+    assert [record.get("negative_prompt") for record in made] == [None, "ugly", None, None]
+    expected = ours("flag", "ugly", first_index=1, steps=5, guidance_scale=2, batch_size=2)[0]
+    np.testing.assert_allclose(pixels(tmp_path / "made" / "00001.png") / 255.0, expected, atol=1.01 / 255.0)
 
 
 def test_a_grid_has_every_combination_of_one_noise(run, ours, tmp_path):
-    code, _, err = run("--prompt=red heart", "--prompt=flag", "--grid=steps=1,2;sampler=euler,dpmpp_2m", "--outdir=g")
+    code, _, err = run(*TWO, "--grid=steps=1,2;sampler=euler,dpmpp_2m", "--outdir=g")
     assert code == 0, err
-    records = [json.loads((tmp_path / "g" / f"0000{i}.json").read_text()) for i in range(8)]
-    cells = [(record["index"], record["steps"], record["sampler"]) for record in records]
+    cells = [(record["index"], record["steps"], record["sampler"]) for record in records(tmp_path / "g")]
     assert cells == [(i, s, name) for i in (0, 1) for s in (1, 2) for name in ("euler", "dpmpp_2m")]
-    expected = ours("flag", first_index=1, steps=2, sampler="dpmpp_2m", guidance_scale=2.5)[0]
-    made = np.asarray(Image.open(tmp_path / "g" / "00007.png")) / 255.0
-    np.testing.assert_allclose(made, expected, atol=1.01 / 255.0)
+    expected = ours("flag", first_index=1, steps=2, sampler="dpmpp_2m", guidance_scale=2.5, batch_size=2)[0]
+    np.testing.assert_allclose(pixels(tmp_path / "g" / "00007.png") / 255.0, expected, atol=1.01 / 255.0)
     sheet = np.asarray(Image.open(tmp_path / "g" / "grid.png"))
-    assert sheet.shape[0] > 4 * 32, "four rows: the prompts, and the steps of each"
+    assert sheet.shape[0] > 4 * SIDE, "four rows: the prompts, and the steps of each"
 
 
 def test_without_outdir_every_run_has_its_own_folder(run, tmp_path):
     for number in range(2):
-        code, out, err = run("--prompt=red heart", *FAST)
+        code, out, err = run(*TWO, *FAST)
         assert code == 0, err
-        assert out.strip() == f"outputs/tiny/{number:04d}"
-        assert names(tmp_path / out.strip()) == ["00000.json", "00000.png"]
+        assert out.strip() == f"outputs/sd1/{number:04d}"
+        assert len(names(tmp_path / out.strip())) == 5
         assert "2/2" in err, "a bar counts network calls"
 
 
 def test_the_config_says_what_the_flags_do_not(run, tmp_path):
-    code, _, err = run("--prompt=x", "--outdir=o", "--config.sample.steps=3", "--config.sample.sampler=lms")
+    code, _, err = run(*TWO, "--outdir=o", "--config.sample.steps=3", "--config.sample.sampler=lms")
     assert code == 0, err
-    record = json.loads((tmp_path / "o" / "00000.json").read_text())
+    record = records(tmp_path / "o")[0]
     assert (record["steps"], record["sampler"], record["guidance_scale"]) == (3, "lms", 2.5)
+
+
+def test_given_images_are_read_once(script, run, ours, tmp_path, monkeypatch):
+    """A job's rows are prepared once: what checks a request is what is run."""
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "given.png")
+    read, prepared = [], []
+    read_picture, prepare = image_inputs.read_picture, ours.prepare
+    monkeypatch.setattr(
+        image_inputs, "read_picture", lambda file, place="": read.append(str(file)) or read_picture(file, place)
+    )
+    monkeypatch.setattr(ours, "prepare", lambda prompts, *a, **k: prepared.append(prompts) or prepare(prompts, *a, **k))
+    code, _, err = run(*TWO, *FAST, "--init_image=given.png", "--outdir=o")
+    assert code == 0, err
+    assert read == ["given.png"] * 2
+    assert prepared == [["red heart", "flag"]]
 
 
 def corrupt(folder: Path, theirs: Path) -> Path:
@@ -171,47 +193,47 @@ def corrupt(folder: Path, theirs: Path) -> Path:
     return folder
 
 
-P = "--prompt=red heart"
 BAD = {
     "config key": ([P, "--config.sample.stepz=3"], "stepz"),
     "flag": ([P, "--guidance=3"], "guidance"),
     "argument": ([P, "heart"], "unexpected argument 'heart'"),
-    "neither": ([], "give one of --prompt, --from_file and --from_image"),
+    "neither": ([], "sd1 needs a prompt; give one by --prompt"),
     "both": ([P, "--from_file=x"], "give one of --prompt, --from_file and --from_image"),
     "no file": (["--from_file=missing.txt"], "missing.txt: No such file"),
+    "file without prompts": (["--from_file=bare.txt"], "sd1 needs a prompt; .* before the flags of a line"),
     "empty file": (["--from_file=empty.txt"], "empty.txt holds no prompt"),
     "binary file": (["--from_file=broken.png"], "broken.png: it is not UTF-8"),
-    "sampler": ([P, "--sampler=nope"], "unknown sampler 'nope'; choose one of: ddim"),
-    "schedule": ([P, "--schedule=nope"], "unknown schedule 'nope'; choose one of: ays"),
+    "sampler": ([P, "--sampler=nope"], "unknown sampler 'nope' in --sampler; choose one of: ddim"),
+    "schedule": ([P, "--schedule=nope"], "unknown schedule 'nope' in --schedule; choose one of: ays"),
     "width": ([P, "--width=31"], "width 31 is not a multiple of 2.*nearest: 30, 32"),
-    "steps": ([P, "--steps=0"], "steps 0: choose an integer of at least 1"),
-    "steps type": ([P, "--steps=many"], "steps=many"),
+    "steps": ([P, "--steps=0"], "steps 0 in --steps: choose an integer of at least 1"),
+    "steps type": ([P, "--steps=many"], "steps 'many' in --steps: choose an integer of at least 1"),
     "num_images": ([P, "--num_images=0"], "num_images 0"),
     "strength": ([P, "--init_image=fine.png", "--strength=1.5"], r"strength 1\.5"),
     "no strength": ([P, "--init_image=fine.png", "--strength=0"], r"strength 0\.0: choose more than 0"),
     "strength of nothing": ([P, "--strength=0.5"], "strength 0.5 changes nothing without an init_image"),
     "feather of nothing": ([P, "--feather=2"], "feather 2.0 changes nothing without a mask"),
-    "hires of nothing": ([P, "--hires_strength=0.3"], "--hires_strength 0.3 changes nothing without --hires"),
-    "hires of a picture": ([P, "--hires=2", "--init_image=fine.png"], "hires 2 is for pictures from a prompt alone"),
-    "size of an SDXL": ([P, "--crop=3,4"], r"crop \[3, 4\] changes nothing without an SDXL model"),
+    "hires of nothing": ([P, "--hires_strength=0.3"], "hires_strength 0.3 changes nothing without hires"),
+    "hires of a picture": ([P, "--hires=2", "--init_image=fine.png"], "hires 2 is for images from a prompt alone"),
+    "size of an SDXL": ([P, "--crop=3,4"], r"crop \(3, 4\) changes nothing: sd1 is conditioned on prompt, "),
     "empty name": (["--from_image="], "cannot read the settings of "),
-    "index": ([P, "--first_index=3000000000"], "first_index 3000000000: choose an integer of 0 to"),
-    "huge": ([P, "--width=100000000"], "width 100000000: choose an integer of 1 to 16384"),
+    "index": ([P, "--first_index=3000000000"], "first_index 3000000000 in --first_index: choose an integer of 0 to"),
+    "huge": ([P, "--width=100000000"], "width 100000000 in --width: choose an integer of 1 to 16384"),
     "second line": (["--from_file=two.txt"], "nowhere.png"),
     "picture": ([P, "--init_image=broken.png"], "cannot read picture broken.png"),
     "no picture": ([P, "--init_image=nowhere.png"], "nowhere.png"),
-    "mask": ([P, "--mask=fine.png"], "a mask needs an init_image"),
+    "mask": ([P, "--mask=fine.png"], "mask changes nothing without an init_image"),
     "mask of another size": (
         [P, "--mask=small.png", "--init_image=fine.png"],
-        "the mask is 8x8 pixels and its .* 32x32",
+        "the mask is 8x8 pixels and its .* 16x16",
     ),
     "grid": ([P, "--grid=steps=1;samplr=euler"], "unknown setting 'samplr' in --grid at character 9"),
     "grid value": ([P, "--grid=sampler=euler,nope"], "unknown sampler 'nope' in --grid at character 15"),
     "line's flag": (["--from_file=flags.txt"], "unknown flag '--stepz' in flags.txt line 2"),
-    "pair": ([P, "--crop=3"], "--crop '3': give two integers"),
-    "hires": ([P, "--hires=0.5", "--steps=1"], "hires 0.5: choose a number of at least 1"),
+    "pair": ([P, "--crop=3"], r"crop \[3\] in --crop: choose two integers of at least 0, vertical first"),
+    "hires": ([P, "--hires=0.5", "--steps=1"], "hires 0.5 in --hires: choose a number of at least 1"),
     "no settings": (["--from_image=fine.png"], "fine.png does not say how it was made"),
-    "depth": ([P, "--depth=fine.png"], "depth is given, of which this model makes nothing"),
+    "depth": ([P, "--depth=fine.png"], "depth changes nothing: sd1 is conditioned on prompt, "),
     "refiner": ([P, "--refiner=missing"], "there is no file or folder 'missing'"),
     "embedding": ([P, "--embedding=missing.pt"], "there is no textual inversion 'missing.pt'"),
     "vae": ([P, "--vae=missing.safetensors"], "there is no file or folder 'missing.safetensors'"),
@@ -226,8 +248,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case, run, tmp_path):
     (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "bare.txt").write_text("red heart\n--seed 3\n")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
-    Image.new("RGB", (32, 32)).save(tmp_path / "fine.png")
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "fine.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
     (tmp_path / "two.txt").write_text("red heart\nflag --init_image nowhere.png\n")
     (tmp_path / "flags.txt").write_text("red heart --steps 3\nflag --stepz 3\n")
@@ -239,9 +262,9 @@ def test_bad_input(case, run, tmp_path):
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
 
 
-def test_bad_checkpoints(run, theirs, tmp_path):
+def test_bad_checkpoints(run, folder, tmp_path):
     check_error(*run(P, checkpoint="missing"), "there is no file or folder 'missing'")
-    check_error(*run(P, checkpoint=corrupt(tmp_path / "cut", theirs.folder)), "cut/unet/.*safetensors is truncated")
+    check_error(*run(P, checkpoint=corrupt(tmp_path / "cut", folder)), "cut/unet/.*safetensors is truncated")
     check_error(*run(P, config="configs/nope.py"), "cannot read the config file .*nope.py: .*No such file")
     check_error(*run(P, config="configs/openmoji.py:huge"), "unknown variant 'huge'.*tiny")
     assert names(tmp_path / "cut")
@@ -256,12 +279,12 @@ def check_error(code: int, out: str, err: str, message: str) -> None:
     assert re.search(rf"^error: .*{message}", lines[0]), lines[0]
 
 
-def test_as_a_command(theirs, tmp_path):
+def test_as_a_command(folder, tmp_path):
     command = [sys.executable, str(ROOT / "sample.py"), f"--config={ROOT / 'configs/openmoji.py'}"]
-    command += [f"--checkpoint={theirs.folder}", *FAST]
+    command += [f"--checkpoint={folder}", *FAST]
     made = subprocess.run([*command, P], cwd=tmp_path, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    assert names(tmp_path) == ["outputs/tiny/0000/00000.json", "outputs/tiny/0000/00000.png"]
+    assert names(tmp_path) == ["outputs/sd1/0000/00000.json", "outputs/sd1/0000/00000.png"]
     bad = subprocess.run([*command, P, "--sampler=nope"], cwd=tmp_path, capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("error: unknown sampler 'nope'")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from sdjax.pipeline.prompt_files import parse_line, read_prompt_file
 
+from sdjax.cli.prompt_files import parse_line, read_prompt_file
 from sdjax.core.errors import UserError
 
 FILE = """\ufeff# all of these
@@ -40,15 +40,13 @@ def test_a_file(tmp_path):
 BAD = {
     "a cat --guidance 3": r"unknown flag '--guidance' in p\.txt line 4; choose one of: .*--guidance_scale.*--width",
     "a cat --steps many": r"steps 'many' in p\.txt line 4, --steps: choose an integer of at least 1",
-    "a cat --s 0": r"steps '0' in p\.txt line 4, --s: choose an integer",
-    "a cat --strength 1.5": r"strength '1\.5' in p\.txt line 4, --strength: choose a number .*at most 1",
+    "a cat --s 0": r"steps 0 in p\.txt line 4, --s: choose an integer",
+    "a cat --strength 1.5": r"strength 1\.5 in p\.txt line 4, --strength: choose a number of 0 to 1",
     "a cat --sampler nope": r"unknown sampler 'nope' in p\.txt line 4, --sampler; choose one of: .*euler",
     "a cat --seed": r"--seed in p\.txt line 4 has no value",
     "a cat --seed --steps 3": r"--seed in p\.txt line 4 has no value",
     "a cat --seed 1 --d 2": r"--d in p\.txt line 4 is there already",
     "a cat --prompt dog": r"--prompt in p\.txt line 4: the line begins with another prompt, 'a cat'",
-    "--seed 3": r"p\.txt line 4 has flags but no prompt",
-    "--prompt '' --seed 3": r"p\.txt line 4 has flags but no prompt",
     "a cat --negative_prompt it's": r"p\.txt line 4: No closing quotation.*double quotes",
 }
 
@@ -77,6 +75,12 @@ def test_files_that_cannot_be_read(data, message, tmp_path):
         (tmp_path / "p.txt").write_bytes(data)
     with pytest.raises(UserError, match=message):
         read_prompt_file(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("line", ["--seed 3", "--prompt '' --seed 3"])
+def test_a_line_may_have_settings_alone(line):
+    """For models that take no prompt."""
+    assert parse_line(line, "") == (None, {"seed": 3})
 
 
 def test_a_line_of_dashes_is_a_prompt():

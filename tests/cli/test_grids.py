@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sdjax.pipeline.grids import MAX_PIXELS, Axis, cells, contact_sheet, parse_grid
 
+from sdjax.cli.grids import MAX_PIXELS, Axis, cells, contact_sheet, parse_grid
 from sdjax.core.errors import UserError
 
 
@@ -50,8 +50,8 @@ BAD = {
     "stepz=1": r"unknown setting 'stepz' in --grid at character 1; choose one of: .*sampler.*steps",
     "steps=10; stepz=1": "unknown setting 'stepz' in --grid at character 11",
     "steps=10, 2x": "steps '2x' in --grid at character 11: choose an integer of at least 1",
-    "steps=0": "steps '0' in --grid at character 7: choose an integer of at least 1",
-    "eta=2": "eta '2' in --grid at character 5: choose a number of at least 0 and at most 1",
+    "steps=0": "steps 0 in --grid at character 7: choose an integer of at least 1",
+    "eta=2": "eta 2.0 in --grid at character 5: choose a number of 0 to 1",
     "steps=1;sampler=euler,nope": "unknown sampler 'nope' in --grid at character 23; choose one of: .*euler_a",
     "schedule=euler": "unknown schedule 'euler' in --grid at character 10; choose one of: .*karras",
     "steps=": "steps '' in --grid at character 7",
@@ -64,9 +64,10 @@ BAD = {
     "steps=30-10": "steps '30-10' in --grid at character 7: choose a range first-last:step that grows",
     "steps=1-3:0": "steps '1-3:0' in --grid at character 7: choose a range",
     "steps=1-3:x": "steps '1-3:x' in --grid at character 7: choose an integer",
-    "seed=0-99999999999999999999": "seed '0-9+' in --grid at character 6 asks for more than 1000 pictures",
+    "seed=0-99999999999999999999": "seed 9+ in --grid at character 6: choose an integer of 0 to 4294967295",
+    "seed=0-4294967295": "seed '0-4294967295' in --grid at character 6 asks for more than 1000 pictures",
     "seed=0-99;steps=1-99": "asks for more than 1000 pictures of each prompt",
-    "guidance_scale=nan": "guidance_scale 'nan' in --grid at character 16",
+    "guidance_scale=nan": "guidance_scale nan in --grid at character 16",
     "guidance_scale=1..2-3": r"guidance_scale '1\.\.2' in --grid at character 16",
 }
 

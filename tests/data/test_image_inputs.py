@@ -1,4 +1,4 @@
-"""Given pictures, masks and depth against Pillow, torch and diffusers; pasting back; what is refused."""
+"""Given images, masks and depth against Pillow, torch and diffusers; pasting back; what is refused."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ import torch
 from diffusers import StableDiffusionDepth2ImgPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from sdjax.pipeline.inputs import check_mask_sizes, load_depth, load_masks, load_pictures, paste_back, resize_bicubic
 
 from sdjax.core.errors import UserError
+from sdjax.data.image_inputs import check_mask_size, load_depth, load_image, load_mask, paste_back, resize_bicubic
+from sdjax.diffusion_model.conditioner import Host
+from sdjax.diffusion_model.conditioners.inpaint import InpaintConditioner
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (48, 60, 3), np.uint8)
 
 
-def test_all_forms_of_a_picture_are_the_same(tmp_path):
+def test_all_forms_of_an_image_are_the_same(tmp_path):
     Image.fromarray(PICTURE).save(tmp_path / "x.png")
-    expected = PICTURE / 127.5 - 1.0
+    expected = PICTURE / 255.0
     for given in (PICTURE, Image.fromarray(PICTURE), tmp_path / "x.png", str(tmp_path / "x.png"), PICTURE / 255.0):
-        np.testing.assert_allclose(load_pictures(given, 2, (48, 60)), expected[None], atol=1e-6)
-    np.testing.assert_allclose(load_pictures([PICTURE, 255 - PICTURE], 2, (48, 60))[1], -expected, atol=1e-6)
+        np.testing.assert_allclose(load_image(given, (48, 60)), expected, atol=1e-6)
 
 
 def test_the_largest_centred_part_is_resampled():
     expected = Image.fromarray(np.ascontiguousarray(PICTURE[:, 6:54])).resize((16, 16), Image.Resampling.LANCZOS)
-    np.testing.assert_allclose(load_pictures(PICTURE, 1, (16, 16))[0], np.asarray(expected) / 127.5 - 1.0, atol=1e-6)
+    np.testing.assert_allclose(load_image(PICTURE, (16, 16)), np.asarray(expected) / 255.0, atol=1e-6)
     wide = Image.fromarray(np.ascontiguousarray(PICTURE[9:39])).resize((40, 20), Image.Resampling.LANCZOS)
-    np.testing.assert_allclose(load_pictures(PICTURE, 1, (20, 40))[0], np.asarray(wide) / 127.5 - 1.0, atol=1e-6)
+    np.testing.assert_allclose(load_image(PICTURE, (20, 40)), np.asarray(wide) / 255.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("latents", [(6, 6), (12, 12), (48, 48)])
@@ -37,17 +38,17 @@ def test_masks_take_the_nearest_pixel_as_torch_does(latents):
     binary = torch.from_numpy((grey >= 128).astype(np.float32))[None, None]
     expected = torch.nn.functional.interpolate(binary, size=latents)[0, 0].numpy()
     for given in (grey, Image.fromarray(grey), (grey / 255.0).astype(np.float32), grey >= 128):
-        masks = load_masks(given, 1, (48, 48))[0, ..., 0]
-        np.testing.assert_array_equal(masks[:: 48 // latents[0], :: 48 // latents[1]], expected)
+        mask = load_mask(given, (48, 48))[..., 0]
+        np.testing.assert_array_equal(mask[:: 48 // latents[0], :: 48 // latents[1]], expected)
 
 
-def test_a_mask_is_cut_like_its_picture():
+def test_a_mask_is_cut_like_its_image():
     """A white square in the picture's middle is in the middle of the latents, whatever the proportions."""
     mask = np.zeros((48, 60), np.uint8)
     mask[12:36, 18:42] = 255
-    for kept in load_masks(mask, 1, (32, 32))[:, ::4, ::4, 0]:
-        np.testing.assert_array_equal(np.argwhere(kept).min(0), [2, 2])
-        np.testing.assert_array_equal(np.argwhere(kept).max(0), [5, 5])
+    kept = load_mask(mask, (32, 32))[::4, ::4, 0]
+    np.testing.assert_array_equal(np.argwhere(kept).min(0), [2, 2])
+    np.testing.assert_array_equal(np.argwhere(kept).max(0), [5, 5])
 
 
 @pytest.mark.parametrize(
@@ -57,17 +58,16 @@ def test_a_mask_is_cut_like_its_picture():
         (np.full((4, 4, 3), 3.0), r"floats in \[0, 1\]"),
         (np.full((4, 4, 3), np.nan), r"floats in \[0, 1\]"),
         (np.zeros((4, 4, 3), np.int64), "int64"),
-        ([PICTURE] * 3, "3 pictures in init_image for 2 prompts"),
     ],
 )
-def test_what_is_no_picture(given, message):
+def test_rejects_what_is_no_image(given, message):
     with pytest.raises(UserError, match=message):
-        load_pictures(given, 2, (8, 8))
+        load_image(given, (8, 8))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_the_input_of_inpainting_models_is_diffusers_own(mode):
-    """Mask, masked picture and the mask over latents, exactly, as its 9-channel pipeline makes them."""
+    """Mask, masked image and the mask over latents, as its 9-channel pipeline makes them."""
     size, latents = (48, 64), (6, 8)
     picture = Image.fromarray(RNG.integers(0, 256, (*size, 3), np.uint8))
     mask = Image.fromarray(RNG.integers(0, 256, (*size, 3)[: 2 + (mode == "RGB")], np.uint8))
@@ -75,12 +75,15 @@ def test_the_input_of_inpainting_models_is_diffusers_own(mode):
     theirs = masks.preprocess(mask, height=48, width=64)
     masked = VaeImageProcessor(vae_scale_factor=8).preprocess(picture, height=48, width=64) * (theirs < 0.5)
     over = torch.nn.functional.interpolate(theirs, size=latents)
-    whole = load_masks(mask, 1, size)
-    np.testing.assert_array_equal(whole, theirs.numpy().transpose(0, 2, 3, 1))
-    np.testing.assert_array_equal(whole[:, ::8, ::8], over.numpy().transpose(0, 2, 3, 1))
-    ours = load_pictures(picture, 1, size) * (whole < 0.5)
-    np.testing.assert_array_equal(ours, masked.numpy().transpose(0, 2, 3, 1))
-    assert 0.3 < whole.mean() < 0.7
+    conditioner = InpaintConditioner()
+    columns = conditioner.encode({"init_image": picture, "mask": mask}, Host("inpainting", {}, {}, size, latents))
+    columns = {name: np.asarray(column)[None] for name, column in columns.items()}
+    np.testing.assert_array_equal(columns["mask"], theirs.numpy().transpose(0, 2, 3, 1))
+    ours = conditioner.images_to_encode(columns)
+    np.testing.assert_allclose(ours["masked_latents"], masked.numpy().transpose(0, 2, 3, 1), rtol=0, atol=1e-6)
+    cond = conditioner.cond({}, {**columns, "masked_latents": np.zeros((1, *latents, 4), np.float32)})
+    np.testing.assert_array_equal(cond.concat[..., :1], over.numpy().transpose(0, 2, 3, 1))
+    assert 0.3 < columns["mask"].mean() < 0.7
 
 
 @pytest.mark.parametrize(("old", "new"), [((50, 70), (8, 8)), ((8, 8), (50, 70)), ((7, 9), (7, 9)), ((3, 2), (5, 1))])
@@ -96,7 +99,7 @@ def theirs_depth(values: np.ndarray, latents: tuple[int, int]) -> np.ndarray:
     image = [Image.new("RGB", (latents[1] * 8, latents[0] * 8))]
     depth = torch.from_numpy(values.astype(np.float32))[None]
     found = pipe.prepare_depth_map(image, depth, 1, False, torch.float32, torch.device("cpu"))
-    return found.numpy().transpose(0, 2, 3, 1)
+    return found.numpy().transpose(0, 2, 3, 1)[0]
 
 
 def test_depth_is_diffusers_own_in_every_form(tmp_path):
@@ -115,17 +118,15 @@ def test_depth_is_diffusers_own_in_every_form(tmp_path):
         "Pillow": (Image.fromarray(narrow), narrow),
     }
     for name, (given, values) in forms.items():
-        found = load_depth(given, 1, (5, 7))
+        found = load_depth(given, (5, 7))
         np.testing.assert_allclose(found, theirs_depth(values, (5, 7)), atol=1e-5, err_msg=name)
         assert (found.min(), found.max()) == (-1.0, 1.0)
-    each = load_depth([floats, narrow], 2, (5, 7))
-    np.testing.assert_allclose(each[1:], theirs_depth(narrow, (5, 7)), atol=1e-5)
 
 
-def test_depth_is_cut_like_its_picture():
+def test_depth_is_cut_like_its_image():
     """With a slope from left to right, what is left of the middle are its ends."""
     slope = np.broadcast_to(np.arange(60.0), (48, 60))
-    np.testing.assert_allclose(load_depth(slope, 1, (8, 8)), load_depth(slope[:, 6:54], 1, (8, 8)), atol=1e-6)
+    np.testing.assert_allclose(load_depth(slope, (8, 8)), load_depth(slope[:, 6:54], (8, 8)), atol=1e-6)
 
 
 def npy(header: bytes) -> bytes:
@@ -146,21 +147,21 @@ def npy(header: bytes) -> bytes:
         (npy(b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 2)}\n") + bytes(99), "cannot read depth"),
     ],
 )
-def test_what_is_no_depth(given, message, tmp_path):
+def test_rejects_what_is_no_depth(given, message, tmp_path):
     if isinstance(given, bytes):
         (tmp_path / "x.npy").write_bytes(given)
         given = tmp_path / "x.npy"
     with pytest.raises(UserError, match=message):
-        load_depth(given, 1, (4, 4))
+        load_depth(given, (4, 4))
     with pytest.raises(UserError, match="No such file"):
-        load_depth(tmp_path / "none.npy", 1, (4, 4))
+        load_depth(tmp_path / "none.npy", (4, 4))
 
 
-def test_masks_have_the_size_of_their_pictures():
-    check_mask_sizes(PICTURE, np.zeros((48, 60)))
-    check_mask_sizes([PICTURE] * 3, Image.new("L", (60, 48)))
+def test_masks_have_the_size_of_their_images():
+    check_mask_size(PICTURE, np.zeros((48, 60)))
+    check_mask_size(PICTURE, Image.new("L", (60, 48)))
     with pytest.raises(UserError, match="the mask is 48x60 pixels and its init_image 60x48; give a mask of 60x48"):
-        check_mask_sizes([PICTURE] * 2, [np.zeros((48, 60)), np.zeros((60, 48))])
+        check_mask_size(PICTURE, np.zeros((60, 48)))
 
 
 @pytest.mark.parametrize("feather", [0, 1, 4, 7.5])

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from sdjax.pipeline.records import (
+
+from sdjax.cli.records import (
     SAMPLER_LABELS,
     SCHEDULE_LABELS,
     parameters,
@@ -19,7 +20,6 @@ from sdjax.pipeline.records import (
     read_parameters,
     write_picture,
 )
-
 from sdjax.core.errors import UserError
 from sdjax.diffusion.samplers import SAMPLERS, SPACINGS
 
