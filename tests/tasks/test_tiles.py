@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sdjax.tasks.latent.tiles import decode_tiled, encode_tiled
 
 from sdjax.convert.folder import read_component
 from sdjax.core.errors import UserError
 from sdjax.data.openmoji import render
 from sdjax.data.pictures import read_picture
+from sdjax.diffusion_model.tiles import decode_tiled, encode_tiled
 from sdjax.models.autoencoder import Autoencoder
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "openmoji"
