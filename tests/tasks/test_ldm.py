@@ -33,8 +33,8 @@ from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig, Rescaler, RescalerConfig
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import placer
-from sdjax.tasks.base import make_task
 from sdjax.tasks.diffusion import drop_condition, make_model
+from sdjax.tasks.make import make_task
 
 SOURCES = {"layout": "openmoji_scenes", "semantic_synthesis": "openmoji_regions"}
 

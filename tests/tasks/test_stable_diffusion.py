@@ -29,8 +29,8 @@ from sdjax.data.prepared import PreparedSource
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import placer, put_batch
 from sdjax.prepare import prepare
-from sdjax.tasks.base import make_task
 from sdjax.tasks.diffusion import checkpoint_of, drop_condition, make, make_model
+from sdjax.tasks.make import make_task
 from sdjax.training.step import TrainState, init_state, make_step
 from sdjax.training.task import Task, split_frozen
 
