@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import openmoji, stable_diffusion
 from sdjax.convert.hub import ID
-from sdjax.tasks.base import reading_of
+from sdjax.tasks.base import loader_options
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def script():
 def test_published_models_are_ids_of_the_hub(name):
     config = stable_diffusion.get_config(name)
     sample = script()
-    assert set(config.sample) <= {*sample.CALL, *sample.SOURCES, "dtype"}
+    assert set(config.sample) <= {*sample.FLAGS, *sample.SOURCES, "dtype"}
     assert all(ID.fullmatch(config.sample[source]) for source in ("checkpoint", "refiner") if source in config.sample)
 
 
@@ -72,5 +72,5 @@ def test_a_config_takes_no_key_that_nobody_reads():
 @pytest.mark.parametrize("name", TRAINING)
 def test_every_training_says_how_its_data_are_read(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    assert reading_of(config).threads >= 1
+    assert loader_options(config).threads >= 1
     assert config.data.crop in ("centre", "adm", "random")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sdjax.convert.files import read_json, write_json, write_safetensors
 from sdjax.convert.model_index import (
     DIFFUSERS_VERSION,
     INDEX,
+    OWN,
     PIXELS,
     STABLE_DIFFUSION,
     TOKENIZER_FOLDERS,
@@ -64,6 +66,8 @@ def read_folder(
     }
     if kind == PIXELS:
         conditioning = pixel_conditioning(components["unet"].config, path / "unet")
+    if conditioning == "super_resolution" and OWN not in index:
+        components["vae"] = _unscaled(components["vae"])
     low = path / "low_res_scheduler"
     return Checkpoint(
         components=components,
@@ -94,6 +98,11 @@ def read_component(
     config = form.from_config(extra, str(path / "config.json"))
     tensors = find_weights(path, form.weights, variant)
     return Component(config, read_params(name, config, tensors, path, Reading(dtype, place)), extra)
+
+
+def _unscaled(autoencoder: Component) -> Component:
+    """The autoencoder as diffusers' LDMSuperResolutionPipeline uses it: without its scaling_factor."""
+    return replace(autoencoder, config=replace(autoencoder.config, scaling_factor=1.0))
 
 
 def read_config(path: str | Path, name: str) -> Any:

@@ -157,6 +157,8 @@ def pipeline_class(checkpoint: Checkpoint) -> str:
         theirs = not isinstance(sizes, UNet2DConfig) or unet2d.is_diffusers(sizes)
         if kind == PIXELS:
             return PIXEL_PIPELINES[0] if theirs else PIXEL_OURS
+        if checkpoint.conditioning == "super_resolution" and checkpoint.components["vae"].config.scaling_factor != 1.0:
+            return LDM_OURS  # diffusers' pipeline would not divide the latents by it
         return LDM_PIPELINES.get(checkpoint.conditioning, LDM_OURS) if theirs else LDM_OURS
     if checkpoint.low_res_scheduler is not None:
         return UPSCALER

@@ -66,6 +66,10 @@ def load(source: Source, dtype: str = "float32", mesh: Mesh | None = None, **opt
     if given.get("classifier"):
         checkpoint = _with_classifier(checkpoint, Path(cast(Any, given["classifier"])).expanduser(), name, place)
     tokenizers = _tokenizers(checkpoint)
+    if checkpoint.conditioning == "text_bert" and BERT in tokenizers:
+        # Folders that diffusers wrote do not say which tokens are the null condition: those of the empty prompt.
+        null = tokenizers[BERT].encode([""])[0].tolist()
+        checkpoint = dataclasses.replace(checkpoint, settings={"nothing": null, **checkpoint.settings})
     model = build_model(checkpoint, cast(Any, tokenizers), dtype_named(dtype), path)
     if checkpoint.conditioning == TEXT:
         distilled = model.config.guidance_dim is not None

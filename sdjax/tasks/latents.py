@@ -22,6 +22,7 @@ from sdjax.data.bucketed import bucketed
 from sdjax.data.loader import Loader
 from sdjax.data.prepared import PreparedSource
 from sdjax.data.transforms import Select
+from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
 from sdjax.models.apply import apply
 from sdjax.models.autoencoder import posterior
@@ -29,7 +30,7 @@ from sdjax.tasks.base import batches, loader_options, process_shard, square_crop
 from sdjax.tasks.conditions import TrainingCondition
 from sdjax.tasks.precompute import STORED, check_identity, identity_of
 
-IMAGE, MOMENTS = "image", "moments"
+IMAGE, MOMENTS, TOKENS = "image", "moments", "tokens"
 
 
 class LatentSource(NamedTuple):
@@ -50,10 +51,20 @@ def latent_source(config: Config, model: DiffusionModel, condition: TrainingCond
     """The way that `config.task.latents` names.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is none of this name, or it does not keep what the condition needs.
     """
     if config.task.latents not in SOURCES:
         raise unknown("latents", config.task.latents, SOURCES, "config.task.latents")
+    fits = ["encoded"]
+    if isinstance(condition.conditioner, TextConditioner):
+        fits = ["cached", "prepared"] if set(condition.spec) == {TOKENS} else ["prepared"]
+    elif not condition.spec and model.autoencoder is not None:
+        fits = ["encoded", "cached"]
+    if config.task.latents not in fits:
+        raise UserError(
+            f"config.task.latents={config.task.latents!r} does not fit config.task.conditioning="
+            f"{config.task.conditioning!r} here; choose {' or '.join(map(repr, fits))}"
+        )
     return SOURCES[config.task.latents](config, model, condition, mesh)
 
 
@@ -118,13 +129,7 @@ def open_prepared(config: Config, model: DiffusionModel) -> PreparedSource:
 def cache_latents(
     model: DiffusionModel, params: Params, images: sources.Source, condition: TrainingCondition
 ) -> sources.ArraySource:
-    """Moments of every image's latents, float32, and the tokens of its caption: a row an image.
-
-    Raises:
-        UserError: the condition is none of captions.
-    """
-    if not condition.loaded and condition.spec:
-        raise UserError("config.task.latents='cached' keeps captions; choose 'encoded' for other conditions")
+    """Moments of every image's latents, float32, and the tokens of its caption: a row an image."""
 
     @jax.jit
     def encode(params: Params, images: Array) -> Array:
@@ -142,7 +147,7 @@ def cache_latents(
     columns = {MOMENTS: np.concatenate(moments)}
     if condition.spec:
         tokens = [condition.loaded[name].encode(captions) for name in condition.tokenizers]
-        columns["tokens"] = np.stack(tokens, axis=1)
+        columns[TOKENS] = np.stack(tokens, axis=1)
     return sources.ArraySource(columns)
 
 

@@ -33,9 +33,9 @@ def preview(config: Config, model: DiffusionModel, condition: TrainingCondition,
     if "prompts" in options:
         columns, rows = prompt_columns(config, model, condition), [np.zeros((0, *size, 3), np.uint8)]
     else:
-        columns = preview_batch(config, condition, options.count)
-        rows = [columns[IMAGE]]
-    images = sample_columns(config, model, params, condition.columns(columns), size)
+        batch = preview_batch(config, condition, options.count)
+        columns, rows = condition.columns(batch), [batch[IMAGE]]
+    images = sample_columns(config, model, params, columns, size)
     return tile(np.concatenate([*rows, to_uint8(images)]), options.columns)
 
 

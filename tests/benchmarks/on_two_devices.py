@@ -30,7 +30,7 @@ def decoder() -> dict:
     config = AutoencoderConfig(channels=(32,), latent_channels=4, layers_per_block=1, groups=4)
     params = random_params(FORMATS["vae"].shapes(config), placer(mesh))
     used = {name: params[name] for name in ("decoder", "post_quant_conv")}
-    z = Devices(mesh).rows(jnp.ones((2, 4, 4, 4)))
+    z = Devices(mesh).shard_batch(jnp.ones((2, 4, 4, 4)))
 
     def decode(params, z):
         return apply(Autoencoder(config), params, z, method="decode")

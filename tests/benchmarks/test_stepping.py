@@ -65,10 +65,10 @@ def test_a_real_step_waits_for_a_slow_source():
     task = Task(
         init=lambda key: {"w": np.ones((8, 8), np.float32)},
         loss=lambda params, batch, key, step: (((batch["x"] @ params["w"]) ** 2).mean(), {}),
-        sample=None,  # pyright: ignore[reportArgumentType]
+        preview=None,  # pyright: ignore[reportArgumentType]
         batch=None,  # pyright: ignore[reportArgumentType]
         export=None,  # pyright: ignore[reportArgumentType]
-        specimen=lambda rows: {"x": np.empty((rows, 8), np.float32), "ids": np.empty((rows,), np.int32)},
+        batch_spec=lambda rows: {"x": np.empty((rows, 8), np.float32), "ids": np.empty((rows,), np.int32)},
     )
     mesh, optimizer = make_mesh({"data": 1}), optax.sgd(1e-3)
     rows = next(synthetic(task, 4, mesh))

@@ -9,12 +9,12 @@ import pytest
 
 from configs import ldm
 from sdjax.core.errors import UserError
+from sdjax.data.condition_transforms import Layout
 from sdjax.data.crops import RandomSquare, squares, still
-from sdjax.data.layout import Layout, LayoutTokens
+from sdjax.data.layout import LayoutTokens
 from sdjax.data.transforms import Flip, Select
 from sdjax.parallel.mesh import make_mesh
-from sdjax.tasks.base import batches
-from sdjax.tasks.base import squares as configured_squares
+from sdjax.tasks.base import batches, square_crops
 
 HEIGHT, WIDTH = 96, 144
 # Red says the row, green the column.
@@ -138,7 +138,7 @@ def config(pictures):
 
 
 def rows_of(config, count=5):
-    pictures, cuts = configured_squares(config)
+    pictures, cuts = square_crops(config)
     data = batches(config, pictures, [*cuts, Select(("image",))], make_mesh({"data": -1}))
     return [next(data)["image"] for _ in range(count)]
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sdjax.core.errors import UserError
-from sdjax.data.layout import Layout, LayoutTokens
+from sdjax.data.condition_transforms import Layout
+from sdjax.data.layout import LayoutTokens
 
 TOKENS = LayoutTokens(classes=601)
 

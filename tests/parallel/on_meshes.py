@@ -20,14 +20,14 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from sdjax.core.flags import define_processes, parse_flags, processes
-from sdjax.core.tree import Params, nbytes
+from sdjax.core.tree import Params, merge, nbytes
 from sdjax.parallel.distributed import initialise, is_first
 from sdjax.parallel.mesh import make_mesh, parse_mesh
 from sdjax.parallel.sharding import placer, put_batch, rows_of_process, tree_shardings
 from sdjax.tasks.make import make_task
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import TrainState, init_state, make_step
-from sdjax.training.task import Task
+from sdjax.training.task import Task, split_frozen
 
 STEPS = 3
 BELOW = {"mask": 2, "label": 3, "label_map": 3}  # what some columns' integers are below
@@ -44,12 +44,11 @@ def main() -> None:
     initialise(**processes(values))
     config = values["config"].value.copy_and_resolve_references()
     if "components" in config.task:
-        config.task.text = "frozen"  # whose captions need no prepared data
+        config.task.text = "tokens"  # of captions that need no prepared data
     first = make_mesh({"data": -1})
     task, optimizer = make_task(config, first), make_optimizer(config.optim, STEPS)
-    stored = task.stored(placer(first))
-    frozen = {part: stored.pop(part) for part in task.frozen}
-    state = init_state(task, optimizer, 0, first, stored)
+    frozen, initial = split_frozen(task, task.pretrained(placer(first)))
+    state = init_state(task, optimizer, 0, first, initial)
     made = [run(task, optimizer, state, frozen, parse_mesh(mesh)) for mesh in values["mesh"].value]
     losses, pictures, held = zip(*made, strict=True)
     if is_first():
@@ -64,11 +63,11 @@ def run(
     mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
         state, frozen = (jax.tree.map(jnp.copy, jax.device_put(t, tree_shardings(t, mesh))) for t in (state, frozen))
-        picture = task.sample({**frozen, **state.ema})
+        picture = task.preview(merge(frozen, state.ema))
         step = make_step(task, optimizer, 0, decay=0.9)
         losses = []
         for number in range(STEPS):
-            state, metrics = step(state, frozen, put_batch(my_rows(batch(task.specimen(8), number), mesh), mesh))
+            state, metrics = step(state, frozen, put_batch(my_rows(batch(task.batch_spec(8), number), mesh), mesh))
             losses.append((float(metrics["loss"]), float(metrics["grad_norm"])))
         held = nbytes([leaf.addressable_shards[0].data for leaf in jax.tree.leaves(state)])
         print(sizes, losses, held, f"{time.perf_counter() - started:.0f} s", flush=True)

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zoo
 from children import HASTY
 from PIL import Image
-from sdjax.tasks.latent.networks import sizes_of
 from torch_reference import drawn
 
 import train
 from configs import openmoji, stable_diffusion_training
 from sdjax.convert.components import FORMATS, Component
 from sdjax.convert.folder import write_component
-from sdjax.models.autoencoder import VARIANTS
 from sdjax.parallel.mesh import shapes_of, text_of
 
 ROOT = Path(__file__).parents[2]
@@ -119,8 +118,7 @@ def test_every_system_is_the_same_on_every_mesh_of_eight(case, pictures, tmp_pat
 @pytest.fixture(scope="session")
 def quantised(tmp_path_factory) -> str:
     """The flag for a first stage of f = 4 with a codebook, drawn at random."""
-    small = {"channels": (8, 8, 16), "layers_per_block": 1, "groups": 4, "codes": 64}
-    sizes = sizes_of({"variant": "vq_f4", **small}, VARIANTS, "")
+    sizes = zoo.VAES["vq_f4"]
     folder = tmp_path_factory.mktemp("quantised")
     write_component(folder / "vae", "vae", Component(sizes, drawn(FORMATS["vae"].shapes(sizes))))
     return f"--config.task.first_stage={folder}"

@@ -11,7 +11,7 @@ from sdjax.core.tree import nbytes
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import device_bytes
 from sdjax.plan.programs import count_flops
-from sdjax.plan.sampling import Wanted, network_calls, sampling_programs
+from sdjax.plan.sampling import Wanted, sampler_rows, sampling_programs
 from sdjax.plan.variants import VARIANTS, shaped
 
 SIZES = {"sd1": 859_520_964, "sd2": 865_910_724, "sdxl": 2_567_463_684, "sdxl_refiner": 2_259_526_660}
@@ -33,8 +33,8 @@ def test_flops_grow_with_network_calls_and_pictures():
 
 def test_padded_rows_of_a_table_are_left_out():
     model = tiny_model()
-    assert network_calls(model, Wanted(16, 1, 7)).sigma.shape == (7,)
-    heun = network_calls(model, Wanted(16, 1, 7, "heun"))
+    assert sampler_rows(model, Wanted(16, 1, 7)).sigma.shape == (7,)
+    heun = sampler_rows(model, Wanted(16, 1, 7, "heun"))
     assert heun.active.shape == (13,)
     assert heun.active.all()
     assert heun.limits.shape == (3,)

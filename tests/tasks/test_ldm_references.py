@@ -12,23 +12,21 @@ import ldm_torch
 import numpy as np
 import pytest
 import torch
+import zoo
 from torch_reference import drawn
 
 import sdjax
-from sdjax.convert.components import ALL_FORMATS, Component
-from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
+from sdjax.convert.components import ALL_FORMATS, Checkpoint, Component
+from sdjax.convert.folder import write_checkpoint
 from sdjax.core.prng import image_keys
 from sdjax.diffusion.samplers import first_noise
-from sdjax.models.autoencoder import VQConfig
 from sdjax.models.bert import BertConfig
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
-from sdjax.models.unet import UNetConfig
-from sdjax.models.unet2d import UNet2DConfig
 
 SIDE, STEPS, SEED, FIRST, COUNT = 16, 4, 5, 3, 2
-FIRST_STAGE = VQConfig((8, 8, 16), 3, layers_per_block=1, groups=4, codes=64)
-CROSS = UNetConfig((32, 64), (0, 1), 1, (2, 2), 32, in_channels=3, out_channels=3, layers_per_block=1)
-CONCAT = UNet2DConfig((32, 64), (1,), (2, 2), in_channels=6, layers_per_block=1)
+FIRST_STAGE = zoo.VAES["vq_f4"]
+CROSS = zoo.ldm_unet(32)
+CONCAT = dataclasses.replace(zoo.LDM, in_channels=6)
 # 20 x 20 points for the corners of boxes, and tokens above them; three objects, and the crop's corners.
 BERT = BertConfig(vocab_size=410, width=32, layers=2, heads=2, max_length=11)
 
@@ -137,7 +135,9 @@ def written(task: str, first_stage: Any, folder: Path) -> Path:
     components["vae"] = Component(dataclasses.replace(FIRST_STAGE, scaling_factor=case.scaling_factor), first_stage)
     scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.0015}
     scheduler |= {"beta_end": case.beta_end, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    write_ldm(folder, LDMCheckpoint(task, components, scheduler, {"size": SIDE, **case.settings}))
+    settings = {"size": SIDE, **case.settings}
+    checkpoint = Checkpoint(components=components, scheduler=scheduler, conditioning=task, settings=settings)
+    write_checkpoint(folder, checkpoint)
     return folder
 
 
@@ -152,7 +152,7 @@ def test_conditional_models_match_pytorch(task, first_stage, tmp_path):
     side = SIDE // FIRST_STAGE.factor
     keys = image_keys(SEED, FIRST + jnp.arange(COUNT))
     noise = np.asarray(first_noise(keys, (side, side, FIRST_STAGE.latent_channels)))
-    pipe = sdjax.load_conditional(folder)
+    pipe = sdjax.load(folder)
     wanted = [case.reference(folder, condition, noise) for condition in case.conditions]
     assert np.abs(wanted[0] - wanted[1]).max() > 0.1
     for condition, images in zip(case.conditions, wanted, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import jax
@@ -14,21 +15,24 @@ import torch
 import transformers
 from ml_collections import ConfigDict
 from PIL import Image
-from sdjax.tasks.latent.networks import tokenizers_of
-from sdjax.tasks.stable_diffusion import make
+from torch_reference import drawn
 
 import sdjax
 import train
 from configs import stable_diffusion_training as configs
+from sdjax.convert.components import FORMATS
+from sdjax.convert.folder import write_checkpoint
 from sdjax.core.errors import UserError
-from sdjax.core.tree import flatten
+from sdjax.core.tree import Params, flatten, merge
 from sdjax.data.buckets import cover, resize_crop
 from sdjax.data.prepared import PreparedSource
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import placer, put_batch
 from sdjax.prepare import prepare
+from sdjax.tasks.diffusion import checkpoint_of, drop_condition, make, make_model
 from sdjax.tasks.make import make_task
-from sdjax.training.step import init_state, make_step
+from sdjax.training.step import TrainState, init_state, make_step
+from sdjax.training.task import Task, split_frozen
 
 TINY = tuple(configs.TINY)
 
@@ -41,24 +45,40 @@ def config_of(name: str, pictures: Path, prepared: Path | str = "", **data: obje
     return config
 
 
+class Case(NamedTuple):
+    """A tiny config with prepared data and random networks.
+
+    Attributes:
+        config: half of whose captions are dropped.
+        task, params: with every parameter random.
+        theirs: folder of the same networks, for PyTorch.
+        source: the prepared data.
+    """
+
+    config: ConfigDict
+    task: Task
+    params: Params
+    theirs: Path
+    source: PreparedSource
+
+
 @pytest.fixture(scope="module", params=TINY)
 def case(request, pictures, tmp_path_factory):
-    """A tiny config with its prepared data, and the folder of its networks that PyTorch reads."""
-    folder = tmp_path_factory.mktemp(request.param)
+    folder, mesh = tmp_path_factory.mktemp(request.param), make_mesh({"data": -1})
     config = config_of(request.param, pictures, folder / "data", crop="centre")
-    prepare(config, folder / "data", batch_size=5)
-    task = make(config, make_mesh({"data": -1}))
-    params = jax.jit(task.init)(jax.random.key(3)) | task.stored(placer(make_mesh({"data": -1})))
-    params["unet"] = spoken(params["unet"])
-    config.task.export_dtype = "float32"
-    task.export(params, folder / "theirs")
-    return config, task, params, folder
+    theirs = written(config, folder / "theirs")
+    config.task.update(components=str(theirs), initial=str(theirs), dropout=0.5)
+    prepare(config, folder / "data", batch_size=8)
+    task = make(config, mesh)
+    return Case(config, task, task.pretrained(placer(mesh)), theirs, PreparedSource(folder / "data"))
 
 
-def spoken(unet: dict) -> dict:
-    """A UNet that says something: the last layers of a fresh one are zeros, and stop every gradient."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: np.asarray(leaf) + 0.05 * rng.standard_normal(leaf.shape).astype("f"), unet)
+def written(config: ConfigDict, folder: Path) -> Path:
+    """A folder of a config's networks, every parameter random: zeros would hide mistakes."""
+    model, condition = make_model(config)
+    shapes = {name: FORMATS[name].shapes(sizes) for name, sizes in model.configs().items()}
+    write_checkpoint(folder, checkpoint_of(config, model, condition, drawn(shapes)))
+    return folder
 
 
 def texts(folder: Path, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -78,10 +98,9 @@ def texts(folder: Path, captions: list[str]) -> dict[str, torch.Tensor]:
 
 def test_prepared_rows_are_what_pytorch_says(case):
     """Moments and embeddings of every picture, stored in half precision: 2e-3 of their largest value."""
-    config, _, _, folder = case
-    source = PreparedSource(folder / "data")
+    config, theirs, source = case.config, case.theirs, case.source
     assert len(source) == 24
-    vae = diffusers.AutoencoderKL.from_pretrained(folder / "theirs" / "vae").eval()
+    vae = diffusers.AutoencoderKL.from_pretrained(theirs / "vae").eval()
     for index in (0, 1, 23):
         row, name = source[index], source.id(index)
         picture = np.asarray(Image.open(Path(config.data.source.removeprefix("folder:")) / name))
@@ -92,12 +111,12 @@ def test_prepared_rows_are_what_pytorch_says(case):
         with torch.no_grad():
             moments = vae.encode(torch.tensor(cut).permute(2, 0, 1)[None]).latent_dist.parameters
         expected = {"moments": moments[0].permute(1, 2, 0)}
-        expected |= {k: v[0] for k, v in texts(folder / "theirs", [f"a picture of the number {index}"]).items()}
+        expected |= {k: v[0] for k, v in texts(theirs, [f"a picture of the number {index}"]).items()}
         for key, value in expected.items():
             np.testing.assert_allclose(row[key], value, atol=2e-3 * float(np.abs(value).max()), err_msg=key)
         if "sizes" in row:
             assert row["sizes"].tolist() == [*picture.shape[:2], top, left, *target]
-    blank = texts(folder / "theirs", [""])
+    blank = texts(theirs, [""])
     for key, value in source.constants.items():
         expected = np.zeros_like(value) if "pooled" in source.constants else blank[key][0]
         np.testing.assert_allclose(value, expected, atol=2e-3 * 4, err_msg=key)
@@ -105,7 +124,7 @@ def test_prepared_rows_are_what_pytorch_says(case):
 
 def reference_loss(config: ConfigDict, folder: Path, batch: dict, blank: dict, key: jax.Array) -> float:
     """The loss of diffusers' examples/text_to_image train scripts, from the same random draws."""
-    latent_key, drop_key, rest = jax.random.split(key, 3)
+    latent_key, rest, drop_key = jax.random.split(key, 3)
     noise_key, time_key = jax.random.split(rest)
     mean, logvar = np.split(np.float32(batch["moments"]), 2, -1)
     draw = np.asarray(jax.random.normal(latent_key, mean.shape))
@@ -116,7 +135,7 @@ def reference_loss(config: ConfigDict, folder: Path, batch: dict, blank: dict, k
         shift = jax.random.normal(jax.random.fold_in(noise_key, 1), (len(x0), 1, 1, 4))
         noise = noise + config.task.offset_noise * np.asarray(shift)
     t = torch.tensor(np.array(jax.random.randint(time_key, (len(x0),), 0, 1000)))
-    dropped = np.asarray(jax.random.bernoulli(drop_key, config.task.caption_dropout, (len(x0),)))
+    dropped = np.asarray(jax.random.bernoulli(drop_key, config.task.dropout, (len(x0),)))
     told = {
         name: np.where(dropped[:, None], blank[name], batch[name])
         if name == "pooled"
@@ -144,50 +163,40 @@ def reference_loss(config: ConfigDict, folder: Path, batch: dict, blank: dict, k
 
 def test_the_loss_is_that_of_diffusers(case):
     """To 1e-5 of it: noise, offset, timesteps, dropped captions, target, weights, conditions."""
-    config, task, params, folder = case
-    config = config.copy_and_resolve_references()
-    config.task.caption_dropout = 0.5
-    batch = next(task.batch(params))
-    source = PreparedSource(folder / "data")
+    batch, loss = next(case.task.batch(case.params)), jax.jit(case.task.loss)
     for number in range(2):
         key = jax.random.key(number)
-        value, _ = jax.jit(make(config, make_mesh({"data": -1})).loss)(params, batch, key, 0)
-        expected = reference_loss(config, folder / "theirs", batch, dict(source.constants), key)
+        value, _ = loss(case.params, batch, key, 0)
+        expected = reference_loss(case.config, case.theirs, batch, dict(case.source.constants), key)
         assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
-def test_frozen_text_is_the_prepared_one(case):
-    """The same loss from tokens as from stored embeddings, but for their half precision (1e-3)."""
-    config, task, params, folder = case
-    batch = next(task.batch(params))
-    tokens = config.copy_and_resolve_references()
-    tokens.task.text = "frozen"
-    captions = [f"a picture of the number {i}" for i in range(24)]
-    ids = np.stack([t.encode(captions) for t in tokenizers_of(task_system(tokens), "")], axis=1)
-    source = PreparedSource(folder / "data")
-    stored = [source[i]["moments"] for i in range(24)]
-    rows = [next(i for i in range(24) if np.array_equal(stored[i], row)) for row in batch["moments"]]
-    told = {**{k: v for k, v in batch.items() if k in ("moments", "sizes")}, "tokens": ids[rows]}
-    other = make(tokens, make_mesh({"data": -1}))
-    params_of_tokens = params | {"blank": other.stored(placer(make_mesh({"data": -1})))["blank"]}
-    a, b = (
-        jax.jit(t.loss)(p, x, jax.random.key(0), 0)[0]
-        for t, p, x in ((task, params, batch), (other, params_of_tokens, told))
-    )
-    assert float(b) == pytest.approx(float(a), rel=1e-3)
-
-
-def task_system(config: ConfigDict):
-    from sdjax.tasks.latent.networks import system_of
-
-    return system_of(config)
+def test_tokens_give_the_prepared_embeddings(case):
+    """The same condition of captions and of dropped ones, but for the half precision of what is stored."""
+    config = case.config.copy_and_resolve_references()
+    config.task.text = "tokens"
+    model, condition = make_model(config)
+    rows = [case.source[i] for i in range(4)]
+    captions = [f"a picture of the number {i}" for i in range(4)]
+    tokens = np.stack([condition.loaded[name].encode(captions) for name in condition.tokenizers], axis=1)
+    stored = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "moments"}
+    told = {"tokens": tokens} | {name: stored[name] for name in ("sizes",) if name in stored}
+    conds = []
+    for made, batch in ((make_model(case.config), stored), ((model, condition), told)):
+        columns = drop_condition(made[0].conditioner, made[1].columns(batch), jax.random.key(0), 0.5)
+        assert 0 < np.sum(columns["keep"]) < 4
+        conds.append(made[0].conditioner.cond(case.params, columns))
+    for wanted, found in zip(jax.tree.leaves(conds[0]), jax.tree.leaves(conds[1]), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-3 * float(np.abs(wanted).max()))
 
 
 def test_a_run_from_pictures_to_a_folder_that_diffusers_loads(pictures, tmp_path, monkeypatch):
     """Prepared in buckets, trained with one compilation for each, exported, sampled."""
     config = config_of("sdxl_tiny", pictures, tmp_path / "data")
-    config.train.sample_every = 100
-    prepare(config, tmp_path / "data", batch_size=3)
+    config.model.unet.update(channels=(32,), depths=(1,), heads=(2,))  # each bucket is a program
+    theirs = written(config, tmp_path / "before")
+    config.task.update(components=str(theirs), initial=str(theirs))
+    prepare(config, tmp_path / "data", batch_size=8)
     assert np.bincount(PreparedSource(tmp_path / "data").buckets).tolist() == [8, 16]
     steps, shapes = [], []
 
@@ -206,7 +215,7 @@ def test_a_run_from_pictures_to_a_folder_that_diffusers_loads(pictures, tmp_path
     assert set(shapes) == {(8, 8, 32, 8), (8, 16, 16, 8)}
     assert steps[-1]._cache_size() == 2  # pyright: ignore[reportFunctionMemberAccess]
     pipe = sdjax.load(folder)
-    image = pipe("a red heart", steps=2, seed=1)
+    image = pipe("a red heart", steps=2, seed=1)[0]
     ours = np.asarray(pipe.params["unet"]["conv_in"]["kernel"])
     theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     assert theirs.unet.config.sample_size == 16
@@ -215,63 +224,106 @@ def test_a_run_from_pictures_to_a_folder_that_diffusers_loads(pictures, tmp_path
     assert image.std() > 0
 
 
-@pytest.mark.parametrize("text", ["frozen", "trained"])
-def test_only_what_shall_learn_learns(text, pictures, tmp_path):
-    """With task.text "trained" the text encoder moves with the UNet; with "frozen" it stays, to the bit."""
-    config = config_of("sd1_tiny", pictures, tmp_path / "tokens")
-    config.task.update(text=text, export_dtype="float32")
-    prepare(config, tmp_path / "tokens")
-    mesh = make_mesh({"data": -1})
-    task, optimizer = make_task(config, mesh), optax.sgd(1.0)
-    stored = task.stored(placer(mesh))
-    frozen = {name: stored.pop(name) for name in task.frozen}
-    state = init_state(task, optimizer, 0, mesh, stored)
-    state = state._replace(params=state.params | {"unet": spoken(state.params["unet"])})
-    start = jax.tree.map(np.array, frozen | state.params)
-    state, _ = make_step(task, optimizer, 0, decay=0.9)(state, frozen, put_batch(next(task.batch({})), mesh))
-    task.export(frozen | state.params, tmp_path / "export")
-    saved = sdjax.load(tmp_path / "export").params
-    assert moved(start["unet"], saved["unet"]) > 0.9
-    # Embeddings of words that no caption has would not move either, but all are one array.
-    assert moved(start["text_encoder"], saved["text_encoder"]) == (1.0 if text == "trained" else 0.0)
-    assert moved(start["vae"], saved["vae"]) == 0.0
-
-
-def moved(before: dict, after: dict) -> float:
-    """The part of all arrays that are not what they were."""
-    before, after = flatten(before), flatten(after)
-    return sum(not np.array_equal(before[name], after[name]) for name in before) / len(before)
-
-
-def test_bad_configs_and_data_are_one_line(pictures, tmp_path):
-    mesh = make_mesh({"data": -1})
-    for change, message in {
-        (
-            "task",
-            "text",
-            "spoken",
-        ): "unknown text 'spoken' in config.task.text; choose one of: frozen, prepared, trained",
-        ("data", "size", 33): "data.size=33 is not a multiple of 2",
-        ("task", "timesteps", "never"): "unknown timestep distribution 'never'",
-        ("train", "remat", "all"): "unknown remat policy 'all' in train.remat; choose one of: blocks, none, products",
-    }.items():
-        config = config_of("sd1_tiny", pictures)
-        section, name, value = change
-        config[section][name] = value
-        with pytest.raises(UserError, match=message.replace(".", r"\.")):
-            make(config, mesh).init(jax.random.key(0))
+@pytest.fixture
+def few(pictures):
+    """A config of the smallest UNet, which reads tokens, and a batch for it."""
     config = config_of("sd1_tiny", pictures)
-    config.model.unet.variant = "sd5"
-    with pytest.raises(UserError, match=r"unknown variant 'sd5' in config\.model\.unet\.variant"):
-        make(config, mesh)
-    data = tmp_path / "data"
-    prepare(config_of("sd1_tiny", pictures, data), data)
-    other = config_of("sd1_tiny", pictures, data)
+    config.task.update(text="tokens", export_dtype="float32")
+    config.model.unet.update(channels=(32,), depths=(1,), heads=(2,))
+    config.model.autoencoder.channels = (8,)
+    config.data.size = 8
+    rng = np.random.default_rng(0)
+    spec = make_task(config, make_mesh({"data": -1})).batch_spec(2)
+    moments = rng.standard_normal(spec["moments"].shape).astype(np.float16)
+    return config, {"moments": moments, "tokens": rng.integers(0, 400, spec["tokens"].shape).astype(np.int32)}
+
+
+def trained(config: ConfigDict, batch: dict, folder: Path, steps: int) -> tuple[Params, Params, TrainState]:
+    """Parameters before some steps, those of the export after them, and the state."""
+    mesh, optimizer = make_mesh({"data": -1}), optax.adam(1e-3)
+    config.task.update(components=str(written(config, folder / "before")), initial=str(folder / "before"))
+    task = make_task(config, mesh)
+    frozen, initial = split_frozen(task, task.pretrained(placer(mesh)))
+    start = jax.tree.map(np.array, merge(frozen, initial))
+    state, step = init_state(task, optimizer, 0, mesh, initial), make_step(task, optimizer, 0, decay=0.9)
+    for _ in range(steps):
+        state, _ = step(state, frozen, put_batch(batch, mesh))
+    task.export(merge(frozen, state.params), folder / "after")
+    return start, dict(sdjax.load(folder / "after").params), state
+
+
+def changed(before: Params, after: Params) -> set[str]:
+    """Names of arrays that are not what they were, to the bit."""
+    before, after = flatten(before), flatten(after)
+    assert before.keys() == after.keys()
+    return {name for name in before if not np.array_equal(before[name], after[name])}
+
+
+def test_only_named_parameters_are_trained(few, tmp_path):
+    """Two steps: all others keep every bit, and neither the optimiser nor the average holds them."""
+    config, batch = few
+    config.train.trainable = ("unet/*to_k*", "unet/*to_v*")
+    before, after, state = trained(config, batch, tmp_path, 2)
+    named = {name for name in flatten(before) if name.startswith("unet/") and ("to_k" in name or "to_v" in name)}
+    assert len(named) > 3
+    assert changed(before, after) == named
+    for tree in (state.params, state.ema, state.opt_state[0].mu, state.opt_state[0].nu):
+        assert set(flatten(tree)) == named
+
+
+def test_a_text_encoder_is_trained_where_it_is_named(few, tmp_path):
+    config, batch = few
+    config.train.trainable = ("unet", "text_encoder")
+    before, after, _ = trained(config, batch, tmp_path, 1)
+    assert changed(before, after) == {name for name in flatten(before) if not name.startswith("vae/")}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "text", "message"),
+    [
+        (("unet/*to_q2*",), "tokens", "config.train.trainable: 'unet/*to_q2*' matches no parameter; components are "),
+        (("unet", "text_encoder"), "prepared", "names a text encoder, but config.task.text='prepared' freezes them"),
+    ],
+)
+def test_bad_trainable_names_are_one_line(few, trainable, text, message):
+    config, _ = few
+    config.train.trainable, config.task.text = trainable, text
+    with pytest.raises(UserError, match=r"^[^\n]*$") as error:
+        make_task(config, make_mesh({"data": -1}))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "message"),
+    [
+        ("task", "text", "spoken", "unknown text 'spoken' in config.task.text; choose one of: prepared, tokens"),
+        ("task", "latents", "encoded", "config.task.latents='encoded' does not fit config.task.conditioning='text'"),
+        ("task", "timesteps", "never", "unknown timestep distribution 'never'"),
+        ("data", "size", 33, "config.data.size=33 is not a multiple of 2"),
+        ("train", "remat", "all", "unknown remat policy 'all' in train.remat; choose one of: blocks, none, products"),
+        ("unet", "variant", "sd5", "unknown variant 'sd5' in config.model.unet.variant"),
+    ],
+)
+def test_bad_configs_are_one_line(section, name, value, message, pictures):
+    config = config_of("sd1_tiny", pictures)
+    (config.model.unet if section == "unet" else config[section])[name] = value
+    with pytest.raises(UserError) as error:
+        make(config, make_mesh({"data": -1}))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_prepared_data_of_another_config_are_refused(pictures, tmp_path):
+    data, mesh = tmp_path / "data", make_mesh({"data": -1})
+    config = config_of("sd1_tiny", pictures, data)
+    config.task.components = str(written(config, tmp_path / "components"))
+    prepare(config, data, batch_size=8)
+    with pytest.raises(UserError, match="was begun with identity"):
+        prepare(config_of("sd1_tiny", pictures, data, crop="centre"), data)
+    other = config.copy_and_resolve_references()
     other.model.autoencoder.channels = (16, 16)
     with pytest.raises(UserError, match="was prepared with autoencoder"):
         make(other, mesh).batch({})
-    with pytest.raises(UserError, match="was begun with identity"):
-        prepare(other, data)
     shutil.rmtree(data)
     with pytest.raises(UserError, match="no prepared data set"):
-        make(other, mesh).batch({})
+        make(config, mesh).batch({})

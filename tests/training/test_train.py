@@ -20,6 +20,7 @@ from sdjax.parallel.sharding import placer
 from sdjax.tasks.make import make_task
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import init_state
+from sdjax.training.task import split_frozen
 
 ROOT = Path(train.__file__).parent
 
@@ -73,15 +74,14 @@ def test_a_run_begins_from_a_given_model(make_config, first_stage, whole):
     config.task.first_stage, config.task.initial = str(first_stage), str(whole / "export")
     mesh = make_mesh(config.mesh)
     task = make_task(config, mesh)
-    stored = task.stored(placer(mesh))
-    initial = {name: value for name, value in stored.items() if name not in task.frozen}
+    _, initial = split_frozen(task, task.pretrained(placer(mesh)))
     state = init_state(task, make_optimizer(config.optim, 2), config.train.seed, mesh, initial)
     before = state_of(whole, 4)
     for found in (state.params, state.ema):
         jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.float32(np.float16(y))), found, before["ema"])
     config.model.unet.channels = (32, 96)
     with pytest.raises(UserError, match=r"task\.initial"):
-        make_task(config, mesh).stored(placer(mesh))
+        make_task(config, mesh).pretrained(placer(mesh))
 
 
 @pytest.fixture

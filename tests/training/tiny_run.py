@@ -19,7 +19,7 @@ import train
 from sdjax.data.loader import Shard, loader
 from sdjax.data.sources import ArraySource
 from sdjax.parallel.distributed import run_together
-from sdjax.tasks.base import reading_of
+from sdjax.tasks.base import loader_options
 from sdjax.training.task import Task
 
 WIDTH, ROWS = 64, 32
@@ -47,9 +47,9 @@ def make_task(config, mesh) -> Task:
         rows = np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype(np.float32)
         shard = Shard(jax.process_index(), jax.process_count())
         source, options = ArraySource({"x": rows}), config.train
-        return slow(loader(source, options.batch_size, options.seed, (), shard, reading_of(config)))
+        return slow(loader(source, options.batch_size, options.seed, (), shard, loader_options(config)))
 
-    def sample(params):
+    def preview(params):
         total = jax.jit(lambda net: sum(leaf.sum() for leaf in jax.tree.leaves(net)))(params["net"])
         return np.full((4, 4, 3), np.uint8(abs(float(total))), np.uint8)
 
@@ -58,10 +58,10 @@ def make_task(config, mesh) -> Task:
         flat = {jax.tree_util.keystr(k, simple=True, separator="."): v for k, v in leaves(params)}
         save_file({name: np.array(value) for name, value in flat.items()}, folder / "net.safetensors")
 
-    def specimen(rows):
+    def batch_spec(rows):
         return {"x": jax.ShapeDtypeStruct((rows, WIDTH), jnp.float32)}
 
-    return Task(init, loss, sample, batch, export, specimen)
+    return Task(init, loss, preview, batch, export, batch_spec)
 
 
 def leaves(tree):
