@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sdjax.convert.ldm_folder import LDMCheckpoint, read_ldm, write_ldm
-from sdjax.tasks.latent.networks import sizes_of
 from tiny_checkpoints import assert_same, tiny_checkpoint, write_tokenizer
 from torch_reference import drawn
 
@@ -31,6 +29,7 @@ from sdjax.data.word_pieces import load_word_pieces, train_word_pieces
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.bert import BertConfig
 from sdjax.models.unet import UNetConfig
+from sdjax.tasks.variants import sizes_of
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 STEM = "diffusion_pytorch_model"

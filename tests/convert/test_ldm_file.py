@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import diffusers
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -27,15 +28,15 @@ from sdjax.convert.rules import export
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 from sdjax.data.word_pieces import train_word_pieces
+from sdjax.diffusion_model.model import build_model
 from sdjax.models.adm_classifier import ClassifierConfig
 from sdjax.models.autoencoder import VARIANTS as FIRST_STAGES
 from sdjax.models.bert import BertConfig
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
 from sdjax.models.unet import UNetConfig
 from sdjax.models.unet2d import VARIANTS, UNet2DConfig
-from sdjax.pipeline.loading import read_guide
-from sdjax.tasks.latent.networks import sizes_of
-from sdjax.tasks.ldm.model import load_model
+from sdjax.pipeline.load import read_classifier
+from sdjax.tasks.variants import sizes_of
 
 UNET, VAE, COND = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 SMALL = {"channels": (32, 32, 64), "layers_per_block": 1, "groups": 32}
@@ -126,7 +127,7 @@ def test_every_tensor_of_a_file_is_where_it_was(name, tmp_path):
     assert sizes["vae"].scaling_factor == {"text": 0.18215, "rdm": 0.22765929}.get(name, 1.0)
     assert found.components["vae"].extra["sample_size"] == (768 if name == "rdm" else 256)
     assert found.components["unet"].extra["sample_size"] == {"rdm": 96}.get(name, 64 if vae is not KL else 32)
-    load_model(found)  # what the UNet takes is what the first stage and the condition give
+    build_model(found, {}, jnp.float32, "")  # what the UNet takes is what the first stage and the condition give
     row = LDM_FAMILIES[name]
     assert found.conditioning == row.task
     assert (found.scheduler["beta_start"], found.scheduler["beta_end"]) == row.betas
@@ -157,7 +158,7 @@ def test_the_command_writes_a_folder_that_makes_the_same_pictures(suffix, tmp_pa
     convert(monkeypatch, path, tmp_path / "folder")
     assert capsys.readouterr().out.strip() == f"{tmp_path / 'folder'}: a folder of a model of class_conditional"
     asked = {"class_label": 3, "steps": 2, "width": 16, "height": 8}
-    pictures = [sdjax.load_conditional(source)(**asked) for source in (path, tmp_path / "folder")]
+    pictures = [sdjax.load(source)(**asked) for source in (path, tmp_path / "folder")]
     assert pictures[0].shape == (1, 8, 16, 3)
     assert pictures[0].std() > 0.05
     np.testing.assert_array_equal(*pictures)
@@ -178,9 +179,8 @@ def test_words_need_berts_vocabulary(tmp_path, monkeypatch):
     assert pipe.tokenizer.tokenize("a red heart") == ["a", "red", "heart"]
     checkpoint = read_folder(tmp_path / "folder")
     assert checkpoint.settings["guidance_scale"] == 5.0
-    assert sdjax.load_conditional(path)._tokenizer is None
     with pytest.raises(UserError, match="model has no tokenizer; give the folder"):
-        sdjax.load_conditional(path)("a red heart")
+        sdjax.load(path)("a red heart")
     train_word_pieces(["a red heart"], tmp_path / "many", 60)
     with (tmp_path / "many" / "vocab.txt").open("a") as file:
         file.writelines(f"word{i}\n" for i in range(30522))
@@ -203,20 +203,19 @@ def test_keys_that_are_missing_or_belong_to_nothing_are_named(tmp_path):
         ({k: v for k, v in tensors.items() if k != f"{UNET}out.2.bias"}, "1 missing: conv_out.bias"),
         ({k: v for k, v in tensors.items() if k != f"{VAE}quant_conv.bias"}, "1 missing: first_stage_model.quant_conv"),
         ({k: v for k, v in tensors.items() if ".decoder" not in k and "post" not in k}, "lacks the first layer of"),
-        ({**tensors, f"{UNET}input_blocks.0.0.weight": np.zeros((32, 9, 3, 3), np.float32)}, "unet.in_channels=9; the"),
+        (
+            {**tensors, f"{UNET}input_blocks.0.0.weight": np.zeros((32, 9, 3, 3), np.float32)},
+            "UNet's in_channels are 9; the",
+        ),
         ({**tensors, "scale_factor": np.zeros(2)}, "scale_factor in .* is no positive number"),
     ):
         with pytest.raises(UserError, match=message):
-            load_model(read_ldm_file(save(tmp_path / "model.ckpt", changed)))
+            build_model(read_ldm_file(save(tmp_path / "model.ckpt", changed)), {}, jnp.float32, "")
     small = original("super_resolution")[0]
-    with pytest.raises(
-        UserError, match=r"unet.in_channels=6; the first stage and the condition of this task ask for 3"
-    ):
-        load_model(read_ldm_file(save(tmp_path / "model.ckpt", small), family="celebahq"))
-    with pytest.raises(
-        UserError, match=r"a model of class_conditional needs a UNet with cross-attention|lacks cond_stage"
-    ):
-        load_model(read_ldm_file(save(tmp_path / "model.ckpt", small), family="cin256"))
+    with pytest.raises(UserError, match=r"the UNet's in_channels are 6; the autoencoder and the condition ask for 3"):
+        build_model(read_ldm_file(save(tmp_path / "model.ckpt", small), family="celebahq"), {}, jnp.float32, "")
+    with pytest.raises(UserError, match=r"no cross-attention, which this condition needs|lacks cond_stage"):
+        build_model(read_ldm_file(save(tmp_path / "model.ckpt", small), family="cin256"), {}, jnp.float32, "")
     others = {**original("celebahq")[0], f"{UNET}input_blocks.0.0.weight": np.zeros((32, 8, 3, 3), np.float32)}
     with pytest.raises(UserError, match="a UNet of 8 channels over latents of 3 is none of the LDM paper's"):
         read_ldm_file(save(tmp_path / "model.ckpt", others))
@@ -255,7 +254,7 @@ def test_adms_files_become_folders(name, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unknown family 'sd1'; choose one of: adm_128, adm_256, adm_512, adm_64"):
         read_adm_file(path, family="sd1")
     if name == "adm_64":  # nothing of the schedule is lost between a file and a folder
-        made = [sdjax.load_conditional(source)(class_label=3, steps=2) for source in (path, tmp_path / "folder")]
+        made = [sdjax.load(source)(class_label=3, steps=2) for source in (path, tmp_path / "folder")]
         np.testing.assert_array_equal(*made)
 
 
@@ -325,7 +324,7 @@ def test_adms_classifier_becomes_a_folder(tmp_path, monkeypatch):
         np.testing.assert_array_equal(flatten(found.params)[key], leaf, err_msg=key)
     convert(monkeypatch, path, tmp_path / "folder")
     for source in (path, tmp_path / "folder"):
-        guide = read_guide(source)
+        guide = read_classifier(source)
         assert guide.config == config
         for key, leaf in flatten(params).items():
             np.testing.assert_array_equal(flatten(guide.params)[key], leaf, err_msg=key)

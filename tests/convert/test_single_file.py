@@ -43,15 +43,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Checkpo
     """Each family's tiny checkpoint, and the file that was written of it."""
     folder, found = tmp_path_factory.mktemp("files"), {}
     for family in FAMILIES:
-<<<<<<< HEAD
-        checkpoint = tiny_checkpoint(family, TOKENIZER_FOLDERS / "clip_l", VOCABULARY)
+        checkpoint = tiny_checkpoint(family, TOKENIZER_FOLDERS / "clip_l", VOCABULARY, layers=2)
         scheduler = {**checkpoint.scheduler, "prediction_type": PREDICTIONS.get(family, "epsilon")}
         checkpoint = dataclasses.replace(checkpoint, scheduler=scheduler)
-=======
-        checkpoint = tiny_checkpoint(family, TOKENIZER_FOLDERS / "clip_l", VOCABULARY, layers=2)
-        scheduler = {**checkpoint.scheduler_config, "prediction_type": PREDICTIONS.get(family, "epsilon")}
-        checkpoint = dataclasses.replace(checkpoint, scheduler_config=scheduler)
->>>>>>> suite
         found[family] = checkpoint, folder / f"{family}.safetensors"
         write_single_file(found[family][1], checkpoint)
     return found
