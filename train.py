@@ -24,9 +24,10 @@ from sdjax.core.flags import command_line, define_processes, define_training, lo
 from sdjax.core.tree import merge
 from sdjax.core.workdirs import EXPORT
 from sdjax.data import checking
+from sdjax.parallel.batches import put_batch
 from sdjax.parallel.distributed import initialise, run_together
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import check_batch, placer, put_batch
+from sdjax.parallel.sharding import check_batch, placer
 from sdjax.tasks.make import make_task
 from sdjax.training.checkpoint import Checkpoints
 from sdjax.training.export import exported, local_folder, write_export

@@ -39,9 +39,10 @@ from sdjax.core.errors import UserError, unknown
 from sdjax.core.flags import command_line, define_processes, load_config, processes
 from sdjax.core.tree import Params, merge
 from sdjax.models.autoencoder import VARIANTS
+from sdjax.parallel.batches import put_batch, rows_of_process
 from sdjax.parallel.distributed import initialise, is_first, run_together
 from sdjax.parallel.mesh import make_mesh, parse_mesh
-from sdjax.parallel.sharding import check_batch, placer, put_batch, rows_of_process
+from sdjax.parallel.sharding import check_batch, placer
 from sdjax.plan.programs import count_flops
 from sdjax.plan.training import check_config, training_programs
 from sdjax.tasks.make import make_task

@@ -36,9 +36,8 @@ from sdjax.data.loader import Shard
 from sdjax.data.prepared_writer import PreparedWriter, Range, Row
 from sdjax.data.tokenizers import Tokenizer
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
+from sdjax.parallel.batches import local_mesh, put_batch, whole_placer
 from sdjax.parallel.distributed import end_by_signals, initialise, run_together, sync
-from sdjax.parallel.mesh import local_mesh
-from sdjax.parallel.sharding import put_batch, whole_placer
 from sdjax.tasks.diffusion import make_model
 from sdjax.tasks.precompute import (
     STORED,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sdjax.convert.components import TOKENIZERS, Checkpoint
 from sdjax.core.errors import UserError, unknown
@@ -133,15 +133,6 @@ class DiffusionModel(NamedTuple):
         if self.autoencoder is None:
             return images
         return apply(self.autoencoder, params[AUTOENCODER], images, method="encode").mean * self.scale
-
-    def encode_sampled(
-        self, params: Params, images: UInt8[Array, "b H W 3"], key: PRNGKeyArray
-    ) -> Float[Array, "b h w z"]:
-        """Scaled latents of images, drawn from their posterior, for training."""
-        x = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
-        if self.autoencoder is None:
-            return x
-        return apply(self.autoencoder, params[AUTOENCODER], x, method="encode").sample(key) * self.scale
 
     def decode(self, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
         """Images of scaled latents in float32, 0 black and 1 white, not clipped."""

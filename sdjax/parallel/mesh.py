@@ -42,13 +42,6 @@ def make_mesh(sizes: Mapping[str, int], over: Sequence[Any] | None = None) -> Me
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=over)
 
 
-def local_mesh() -> Mesh:
-    """This process's own devices, along the data axis: for work that processes share without talking."""
-    devices = jax.local_devices()
-    shape = (len(devices), *[1] * (len(AXES) - 1))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-
-
 def text_of(shape: Sequence[int]) -> str:
     """The axes with more than one device, as command lines write them; "data=1" where there is none."""
     return ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True) if size != 1) or "data=1"

@@ -30,7 +30,7 @@ from sdjax.convert.folder import read_config, write_checkpoint
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
-from sdjax.core.tree import Params, select
+from sdjax.core.tree import Params
 from sdjax.data import sources
 from sdjax.data.loader import Loader
 from sdjax.diffusion.denoise import per_image
@@ -48,7 +48,7 @@ from sdjax.tasks.objective import objective_of
 from sdjax.tasks.pretrained import init_component, read_components
 from sdjax.tasks.preview import preview
 from sdjax.tasks.variants import sizes_of
-from sdjax.training.task import DevicePut, Metrics, Task
+from sdjax.training.task import DevicePut, Metrics, Task, select
 
 PIXELS = "none"
 """`task.first_stage` of models that diffuse pixels."""
