@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sdjax.convert.ldm_folder import LDMCheckpoint, read_ldm, write_ldm
 from sdjax.tasks.latent.networks import sizes_of
 from tiny_checkpoints import assert_same, tiny_checkpoint, write_tokenizer
 from torch_reference import drawn
@@ -27,7 +26,8 @@ from sdjax.convert.hub import resolve
 from sdjax.convert.ldm_families import LDM_FAMILIES
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
-from sdjax.data.word_pieces import load_word_pieces, train_word_pieces
+from sdjax.data.tokenizer_training import train_word_pieces
+from sdjax.data.word_pieces import load_word_pieces
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.bert import BertConfig
 from sdjax.models.unet import UNetConfig

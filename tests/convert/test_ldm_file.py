@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 from original_names import bert_original, unet2d_original
+from sdjax.pipeline.loading import read_guide
+from sdjax.tasks.latent.networks import sizes_of
+from sdjax.tasks.ldm.model import load_model
 from torch_reference import drawn
 
 import sdjax
@@ -26,16 +29,13 @@ from sdjax.convert.original import outward
 from sdjax.convert.rules import export
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
-from sdjax.data.word_pieces import train_word_pieces
+from sdjax.data.tokenizer_training import train_word_pieces
 from sdjax.models.adm_classifier import ClassifierConfig
 from sdjax.models.autoencoder import VARIANTS as FIRST_STAGES
 from sdjax.models.bert import BertConfig
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
 from sdjax.models.unet import UNetConfig
 from sdjax.models.unet2d import VARIANTS, UNet2DConfig
-from sdjax.pipeline.loading import read_guide
-from sdjax.tasks.latent.networks import sizes_of
-from sdjax.tasks.ldm.model import load_model
 
 UNET, VAE, COND = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 SMALL = {"channels": (32, 32, 64), "layers_per_block": 1, "groups": 32}

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from sdjax.core.flags import load_config
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import device_bytes
+from sdjax.parallel.trees import device_bytes
 from sdjax.plan import training
 from sdjax.plan.__main__ import main
 from sdjax.plan.chips import GIB, Chip

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from sdjax.tasks.latent.networks import sizes_of
+from sdjax.tasks.noisy_classifier import classify, read_classifier
+from sdjax.tasks.pixels import VARIANTS, Guide, draw
 from torch_reference import drawn
 
 from configs import classifiers, pixels
@@ -18,9 +21,6 @@ from sdjax.models.apply import apply
 from sdjax.models.unet2d import UNet2D
 from sdjax.parallel.mesh import make_mesh
 from sdjax.tasks.make import make_task
-from sdjax.tasks.latent.networks import sizes_of
-from sdjax.tasks.noisy_classifier import classify, read_classifier
-from sdjax.tasks.pixels import VARIANTS, Guide, draw
 
 MESH = {"data": -1}
 

@@ -14,6 +14,10 @@ from diffusers.pipelines.deprecated.latent_diffusion_uncond import pipeline_late
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion as text_pipeline
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion_superresolution as large_pipeline
 from PIL import Image
+from sdjax.pipeline.conditional import ConditionalPipeline
+from sdjax.tasks.inpainting import HoleConditioner
+from sdjax.tasks.latent.networks import sizes_of
+from sdjax.tasks.ldm.model import draw, load_model
 from torch_reference import channels_first, channels_last, drawn
 
 from configs import ldm, openmoji_ldm
@@ -22,18 +26,15 @@ from sdjax.convert.folder import read_component, read_folder, write_component
 from sdjax.convert.opening import kind_of
 from sdjax.core.errors import UserError
 from sdjax.core.prng import image_keys
-from sdjax.data.word_pieces import load_word_pieces, train_word_pieces
+from sdjax.data.tokenizer_training import train_word_pieces
+from sdjax.data.word_pieces import load_word_pieces
 from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import SamplerOptions, first_noise, make_table, schedule_of
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig, Rescaler, RescalerConfig
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import placer
-from sdjax.pipeline.conditional import ConditionalPipeline
 from sdjax.tasks.make import make_task
-from sdjax.tasks.inpainting import HoleConditioner
-from sdjax.tasks.latent.networks import sizes_of
-from sdjax.tasks.ldm.model import draw, load_model
 
 SMALL = {"channels": (8, 8, 16), "layers_per_block": 1, "groups": 4, "codes": 64}
 SOURCES = {"layout": "openmoji_scenes", "semantic_synthesis": "openmoji_regions"}

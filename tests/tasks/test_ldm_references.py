@@ -12,11 +12,11 @@ import ldm_torch
 import numpy as np
 import pytest
 import torch
+from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
 from torch_reference import drawn
 
 import sdjax
 from sdjax.convert.components import ALL_FORMATS, Component
-from sdjax.convert.ldm_folder import LDMCheckpoint, write_ldm
 from sdjax.core.prng import image_keys
 from sdjax.diffusion.samplers import first_noise
 from sdjax.models.autoencoder import VQConfig

@@ -24,8 +24,9 @@ from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 from sdjax.data.buckets import cover, resize_crop
 from sdjax.data.prepared import PreparedSource
+from sdjax.parallel.batches import put_batch
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import placer, put_batch
+from sdjax.parallel.sharding import placer
 from sdjax.prepare import prepare
 from sdjax.tasks.make import make_task
 from sdjax.training.step import init_state, make_step
