@@ -45,7 +45,7 @@ from sdjax.cli.grids import Axis, cells, contact_sheet, parse_grid, sheet
 from sdjax.cli.jobs import ImageJob, expand_jobs, prepare_jobs
 from sdjax.cli.prompt_files import PromptLine, read_prompt_file
 from sdjax.cli.records import check_free, fresh_folder, read_parameters, write_grid, write_picture
-from sdjax.core.compile_cache import keep_compiled
+from sdjax.core.compilation import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.flags import PROCESSES, define_processes, parse_flags

@@ -18,11 +18,10 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from sdjax.core.compile_cache import keep_compiled
-from sdjax.core.config import Config
+from sdjax.core.compilation import keep_compiled
+from sdjax.core.config import EXPORT, Config
 from sdjax.core.flags import command_line, define_processes, define_training, load_config, processes, require
 from sdjax.core.tree import merge
-from sdjax.core.workdirs import EXPORT
 from sdjax.data import checking
 from sdjax.parallel.batches import put_batch
 from sdjax.parallel.distributed import initialise, run_together

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from sdjax.core.compile_cache import keep_compiled
+from sdjax.core.compilation import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.flags import define_processes, parse_flags, processes, require

@@ -152,6 +152,7 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
 
 
 def make_backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], specials: Sequence[str]) -> Backend:
+    """CLIP's normalisation, splitting and byte-pair encoding."""
     model = BPE(vocab=dict(vocab), merges=list(merges), end_of_word_suffix=WORD_END, continuing_subword_prefix="")
     backend = Backend(model)
     backend.normalizer = normalizers.Sequence(

@@ -17,16 +17,15 @@ from sdjax.data.tokenizers import Tokenizer
 from sdjax.diffusion.denoise import check_prediction
 from sdjax.diffusion_model.conditioner import Combined, Conditioner
 from sdjax.diffusion_model.conditioners import CONDITIONERS, TEXT
-from sdjax.diffusion_model.conditioners.depth import DepthConditioner
 from sdjax.diffusion_model.conditioners.guides import CLASSIFIER, ClassifierGuide, ImageGuide
 from sdjax.diffusion_model.conditioners.inpaint import InpaintConditioner
+from sdjax.diffusion_model.conditioners.maps import DepthConditioner
 from sdjax.diffusion_model.conditioners.text import AESTHETICS, SIZES, TextConditioner
 from sdjax.diffusion_model.conditioners.upscale import UpscaleConditioner
 from sdjax.diffusion_model.text_encoders import CLIPEncoder, TextEncoder
-from sdjax.models.apply import apply
 from sdjax.models.autoencoder import AnyAutoencoder, autoencoder_of
 from sdjax.models.clip import TEXT_LAYERS, CLIPText
-from sdjax.models.conditioning import Cond
+from sdjax.models.conditioning import Cond, apply
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.unet2d import UNet2D, UNet2DConfig
 

@@ -23,8 +23,7 @@ from sdjax.diffusion.samplers import Table, first_noise
 from sdjax.diffusion.samplers.scan import State, advance, init_state
 from sdjax.diffusion_model.conditioner import Columns
 from sdjax.diffusion_model.model import BACKBONE, DiffusionModel
-from sdjax.models.apply import apply
-from sdjax.models.conditioning import Cond
+from sdjax.models.conditioning import Cond, apply
 from sdjax.models.layers import guidance_embedding
 
 Finite = Bool[Array, ""]

@@ -27,7 +27,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from sdjax.core.compile_cache import keep_compiled
+from sdjax.core.compilation import keep_compiled
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags, require
 from sdjax.data.examples import Pictures

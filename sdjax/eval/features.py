@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sdjax.convert import published
 from sdjax.data.examples import Pictures
 from sdjax.data.transforms import square
-from sdjax.models.apply import apply
+from sdjax.models.conditioning import apply
 from sdjax.models.inception import Inception
 from sdjax.parallel.batches import local_mesh, put_batch
 from sdjax.parallel.sharding import replicated

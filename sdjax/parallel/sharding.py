@@ -1,8 +1,15 @@
-"""Which part of a parameter or a batch each device holds, decided from outside the models."""
+"""The part of a parameter or a batch that each device holds, decided from outside the models.
+
+A parameter's name says which dimension is split over the tensor axis; FSDP takes another one, by size. Megatron's pairs
+(Shoeybi et al. 2019): what makes heads, hidden features or channels is split by its outputs, what takes them back by
+its inputs, so that between the two nothing is communicated. The autoencoders' attention has one head, which cannot be
+split.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -10,8 +17,44 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdjax.core.errors import UserError
-from sdjax.core.partition import BATCH
-from sdjax.parallel.rules import spec_of
+from sdjax.core.partition import BATCH, FSDP, TENSOR
+
+# Gathering a small array costs more than keeping a copy of it.
+SMALLEST_SHARDED = 2**12
+OUTPUTS, INPUTS = -1, -2
+TENSOR_DIMENSIONS = (
+    (r"(attn\d|self_attn)/to_[qkv]/kernel", OUTPUTS),
+    (r"(attn\d|self_attn)/to_out/kernel", INPUTS),
+    (r"(ff/proj_in|fc1)/kernel", OUTPUTS),
+    (r"(ff/proj_out|fc2)/kernel", INPUTS),
+    (r"resnets_\d+/(conv1|time_emb_proj)/kernel", OUTPUTS),
+    (r"resnets_\d+/conv2/kernel", INPUTS),
+)
+_PATTERNS = [(re.compile(rf"(^|[/_]){pattern}$"), dimension) for pattern, dimension in TENSOR_DIMENSIONS]
+
+
+def spec_of(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
+    """Where the parts of a parameter live.
+
+    Args:
+        name: its path, or one that ends with it, such as that of its moments in an optimiser.
+        shape: of the whole.
+        sizes: devices along each axis of the mesh.
+
+    Returns:
+        FSDP splits the largest remaining dimension that it divides, the last of equals; small arrays stay whole.
+    """
+    axes: list[str | None] = [None] * len(shape)
+    if np.prod(shape) < SMALLEST_SHARDED:
+        return P()
+    tensor, fsdp = sizes.get(TENSOR, 1), sizes.get(FSDP, 1)
+    dimension = next((d for pattern, d in _PATTERNS if pattern.search(name)), None)
+    if dimension is not None and len(shape) >= 2 and tensor > 1 and shape[dimension] % tensor == 0:
+        axes[dimension] = TENSOR
+    left = [d for d, size in enumerate(shape) if axes[d] is None and size % fsdp == 0]
+    if fsdp > 1 and left:
+        axes[max(left, key=lambda d: (shape[d], d))] = FSDP
+    return P(*axes) if any(axes) else P()
 
 
 def placer(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from sdjax.parallel.rules import spec_of
+from sdjax.parallel.sharding import spec_of
 
 
 def tree_shardings(shapes: Any, mesh: Mesh) -> Any:

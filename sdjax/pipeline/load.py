@@ -20,9 +20,9 @@ from sdjax.convert.opening import read_checkpoint
 from sdjax.convert.patches import add_embeddings, replace_vae
 from sdjax.convert.rules import Placer
 from sdjax.convert.tokenizers import tokenizers_of
+from sdjax.core.config import EXPORT
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
-from sdjax.core.workdirs import EXPORT
 from sdjax.data.tokenizers import Tokenizer
 from sdjax.data.word_pieces import WordPieces, load_word_pieces
 from sdjax.diffusion_model.conditioners import TEXT

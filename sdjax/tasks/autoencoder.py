@@ -32,8 +32,8 @@ from sdjax.data.loader import Loader
 from sdjax.data.pictures import tile, to_uint8
 from sdjax.diffusion_model.model import AUTOENCODER as VAE
 from sdjax.models import quantize
-from sdjax.models.apply import apply
 from sdjax.models.autoencoder import VARIANTS, AnyAutoencoder, Autoencoder, Posterior, Quantized, autoencoder_of
+from sdjax.models.conditioning import apply
 from sdjax.models.layers import Conv
 from sdjax.models.lpips import LPIPS
 from sdjax.models.patchgan import PatchDiscriminator

@@ -40,8 +40,8 @@ from sdjax.diffusion_model.conditioners import TEXT
 from sdjax.diffusion_model.conditioners.text import NULL
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, DiffusionModel, backbone_of, check_fit
 from sdjax.models import autoencoder, unet, unet2d
-from sdjax.models.apply import apply
 from sdjax.models.autoencoder import autoencoder_of
+from sdjax.models.conditioning import apply
 from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
 from sdjax.tasks.latents import latent_source, open_prepared
 from sdjax.tasks.objective import objective_of

@@ -22,8 +22,8 @@ from sdjax.data.loader import Loader
 from sdjax.data.prepared import PreparedSource
 from sdjax.data.transforms import Select
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
-from sdjax.models.apply import apply
 from sdjax.models.autoencoder import posterior
+from sdjax.models.conditioning import apply
 from sdjax.tasks.base import batches, gathered, loader_options, process_shard, square_crops
 from sdjax.tasks.conditions import TrainingCondition
 from sdjax.tasks.precompute import STORED, check_identity, identity_of

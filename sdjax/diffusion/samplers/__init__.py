@@ -7,18 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.diffusion.samplers.ancestral import dpm2_a, dpmpp_2s_a, dpmpp_sde
 from sdjax.diffusion.samplers.consistency import lcm, tcd
 from sdjax.diffusion.samplers.ddpm import ddim, ddpm
-from sdjax.diffusion.samplers.deis import deis
 from sdjax.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m_sde
 from sdjax.diffusion.samplers.euler import euler, euler_a
-from sdjax.diffusion.samplers.lms import lms
+from sdjax.diffusion.samplers.multistep import deis, lms
 from sdjax.diffusion.samplers.noise_levels import SIGMA_SCHEDULES
 from sdjax.diffusion.samplers.options import TIMESTEP_SPACINGS, SamplerOptions, sampler_of, schedule_of
 from sdjax.diffusion.samplers.plms import plms
 from sdjax.diffusion.samplers.scan import first_noise, sample
-from sdjax.diffusion.samplers.second_order import dpm2, heun
+from sdjax.diffusion.samplers.second_order import dpm2, dpm2_a, dpmpp_2s_a, dpmpp_sde, heun
 from sdjax.diffusion.samplers.table import Plan, Table, batched, network_calls, stack
 from sdjax.diffusion.samplers.unipc import unipc
 from sdjax.diffusion.schedule import Schedule

@@ -13,8 +13,7 @@ from jaxtyping import Array, Key, PRNGKeyArray
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.tree import Params
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
-from sdjax.models.apply import apply
-from sdjax.models.conditioning import Cond
+from sdjax.models.conditioning import Cond, apply
 from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig
 
 EMBEDDER, LABEL = "class_embedder", "label"

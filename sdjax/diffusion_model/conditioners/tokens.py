@@ -17,9 +17,8 @@ from sdjax.core.tree import Params
 from sdjax.data.layout import LayoutTokens
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.diffusion_model.conditioners.class_label import class_number
-from sdjax.models.apply import apply
 from sdjax.models.bert import Bert, BertConfig
-from sdjax.models.conditioning import Cond
+from sdjax.models.conditioning import Cond, apply
 
 BERT, TOKENS = "bert", "tokens"
 
