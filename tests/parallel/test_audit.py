@@ -16,7 +16,7 @@ from sdjax.core.errors import UserError
 from sdjax.core.tree import nbytes
 from sdjax.models import autoencoder, clip, unet
 from sdjax.parallel.audit import LIMIT, audit, check
-from sdjax.parallel.rules import spec_of
+from sdjax.parallel.sharding import spec_of
 
 ROOT = Path(__file__).parents[2]
 NETWORKS = [("unet", name, unet.VARIANTS[name]) for name in ("sd1", "sd2", "x4_upscaler", "sdxl", "sdxl_refiner")]

@@ -17,7 +17,7 @@ from sdjax.core.errors import UserError
 from sdjax.core.prng import image_keys
 from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import SamplerOptions, make_table, schedule_of
-from sdjax.models.apply import apply
+from sdjax.models.conditioning import apply
 from sdjax.models.unet2d import UNet2D
 from sdjax.parallel.mesh import make_mesh
 from sdjax.tasks.make import make_task
