@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from sdjax.core.errors import UserError
 from sdjax.core.partition import BATCH
+from sdjax.parallel.mesh import AXES
+from sdjax.parallel.sharding import replicated
 
 
 def whole_placer(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:

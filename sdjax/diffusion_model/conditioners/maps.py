@@ -1,4 +1,4 @@
-"""Maps joined to the noisy latents: label maps (LDM, section 4.3.2) and depth (stabilityai/stable-diffusion-2-depth)."""
+"""Maps joined to the noisy latents: label maps (LDM, section 4.3.2), depth (stabilityai/stable-diffusion-2-depth)."""
 
 from __future__ import annotations
 

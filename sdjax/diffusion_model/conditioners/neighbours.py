@@ -5,7 +5,6 @@ The LDM repository's rdm768x768; scripts/knn2img.py.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
+from sdjax.data.image_inputs import read_embeddings
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.models.conditioning import Cond
 
@@ -39,7 +39,7 @@ class NeighbourConditioner(Conditioner):
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         given = required(inputs, NEIGHBOURS, host.name)
-        array = given if isinstance(given, np.ndarray) else _read(Path(given))
+        array = given if isinstance(given, np.ndarray) else read_embeddings(Path(given), NEIGHBOURS)
         if array.ndim != 2 or array.shape[1] != self.width or not len(array) or not np.isfinite(array).all():
             raise UserError(
                 f"neighbours have the shape {list(array.shape)}; {host.name} wants [k, {self.width}], all finite"
@@ -52,14 +52,3 @@ class NeighbourConditioner(Conditioner):
 
     def null(self, columns: Columns) -> Columns:
         return {**columns, NEIGHBOURS: jnp.zeros_like(jnp.asarray(columns[NEIGHBOURS]))}
-
-
-def _read(path: Path) -> Float[np.ndarray, "k d"]:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{NEIGHBOURS}: cannot read {path}: {error}") from error
-    fits = isinstance(array, np.ndarray) and array.ndim == 2 and len(array) and array.dtype.kind == "f"
-    if not fits or not np.isfinite(array).all():
-        raise UserError(f"{NEIGHBOURS}: {path} holds no finite embeddings of shape [k, d]")
-    return array
