@@ -29,7 +29,8 @@ from tqdm import tqdm
 from sdjax.core.compilation import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
-from sdjax.core.flags import define_processes, parse_flags, processes, require
+from sdjax.core.flags import define_processes, parse_flags, processes
+from sdjax.core.scripts import require
 from sdjax.core.tree import Params
 from sdjax.data import buckets, sources
 from sdjax.data.loader import Shard

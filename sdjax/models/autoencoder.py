@@ -114,7 +114,6 @@ class Point(NamedTuple):
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "b h w z"]:
         """The latent itself."""
-        del key
         return self.mean
 
 

@@ -32,12 +32,8 @@ def heun(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
             continue
         half = (target - sigma) / 2.0
         # x' = anchor + half ((anchor - first x0) / sigma + (x - second x0) / target)
-        corrected = weights(
-            x=half / target,
-            anchor=1.0 + half / sigma,
-            predictions=[-half / target, -half / sigma],
-            noise=churned.noise[i],
-        )
+        near, far = half / target, half / sigma
+        corrected = weights(x=near, anchor=1.0 + far, predictions=[-near, -far], noise=churned.noise[i])
         rows.append(_euler_row(sigma, churned.timesteps[i], target))
         told = levels.timesteps[start + i + 1] if start + i + 1 < len(levels.timesteps) else 0.0
         rows.append(Row(target, float(told), corrected))

@@ -33,7 +33,6 @@ def _layout(configs: Mapping[str, Any], settings: Mapping[str, Any]) -> Conditio
 
 
 def _inpainting(configs: Mapping[str, Any], settings: Mapping[str, Any]) -> Conditioner:
-    del settings
     return InpaintConditioner(configs["vae"].latent_channels, configs["vae"].factor, stable_diffusion=False)
 
 

@@ -51,7 +51,6 @@ class ClassConditioner(Conditioner):
         return {LABEL: np.int32(class_number(required(inputs, "class_label", host.name), classes, host))}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del keys
         return Cond(context=apply(ClassEmbedder(self.config), params[EMBEDDER], jnp.asarray(columns[LABEL])))
 
     def null(self, columns: Columns) -> Columns | None:
@@ -78,7 +77,6 @@ class BackboneClassConditioner(Conditioner):
         return {LABEL: np.int32(class_number(required(inputs, "class_label", host.name), self.classes, host))}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del params, keys
         return Cond(label=jnp.asarray(columns[LABEL]))
 
 

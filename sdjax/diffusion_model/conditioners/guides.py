@@ -45,7 +45,6 @@ class ClassifierGuide(Conditioner):
         return {LABEL: np.int32(label), CLASSIFIER_SCALE: np.float32(1.0 if scale is None else scale)}
 
     def steer(self, params: Params, columns: Columns, denoise: Denoise, decode: Callable[..., Array]) -> Denoise:
-        del decode
         labels, classifier = jnp.asarray(columns[LABEL]), classifier_of(self.config)
 
         def log_probability(x: Array, t: Array) -> Float[Array, " b"]:

@@ -45,7 +45,6 @@ class LabelMapConditioner(Conditioner):
         return {RESCALER: dict(Rescaler(self.config).init(key, jnp.zeros((1, side, side), jnp.int32))["params"])}
 
     def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
-        del factor
         given = inputs.get(LABEL_MAP)
         if given is None:
             return None
@@ -64,7 +63,6 @@ class LabelMapConditioner(Conditioner):
         return {LABEL_MAP: labels.astype(np.uint8)}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del keys
         return Cond(concat=apply(Rescaler(self.config), params[RESCALER], jnp.asarray(columns[LABEL_MAP])))
 
 
@@ -80,5 +78,4 @@ class DepthConditioner(Conditioner):
         return {DEPTH: load_depth(required(inputs, DEPTH, host.name), host.latents)}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del params, keys
         return Cond(concat=jnp.asarray(columns[DEPTH]))

@@ -47,7 +47,6 @@ class NeighbourConditioner(Conditioner):
         return {NEIGHBOURS: array.astype(np.float32)}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del params, keys
         return Cond(context=jnp.asarray(columns[NEIGHBOURS], jnp.float32))
 
     def null(self, columns: Columns) -> Columns:

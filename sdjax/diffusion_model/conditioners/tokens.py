@@ -51,7 +51,6 @@ class TokenConditioner(Conditioner):
         return {BERT: dict(Bert(self.bert).init(key, jnp.zeros((1, self.bert.max_length), jnp.int32))["params"])}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del keys
         return Cond(context=apply(Bert(self.bert), params[BERT], jnp.asarray(columns[TOKENS])))
 
     def null(self, columns: Columns) -> Columns | None:

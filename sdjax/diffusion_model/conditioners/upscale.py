@@ -70,7 +70,6 @@ class UpscaleConditioner(_Enlarging):
         }
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del params
         small = jnp.asarray(columns[SMALL])
         if NOISE in columns:
             noise = jnp.asarray(columns[NOISE])
@@ -94,5 +93,4 @@ class LowResolutionConditioner(_Enlarging):
         return {LOW: np.rint(small * 255.0).astype(np.uint8)}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del params, keys
         return Cond(concat=in_unit_range(columns[LOW]) * 2.0 - 1.0)
