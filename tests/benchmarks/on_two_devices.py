@@ -14,7 +14,8 @@ from sdjax.convert.components import FORMATS
 from sdjax.core.errors import UserError
 from sdjax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sdjax.models.conditioning import apply
-from sdjax.parallel.mesh import make_mesh, parse_mesh
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.mesh_text import parse_mesh
 from sdjax.parallel.sharding import placer
 from sdjax.pipeline.devices import Devices
 from sdjax.plan.programs import Program
