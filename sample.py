@@ -45,7 +45,7 @@ from sdjax.cli.grids import Axis, cells, contact_sheet, parse_grid, sheet
 from sdjax.cli.jobs import ImageJob, expand_jobs, prepare_jobs
 from sdjax.cli.prompt_files import PromptLine, read_prompt_file
 from sdjax.cli.records import check_free, fresh_folder, read_parameters, write_grid, write_picture
-from sdjax.core.compile_cache import keep_compiled
+from sdjax.core.compilation import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.flags import PROCESSES, define_processes, parse_flags
@@ -53,7 +53,6 @@ from sdjax.data.pictures import to_uint8
 from sdjax.parallel.distributed import agreed, end_by_signals, initialise, is_first, is_mine, run_together, sync
 from sdjax.parallel.mesh import make_mesh
 from sdjax.pipeline.options import LOAD_OPTIONS, OPTIONS, help_of, parse_value
-from sdjax.pipeline.prepare import Row
 
 IMAGE = {name: option for name, option in OPTIONS.items() if option.scope == "image"}
 FLAGS = {**IMAGE, "batch_size": OPTIONS["batch_size"]}
@@ -107,7 +106,7 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
         flags.DEFINE_multi_string(name, None, "", flag_values=values)
     flags.DEFINE_alias("embedding", "embeddings", flag_values=values)
     define_processes(values)
-    parse_flags(values, argv, usage())
+    parse_flags(values, argv, str(__doc__).format(load=help_of(LOAD_OPTIONS), image=help_of(FLAGS)))
     flag: dict[str, Any] = {name: values[name].value for name in values if name != "embedding"}
     config = flag.pop("config")
     if config is None:
@@ -115,11 +114,6 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
     for name in FLAGS:
         flag[name] = None if flag[name] is None else parse_value(name, flag[name], f"--{name}")
     return config, flag
-
-
-def usage() -> str:
-    """Text of --help, with the table of options."""
-    return str(__doc__).format(load=help_of(LOAD_OPTIONS), image=help_of(FLAGS))
 
 
 def read_request(config: Config, flag: Mapping[str, Any]) -> Request:
@@ -136,7 +130,10 @@ def read_request(config: Config, flag: Mapping[str, Any]) -> Request:
         record = read_parameters(flag["from_image"])
         # Of the config only the model counts, for images that do not name theirs.
         settings = {name: settings[name] for name in ("checkpoint", "dtype") if name in settings} | record
-        log_sources(flag["from_image"], record)
+        # The files that an image names are read on its word.
+        for name in (*SOURCES, *(name for name, option in FLAGS.items() if option.file)):
+            if record.get(name):
+                logging.getLogger("sdjax").info("%s: %s %s", flag["from_image"], name, record[name])
     settings |= given
     if flag["from_file"] is not None:
         lines = read_prompt_file(Path(flag["from_file"]))
@@ -154,14 +151,6 @@ def read_request(config: Config, flag: Mapping[str, Any]) -> Request:
     )
 
 
-def log_sources(picture: str, record: Mapping[str, Any]) -> None:
-    """Log the files that an image names, which are read on its word."""
-    files = [name for name, option in FLAGS.items() if option.file]
-    for name in (*SOURCES, *files):
-        if record.get(name):
-            logging.getLogger("sdjax").info("%s: %s %s", picture, name, record[name])
-
-
 def load(sources: Mapping[str, Any], config: Config) -> tuple[sdjax.Pipeline, dict[str, Any]]:
     """The pipeline, and what every record says of it.
 
@@ -172,14 +161,10 @@ def load(sources: Mapping[str, Any], config: Config) -> tuple[sdjax.Pipeline, di
         raise UserError("this config has no sample.checkpoint; give --checkpoint")
     mesh = make_mesh(cast(Any, config.mesh)) if jax.device_count() > 1 else None
     options = {"dtype": "float32", **{name: sources[name] for name in LOAD_OPTIONS if name in sources}}
-    pipe = sdjax.load(relative_to_script(sources["checkpoint"]), mesh=mesh, **options)
+    source = sources["checkpoint"]
+    beside = Path(__file__).parent / source  # a checkpoint of a config may be given relative to this script
+    pipe = sdjax.load(str(beside) if beside.exists() and not Path(source).exists() else source, mesh=mesh, **options)
     return pipe, {**sources, "dtype": options["dtype"], "model": pipe.name}
-
-
-def relative_to_script(source: str) -> str:
-    """A checkpoint of a config may be given relative to this script."""
-    path = Path(__file__).parent / source
-    return str(path) if path.exists() and not Path(source).exists() else source
 
 
 def generate_all(request: Request, pipe: sdjax.Pipeline, sources: Mapping[str, Any]) -> Path:
@@ -198,25 +183,18 @@ def generate_all(request: Request, pipe: sdjax.Pipeline, sources: Mapping[str, A
     made: dict[int, np.ndarray] = {}
     with tqdm(desc="compiling", unit="call", dynamic_ncols=True, disable=not is_first()) as bar:
         for place, image in pipe.run(rows, request.batch_size, advance(bar)):
-            outdir = outdir or shared_folder(Path("outputs") / pipe.name)
-            made[jobs[place].number] = to_uint8(image)
-            write_job(outdir, jobs[place], rows[place], made[jobs[place].number], sources)
+            if outdir is None:  # a new folder that the first process makes for all
+                outdir = Path(agreed(str(fresh_folder(Path("outputs") / pipe.name)) if is_first() else ""))
+            job = jobs[place]
+            made[job.number] = to_uint8(image)
+            if is_mine(job.number):
+                record = {**rows[place].settings, **sources, "index": job.index}
+                write_picture(outdir / f"{job.number:05d}.png", made[job.number], record)
     assert outdir is not None, "there is at least one job"
     if len(made) > 1 and is_first():
         images = [made[number] for number in sorted(made)]
         write_grid(outdir / "grid.png", contact_sheet(images, request.axes) if request.axes else sheet(images))
     return outdir
-
-
-def write_job(folder: Path, job: ImageJob, row: Row, image: np.ndarray, sources: Mapping[str, Any]) -> None:
-    """Write an image and its record, where it is this process's share."""
-    if is_mine(job.number):
-        write_picture(folder / f"{job.number:05d}.png", image, {**row.settings, **sources, "index": job.index})
-
-
-def shared_folder(parent: Path) -> Path:
-    """A new folder that the first process makes for all."""
-    return Path(agreed(str(fresh_folder(parent)) if is_first() else ""))
 
 
 def advance(bar: tqdm) -> Any:

@@ -16,17 +16,19 @@ import os
 from pathlib import Path
 
 import jax
+from absl import flags
 from etils import epath
 
-from sdjax.core.compile_cache import keep_compiled
-from sdjax.core.config import Config
-from sdjax.core.flags import command_line, define_processes, define_training, load_config, processes, require
+from sdjax.core.compilation import keep_compiled
+from sdjax.core.config import EXPORT, Config
+from sdjax.core.flags import define_processes, processes
+from sdjax.core.scripts import command_line, load_config, require
 from sdjax.core.tree import merge
-from sdjax.core.workdirs import EXPORT
 from sdjax.data import checking
+from sdjax.parallel.batches import put_batch
 from sdjax.parallel.distributed import initialise, run_together
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import check_batch, placer, put_batch
+from sdjax.parallel.sharding import check_batch, placer
 from sdjax.tasks.make import make_task
 from sdjax.training.checkpoint import Checkpoints
 from sdjax.training.export import exported, local_folder, write_export
@@ -49,14 +51,20 @@ def main() -> None:
     """Reads the command line, joins the other processes where there are some, and trains."""
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("sdjax").setLevel(logging.INFO)
-    flags = command_line(__doc__, define_training, define_processes)
-    config = require(flags, "config")
-    if flags["check_data"].value:
+    values = command_line(__doc__, define_flags, define_processes)
+    config = require(values, "config")
+    if values["check_data"].value:
         raise SystemExit(2 if checking.report(config.data.source) else 0)
-    workdir = require(flags, "workdir")
+    workdir = require(values, "workdir")
     keep_compiled()
-    initialise(**processes(flags))
+    initialise(**processes(values))
     train_and_evaluate(config, workdir)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Flags beside the config and the processes."""
+    flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
+    flags.DEFINE_bool("check_data", False, "report every bad row of the data and end", flag_values=values)
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epath.Path:

@@ -14,8 +14,7 @@ from benchmarks.against_diffusers import decoder_call, pipeline_call, unet_call
 from benchmarks.measuring import Call
 from benchmarks.work import GUIDANCE, PROMPT, TOKENS, Work
 from sdjax.core.compilation import jit
-from sdjax.models.apply import apply
-from sdjax.models.conditioning import Cond
+from sdjax.models.conditioning import Cond, apply
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.plan import flops
 from sdjax.plan.programs import Program

@@ -34,7 +34,8 @@ from benchmarks.results import RESULTS, append, facts, show, utilisation
 from benchmarks.work import Work
 from sdjax.core.errors import UserError, run_or_exit, unknown
 from sdjax.core.flags import parse_flags
-from sdjax.parallel.mesh import make_mesh, parse_mesh
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.mesh_text import parse_mesh
 
 TEXTS = {"checkpoint": None, "variant": None, "part": "pipeline", "dtype": "float32", "sampler": None, "against": None}
 TEXTS |= {"mesh": None, "scaling": None}

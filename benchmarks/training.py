@@ -36,12 +36,15 @@ from sdjax.convert.components import FORMATS, Component
 from sdjax.convert.folder import write_component
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
-from sdjax.core.flags import command_line, define_processes, load_config, processes
+from sdjax.core.flags import define_processes, processes
+from sdjax.core.scripts import command_line, load_config
 from sdjax.core.tree import Params, merge
 from sdjax.models.autoencoder import VARIANTS
+from sdjax.parallel.batches import put_batch, rows_of_process
 from sdjax.parallel.distributed import initialise, is_first, run_together
-from sdjax.parallel.mesh import make_mesh, parse_mesh
-from sdjax.parallel.sharding import check_batch, placer, put_batch, rows_of_process
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.mesh_text import parse_mesh
+from sdjax.parallel.sharding import check_batch, placer
 from sdjax.plan.programs import count_flops
 from sdjax.plan.training import check_config, training_programs
 from sdjax.tasks.make import make_task

@@ -26,19 +26,19 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from sdjax.core.compile_cache import keep_compiled
+from sdjax.core.compilation import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
-from sdjax.core.flags import define_processes, parse_flags, processes, require
+from sdjax.core.flags import define_processes, parse_flags, processes
+from sdjax.core.scripts import require
 from sdjax.core.tree import Params
 from sdjax.data import buckets, sources
 from sdjax.data.loader import Shard
 from sdjax.data.prepared_writer import PreparedWriter, Range, Row
 from sdjax.data.tokenizers import Tokenizer
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
+from sdjax.parallel.batches import local_mesh, put_batch, whole_placer
 from sdjax.parallel.distributed import end_by_signals, initialise, run_together, sync
-from sdjax.parallel.mesh import local_mesh
-from sdjax.parallel.sharding import put_batch, whole_placer
 from sdjax.tasks.diffusion import make_model
 from sdjax.tasks.precompute import (
     STORED,

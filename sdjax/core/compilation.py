@@ -1,9 +1,13 @@
-"""Compiling with the options that suit the platform."""
+"""Compiling with the options that suit the platform, and compiled programs that outlive a process."""
 
 from __future__ import annotations
 
 import functools
+import logging
+import os
+import stat
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +17,10 @@ import jax
 OPTIONS: Mapping[str, Mapping[str, str]] = {
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
 }
+
+VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+
+logger = logging.getLogger("sdjax")
 
 
 def jit(function: Callable[..., Any] | None = None, **how: Any) -> Callable[..., Any]:
@@ -44,3 +52,31 @@ def options() -> dict[str, str]:
     except jax.errors.JaxRuntimeError:
         return {}
     return chosen
+
+
+def keep_compiled(folder: Path | None = None) -> Path | None:
+    """Turns on JAX's persistent compilation cache, in a folder that nobody else may write: programs are run as read.
+
+    Where the user chose a folder, by JAX's own variable, that one is kept.
+
+    Args:
+        folder: None for sdjax/compiled in the user's cache folder (XDG_CACHE_HOME, else ~/.cache); it is made.
+
+    Returns:
+        The folder, or None if there is none that only this user may write; the log says why.
+    """
+    if VARIABLE in os.environ:
+        return Path(os.environ[VARIABLE])
+    if folder is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdjax" / "compiled"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        logger.warning("compiled programs are not kept: %s: %s", folder, error.strerror)
+        return None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        logger.warning("compiled programs are not kept: %s is not a folder that you alone may write", folder)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder

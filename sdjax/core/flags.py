@@ -1,54 +1,17 @@
-"""Command lines of scripts that take a config file: `--config FILE.py[:variant]` and `--config.section.key=value`."""
+"""Flags of scripts, and what is wrong with a command line as one line."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
-from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 
 TIMEOUTS = {"coordinator_timeout": 300, "heartbeat_timeout": 100}
 PROCESSES = ("coordinator", "processes", "process_id", *TIMEOUTS)
-Define = Callable[[flags.FlagValues], None]
-"""Adds flags to a script's own."""
-
-
-def command_line(usage: str | None, *define: Define) -> flags.FlagValues:
-    """Reads the command line of a script whose flags are a config and those that `define` adds.
-
-    Raises:
-        UserError: --config is missing, a flag is unknown, the config file cannot be read, or it has no such key.
-    """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
-    for add in define:
-        add(values)
-    parse_flags(values, sys.argv, usage)
-    require(values, "config")
-    return values
-
-
-def require(values: flags.FlagValues, name: str) -> Any:
-    """The value of a flag.
-
-    Raises:
-        UserError: it was not given.
-    """
-    if values[name].value is None:
-        raise UserError(f"--{name} is required")
-    return values[name].value
-
-
-def define_training(values: flags.FlagValues) -> None:
-    """The flags of train.py beside its config and its processes."""
-    flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
-    flags.DEFINE_bool("check_data", False, "report every bad row of the data and end", flag_values=values)
 
 
 def define_processes(values: flags.FlagValues) -> None:
@@ -107,15 +70,3 @@ def _check_config(flag: flags.Flag) -> None:
         *_, reason = str(error).strip().splitlines()
         name = getattr(flag, "config_filename", "")
         raise UserError(f"cannot read the config file {name}: {reason.strip()}") from error
-
-
-def load_config(name: str) -> Config:
-    """The config of `FILE.py` or `FILE.py:variant`.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, flag_values=values)
-    parse_flags(values, [str(Path(sys.argv[0])), f"--config={name}"])
-    return values["config"].value

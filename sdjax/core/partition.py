@@ -50,11 +50,6 @@ def constrain_picture(x: Array, channels: Axes = None) -> Array:
     return constrain(x, BATCH, SPATIAL, None, channels)
 
 
-def gathered(x: Array) -> Array:
-    """x, whole on every device, so that every process can read it."""
-    return constrain(x, *[None] * x.ndim)
-
-
 def per_shard(
     function: Callable[..., Array], arrays: Sequence[Array | None], wishes: Sequence[Sequence[Axes]]
 ) -> Array:

@@ -11,11 +11,7 @@ DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16
 
 
 def dtype_named(name: str, place: str = "dtype") -> DTypeLike:
-    """The type called `name`.
-
-    Raises:
-        UserError: the name is not one of float32, bfloat16, float16.
-    """
+    """The type called `name`; a UserError unless it is float32, bfloat16 or float16."""
     if name not in DTYPES:
         raise unknown("dtype", name, DTYPES, place)
     return DTYPES[name]

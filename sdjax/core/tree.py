@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -37,23 +36,6 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return tree
-
-
-def select(tree: Tree, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a tree into the leaves that patterns name and all others; branches without a leaf are left out.
-
-    Args:
-        tree: nested dictionaries.
-        patterns: shell patterns of slash-joined names; "unet" names all below it, "unet/*/to_k/*" some.
-    """
-    flat = flatten(tree)
-    named = {path for path in flat if any(_matches(path, pattern) for pattern in patterns)}
-    chosen = unflatten({path: leaf for path, leaf in flat.items() if path in named})
-    return chosen, unflatten({path: leaf for path, leaf in flat.items() if path not in named})
-
-
-def _matches(path: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}/*")
 
 
 def merge(first: Tree, second: Tree) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import numpy as np
 
 from sdjax.core.errors import UserError
 from sdjax.data.annotations import NOTHING, Annotations, arrays, names, parse_annotations
-from sdjax.data.embeddings import read_embeddings
 from sdjax.data.examples import CAPTION_KEYS, Example, Row, caption_of, read_json
+from sdjax.data.image_inputs import read_embeddings
 from sdjax.data.pictures import picture_size, read_labels, read_picture
 
 METADATA = "metadata.jsonl"

@@ -1,8 +1,9 @@
-"""Images, masks and depth maps of a call, brought to the sizes that the networks need, and pasted back."""
+"""Images, masks, depth maps and embeddings of a call, brought to the form that networks need; images pasted back."""
 
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,22 @@ def load_depth(given: ImageInput, latents: tuple[int, int]) -> Float[np.ndarray,
     if high - low <= 1e-6 * max(abs(low), abs(high)):
         raise UserError(f"the depth map is {high:.6g} everywhere; give one that varies")
     return (2.0 * (values - low) / (high - low) - 1.0).astype(np.float32)[..., None]
+
+
+def read_embeddings(path: Path, place: str) -> Float[np.ndarray, "k d"]:
+    """Read a NumPy file of embeddings, e.g. CLIP's of an image's nearest neighbours, as float32.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{place}: cannot read {path}: {error}") from error
+    fits = isinstance(array, np.ndarray) and array.ndim == 2 and len(array) and array.dtype.kind == "f"
+    if not fits or not np.isfinite(array).all():
+        raise UserError(f"{place}: {path} holds no finite embeddings of shape [k, d]")
+    return array.astype(np.float32)
 
 
 def check_mask_size(init_image: ImageInput, mask: ImageInput) -> None:

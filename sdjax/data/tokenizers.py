@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: byte-level BPE in `vocab.json` and `merges.txt`, trained here or loaded from a checkpoint.
+"""CLIP's tokenizer: byte-level BPE in `vocab.json` and `merges.txt`.
 
 Text is NFC-normalised, its white space collapsed, lower-cased, and split into words, digits and runs of punctuation;
 each piece is then merged by byte-pair encoding with `</w>` at its end (openai/CLIP `simple_tokenizer.py`; Hugging Face
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
@@ -142,7 +142,7 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
         if token not in vocab:
             raise UserError(f"the vocabulary in {folder} has no token {token!r}")
     return Tokenizer(
-        backend=_backend(vocab, merges, [bos, eos, pad]),
+        backend=make_backend(vocab, merges, [bos, eos, pad]),
         bos=vocab[bos],
         eos=vocab[eos],
         pad=vocab[pad],
@@ -151,39 +151,8 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
     )
 
 
-def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 2048) -> Tokenizer:
-    """Learns the merges of a byte-level BPE from `texts` and writes a CLIP tokenizer's four files into `folder`.
-
-    As in CLIP, ids are: 256 bytes, the same with `</w>`, the merges in the order learnt, BOS, EOS. So any text has an
-    encoding. The vocabulary is smaller than `vocab_size` when the texts hold too few different words.
-
-    Raises:
-        UserError: `vocab_size` leaves no room for a merge.
-    """
-    units = _units()
-    room = vocab_size - len(units) - 2
-    if room < 1:
-        raise UserError(f"vocab_size {vocab_size} is too small: bytes and specials alone take {vocab_size - room}")
-    merges = _learn_merges(texts, room)
-    tokens = [*units, *("".join(pair) for pair in merges), BOS, EOS]
-    # Two different pairs may join to the same token, which then has one id.
-    _write(Path(folder), {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges)
-    return load_tokenizer(folder)
-
-
-def _learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
-    learner = _backend({}, [], [])
-    # The trainer settles ties between pairs by their ids, and numbers characters in the order of a hash table unless it
-    # is given them beforehand: so the same texts give the same merges in every process.
-    units = _units()
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(units) + count, special_tokens=units, end_of_word_suffix=WORD_END, show_progress=False
-    )
-    learner.train_from_iterator(texts, trainer)
-    return [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
-
-
-def _backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], specials: Sequence[str]) -> Backend:
+def make_backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], specials: Sequence[str]) -> Backend:
+    """CLIP's normalisation, splitting and byte-pair encoding."""
     model = BPE(vocab=dict(vocab), merges=list(merges), end_of_word_suffix=WORD_END, continuing_subword_prefix="")
     backend = Backend(model)
     backend.normalizer = normalizers.Sequence(
@@ -197,16 +166,6 @@ def _backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], specia
     )
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(specials)])
     return backend
-
-
-def _units() -> list[str]:
-    """What every text is made of: a printable character for each byte (GPT-2's table), then the same ending a word.
-
-    In the order of CLIP's vocabulary: the bytes that are printable themselves come first.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    return characters + [character + WORD_END for character in characters]
 
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -243,14 +202,3 @@ def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, A
         return json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
-
-
-def _write(folder: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    specials = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "do_lower_case": True, **specials}
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,11 +72,3 @@ def write_vocabulary(folder: Path, tokens: Mapping[str, int]) -> None:
     """Writes `vocab.txt` into an empty folder."""
     order = sorted(tokens, key=lambda token: tokens[token])
     (folder / FILE).write_text("".join(f"{token}\n" for token in order), encoding="utf-8")
-
-
-def train_word_pieces(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
-    """Writes `vocab.txt` into a folder, learned from texts."""
-    backend = BertWordPieceTokenizer(lowercase=True)
-    backend.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    backend.save_model(str(folder))

@@ -128,7 +128,6 @@ def _scaled_linear(num_timesteps: int, beta_start: float, beta_end: float) -> np
 
 
 def _cosine(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
-    del beta_start, beta_end
     u = np.arange(num_timesteps + 1) / num_timesteps
     f = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1.0 - f[1:] / f[:-1], 0.999)

@@ -103,7 +103,6 @@ class Conditioner:
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Fresh parameters of `components`; traceable."""
-        del key
         return {}
 
     def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
@@ -113,7 +112,6 @@ class Conditioner:
             inputs: options of a call.
             factor: pixels of a latent along each side.
         """
-        del inputs, factor
         return None
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
@@ -122,12 +120,10 @@ class Conditioner:
         Raises:
             UserError: an input is missing, cannot be read, or does not fit the model.
         """
-        del inputs, host
         return {}
 
     def images_to_encode(self, columns: Columns) -> dict[str, Float[Array, "b H W 3"]]:
         """Images in [-1, 1] whose scaled latents `cond` wants as further columns of the same names."""
-        del columns
         return {}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
@@ -138,17 +134,14 @@ class Conditioner:
             columns: of the batch, with the latents of `images_to_encode`.
             keys: of the images, for conditions with noise.
         """
-        del params, columns, keys
         return Cond()
 
     def null(self, columns: Columns) -> Columns | None:
         """Columns of the null condition, or None if the model was trained without condition dropout."""
-        del columns
         return None
 
     def wrap(self, params: Params, columns: Columns, network: Network) -> Network:
         """The network with what acts on it at every step, e.g. the residuals of a ControlNet."""
-        del params, columns
         return network
 
     def steer(self, params: Params, columns: Columns, denoise: Denoise, decode: Callable[..., Array]) -> Denoise:
@@ -160,12 +153,10 @@ class Conditioner:
             denoise: of the guided network.
             decode: scaled latents to images, 0 black and 1 white, not clipped.
         """
-        del params, columns, decode
         return denoise
 
     def known(self, columns: Columns) -> tuple[Array | np.ndarray, Array | np.ndarray] | None:
         """Images in [0, 1] and masks [b H W 1] whose unmasked part belongs in the result; None where there are none."""
-        del columns
         return None
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sdjax.convert.components import TOKENIZERS, Checkpoint
 from sdjax.core.errors import UserError, unknown
@@ -17,16 +17,15 @@ from sdjax.data.tokenizers import Tokenizer
 from sdjax.diffusion.denoise import check_prediction
 from sdjax.diffusion_model.conditioner import Combined, Conditioner
 from sdjax.diffusion_model.conditioners import CONDITIONERS, TEXT
-from sdjax.diffusion_model.conditioners.depth import DepthConditioner
 from sdjax.diffusion_model.conditioners.guides import CLASSIFIER, ClassifierGuide, ImageGuide
 from sdjax.diffusion_model.conditioners.inpaint import InpaintConditioner
+from sdjax.diffusion_model.conditioners.maps import DepthConditioner
 from sdjax.diffusion_model.conditioners.text import AESTHETICS, SIZES, TextConditioner
 from sdjax.diffusion_model.conditioners.upscale import UpscaleConditioner
 from sdjax.diffusion_model.text_encoders import CLIPEncoder, TextEncoder
-from sdjax.models.apply import apply
 from sdjax.models.autoencoder import AnyAutoencoder, autoencoder_of
 from sdjax.models.clip import TEXT_LAYERS, CLIPText
-from sdjax.models.conditioning import Cond
+from sdjax.models.conditioning import Cond, apply
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.unet2d import UNet2D, UNet2DConfig
 
@@ -133,15 +132,6 @@ class DiffusionModel(NamedTuple):
         if self.autoencoder is None:
             return images
         return apply(self.autoencoder, params[AUTOENCODER], images, method="encode").mean * self.scale
-
-    def encode_sampled(
-        self, params: Params, images: UInt8[Array, "b H W 3"], key: PRNGKeyArray
-    ) -> Float[Array, "b h w z"]:
-        """Scaled latents of images, drawn from their posterior, for training."""
-        x = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
-        if self.autoencoder is None:
-            return x
-        return apply(self.autoencoder, params[AUTOENCODER], x, method="encode").sample(key) * self.scale
 
     def decode(self, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
         """Images of scaled latents in float32, 0 black and 1 white, not clipped."""

@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sdjax.core.compilation import jit
-from sdjax.core.partition import gathered
 from sdjax.core.prng import image_keys
 from sdjax.core.tree import Params
 from sdjax.diffusion.denoise import Denoise, Network, make_denoise, per_image
@@ -24,8 +23,7 @@ from sdjax.diffusion.samplers import Table, first_noise
 from sdjax.diffusion.samplers.scan import State, advance, init_state
 from sdjax.diffusion_model.conditioner import Columns
 from sdjax.diffusion_model.model import BACKBONE, DiffusionModel
-from sdjax.models.apply import apply
-from sdjax.models.conditioning import Cond
+from sdjax.models.conditioning import Cond, apply
 from sdjax.models.layers import guidance_embedding
 
 Finite = Bool[Array, ""]
@@ -178,39 +176,6 @@ def decode(
     """Images in [0, 1] of scaled latents."""
     images = model.decode(params, latents)
     return jnp.clip(images, 0.0, 1.0), all_finite(images)
-
-
-def generate(
-    model: DiffusionModel,
-    params: Params,
-    columns: Columns,
-    tables: Table,
-    guidance: Guidance,
-    keys: Key[Array, " b"],
-    size: tuple[int, int],
-) -> Float[np.ndarray, "b H W 3"]:
-    """Images in [0, 1] of some conditions, in one go: for previews while a model is in training.
-
-    Args:
-        model, params: of all components.
-        columns: of the conditioner.
-        tables: of `batched`.
-        guidance: see `Guidance`; it acts where the conditioner has a null condition.
-        keys: one an image.
-        size: height and width in pixels.
-    """
-    encoded = {name: encode(model, params, x)[0] for name, x in model.conditioner.images_to_encode(columns).items()}
-    columns = {**columns, **encoded}
-    null = model.config.guidance_dim is None and model.has_null and bool(np.any(np.asarray(guidance.scale) > 1.0))
-    cond, _ = condition(model, params, columns, keys, guidance, guided=null)
-    noise = first_noise(keys, model.latent_shape(size))
-    zeros = jnp.zeros_like(noise)
-    state = start_state(tables, noise, zeros, np.ones(len(keys), bool))
-    own = {name: columns[name] for name in model.conditioner.traits.step_columns if name in columns}
-    batch = SamplingBatch(tables, cond, own, guidance, keys, Start(zeros, noise, jnp.ones_like(noise[..., :1])))
-    state, _ = sample(model, params, batch, state, 0, int(np.max(np.sum(tables.active, axis=1))))
-    images, _ = decode(model, params, state.x)
-    return np.asarray(jax.jit(gathered)(images))
 
 
 def all_finite(tree: object) -> Finite:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sdjax.core.tree import Params
-from sdjax.models.apply import apply
 from sdjax.models.clip import TEXT_LAYERS, CLIPText, CLIPTextConfig, TextLayer, emphasise, layer_states
+from sdjax.models.conditioning import apply
 
 
 class TextEmbeddings(NamedTuple):

@@ -27,9 +27,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from sdjax.core.compile_cache import keep_compiled
+from sdjax.core.compilation import keep_compiled
 from sdjax.core.errors import UserError, run_or_exit
-from sdjax.core.flags import parse_flags, require
+from sdjax.core.flags import parse_flags
+from sdjax.core.scripts import require
 from sdjax.data.examples import Pictures
 from sdjax.data.plain_folder import PlainFolder
 from sdjax.data.sources import source

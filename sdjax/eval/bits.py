@@ -20,7 +20,7 @@ from sdjax.data.examples import Pictures
 from sdjax.data.transforms import adm_square
 from sdjax.diffusion.bound import VARIANCES, bits_per_dimension
 from sdjax.diffusion.samplers import schedule_of
-from sdjax.models.apply import apply
+from sdjax.models.conditioning import apply
 from sdjax.models.unet2d import UNet2D, UNet2DConfig
 
 

@@ -21,9 +21,9 @@ from sdjax.convert.clip_pair import CLIPPair
 from sdjax.core.errors import UserError
 from sdjax.data.examples import Pictures
 from sdjax.data.tokenizers import load_tokenizer
-from sdjax.models.apply import apply
 from sdjax.models.clip import CLIPText
 from sdjax.models.clip_image import MEAN, STD, CLIPImage
+from sdjax.models.conditioning import apply
 
 
 def clip_score(pair: CLIPPair, pictures: Pictures, captions: Sequence[str], batch_size: int) -> float:

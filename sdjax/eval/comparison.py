@@ -25,7 +25,7 @@ from sdjax.eval.inception_score import inception_score
 from sdjax.eval.kernel_distance import kernel_distance
 from sdjax.eval.manifold import precision_recall
 from sdjax.eval.similarity import psnr, ssim
-from sdjax.models.apply import apply
+from sdjax.models.conditioning import apply
 from sdjax.models.lpips import LPIPS
 
 # Statistics as others publish them: (mean, covariance) by metric, under pytorch-fid's and guided-diffusion's names.

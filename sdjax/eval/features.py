@@ -17,10 +17,10 @@ from tqdm import tqdm
 from sdjax.convert import published
 from sdjax.data.examples import Pictures
 from sdjax.data.transforms import square
-from sdjax.models.apply import apply
+from sdjax.models.conditioning import apply
 from sdjax.models.inception import Inception
-from sdjax.parallel.mesh import local_mesh
-from sdjax.parallel.sharding import put_batch, replicated
+from sdjax.parallel.batches import local_mesh, put_batch
+from sdjax.parallel.sharding import replicated
 
 Arrays = dict[str, np.ndarray]
 

@@ -19,8 +19,8 @@ from sdjax.data.pictures import to_uint8
 from sdjax.data.transforms import square
 from sdjax.eval.comparison import METRICS, Figures, Options, Real, compare
 from sdjax.models import quantize
-from sdjax.models.apply import apply
 from sdjax.models.autoencoder import AnyAutoencoder, VQAutoencoder, autoencoder_of
+from sdjax.models.conditioning import apply
 from sdjax.tasks.autoencoder import reconstruct
 from sdjax.training.task import Params
 

@@ -14,13 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sdjax.models.attention import Attention
 from sdjax.models.layers import Conv, Downsample, GroupNorm, ResBlock, Upsample
-from sdjax.models.quantize import Quantized, VectorQuantizer
 
 EPS = 1e-6
+BETA = 0.25
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,7 @@ class Point(NamedTuple):
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "b h w z"]:
         """The latent itself."""
-        del key
         return self.mean
-
-
-Latent: TypeAlias = Posterior | Point
 
 
 class AttentionBlock(nn.Module):
@@ -234,6 +230,52 @@ class Autoencoder(nn.Module):
         """A reconstruction through one sampled latent, and the posterior: what training needs."""
         latent = self.encode(x)
         return self.decode(latent.sample(key)), latent
+
+
+class Quantized(NamedTuple):
+    """Rounded latents.
+
+    Attributes:
+        z: vectors of the codebook; their gradient goes to the latents as if nothing had been rounded.
+        codes: which vectors, [0, codes).
+        loss: mean squared distance, whose gradient draws latents to their vectors and, `BETA` times as strongly,
+            vectors to their latents. (The published models were trained so; their code's "legacy" form puts the weight
+            on the codebook's term, not on the commitment.)
+    """
+
+    z: Float[Array, "b h w z"]
+    codes: Int[Array, "b h w"]
+    loss: Float[Array, ""]
+
+
+class VectorQuantizer(nn.Module):
+    """A learned codebook (van den Oord et al. 2017; taming-transformers).
+
+    Attributes:
+        codes: how many vectors it has.
+        width: of each.
+    """
+
+    codes: int
+    width: int
+
+    def setup(self) -> None:
+        def uniform(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+            return jax.random.uniform(key, shape, dtype, -1.0 / self.codes, 1.0 / self.codes)
+
+        self.embedding = nn.Embed(self.codes, self.width, embedding_init=uniform)
+
+    def __call__(self, z: Float[Array, "b h w z"]) -> Quantized:
+        """The nearest vectors in Euclidean distance, the first of equals."""
+        z = z.astype(jnp.float32)
+        vectors = self.embedding.embedding
+        # |z|^2 is the same for all vectors, and so does not matter for the nearest.
+        distances = jnp.square(vectors).sum(-1) - 2.0 * jnp.einsum("...z,nz->...n", z, vectors)
+        codes = jnp.argmin(distances, axis=-1)
+        nearest = self.embedding(codes)
+        fixed, moved = jax.lax.stop_gradient((nearest, z))
+        loss = jnp.square(fixed - z).mean() + BETA * jnp.square(nearest - moved).mean()
+        return Quantized(z + jax.lax.stop_gradient(nearest - z), codes, loss)
 
 
 class VQAutoencoder(nn.Module):

@@ -1,14 +1,17 @@
-"""What a diffusion network may be told besides the noisy picture: the literature's crossattn, adm and concat."""
+"""Calls of networks: with their parameters, and what a diffusion network may be told besides the noisy picture."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 from jaxtyping import Array, Bool, Float, Int
+
+from sdjax.core.tree import Params
 
 
 class Cond(NamedTuple):
-    """The conditions of one batch; a network reads those it was built for.
+    """The conditions of one batch (the literature's crossattn, adm, concat); a network reads those it was built for.
 
     Attributes:
         context: tokens for cross-attention ("crossattn").
@@ -28,3 +31,8 @@ class Cond(NamedTuple):
     control: tuple[Float[Array, "b h w c"], ...] | None = None
     label: Int[Array, " b"] | None = None
     guidance: Float[Array, "b g"] | None = None
+
+
+def apply(module: nn.Module, params: Params, *inputs: Any, method: str | None = None) -> Any:
+    """Output of a module, or of a method of it; no variable changes."""
+    return module.apply({"params": params}, *inputs, method=method)

@@ -178,7 +178,6 @@ class ResBlock2D(nn.Module):
 
 
 def _halved(x: Array, size: tuple[int, ...] | None) -> Array:
-    del size
     return nn.avg_pool(x, (2, 2), (2, 2))
 
 

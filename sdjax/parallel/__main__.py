@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
 from sdjax.parallel.audit import Audit, Entry, audit, check
-from sdjax.parallel.mesh import parse_mesh
+from sdjax.parallel.mesh_text import parse_mesh
 from sdjax.tasks.make import make_task
 
 LARGE = 2**26

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from sdjax.core.errors import UserError
 from sdjax.core.partition import FSDP
 from sdjax.core.tree import flatten
-from sdjax.parallel.rules import spec_of
+from sdjax.parallel.sharding import spec_of
 
 LIMIT = 0.01
 """The share of a large model's bytes that may stay whole on every device under FSDP."""

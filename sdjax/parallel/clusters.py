@@ -53,9 +53,7 @@ def choose(
 
     Args:
         environment: variables by name.
-        coordinator: the flag, HOST:PORT.
-        processes: the flag.
-        process_id: the flag.
+        coordinator, processes, process_id: the flags.
         on_tpu: this machine has TPU chips.
 
     Raises:
@@ -68,11 +66,10 @@ def choose(
 
 
 def _by_flags(coordinator: str | None, processes: int | None, process_id: int | None) -> Cluster:
-    given = dict(zip(FLAGS, (coordinator, processes, process_id), strict=True))
-    missing = [name for name, value in given.items() if value is None]
     if coordinator is None or processes is None or process_id is None:
-        there = ", ".join(name for name in FLAGS if name not in missing)
-        raise UserError(f"{there} without {', '.join(missing)}: the three go together")
+        given = dict(zip(FLAGS, (coordinator, processes, process_id), strict=True))
+        there, missing = (", ".join(n for n, v in given.items() if (v is None) == absent) for absent in (False, True))
+        raise UserError(f"{there} without {missing}: the three go together")
     match = ADDRESS.fullmatch(coordinator)
     if match is None or not 0 < int(match[2]) < 2**16:
         raise UserError(f"--coordinator={coordinator} is no HOST:PORT, such as node0:12345")

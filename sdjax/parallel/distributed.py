@@ -39,9 +39,8 @@ def initialise(
     """Joins this process with the others of its run, if there are any; to be called before any computation.
 
     Args:
-        coordinator: where process 0 listens, HOST:PORT; None to ask the environment, as for the next two.
-        processes: how many there are.
-        process_id: which one this is.
+        coordinator, processes, process_id: where process 0 listens, HOST:PORT, how many there are, and which one this
+            is; None to ask the environment.
         coordinator_timeout: seconds after which the others are no longer waited for.
         heartbeat_timeout: seconds of silence after which a process is taken for dead, and the run ends.
 
@@ -85,11 +84,7 @@ def sync(name: str) -> None:
 
 
 def agreed(text: str) -> str:
-    """What the first process says, in all of them.
-
-    Args:
-        text: of the first process; at most 4,096 bytes. That of the others counts for nothing.
-    """
+    """The text of the first process, at most 4,096 bytes, in all of them; the others' own counts for nothing."""
     if jax.process_count() == 1:
         return text
     said = np.frombuffer(text.encode().ljust(AGREED_BYTES, b"\0"), np.uint8)
@@ -151,11 +146,9 @@ def _listen(me: str) -> None:
 def _deadline(seconds: int, cluster: Cluster) -> Iterator[None]:
     def expire() -> None:
         place = f" at {cluster.coordinator}" if cluster.coordinator else ""
-        wait = f"within {seconds} s"
-        if cluster.process_id and cluster.coordinator and not _answers(cluster.coordinator):
-            print(f"error: no coordinator answers{place} {wait} (--coordinator_timeout)", file=sys.stderr)
-        else:
-            print(f"error: not all processes came together{place} {wait} (--coordinator_timeout)", file=sys.stderr)
+        silent = cluster.process_id and cluster.coordinator and not _answers(cluster.coordinator)
+        what = "no coordinator answers" if silent else "not all processes came together"
+        print(f"error: {what}{place} within {seconds} s (--coordinator_timeout)", file=sys.stderr)
         _end(2)
 
     timer = threading.Timer(seconds, expire)

@@ -42,13 +42,6 @@ def make_mesh(sizes: Mapping[str, int], over: Sequence[Any] | None = None) -> Me
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=over)
 
 
-def local_mesh() -> Mesh:
-    """This process's own devices, along the data axis: for work that processes share without talking."""
-    devices = jax.local_devices()
-    shape = (len(devices), *[1] * (len(AXES) - 1))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-
-
 def text_of(shape: Sequence[int]) -> str:
     """The axes with more than one device, as command lines write them; "data=1" where there is none."""
     return ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True) if size != 1) or "data=1"
@@ -70,24 +63,3 @@ def nearest_shapes(sizes: Mapping[str, int], devices: int, count: int = 3) -> li
         return sum(abs(math.log2(size / max(wish, 1))) for size, wish in zip(shape, asked, strict=True) if wish != -1)
 
     return sorted(shapes_of(devices), key=distance)[:count]
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Devices along each axis of a mesh that is written as "data=2,fsdp=8".
-
-    Raises:
-        UserError: a part is not AXIS=NUMBER, an axis is unknown or named twice, or a number is neither -1 nor positive.
-    """
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        axis, _, number = (word.strip() for word in part.partition("="))
-        if axis not in AXES:
-            raise unknown("mesh axis", axis, AXES, f"the mesh {text!r}, which is written as data=2,fsdp=8")
-        if axis in sizes:
-            raise UserError(f"the mesh {text!r} names the axis {axis} twice")
-        if not number.removeprefix("-").isdecimal() or (int(number) < 1 and int(number) != -1):
-            raise UserError(
-                f"{part.strip()!r} in the mesh {text!r}: a number of devices is 1 or more, or -1 for the rest"
-            )
-        sizes[axis] = int(number)
-    return sizes

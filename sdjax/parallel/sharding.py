@@ -1,10 +1,15 @@
-"""Which part of a parameter or a batch each device holds, decided from outside the models."""
+"""The part of a parameter or a batch that each device holds, decided from outside the models.
+
+A parameter's name says which dimension is split over the tensor axis; FSDP takes another one, by size. Megatron's pairs
+(Shoeybi et al. 2019): what makes heads, hidden features or channels is split by its outputs, what takes them back by
+its inputs, so that between the two nothing is communicated. The autoencoders' attention has one head, which cannot be
+split.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -12,22 +17,44 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdjax.core.errors import UserError
-from sdjax.core.partition import BATCH
-from sdjax.parallel.rules import spec_of
+from sdjax.core.partition import BATCH, FSDP, TENSOR
+
+# Gathering a small array costs more than keeping a copy of it.
+SMALLEST_SHARDED = 2**12
+OUTPUTS, INPUTS = -1, -2
+TENSOR_DIMENSIONS = (
+    (r"(attn\d|self_attn)/to_[qkv]/kernel", OUTPUTS),
+    (r"(attn\d|self_attn)/to_out/kernel", INPUTS),
+    (r"(ff/proj_in|fc1)/kernel", OUTPUTS),
+    (r"(ff/proj_out|fc2)/kernel", INPUTS),
+    (r"resnets_\d+/(conv1|time_emb_proj)/kernel", OUTPUTS),
+    (r"resnets_\d+/conv2/kernel", INPUTS),
+)
+_PATTERNS = [(re.compile(rf"(^|[/_]){pattern}$"), dimension) for pattern, dimension in TENSOR_DIMENSIONS]
 
 
-def tree_shardings(shapes: Any, mesh: Mesh) -> Any:
-    """A sharding for every leaf of a tree of arrays or shapes: parameters, EMA and optimiser state alike."""
+def spec_of(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
+    """Where the parts of a parameter live.
 
-    def sharding(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, spec_of(path_name(path), leaf.shape, dict(mesh.shape)))
+    Args:
+        name: its path, or one that ends with it, such as that of its moments in an optimiser.
+        shape: of the whole.
+        sizes: devices along each axis of the mesh.
 
-    return jax.tree_util.tree_map_with_path(sharding, shapes)
-
-
-def path_name(path: jax.tree_util.KeyPath) -> str:
-    """Keys, attributes and indices joined by slashes."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    Returns:
+        FSDP splits the largest remaining dimension that it divides, the last of equals; small arrays stay whole.
+    """
+    axes: list[str | None] = [None] * len(shape)
+    if np.prod(shape) < SMALLEST_SHARDED:
+        return P()
+    tensor, fsdp = sizes.get(TENSOR, 1), sizes.get(FSDP, 1)
+    dimension = next((d for pattern, d in _PATTERNS if pattern.search(name)), None)
+    if dimension is not None and len(shape) >= 2 and tensor > 1 and shape[dimension] % tensor == 0:
+        axes[dimension] = TENSOR
+    left = [d for d, size in enumerate(shape) if axes[d] is None and size % fsdp == 0]
+    if fsdp > 1 and left:
+        axes[max(left, key=lambda d: (shape[d], d))] = FSDP
+    return P(*axes) if any(axes) else P()
 
 
 def placer(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:
@@ -38,21 +65,6 @@ def placer(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:
         return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
     return place
-
-
-def whole_placer(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:
-    """A function that gives every device all of an array."""
-
-    def place(array: np.ndarray, name: str) -> jax.Array:
-        del name
-        return jax.device_put(array, replicated(mesh))
-
-    return place
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples are split over data and fsdp devices."""
-    return NamedSharding(mesh, P(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -71,53 +83,3 @@ def check_batch(batch_size: int, mesh: Mesh, place: str) -> None:
             f"{place}={batch_size} is not divisible by the {shards} devices of data x fsdp; "
             f"nearest: {', '.join(map(str, nearest))}"
         )
-
-
-def rows_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """Which part of every batch a process reads, and into how many parts it is divided.
-
-    Processes whose devices hold the same rows, because tensor or spatial axes span them, read the same part.
-
-    Args:
-        mesh: of all processes.
-        process: which one; None for this.
-
-    Raises:
-        UserError: two processes share some of their rows and not all.
-    """
-    shards = int(np.prod([mesh.shape[axis] for axis in BATCH]))
-    held: dict[int, set[int]] = {}
-    for device, (part,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
-        held.setdefault(device.process_index, set()).add(part.indices(shards)[0])
-    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
-    if sum(len(rows) for rows in parts) != shards or len({len(rows) for rows in parts}) != 1:
-        raise UserError(
-            f"{dict(mesh.shape)} over {len(held)} processes: some of them share a part of their rows; choose data x "
-            "fsdp so that the processes divide it, or it the processes"
-        )
-    mine = tuple(sorted(held[jax.process_index() if process is None else process]))
-    return parts.index(mine), len(parts)
-
-
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of a batch of host arrays, as one global array a leaf."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
-
-
-def shapes_on(shapes: Any, shardings: Any) -> Any:
-    """Shapes of arrays that would live as `shardings` says: one for every leaf, or one for all."""
-
-    def on(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda leaf: on(leaf, shardings), shapes)
-    return jax.tree.map(on, shapes, shardings)
-
-
-def device_bytes(shapes: Any) -> int:
-    """What one device holds of a tree of arrays, or of shapes that have a sharding."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)
-    )

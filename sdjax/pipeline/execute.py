@@ -76,7 +76,8 @@ def split(pipe: Pipeline, rows: Sequence[Row], batch_size: int | None = None) ->
     """
     groups: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
-        groups.setdefault((row.compile_key, row.calls, _second_key(row)), []).append(place)
+        second = None if row.second is None else row.second.compile_key
+        groups.setdefault((row.compile_key, row.calls, second), []).append(place)
     for places in groups.values():
         row = rows[places[0]]
         size = batch_size or default_batch_size(pipe, len(places), row.second or row)
@@ -95,10 +96,6 @@ def default_batch_size(pipe: Pipeline, images: int, row: Row) -> int:
     most = max(1, BATCH_PIXELS // (height * width))
     each = 2 ** (min(-(-images // shards), most) - 1).bit_length()
     return shards * min(each, 2 ** (most.bit_length() - 1))
-
-
-def _second_key(row: Row) -> Any:
-    return None if row.second is None else row.second.compile_key
 
 
 def _calls(rows: Sequence[Row]) -> int:
@@ -145,10 +142,8 @@ def _sample_part(
     # jax.random.key reads the bits, so that large seeds need no 64-bit integers.
     seeds = np.array([row.seed for row in rows], np.uint32).view(np.int32)
     indices = np.array([row.index for row in rows], np.int32)
-    guidance, tables = (
-        Guidance(*np.array([row.guidance for row in rows], np.float32).T),
-        batched([part.table for part in parts]),
-    )
+    guidance = Guidance(*np.array([row.guidance for row in rows], np.float32).T)
+    tables = batched([part.table for part in parts])
     seeds, indices, guidance, device_tables = devices.shard_batch((seeds, indices, guidance, tables))
     shape = model.latent_shape(rows[0].size)
     keys, noise = sampling.draw_noise(seeds, indices, shape, devices.replicate(np.int32(number)))
@@ -186,11 +181,7 @@ def _check_call(pipe: Pipeline, rows: Sequence[Row], part: Part, call: tuple[int
 
 
 def check_finite(pipe: Pipeline, finite: Any, stage: str) -> None:
-    """Hold a stage to finite values.
-
-    Raises:
-        UserError: they are not; it names the stage.
-    """
+    """Hold a stage to finite values; a UserError names the one whose values are not."""
     if not finite:
         hint = "" if pipe.dtype == "float32" else f"; {pipe.dtype} may be too narrow, try float32"
         raise UserError(f"{stage} is not finite: the weights of {pipe.name} hold values that overflow{hint}")
@@ -245,18 +236,13 @@ def _begin_from(row: Row, image: Float[np.ndarray, "h w 3"]) -> Row:
     """The second pass over an image, enlarged by Lanczos."""
     assert row.second is not None
     height, width = row.second.size
-    enlarged = Image.fromarray(np.rint(image * 255.0).astype(np.uint8)).resize(
-        (width, height), Image.Resampling.LANCZOS
-    )
-    return row.second._replace(image=np.asarray(enlarged, np.float32) / np.float32(255.0))
+    pixels = Image.fromarray(np.rint(image * 255.0).astype(np.uint8))
+    enlarged = np.asarray(pixels.resize((width, height), Image.Resampling.LANCZOS), np.float32)
+    return row.second._replace(image=enlarged / np.float32(255.0))
 
 
 def encode(pipe: Pipeline, images: Any, tile: int, name: str) -> jax.Array:
-    """Scaled latents of images in [-1, 1], in tiles where a side is longer than `tile` pixels.
-
-    Raises:
-        UserError: they are not finite; it names the image.
-    """
+    """Scaled latents of images in [-1, 1], all finite, in tiles where a side is longer than `tile` pixels."""
     coder, checks = _checked(sampling.encode, pipe)
     factor = pipe.model.factor
     side, overlap = _tiling(tile, factor, images.shape[1:3])
@@ -266,11 +252,7 @@ def encode(pipe: Pipeline, images: Any, tile: int, name: str) -> jax.Array:
 
 
 def decode(pipe: Pipeline, latents: jax.Array, tile: int) -> Float[np.ndarray, "b H W c"]:
-    """Images in [0, 1] of scaled latents, in tiles where a side would be longer than `tile` pixels.
-
-    Raises:
-        UserError: they are not finite.
-    """
+    """Images in [0, 1] of scaled latents, all finite, in tiles where a side would be longer than `tile` pixels."""
     coder, checks = _checked(sampling.decode, pipe)
     factor = pipe.model.factor
     size = latents.shape[1] * factor, latents.shape[2] * factor

@@ -20,9 +20,9 @@ from sdjax.convert.opening import read_checkpoint
 from sdjax.convert.patches import add_embeddings, replace_vae
 from sdjax.convert.rules import Placer
 from sdjax.convert.tokenizers import tokenizers_of
+from sdjax.core.config import EXPORT
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
-from sdjax.core.workdirs import EXPORT
 from sdjax.data.tokenizers import Tokenizer
 from sdjax.data.word_pieces import WordPieces, load_word_pieces
 from sdjax.diffusion_model.conditioners import TEXT
@@ -60,7 +60,8 @@ def load(source: Source, dtype: str = "float32", mesh: Mesh | None = None, **opt
     for name in given:
         if name not in LOAD_OPTIONS:
             raise unknown("option", name, LOAD_OPTIONS, "load")
-    path, place = find(source, cast(Any, given.get("variant"))), _placer(mesh)
+    path = find(source, cast(Any, given.get("variant")))
+    place: Placer = (lambda array, name: jax.device_put(array)) if mesh is None else placer(mesh)
     checkpoint = _read(path, dtype, given, place)
     name = _name(source, path)
     if given.get("classifier"):
@@ -107,11 +108,7 @@ def _with_classifier(checkpoint: Checkpoint, path: Path, name: str, place: Place
 
 
 def read_classifier(path: Path, place: Placer | None = None) -> Component:
-    """A classifier of noisy images: the workdir or export of its training, or ADM's file.
-
-    Raises:
-        UserError: it is missing or cannot be read.
-    """
+    """A classifier of noisy images: the workdir or export of its training, or ADM's file; a UserError without one."""
     (name,) = CLASSIFIERS
     if path.is_file():
         return read_adm_classifier(path, place=place)
@@ -129,10 +126,6 @@ def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer | WordPieces]:
         length = checkpoint.components[BERT].config.max_length
         return {BERT: load_word_pieces(checkpoint.tokenizers[BERT], length)}
     return {}
-
-
-def _placer(mesh: Mesh | None) -> Placer:
-    return (lambda array, name: jax.device_put(array)) if mesh is None else placer(mesh)
 
 
 def find(source: Source, variant: str | None = None) -> Path:

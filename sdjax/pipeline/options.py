@@ -6,13 +6,13 @@ and help, its place in prompt files and grids, and its name in A1111's text.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 import numpy as np
 
@@ -29,7 +29,7 @@ MAX_SEED, MAX_SIDE = 2**32 - 1, 2**14
 Scope = Literal["image", "call", "load"]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Option:
     """One row of the table.
 
@@ -106,9 +106,7 @@ class Options(TypedDict, total=False):
     width: Annotated[int | None, Option("in pixels", 1, MAX_SIDE)]
     height: Annotated[int | None, Option("in pixels", 1, MAX_SIDE)]
     num_images: Annotated[int | None, Option("of each prompt", 1, grid=False)]
-    first_index: Annotated[
-        int | None, Option("index of the first image", 0, 2**31 - 1, scope="image", label="Image index", grid=False)
-    ]
+    first_index: Annotated[int | None, Option("of the first image", 0, 2**31 - 1, label="Image index", grid=False)]
     clip_skip: Annotated[
         int | None, _condition("layers of the text encoders to skip, as diffusers counts", 0, grid=True)
     ]
@@ -167,15 +165,13 @@ def table_of(options: type) -> dict[str, Option]:
     rows = {}
     for name, hint in get_type_hints(options, include_extras=True).items():
         kind, option = get_args(hint)[:2]
-        rows[name] = Option(**{**option.__dict__, "kind": _kind(kind, option)})
+        rows[name] = dataclasses.replace(option, kind=_kind(kind))
     return rows
 
 
-def _kind(hint: Any, option: Option) -> Any:
+def _kind(hint: Any) -> Any:
     kinds = set(get_args(hint) or (hint,)) - {type(None)}
-    if hint in (Pair | None,) or any(
-        get_origin(kind) is get_origin(Pair) and get_args(kind) == (int,) for kind in kinds
-    ):
+    if Pair in kinds:
         return Pair
     if float in kinds:
         return float
@@ -199,20 +195,15 @@ def help_of(table: Mapping[str, Option]) -> str:
         limits = f" ({', '.join(option.choices)})" if option.choices else ""
         if option.is_number and not (math.isinf(option.least) and math.isinf(option.most)):
             limits = f" ({_range(option.least, option.most)})"
-        flag = f"    --{name} " + {int: "N", float: "X", Pair: "N,N"}.get(
-            option.kind, "FILE" if option.file else "NAME"
-        )
+        value = {int: "N", float: "X", Pair: "N,N"}.get(option.kind, "FILE" if option.file else "NAME")
+        flag = f"    --{name} {value}"
         text = textwrap.fill(option.help + limits, 120, initial_indent=" " * 29, subsequent_indent=" " * 29)
         lines.append(f"{flag:<28} {text.lstrip()}")
     return "\n".join(lines) + "\n"
 
 
 def check_options(given: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """Options of a call that are not None, each of its type and in its range.
-
-    Raises:
-        UserError: an option is unknown, of another type, or out of range.
-    """
+    """Options of a call that are not None; a UserError: one is unknown, or as in `check_value`."""
     for name in given:
         if name not in OPTIONS:
             raise unknown("option", name, OPTIONS, place)
@@ -220,11 +211,7 @@ def check_options(given: Mapping[str, Any], place: str = "") -> dict[str, Any]:
 
 
 def check_value(name: str, value: Any, place: str = "") -> Any:
-    """A value of an option as Python has it.
-
-    Raises:
-        UserError: it is of another type, out of range, or none of the choices.
-    """
+    """A value of an option as Python has it; a UserError: of another type, out of range, or none of the choices."""
     option = OPTIONS[name]
     if option.kind is int:
         return check_int(name, value, option.least, option.most, place)
@@ -235,10 +222,8 @@ def check_value(name: str, value: Any, place: str = "") -> Any:
             limits = _range(option.least, math.inf)
             raise UserError(f"{name} {value!r}{_in(place)}: choose two integers of {limits}, vertical first")
         return tuple(check_int(name, part, option.least, place=place) for part in value)
-    if option.choices:
-        if value not in option.choices:
-            raise unknown(name, value, option.choices, place)
-        return value
+    if option.choices and value not in option.choices:
+        raise unknown(name, value, option.choices, place)
     return value
 
 
@@ -260,11 +245,7 @@ def parse_value(name: str, text: str, place: str) -> Any:
 
 
 def parse_number(name: str, text: str, kind: Any, place: str = "") -> Number:
-    """A number that is written as text.
-
-    Raises:
-        UserError: it is none.
-    """
+    """A number that is written as text; a UserError where it is none."""
     try:
         return int(text) if kind is int else float(text)
     except ValueError as error:
@@ -274,22 +255,14 @@ def parse_number(name: str, text: str, kind: Any, place: str = "") -> Number:
 
 
 def check_int(name: str, value: Any, least: Number = -math.inf, most: Number = math.inf, place: str = "") -> int:
-    """An integer in a range.
-
-    Raises:
-        UserError: it is not.
-    """
+    """An integer in a range; a UserError where it is not."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value <= most:
         raise UserError(f"{name} {value!r}{_in(place)}: choose an integer of {_range(least, most)}")
     return int(value)
 
 
 def check_float(name: str, value: Any, least: Number = -math.inf, most: Number = math.inf, place: str = "") -> float:
-    """A finite number in a range.
-
-    Raises:
-        UserError: it is not.
-    """
+    """A finite number in a range; a UserError where it is not."""
     number = isinstance(value, Number | np.floating | np.integer) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not least <= value <= most:
         raise UserError(f"{name} {value!r}{_in(place)}: choose a number of {_range(least, most)}")

@@ -61,12 +61,14 @@ class Pipeline:
         if checkpoint.low_res_scheduler is not None:
             self.settings["low_res_scheduler"] = checkpoint.low_res_scheduler
         self.devices = Devices(mesh)
-        self.params = {name: dict(part.params) for name, part in checkpoint.components.items()}
+        self.params = {n: dict(part.params) for n, part in checkpoint.components.items()}
         # The checkpoint keeps no second hold of them; `save` takes the parameters from here.
-        empty = {name: dataclasses.replace(part, params={}) for name, part in checkpoint.components.items()}
+        empty = {n: dataclasses.replace(part, params={}) for n, part in checkpoint.components.items()}
         self.checkpoint = dataclasses.replace(checkpoint, components=empty)
         if refiner is not None:
-            _check_refines(refiner, self)
+            theirs, own = ((pipe.model.factor, pipe.model.channels) for pipe in (refiner, self))
+            if refiner.model.conditioner.traits.concat_channels or theirs != own:
+                raise UserError(f"{refiner.name} cannot refine what {name} makes: it takes other latents, or more")
         self.refiner = refiner
 
     @property
@@ -96,11 +98,6 @@ class Pipeline:
         return self.model.config.guidance_dim is not None
 
     @property
-    def has_null(self) -> bool:
-        """Whether there is a null condition to guide away from."""
-        return self.model.has_null
-
-    @property
     def text(self) -> TextConditioner:
         """The conditioner of prompts; one without encoders for models that take none."""
         parts = getattr(self.model.conditioner, "parts", (self.model.conditioner,))
@@ -108,19 +105,10 @@ class Pipeline:
 
     @property
     def autoencoder(self) -> AnyAutoencoder:
-        """The model's autoencoder.
-
-        Raises:
-            UserError: it diffuses pixels.
-        """
+        """The model's autoencoder; a UserError where it diffuses pixels."""
         if self.model.autoencoder is None:
             raise UserError(f"{self.name} diffuses pixels, and has no autoencoder")
         return self.model.autoencoder
-
-    @property
-    def is_sdxl(self) -> bool:
-        """Whether the model has SDXL's micro-conditioning."""
-        return self.text.numbers > 0
 
     def host(self, size: tuple[int, int] = (0, 0)) -> Host:
         """Facts for encoding conditions of images of this height and width."""
@@ -143,11 +131,7 @@ class Pipeline:
         negative_prompt: str | Sequence[str | None] | None = None,
         **options: Unpack[Options],
     ) -> list[Row]:
-        """Rows of a call, checked, one an image; see `__call__`.
-
-        Raises:
-            UserError: as `__call__`, before any network runs.
-        """
+        """Rows of a call, one an image; see `__call__`, whose errors it raises before any network runs."""
         return prepare(self, prompts, negative_prompt, options)
 
     def run(
@@ -181,13 +165,6 @@ class Pipeline:
             UserError: an option is not what it should be or has no effect, or a stage's output is not finite.
         """
         rows = self.prepare(prompts, negative_prompt, **options)
-        how = {"decoded": options.get("output") != "latent"}
-        made = dict(self.run(rows, options.get("batch_size"), options.get("progress"), **how))
+        decoded = options.get("output") != "latent"
+        made = dict(self.run(rows, options.get("batch_size"), options.get("progress"), decoded=decoded))
         return np.stack([made[place] for place in range(len(rows))])
-
-
-def _check_refines(refiner: Pipeline, base: Pipeline) -> None:
-    """Refuse a refiner that cannot go on with the latents of `base`."""
-    mine, other = ((pipe.model.factor, pipe.model.channels) for pipe in (refiner, base))
-    if refiner.model.conditioner.traits.concat_channels or mine != other:
-        raise UserError(f"{refiner.name} cannot refine what {base.name} makes: it takes other latents, or more")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 STEPS, PIXEL_STEPS = 50, 250
 REFINER_START, HIRES_STRENGTH, TILE = 0.8, 0.5, 1536
+# Options that a checkpoint may choose.
+SAMPLED = ("steps", "sampler", "schedule", "guidance_scale")
 # Options of which a list gives one value a prompt.
 LISTED = ("init_image", "mask", "depth", "class_label", "layout", "label_map", "neighbours", "resemble")
 
@@ -63,7 +65,6 @@ class Row(NamedTuple):
 
     parts: tuple[Part, ...]
     seed: int
-    index: int
     guidance: tuple[float, float]
     size: tuple[int, int]
     image: Float[np.ndarray, "H W 3"] | None
@@ -71,11 +72,12 @@ class Row(NamedTuple):
     blend: bool
     fresh: bool
     paste: float | None
-    latents: np.ndarray | None
-    torch: tuple[TorchNoise, int] | None
     tile: int
-    second: Row | None
     settings: Mapping[str, Any]
+    index: int = 0
+    latents: np.ndarray | None = None
+    torch: tuple[TorchNoise, int] | None = None
+    second: Row | None = None
 
     @property
     def compile_key(self) -> tuple[Any, ...]:
@@ -113,10 +115,9 @@ def prepare(
     total = len(entries) * count
     size = _size(pipe, entries[0], given, total)
     given = _resolved(pipe, given, size)
-    first = given.get("first_index", 0)
-    check_int("first_index", first, 0, 2**31 - 1 - total)
-    parts = _tables(pipe, given)
-    made = [_prepare_entry(pipe, entry, given, size, parts) for entry in entries]
+    first = check_int("first_index", given.get("first_index", 0), 0, 2**31 - 1 - total)
+    tables = [make_rows(pipe, given)] if pipe.refiner is None else hand_over(pipe, given)
+    made = [_prepare_entry(pipe, entry, given, size, tables) for entry in entries]
     rows = [row._replace(index=first + i * count + j) for i, row in enumerate(made) for j in range(count)]
     rows = _with_noise(pipe, rows, given, len(entries))
     return [_with_second_pass(pipe, row, entries[i // count], given) for i, row in enumerate(rows)]
@@ -138,7 +139,7 @@ def _entries(
     else:
         if prompts:
             raise UserError(f"{pipe.name} takes no prompt; it is conditioned on {_conditions(pipe)}")
-        texts, count = [None], max((len(values) for values in lists.values()), default=1)
+        texts, count = [None], max(map(len, lists.values()), default=1)
     if negatives is None or isinstance(negatives, str):
         negatives = [negatives] * count
     if len(negatives) != count:
@@ -146,12 +147,12 @@ def _entries(
     for name, values in lists.items():
         if len(values) not in (1, count):
             raise UserError(f"{len(values)} entries in {name} for {count} prompts; give one, or one for each")
-    entries = []
-    for i in range(count):
-        entry = dict(given) | {name: values[i % len(values)] for name, values in lists.items()}
-        entry |= {"prompt": texts[i % len(texts)], "negative_prompt": negatives[i]}
-        entries.append(entry | {"syntax": given.get("syntax", "a1111")})
-    return entries
+    return [
+        {"syntax": "a1111", **given}
+        | {name: values[i % len(values)] for name, values in lists.items()}
+        | {"prompt": texts[i % len(texts)], "negative_prompt": negatives[i]}
+        for i in range(count)
+    ]
 
 
 def _conditions(pipe: Pipeline) -> str:
@@ -180,14 +181,14 @@ def _check_used(pipe: Pipeline, given: Mapping[str, Any]) -> None:
         "torch_batch": ('rng="torch"', given.get("rng") == "torch"),
     }
     for name, value in given.items():
+        idle = (
+            f"{name} {value!r} changes nothing" if isinstance(value, int | float | tuple) else f"{name} changes nothing"
+        )
         if OPTIONS[name].condition and name not in known:
-            shown = f" {value!r}" if OPTIONS[name].is_number or isinstance(value, tuple) else ""
-            others = _conditions(pipe)
-            raise UserError(f"{name}{shown} changes nothing: {pipe.name} is conditioned on {others}; leave it out")
+            raise UserError(f"{idle}: {pipe.name} is conditioned on {_conditions(pipe)}; leave it out")
         needed, there = needs.get(name, ("", True))
         if not there:
-            shown = f" {value!r}" if OPTIONS[name].is_number else ""
-            raise UserError(f"{name}{shown} changes nothing without {needed}; leave it out")
+            raise UserError(f"{idle} without {needed}; leave it out")
     if "mask" in given and not pipe.begins_from_images:
         raise UserError(f"mask changes nothing: {pipe.name} enlarges its init_image; leave it out")
 
@@ -209,7 +210,12 @@ def _size(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], to
     default = asked or pipe.default_size
     size = height or default[0], width or default[1]
     for name, side in zip(("height", "width"), size, strict=True):
-        _check_side(name, side, model.multiple)
+        if side % model.multiple:
+            below, above = side // model.multiple * model.multiple, -(-side // model.multiple) * model.multiple
+            near = ", ".join(map(str, sorted({max(model.multiple, below), above})))
+            raise UserError(
+                f"{name} {side} is not a multiple of {model.multiple}, which this model needs; nearest: {near}"
+            )
     if latents is not None:
         wanted = (total, *model.latent_shape(size))
         if np.shape(latents) != wanted:
@@ -219,52 +225,32 @@ def _size(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], to
     return size
 
 
-def _check_side(name: str, side: int, multiple: int) -> None:
-    if side % multiple:
-        near = sorted({max(multiple, side // multiple * multiple), -(-side // multiple) * multiple})
-        raise UserError(
-            f"{name} {side} is not a multiple of {multiple}, which this model needs; "
-            f"nearest: {', '.join(map(str, near))}"
-        )
-
-
 def _resolved(pipe: Pipeline, given: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """Options with the checkpoint's own choices where the call made none."""
-    latents = pipe.model.autoencoder is not None
+    sampler = sampler_of(pipe.scheduler)
     chosen: dict[str, Any] = {
-        "steps": STEPS if latents or sampler_of(pipe.scheduler) != "ddpm" else PIXEL_STEPS,
-        "sampler": sampler_of(pipe.scheduler),
+        "steps": PIXEL_STEPS if pipe.model.autoencoder is None and sampler == "ddpm" else STEPS,
+        "sampler": sampler,
         "guidance_scale": pipe.model.conditioner.traits.guidance_scale,
         "guidance_rescale": 0.0,
         "seed": 0,
         "rng": "jax",
         "tile": TILE,
-        **{
-            name: pipe.settings[name]
-            for name in ("steps", "sampler", "schedule", "guidance_scale")
-            if name in pipe.settings
-        },
+        **{name: pipe.settings[name] for name in SAMPLED if name in pipe.settings},
         **given,
         "height": size[0],
         "width": size[1],
     }
-    if chosen.get("schedule") == "ays" and pipe.is_sdxl:
+    if chosen.get("schedule") == "ays" and pipe.text.numbers:
         chosen["schedule"] = "ays_sdxl"  # SDXL has levels of its own (Sabour et al. 2024)
     if "init_image" in given and pipe.begins_from_images:
         chosen.setdefault("strength", pipe.model.conditioner.traits.strength)
-    if given.get("guidance_scale", 0.0) > 1.0 and not pipe.is_distilled and not pipe.has_null:
+    if given.get("guidance_scale", 0.0) > 1.0 and not pipe.is_distilled and not pipe.model.has_null:
         raise UserError(
             f"guidance_scale {given['guidance_scale']:g}: {pipe.name} was trained without condition dropout, so it has "
             "no guidance; leave it out"
         )
     return chosen
-
-
-def _tables(pipe: Pipeline, given: Mapping[str, Any]) -> list[Table]:
-    """The base model's rows, and those of the refiner where there is one."""
-    if pipe.refiner is None:
-        return [make_rows(pipe, given)]
-    return hand_over(pipe, given, given.get("refiner_start", REFINER_START))
 
 
 def make_rows(pipe: Pipeline, given: Mapping[str, Any], start: int | None = None) -> Table:
@@ -292,16 +278,16 @@ def make_rows(pipe: Pipeline, given: Mapping[str, Any], start: int | None = None
     )
 
 
-def hand_over(pipe: Pipeline, given: Mapping[str, Any], share: float) -> list[Table]:
+def hand_over(pipe: Pipeline, given: Mapping[str, Any]) -> list[Table]:
     """The rows of a base model and those of the refiner that takes over (SDXL, section 2.5; diffusers' denoising_end).
 
-    The refiner begins with the first step whose timestep lies below (1 - share) of all; no noise is added there, and
-    the levels of both are those of one table.
+    The refiner begins with the first step whose timestep lies below (1 - refiner_start) of all; no noise is added
+    there, and the levels of both are those of one table.
 
     Raises:
         UserError: the share leaves one of the two without a step.
     """
-    steps = given["steps"]
+    steps, share = given["steps"], given.get("refiner_start", REFINER_START)
     whole, table = make_rows(pipe, given, 0), make_rows(pipe, given)
     rows = network_calls(whole)
     # Samplers of second order call the network twice a step but for the last.
@@ -330,7 +316,7 @@ def _prepare_entry(
         assert one is not None, "a second table is a refiner's"
         columns = one.model.conditioner.encode(entry, one.host(size))
         # 1 or less is none, as in diffusers; so is 0 for models distilled to need none.
-        guided = guidance > 1.0 and not one.is_distilled and one.has_null
+        guided = guidance > 1.0 and not one.is_distilled and one.model.has_null
         parts.append(Part(columns, table, guided))
     image = mask = None
     if entry.get("mask") is not None:
@@ -338,24 +324,19 @@ def _prepare_entry(
         mask = load_mask(entry["mask"], size)
     if entry.get("init_image") is not None and pipe.begins_from_images:
         image = load_image(entry["init_image"], size)
-    own = "mask" in pipe.inputs
     feather = given.get("feather", pipe.model.conditioner.traits.feather)
     return Row(
         parts=tuple(parts),
         seed=given["seed"],
-        index=0,
         guidance=(max(guidance, 1.0), float(given["guidance_rescale"])),
         size=size,
         image=image,
         mask=mask,
-        blend=mask is not None and not own,
+        blend=mask is not None and "mask" not in pipe.inputs,
         # Making a masked part anew at full strength knows nothing of the image below it (diffusers' inpainting).
         fresh=image is None or (mask is not None and given["strength"] == 1.0),
         paste=feather if mask is not None and given.get("paste", True) else None,
-        latents=None,
-        torch=None,
         tile=given["tile"],
-        second=None,
         settings=_record(pipe, entry, given),
     )
 
@@ -366,9 +347,8 @@ def _record(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any]) 
     kept |= {name: entry[name] for name in LISTED if name in given}
     if "hires" in given:
         kept.setdefault("hires_strength", HIRES_STRENGTH)
-    if "prompt" in pipe.inputs:
-        kept |= {"negative_prompt": entry["negative_prompt"]}
-    return {"prompt": entry["prompt"] or "", **kept}
+    negative = {"negative_prompt": entry["negative_prompt"]} if "prompt" in pipe.inputs else {}
+    return {"prompt": entry["prompt"] or "", **kept, **negative}
 
 
 def _with_noise(pipe: Pipeline, rows: list[Row], given: Mapping[str, Any], entries: int) -> list[Row]:
@@ -395,17 +375,14 @@ def _with_torch_noise(pipe: Pipeline, row: Row, given: Mapping[str, Any], total:
         posteriors=0 if row.image is None or unseen else images,
         masked=images if row.mask is not None else 0,
     )
-    noisy = tuple(_noisy_rows(part.table) for part in row.parts)
+    adds = [part.table.active & np.any(part.table.weights[..., -1] != 0.0, axis=-1) for part in row.parts]
+    noisy = tuple(tuple(map(bool, rows)) for rows in adds)
     noise = TorchNoise(row.seed, total, pipe.model.latent_shape(row.size), noisy, draws)
     row = row._replace(torch=(noise, row.index), settings={**row.settings, "torch_batch": total})
     if small is None:
         return row
     columns = {**row.parts[0].columns, NOISE: noise.small(row.index)}
     return row._replace(parts=(row.parts[0]._replace(columns=columns), *row.parts[1:]))
-
-
-def _noisy_rows(table: Table) -> tuple[bool, ...]:
-    return tuple(bool(noisy) for noisy in table.active & np.any(table.weights[..., -1] != 0.0, axis=-1))
 
 
 def _with_second_pass(pipe: Pipeline, row: Row, entry: Mapping[str, Any], given: Mapping[str, Any]) -> Row:

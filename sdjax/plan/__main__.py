@@ -25,7 +25,8 @@ from ml_collections import config_flags
 
 from sdjax.core.errors import UserError, run_or_exit, unknown
 from sdjax.core.flags import parse_flags
-from sdjax.parallel.mesh import make_mesh, parse_mesh
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.mesh_text import parse_mesh
 from sdjax.plan import report
 from sdjax.plan.plans import Plan, make_plan
 from sdjax.plan.programs import Program

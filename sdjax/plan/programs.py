@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from sdjax.core.compilation import options
 from sdjax.models.attention import compiling_for
-from sdjax.parallel.sharding import device_bytes
+from sdjax.parallel.trees import device_bytes
 from sdjax.plan import flops
 from sdjax.plan.chips import GIB
 from sdjax.plan.collectives import Moved, collectives

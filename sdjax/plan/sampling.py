@@ -17,7 +17,8 @@ from sdjax.diffusion_model import sampling
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import DiffusionModel
 from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
-from sdjax.parallel.sharding import check_batch, shapes_on, tree_shardings
+from sdjax.parallel.sharding import check_batch
+from sdjax.parallel.trees import shapes_on, tree_shardings
 from sdjax.pipeline.devices import Devices
 from sdjax.pipeline.prepare import TILE
 from sdjax.plan.programs import Program

@@ -8,7 +8,9 @@ from jax.sharding import Mesh
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
-from sdjax.parallel.sharding import batch_sharding, check_batch, shapes_on, tree_shardings
+from sdjax.parallel.batches import batch_sharding
+from sdjax.parallel.sharding import check_batch
+from sdjax.parallel.trees import shapes_on, tree_shardings
 from sdjax.plan.programs import Program
 from sdjax.tasks.make import make_task
 from sdjax.training.optim import make_optimizer

@@ -24,7 +24,6 @@ from sdjax.convert import critics, published
 from sdjax.convert.folder import Component, write_component
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
-from sdjax.core.partition import gathered
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream
 from sdjax.core.tree import Params, Tree, flatten, unflatten
@@ -33,13 +32,12 @@ from sdjax.data.loader import Loader
 from sdjax.data.pictures import tile, to_uint8
 from sdjax.diffusion_model.model import AUTOENCODER as VAE
 from sdjax.models import quantize
-from sdjax.models.apply import apply
-from sdjax.models.autoencoder import VARIANTS, AnyAutoencoder, Autoencoder, Posterior, autoencoder_of
+from sdjax.models.autoencoder import VARIANTS, AnyAutoencoder, Autoencoder, Posterior, Quantized, autoencoder_of
+from sdjax.models.conditioning import apply
 from sdjax.models.layers import Conv
 from sdjax.models.lpips import LPIPS
 from sdjax.models.patchgan import PatchDiscriminator
-from sdjax.models.quantize import Quantized
-from sdjax.tasks.base import batches
+from sdjax.tasks.base import batches, gathered
 from sdjax.tasks.first_stage.objective import CRITERIA, MOST, Adversary, adversarial, reconstruction
 from sdjax.tasks.variants import sizes_of
 from sdjax.training.task import DevicePut, Metrics, Task

@@ -1,4 +1,4 @@
-"""Data of tasks: square images, and batches of this process's rows."""
+"""Data of tasks: square images, batches of this process's rows, and arrays that every process reads."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
+from sdjax.core.partition import constrain
 from sdjax.data import crops, sources
 from sdjax.data.loader import Loader, Reading, Shard, Transform, loader
-from sdjax.parallel.sharding import rows_of_process
+from sdjax.parallel.batches import rows_of_process
 
 
 def process_shard(mesh: Mesh) -> Shard:
     """The part of every batch that this process reads.
 
     Raises:
-        UserError: as `sdjax.parallel.sharding.rows_of_process`.
+        UserError: as `rows_of_process`.
     """
     return Shard(*rows_of_process(mesh))
 
@@ -56,3 +58,8 @@ def loader_options(config: Config) -> Reading:
     if threads < 1 or workers < 0:
         raise UserError(f"config.data.threads={threads} must be at least 1, config.data.workers={workers} at least 0")
     return Reading(threads, workers=workers)
+
+
+def gathered(x: Array) -> Array:
+    """x, whole on every device, so that every process can read it."""
+    return constrain(x, *[None] * x.ndim)

@@ -32,7 +32,7 @@ from sdjax.diffusion.denoise import q_sample
 from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import schedule_of
 from sdjax.models.adm_classifier import VARIANTS, Classifier, ClassifierConfig, classifier_of
-from sdjax.models.apply import apply
+from sdjax.models.conditioning import apply
 from sdjax.tasks.base import batches, square_crops
 from sdjax.tasks.variants import sizes_of
 from sdjax.training.task import Metrics, Task

@@ -27,8 +27,7 @@ from sdjax.diffusion_model.conditioner import Columns, Conditioner
 from sdjax.diffusion_model.conditioners import TEXT
 from sdjax.diffusion_model.conditioners.class_label import LABEL, BackboneClassConditioner, ClassConditioner
 from sdjax.diffusion_model.conditioners.inpaint import MASK, InpaintConditioner
-from sdjax.diffusion_model.conditioners.label_map import LABEL_MAP, LabelMapConditioner
-from sdjax.diffusion_model.conditioners.low_resolution import LOW, LowResolutionConditioner
+from sdjax.diffusion_model.conditioners.maps import LABEL_MAP, LabelMapConditioner
 from sdjax.diffusion_model.conditioners.neighbours import NEIGHBOURS, NeighbourConditioner
 from sdjax.diffusion_model.conditioners.text import SIZES, TextConditioner
 from sdjax.diffusion_model.conditioners.tokens import (
@@ -38,6 +37,7 @@ from sdjax.diffusion_model.conditioners.tokens import (
     LayoutConditioner,
     layout_tokens,
 )
+from sdjax.diffusion_model.conditioners.upscale import LOW, LowResolutionConditioner
 from sdjax.diffusion_model.model import BACKBONE, clip_encoders, micro_conditioning, null_ids
 from sdjax.models import bert, clip, unet
 from sdjax.models.autoencoder import AutoencoderConfig

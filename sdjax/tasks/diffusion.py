@@ -30,7 +30,7 @@ from sdjax.convert.folder import read_config, write_checkpoint
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
-from sdjax.core.tree import Params, select
+from sdjax.core.tree import Params
 from sdjax.data import sources
 from sdjax.data.loader import Loader
 from sdjax.diffusion.denoise import per_image
@@ -40,15 +40,15 @@ from sdjax.diffusion_model.conditioners import TEXT
 from sdjax.diffusion_model.conditioners.text import NULL
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, DiffusionModel, backbone_of, check_fit
 from sdjax.models import autoencoder, unet, unet2d
-from sdjax.models.apply import apply
 from sdjax.models.autoencoder import autoencoder_of
+from sdjax.models.conditioning import apply
 from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
 from sdjax.tasks.latents import latent_source, open_prepared
 from sdjax.tasks.objective import objective_of
 from sdjax.tasks.pretrained import init_component, read_components
 from sdjax.tasks.preview import preview
 from sdjax.tasks.variants import sizes_of
-from sdjax.training.task import DevicePut, Metrics, Task
+from sdjax.training.task import DevicePut, Metrics, Task, select
 
 PIXELS = "none"
 """`task.first_stage` of models that diffuse pixels."""

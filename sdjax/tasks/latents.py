@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
-from sdjax.core.partition import gathered
 from sdjax.core.tree import Params
 from sdjax.data import sources, transforms
 from sdjax.data.bucketed import bucketed
@@ -24,9 +23,9 @@ from sdjax.data.prepared import PreparedSource
 from sdjax.data.transforms import Select
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
-from sdjax.models.apply import apply
 from sdjax.models.autoencoder import posterior
-from sdjax.tasks.base import batches, loader_options, process_shard, square_crops
+from sdjax.models.conditioning import apply
+from sdjax.tasks.base import batches, gathered, loader_options, process_shard, square_crops
 from sdjax.tasks.conditions import TrainingCondition
 from sdjax.tasks.precompute import STORED, check_identity, identity_of
 
@@ -81,9 +80,19 @@ def encoded(config: Config, model: DiffusionModel, condition: TrainingCondition,
         return batches(config, images, [*cuts, *flips, *condition.transforms, select], mesh)
 
     def latents(params: Params, batch: Mapping[str, Any], key: PRNGKeyArray) -> Array:
-        return jax.lax.stop_gradient(model.encode_sampled(params, batch[IMAGE], key))
+        return jax.lax.stop_gradient(encode_sampled(model, params, batch[IMAGE], key))
 
     return LatentSource({IMAGE: image, **condition.spec}, latents, load)
+
+
+def encode_sampled(
+    model: DiffusionModel, params: Params, images: UInt8[Array, "b H W 3"], key: PRNGKeyArray
+) -> Float[Array, "b h w z"]:
+    """Scaled latents of images, drawn from their posterior."""
+    x = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+    if model.autoencoder is None:
+        return x
+    return apply(model.autoencoder, params[AUTOENCODER], x, method="encode").sample(key) * model.scale
 
 
 def cached(config: Config, model: DiffusionModel, condition: TrainingCondition, mesh: Mesh) -> LatentSource:

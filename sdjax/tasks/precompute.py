@@ -14,7 +14,7 @@ from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
-from sdjax.models.apply import apply
+from sdjax.models.conditioning import apply
 
 STORED = jnp.float16
 """Type of stored moments and embeddings: their values are in its range, and it has more digits than bfloat16."""

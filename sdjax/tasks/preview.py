@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from sdjax.core.config import Config
 from sdjax.core.prng import image_keys
@@ -15,10 +16,12 @@ from sdjax.core.tree import Params
 from sdjax.data import crops, sources, transforms
 from sdjax.data.image_inputs import paste_back
 from sdjax.data.pictures import tile, to_uint8
-from sdjax.diffusion.samplers import batched, table_for
+from sdjax.diffusion.samplers import Table, batched, first_noise, table_for
+from sdjax.diffusion_model import sampling
 from sdjax.diffusion_model.conditioner import Columns, Host
 from sdjax.diffusion_model.model import DiffusionModel
-from sdjax.diffusion_model.sampling import Guidance, generate
+from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
+from sdjax.tasks.base import gathered
 from sdjax.tasks.conditions import TrainingCondition
 from sdjax.tasks.latents import IMAGE
 
@@ -78,3 +81,39 @@ def preview_batch(
         chosen = chosen.random_map(change) if isinstance(change, grain.transforms.RandomMap) else chosen.map(change)
     rows = [chosen[i] for i in range(count)]
     return {name: np.stack([row[name] for row in rows]) for name in (IMAGE, *condition.spec)}
+
+
+def generate(
+    model: DiffusionModel,
+    params: Params,
+    columns: Columns,
+    tables: Table,
+    guidance: Guidance,
+    keys: Key[Array, " b"],
+    size: tuple[int, int],
+) -> Float[np.ndarray, "b H W 3"]:
+    """Images in [0, 1] of some conditions, in one go: for previews while a model is in training.
+
+    Args:
+        model, params: of all components.
+        columns: of the conditioner.
+        tables: of `batched`.
+        guidance: see `Guidance`; it acts where the conditioner has a null condition.
+        keys: one an image.
+        size: height and width in pixels.
+    """
+    encoded = {
+        name: sampling.encode(model, params, x)[0] for name, x in model.conditioner.images_to_encode(columns).items()
+    }
+    columns = {**columns, **encoded}
+    null = model.config.guidance_dim is None and model.has_null and bool(np.any(np.asarray(guidance.scale) > 1.0))
+    cond, _ = sampling.condition(model, params, columns, keys, guidance, guided=null)
+    noise = first_noise(keys, model.latent_shape(size))
+    zeros = jnp.zeros_like(noise)
+    state = sampling.start_state(tables, noise, zeros, np.ones(len(keys), bool))
+    own = {name: columns[name] for name in model.conditioner.traits.step_columns if name in columns}
+    start = Start(zeros, noise, jnp.ones_like(noise[..., :1]))
+    batch = SamplingBatch(tables, cond, own, guidance, keys, start)
+    state, _ = sampling.sample(model, params, batch, state, 0, int(np.max(np.sum(tables.active, axis=1))))
+    images, _ = sampling.decode(model, params, state.x)
+    return np.asarray(jax.jit(gathered)(images))

@@ -20,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.parallel.distributed import is_first, sync
-from sdjax.parallel.sharding import path_name
+from sdjax.parallel.trees import path_name
 from sdjax.training.step import TrainState
 from sdjax.training.workdir import CHECKPOINTS
 

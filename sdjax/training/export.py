@@ -16,8 +16,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from sdjax.core.config import EXPORT
 from sdjax.core.tree import Params
-from sdjax.core.workdirs import EXPORT
 from sdjax.parallel.distributed import is_first, sync
 from sdjax.training.workdir import copy_tree, is_remote, write_whole
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from sdjax.core.prng import stream
 from sdjax.core.tree import Params, merge
-from sdjax.parallel.sharding import shapes_on, tree_shardings
+from sdjax.parallel.trees import shapes_on, tree_shardings
 from sdjax.training.task import Metrics, Task
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from sdjax.core.tree import Params, flatten, select
+from sdjax.core.tree import Params, Tree, flatten, unflatten
 from sdjax.data.loader import Loader
 
 Metrics = dict[str, Float[Array, ""]]
@@ -52,3 +53,20 @@ def split_frozen(task: Task, params: Params) -> tuple[Params, Params]:
     """Pretrained parameters as (frozen, initial values of trained ones)."""
     frozen, initial = select(params, tuple(flatten(task.frozen)))
     return frozen, initial
+
+
+def select(tree: Tree, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a tree into the leaves that patterns name and all others; branches without a leaf are left out.
+
+    Args:
+        tree: nested dictionaries.
+        patterns: shell patterns of slash-joined names; "unet" names all below it, "unet/*/to_k/*" some.
+    """
+    flat = flatten(tree)
+    named = {path for path in flat if any(_matches(path, pattern) for pattern in patterns)}
+    chosen = unflatten({path: leaf for path, leaf in flat.items() if path in named})
+    return chosen, unflatten({path: leaf for path, leaf in flat.items() if path not in named})
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}/*")

@@ -12,9 +12,10 @@ from benchmarks.devices import mesh_text, sent, take
 from benchmarks.models import random_params
 from sdjax.convert.components import FORMATS
 from sdjax.core.errors import UserError
-from sdjax.models.apply import apply
 from sdjax.models.autoencoder import Autoencoder, AutoencoderConfig
-from sdjax.parallel.mesh import make_mesh, parse_mesh
+from sdjax.models.conditioning import apply
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.mesh_text import parse_mesh
 from sdjax.parallel.sharding import placer
 from sdjax.pipeline.devices import Devices
 from sdjax.plan.programs import Program

@@ -25,7 +25,8 @@ from sdjax.convert.hub import resolve
 from sdjax.convert.ldm_families import LDM_FAMILIES
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
-from sdjax.data.word_pieces import load_word_pieces, train_word_pieces
+from sdjax.data.tokenizer_training import train_word_pieces
+from sdjax.data.word_pieces import load_word_pieces
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.bert import BertConfig
 from sdjax.models.unet import UNetConfig

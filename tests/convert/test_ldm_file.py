@@ -27,7 +27,7 @@ from sdjax.convert.original import outward
 from sdjax.convert.rules import export
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
-from sdjax.data.word_pieces import train_word_pieces
+from sdjax.data.tokenizer_training import train_word_pieces
 from sdjax.diffusion_model.model import build_model
 from sdjax.models.adm_classifier import ClassifierConfig
 from sdjax.models.autoencoder import VARIANTS as FIRST_STAGES

@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from sdjax.core.compile_cache import VARIABLE, keep_compiled
+from sdjax.core.compilation import VARIABLE, keep_compiled
 
 CODE = """
 import sys
 import jax
-from sdjax.core.compile_cache import keep_compiled
+from sdjax.core.compilation import keep_compiled
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 told = []
 jax.monitoring.register_event_listener(lambda event, **k: told.append(event.split("/")[-1]))

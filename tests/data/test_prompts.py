@@ -8,7 +8,8 @@ import pytest
 
 from sdjax.core.errors import UserError
 from sdjax.data.prompts import Span, chunk, parse, plain, stack
-from sdjax.data.tokenizers import train_tokenizer, with_placeholders
+from sdjax.data.tokenizer_training import train_tokenizer
+from sdjax.data.tokenizers import with_placeholders
 
 ROOM = 75
 WORDS = ("red", "heart", "cat", "dog", "hat", "flag")

@@ -10,7 +10,8 @@ from transformers import CLIPTokenizer
 
 from sdjax.core.errors import UserError
 from sdjax.data import openmoji
-from sdjax.data.tokenizers import load_tokenizer, train_tokenizer
+from sdjax.data.tokenizer_training import train_tokenizer
+from sdjax.data.tokenizers import load_tokenizer
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints/openmoji/tokenizer"
 ODD = [

@@ -14,8 +14,7 @@ from sdjax.convert.layout import Network, pieces_of
 from sdjax.convert.sizes import vae_config
 from sdjax.core.tree import size
 from sdjax.models import quantize
-from sdjax.models.autoencoder import VARIANTS, Autoencoder, VQConfig, autoencoder_of, posterior
-from sdjax.models.quantize import BETA
+from sdjax.models.autoencoder import BETA, VARIANTS, Autoencoder, VQConfig, autoencoder_of, posterior
 
 # Exact sizes of the published first stages (CompVis/latent-diffusion, Stability-AI/stablediffusion).
 TOTALS = {

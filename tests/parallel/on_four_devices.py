@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from sdjax.core.tree import nbytes
+from sdjax.parallel.batches import put_batch
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import put_batch
 from sdjax.training.step import init_state, make_step
 from sdjax.training.task import Task
 

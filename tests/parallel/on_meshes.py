@@ -21,9 +21,12 @@ from ml_collections import config_flags
 
 from sdjax.core.flags import define_processes, parse_flags, processes
 from sdjax.core.tree import Params, merge, nbytes
+from sdjax.parallel.batches import put_batch, rows_of_process
 from sdjax.parallel.distributed import initialise, is_first
-from sdjax.parallel.mesh import make_mesh, parse_mesh
-from sdjax.parallel.sharding import placer, put_batch, rows_of_process, tree_shardings
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.mesh_text import parse_mesh
+from sdjax.parallel.sharding import placer
+from sdjax.parallel.trees import tree_shardings
 from sdjax.tasks.make import make_task
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import TrainState, init_state, make_step

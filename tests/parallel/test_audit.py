@@ -16,7 +16,7 @@ from sdjax.core.errors import UserError
 from sdjax.core.tree import nbytes
 from sdjax.models import autoencoder, clip, unet
 from sdjax.parallel.audit import LIMIT, audit, check
-from sdjax.parallel.rules import spec_of
+from sdjax.parallel.sharding import spec_of
 
 ROOT = Path(__file__).parents[2]
 NETWORKS = [("unet", name, unet.VARIANTS[name]) for name in ("sd1", "sd2", "x4_upscaler", "sdxl", "sdxl_refiner")]
@@ -63,7 +63,7 @@ def test_tensor_parallelism_splits_what_makes_heads_and_takes_back_what_they_mad
 def test_moments_of_the_optimiser_are_split_as_their_parameters():
     import optax
 
-    from sdjax.parallel.sharding import path_name
+    from sdjax.parallel.trees import path_name
 
     params = {"unet": {"attn1": {"to_q": {"kernel": jax.ShapeDtypeStruct((640, 640), np.float32)}}}}
     state = jax.eval_shape(optax.adamw(1e-3).init, params)

@@ -16,8 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from sdjax.core.errors import UserError
 from sdjax.parallel.mesh import make_mesh, nearest_shapes, shapes_of
-from sdjax.parallel.rules import spec_of
-from sdjax.parallel.sharding import check_batch
+from sdjax.parallel.sharding import check_batch, spec_of
 
 SCRIPT = Path(__file__).with_name("on_four_devices.py")
 

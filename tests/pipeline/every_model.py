@@ -15,7 +15,8 @@ from tiny_checkpoints import random_params, tiny_checkpoint, write_tokenizer
 from sdjax.convert.adm_file import ADM_FAMILIES
 from sdjax.convert.components import ALL_FORMATS, Checkpoint, Component
 from sdjax.convert.folder import write_checkpoint, write_component
-from sdjax.data.word_pieces import load_word_pieces, train_word_pieces
+from sdjax.data.tokenizer_training import train_word_pieces
+from sdjax.data.word_pieces import load_word_pieces
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
 
 DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}

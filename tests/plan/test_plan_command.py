@@ -14,7 +14,8 @@ import pytest
 
 from configs.openmoji import get_config
 from sdjax.core.errors import UserError
-from sdjax.parallel.mesh import make_mesh, parse_mesh
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.mesh_text import parse_mesh
 from sdjax.plan.__main__ import read_command_line
 from sdjax.plan.chips import CHIPS, GIB, Chip, chip_of
 from sdjax.plan.plans import Part, Plan

@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from sdjax.core.errors import UserError
 from sdjax.core.tree import nbytes
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import device_bytes
+from sdjax.parallel.trees import device_bytes
 from sdjax.plan.programs import count_flops
 from sdjax.plan.sampling import Wanted, sampler_rows, sampling_programs
 from sdjax.plan.variants import VARIANTS, shaped

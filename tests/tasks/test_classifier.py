@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from sdjax.tasks.noisy_classifier import read_classifier
+from sdjax.tasks.pixels import Guide, draw
 from torch_reference import drawn
 
 from configs import classifiers, pixels
@@ -14,12 +16,11 @@ from sdjax.core.errors import UserError
 from sdjax.core.prng import image_keys
 from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import SamplerOptions, make_table, schedule_of
-from sdjax.models.apply import apply
+from sdjax.models.conditioning import apply
 from sdjax.models.unet2d import UNet2D, UNet2DConfig
 from sdjax.parallel.mesh import make_mesh
+from sdjax.tasks.classifier import classify
 from sdjax.tasks.make import make_task
-from sdjax.tasks.noisy_classifier import classify, read_classifier
-from sdjax.tasks.pixels import Guide, draw
 
 MESH = {"data": -1}
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sdjax.tasks.noisy_classifier import classify, read_classifier
+from sdjax.tasks.noisy_classifier import read_classifier
 from sdjax.tasks.pixels import Guide, draw
 
 import sdjax
@@ -33,6 +33,7 @@ from sdjax.eval.similarity import psnr
 from sdjax.models.autoencoder import autoencoder_of
 from sdjax.models.unet2d import UNet2D
 from sdjax.tasks.autoencoder import reconstruct
+from sdjax.tasks.classifier import classify
 
 pytestmark = pytest.mark.slow
 RUNS = "SDJAX_RUNS"

@@ -26,8 +26,9 @@ from sdjax.core.errors import UserError
 from sdjax.core.tree import Params, flatten, merge
 from sdjax.data.buckets import cover, resize_crop
 from sdjax.data.prepared import PreparedSource
+from sdjax.parallel.batches import put_batch
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import placer, put_batch
+from sdjax.parallel.sharding import placer
 from sdjax.prepare import prepare
 from sdjax.tasks.diffusion import checkpoint_of, drop_condition, make, make_model
 from sdjax.tasks.make import make_task

@@ -7,18 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.diffusion.samplers.ancestral import dpm2_a, dpmpp_2s_a, dpmpp_sde
 from sdjax.diffusion.samplers.consistency import lcm, tcd
 from sdjax.diffusion.samplers.ddpm import ddim, ddpm
-from sdjax.diffusion.samplers.deis import deis
 from sdjax.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m_sde
 from sdjax.diffusion.samplers.euler import euler, euler_a
-from sdjax.diffusion.samplers.lms import lms
+from sdjax.diffusion.samplers.multistep import deis, lms
 from sdjax.diffusion.samplers.noise_levels import SIGMA_SCHEDULES
 from sdjax.diffusion.samplers.options import TIMESTEP_SPACINGS, SamplerOptions, sampler_of, schedule_of
 from sdjax.diffusion.samplers.plms import plms
 from sdjax.diffusion.samplers.scan import first_noise, sample
-from sdjax.diffusion.samplers.second_order import dpm2, heun
+from sdjax.diffusion.samplers.second_order import dpm2, dpm2_a, dpmpp_2s_a, dpmpp_sde, heun
 from sdjax.diffusion.samplers.table import Plan, Table, batched, network_calls, stack
 from sdjax.diffusion.samplers.unipc import unipc
 from sdjax.diffusion.schedule import Schedule
@@ -40,25 +38,11 @@ __all__ = [
 ]
 
 SAMPLERS: dict[str, Callable[[Schedule, int, SamplerOptions, int], Plan]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "plms": plms,
-    "euler": euler,
-    "euler_a": euler_a,
-    "heun": heun,
-    "dpm2": dpm2,
-    "dpm2_a": dpm2_a,
-    "lms": lms,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_2m_sde": dpmpp_2m_sde,
-    "dpmpp_3m_sde": dpmpp_3m_sde,
-    "dpmpp_2s": dpmpp_2s,
-    "dpmpp_2s_a": dpmpp_2s_a,
-    "dpmpp_sde": dpmpp_sde,
-    "unipc": unipc,
-    "deis": deis,
-    "lcm": lcm,
-    "tcd": tcd,
+    sampler.__name__: sampler
+    for sampler in (
+        *(ddpm, ddim, plms, euler, euler_a, heun, dpm2, dpm2_a, lms, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde),
+        *(dpmpp_2s, dpmpp_2s_a, dpmpp_sde, unipc, deis, lcm, tcd),
+    )
 }
 SPACINGS = (*TIMESTEP_SPACINGS, *SIGMA_SCHEDULES)
 
@@ -87,7 +71,7 @@ def make_table(
     Args:
         sampler: a key of SAMPLERS.
         schedule: of the training.
-        steps: number of steps; Heun, DPM2, DPM2 a, DPM++ 2S a and DPM++ SDE call the network 2 steps - 1 times, PLMS
+        steps: Heun, DPM2, DPM2 a, DPM++ 2S a and DPM++ SDE call the network 2 steps - 1 times, PLMS
             steps + 1.
         options: None for the defaults of the sampler's class in diffusers, without clipping.
         spacing: one of SPACINGS in place of what the options say.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sdjax.core.errors import UserError
-from sdjax.diffusion.samplers.ddpm import LEAST_ABAR
+from sdjax.diffusion.samplers.ddpm import abar_at
 from sdjax.diffusion.samplers.options import SamplerOptions
 from sdjax.diffusion.samplers.table import Plan, Row, weights
 from sdjax.diffusion.schedule import Schedule, abar_to_sigma
@@ -16,7 +16,7 @@ SIGMA_DATA = 0.5
 def lcm(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
     """Multistep consistency sampling (Luo et al. 2023, algorithm 3; diffusers' LCMScheduler): x0, then fresh noise."""
     timesteps = distilled_timesteps(schedule, steps, options)[start:]
-    abar = np.maximum(schedule.alphas_cumprod[timesteps], LEAST_ABAR)
+    abar = abar_at(schedule, timesteps)
     sigmas = abar_to_sigma(abar)
     rows = []
     for t, share, sigma, target in zip(timesteps, abar, sigmas, [*sigmas[1:], 0.0], strict=True):
@@ -42,7 +42,7 @@ def tcd(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> 
     timesteps = distilled_timesteps(schedule, steps, options)[start:]
     # In float32, as diffusers multiplies: a whole product must not fall to the integer below.
     inner = np.floor(np.float32(1.0 - options.eta) * np.append(timesteps[1:], 0).astype(np.float32)).astype(int)
-    sigmas, ends = (_sigmas(schedule, chosen) for chosen in (timesteps, inner))
+    sigmas, ends = (abar_to_sigma(abar_at(schedule, chosen)) for chosen in (timesteps, inner))
     rows = []
     for i, (t, sigma, end) in enumerate(zip(timesteps, sigmas, ends, strict=True)):
         last = i == len(timesteps) - 1
@@ -61,21 +61,15 @@ def distilled_timesteps(schedule: Schedule, steps: int, options: SamplerOptions)
     """
     total, original = schedule.num_timesteps, options.original_inference_steps
     if options.timesteps is not None:
-        return _given(options.timesteps, steps, total)
+        given = np.array(options.timesteps)
+        if len(given) != steps or np.any(np.diff(given) >= 0) or given.min() < 0 or given.max() >= total:
+            raise UserError(
+                f"timesteps {list(options.timesteps)}: give {steps} descending integers of 0 to {total - 1}"
+            )
+        return given
     if not 1 <= original <= total:
         raise UserError(f"original_inference_steps {original}: choose 1 to {total}, the number of training timesteps")
     if not 1 <= steps <= original:
         raise UserError(f"steps {steps}: choose 1 to {original}, the steps this model was distilled on")
     distilled = (np.arange(1, original + 1) * (total // original) - 1)[::-1]
     return distilled[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)]
-
-
-def _given(timesteps: tuple[int, ...], steps: int, total: int) -> np.ndarray:
-    chosen = np.array(timesteps)
-    if len(chosen) != steps or np.any(np.diff(chosen) >= 0) or chosen.min() < 0 or chosen.max() >= total:
-        raise UserError(f"timesteps {list(timesteps)}: give {steps} descending integers of 0 to {total - 1}")
-    return chosen
-
-
-def _sigmas(schedule: Schedule, timesteps: np.ndarray) -> np.ndarray:
-    return abar_to_sigma(np.maximum(schedule.alphas_cumprod[timesteps], LEAST_ABAR))

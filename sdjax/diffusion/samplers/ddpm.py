@@ -13,10 +13,15 @@ LEAST_ABAR = 2.0**-40
 """A terminal abar of zero: sigma is 2^20, where x0 from v is exact to 1e-6."""
 
 
+def abar_at(schedule: Schedule, timesteps: np.ndarray | list[int]) -> np.ndarray:
+    """abar at integer timesteps, above zero."""
+    return np.maximum(schedule.alphas_cumprod[timesteps], LEAST_ABAR)
+
+
 def ddpm(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
     """DDPM (algorithm 2, eq. 7), also between timesteps that are not neighbours (iDDPM, section 4)."""
     timesteps = integer_timesteps(schedule, steps, options)[start:]
-    abar = _levels(schedule, timesteps)
+    abar = abar_at(schedule, timesteps)
     before = np.append(abar[1:], 1.0)
     rows = []
     for t, now, then, least in zip(timesteps, abar, before, _variances(timesteps, abar, before), strict=True):
@@ -51,7 +56,7 @@ def ddim(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
     spacing need not be where the next call is; and the direction keeps the noise from before x0 was clipped.
     """
     timesteps = integer_timesteps(schedule, steps, options)[start:]
-    abar = _levels(schedule, timesteps)
+    abar = abar_at(schedule, timesteps)
     ends = np.append(abar[1:], 1.0)  # the state's scale at the next call; the result is in the network's coordinates
     stride = schedule.num_timesteps // steps
     rows = []
@@ -69,9 +74,5 @@ def ddim(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
 def previous_abar(schedule: Schedule, timestep: int, options: SamplerOptions) -> float:
     """abar at a timestep; below 0 it is 1, or the first timestep's own unless set_alpha_to_one."""
     if timestep >= 0:
-        return float(np.maximum(schedule.alphas_cumprod[min(timestep, schedule.num_timesteps - 1)], LEAST_ABAR))
+        return float(abar_at(schedule, [min(timestep, schedule.num_timesteps - 1)])[0])
     return 1.0 if options.set_alpha_to_one else float(schedule.alphas_cumprod[0])
-
-
-def _levels(schedule: Schedule, timesteps: np.ndarray) -> np.ndarray:
-    return np.maximum(schedule.alphas_cumprod[timesteps], LEAST_ABAR)

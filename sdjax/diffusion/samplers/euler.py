@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from sdjax.diffusion.samplers.options import SamplerOptions
@@ -40,7 +42,7 @@ def ancestral_split(sigma: float, target: float, eta: float) -> tuple[float, flo
     return float(target * np.sqrt(kept)), float(target * np.sqrt(max(1.0 - kept, 0.0)))
 
 
-class Churned:
+class Churned(NamedTuple):
     """Levels at which the network is called once churn has raised them, and the noise that raises them.
 
     The noise that lifts step i + 1 is added by step i, whose own step is deterministic; that of the first step is part
@@ -53,20 +55,20 @@ class Churned:
         first_scale: of the noise at the beginning.
     """
 
-    def __init__(self, levels: Levels, raised: np.ndarray, timesteps: np.ndarray, options: SamplerOptions) -> None:
-        extra = options.s_noise * np.sqrt(np.maximum(raised**2 - levels.sigmas[:-1] ** 2, 0.0))
-        self.sigmas, self.timesteps = raised.tolist(), timesteps.tolist()
-        self.targets = levels.sigmas[1:].tolist()
-        self.noise = [*extra[1:].tolist(), 0.0]
-        self.first_scale = float(np.hypot(first_noise_scale(levels.sigmas[0], options), extra[0]))
+    sigmas: list[float]
+    timesteps: list[float]
+    targets: list[float]
+    noise: list[float]
+    first_scale: float
 
 
 def churn(schedule: Schedule, levels: Levels, options: SamplerOptions, start: int) -> Churned:
     """Raises levels in [s_tmin, s_tmax] by the factor 1 + min(s_churn / n, sqrt(2) - 1) (Karras et al., alg. 2)."""
     gamma = min(options.s_churn / len(levels.timesteps), np.sqrt(2.0) - 1.0)
-    tail = Levels(levels.sigmas[start:], levels.timesteps[start:])
-    sigmas = tail.sigmas[:-1]
+    sigmas, targets, timesteps = levels.sigmas[start:-1], levels.sigmas[start + 1 :], levels.timesteps[start:]
     chosen = (sigmas >= options.s_tmin) & (sigmas <= options.s_tmax) & (gamma > 0.0)
     raised = np.where(chosen, sigmas * (1.0 + gamma), sigmas)
-    timesteps = np.where(chosen, sigma_to_timestep(raised, schedule.sigmas), tail.timesteps)
-    return Churned(tail, raised, timesteps, options)
+    timesteps = np.where(chosen, sigma_to_timestep(raised, schedule.sigmas), timesteps)
+    extra = options.s_noise * np.sqrt(np.maximum(raised**2 - sigmas**2, 0.0))
+    first_scale = float(np.hypot(first_noise_scale(sigmas[0], options), extra[0]))
+    return Churned(raised.tolist(), timesteps.tolist(), targets.tolist(), [*extra[1:].tolist(), 0.0], first_scale)

@@ -23,12 +23,12 @@ Levels = Callable[[np.ndarray, int, float, float], np.ndarray]
 
 
 def sigma_schedule(name: str, sigmas: np.ndarray, steps: int, ends: tuple[float, float]) -> np.ndarray:
-    """[steps] descending noise levels.
+    """[steps] descending noise levels by a schedule of SIGMA_SCHEDULES.
 
     Args:
-        name: a key of SIGMA_SCHEDULES.
-        sigmas: [T] ascending levels of the training's schedule.
-        steps: how many, at least 1.
+        name: of the schedule.
+        sigmas: [T] ascending levels of the training.
+        steps: at least 1.
         ends: least and greatest level, for the schedules that are drawn between two ends.
 
     Raises:
@@ -41,7 +41,6 @@ def sigma_schedule(name: str, sigmas: np.ndarray, steps: int, ends: tuple[float,
 
 def karras(sigmas: np.ndarray, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
     """Evenly spaced in sigma^(1/7) (Karras et al. 2022, eq. 5)."""
-    del sigmas
     ramp = np.linspace(0.0, 1.0, steps)
     low, high = sigma_min ** (1.0 / RHO), sigma_max ** (1.0 / RHO)
     return (high + ramp * (low - high)) ** RHO
@@ -49,31 +48,26 @@ def karras(sigmas: np.ndarray, steps: int, sigma_min: float, sigma_max: float) -
 
 def exponential(sigmas: np.ndarray, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
     """Evenly spaced in log sigma (k-diffusion's get_sigmas_exponential)."""
-    del sigmas
     return np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), steps))
 
 
 def beta(sigmas: np.ndarray, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
     """Quantiles of Beta(0.6, 0.6) between the ends (Lee et al. 2024, "Beta Sampling is All You Need"; diffusers)."""
-    del sigmas
     return sigma_min + betaincinv(0.6, 0.6, 1.0 - np.linspace(0.0, 1.0, steps)) * (sigma_max - sigma_min)
 
 
 def kl_optimal(sigmas: np.ndarray, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
     """Evenly spaced in arctan sigma over the whole noise schedule (Sabour et al. 2024, theorem 3.1; ComfyUI)."""
-    del sigma_min, sigma_max
     return np.tan(np.linspace(np.arctan(sigmas[-1]), np.arctan(sigmas[0]), steps))
 
 
 def simple(sigmas: np.ndarray, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
     """Every T / n-th level of the noise schedule, counted from its end (ComfyUI, comfy/samplers.py)."""
-    del sigma_min, sigma_max
     return sigmas[len(sigmas) - 1 - (np.arange(steps) * (len(sigmas) / steps)).astype(int)]
 
 
 def sgm_uniform(sigmas: np.ndarray, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
     """n of n + 1 even timesteps, log sigma linear between them (ComfyUI and A1111; as Stability's sampler does)."""
-    del sigma_min, sigma_max
     last = len(sigmas) - 1
     return np.exp(np.interp(np.linspace(last, 0.0, steps + 1)[:-1], np.arange(last + 1), np.log(sigmas)))
 
@@ -82,7 +76,6 @@ def _align_your_steps(name: str) -> Levels:
     table = np.array(AYS[name])
 
     def levels(sigmas: np.ndarray, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
-        del sigma_min, sigma_max
         if not np.allclose([sigmas[-1], sigmas[0]], [table[0], table[-1]], rtol=0.02):
             raise UserError(
                 f"schedule {name!r} is made for noise levels of {table[-1]:g} to {table[0]:g}, this checkpoint's are "

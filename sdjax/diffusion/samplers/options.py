@@ -110,7 +110,10 @@ class SamplerOptions:
             known["disable_corrector"] = tuple(known["disable_corrector"])
         if known.get("algorithm_type") in scheduler.other_algorithms:
             del known["algorithm_type"]
-        chosen = _sigma_schedule(known)
+        asked = [name for name in _SIGMAS if known.pop(name, False)]
+        if len(asked) > 1:
+            raise UserError(f"scheduler_config.json: only one of {', '.join(asked)} can be true")
+        chosen = {"sigma_schedule": _SIGMAS[asked[0]]} if asked else {}
         return cls(**{**scheduler.defaults, **known, **chosen})
 
     @property
@@ -134,24 +137,21 @@ class _Class(NamedTuple):
 _SPACED = ("prediction_type", "timestep_spacing", "steps_offset")
 _CLIP = ("clip_sample", "clip_sample_range")
 _THRESHOLD = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+_PIXELS = (*_SPACED, *_CLIP, *_THRESHOLD)
 _SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 _SIGMA_FAMILY = (*_SPACED, *_SIGMAS)
 _ORDERS = ("solver_order", "solver_type", "lower_order_final", *_THRESHOLD, *_SIGMAS)
 _SOLVER = ("algorithm_type", "final_sigmas_type", "lambda_min_clipped", *_ORDERS)
 _MULTISTEP = (*_SPACED, *_SOLVER, "euler_at_final", "beta_schedule")
-_CONSISTENCY = (*_SPACED, "original_inference_steps")
 _LEADING: dict[str, Any] = {"timestep_spacing": "leading"}
 _ANCESTRAL: dict[str, Any] = {"eta": 1.0}
 _SDE = "sde-dpmsolver++"
+_OWN_SDE = {**_ANCESTRAL, "algorithm_type": _SDE}
 
 _CLASSES: dict[str, _Class] = {
-    "ddpm": _Class(
-        "DDPMScheduler", {**_LEADING, "clip_sample": True}, (*_SPACED, *_CLIP, *_THRESHOLD, "variance_type")
-    ),
+    "ddpm": _Class("DDPMScheduler", {**_LEADING, "clip_sample": True}, (*_PIXELS, "variance_type")),
     "ddim": _Class(
-        "DDIMScheduler",
-        {**_LEADING, "clip_sample": True, "set_alpha_to_one": True},
-        (*_SPACED, *_CLIP, *_THRESHOLD, "set_alpha_to_one"),
+        "DDIMScheduler", {**_LEADING, "clip_sample": True, "set_alpha_to_one": True}, (*_PIXELS, "set_alpha_to_one")
     ),
     "plms": _Class("PNDMScheduler", _LEADING, (*_SPACED, "skip_prk_steps", "set_alpha_to_one")),
     "lms": _Class("LMSDiscreteScheduler", {}, _SIGMA_FAMILY),
@@ -163,16 +163,11 @@ _CLASSES: dict[str, _Class] = {
     "dpmpp_2s_a": _Class(None, _ANCESTRAL, _SIGMA_FAMILY),
     "dpmpp_sde": _Class("DPMSolverSDEScheduler", _ANCESTRAL, _SIGMA_FAMILY),
     "dpmpp_2m": _Class("DPMSolverMultistepScheduler", {}, _MULTISTEP, ("deis", _SDE)),
-    "dpmpp_2m_sde": _Class(
-        "DPMSolverMultistepScheduler",
-        {**_ANCESTRAL, "algorithm_type": _SDE},
-        _MULTISTEP,
-        ("deis", "dpmsolver", "dpmsolver++"),
-    ),
+    "dpmpp_2m_sde": _Class("DPMSolverMultistepScheduler", _OWN_SDE, _MULTISTEP, ("deis", "dpmsolver", "dpmsolver++")),
     # k-diffusion's own: its first steps and its last are not those of a config.
     "dpmpp_3m_sde": _Class(
         "DPMSolverMultistepScheduler",
-        {**_ANCESTRAL, "algorithm_type": _SDE, "solver_order": 3, "solver_type": "heun", "lower_order_final": False},
+        {**_OWN_SDE, "solver_order": 3, "solver_type": "heun", "lower_order_final": False},
         (*_SPACED, *_THRESHOLD, *_SIGMAS, "final_sigmas_type", "lambda_min_clipped", "beta_schedule"),
     ),
     "dpmpp_2s": _Class(
@@ -189,8 +184,8 @@ _CLASSES: dict[str, _Class] = {
     "deis": _Class(
         "DEISMultistepScheduler", {"solver_type": "logrho", "final_sigmas_type": "sigma_min"}, (*_SPACED, *_ORDERS)
     ),
-    "lcm": _Class("LCMScheduler", _LEADING, (*_CONSISTENCY, *_CLIP, *_THRESHOLD, "timestep_scaling")),
-    "tcd": _Class("TCDScheduler", {**_LEADING, "eta": 0.3}, _CONSISTENCY),
+    "lcm": _Class("LCMScheduler", _LEADING, (*_PIXELS, "original_inference_steps", "timestep_scaling")),
+    "tcd": _Class("TCDScheduler", {**_LEADING, "eta": 0.3}, (*_SPACED, "original_inference_steps")),
 }
 
 # Settings whose other values change the picture and which no sampler here follows.
@@ -209,13 +204,10 @@ _ZERO_SNR = (
 )
 
 # beta_schedule, beta_start and beta_end where a class's defaults are not DDPM's.
+_KARRAS = ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
 _BETAS = {
-    "HeunDiscreteScheduler": ("linear", 0.00085, 0.012),
-    "KDPM2DiscreteScheduler": ("linear", 0.00085, 0.012),
-    "KDPM2AncestralDiscreteScheduler": ("linear", 0.00085, 0.012),
-    "DPMSolverSDEScheduler": ("linear", 0.00085, 0.012),
-    "LCMScheduler": ("scaled_linear", 0.00085, 0.012),
-    "TCDScheduler": ("scaled_linear", 0.00085, 0.012),
+    **{f"{name}Scheduler": ("linear", 0.00085, 0.012) for name in _KARRAS},
+    **{f"{name}Scheduler": ("scaled_linear", 0.00085, 0.012) for name in ("LCM", "TCD")},
 }
 
 
@@ -265,14 +257,6 @@ def _check_supported(config: Mapping[str, Any]) -> None:
             raise unknown(name, config[name], map(str, values), "scheduler_config.json")
     if config.get("algorithm_type") not in (None, "deis", *_CHOICES["algorithm_type"]):
         raise unknown("algorithm_type", config["algorithm_type"], _CHOICES["algorithm_type"], "scheduler_config.json")
-
-
-def _sigma_schedule(known: dict[str, Any]) -> dict[str, str]:
-    """Takes the three switches out of `known`."""
-    asked = [name for name in _SIGMAS if known.pop(name, False)]
-    if len(asked) > 1:
-        raise UserError(f"scheduler_config.json: only one of {', '.join(asked)} can be true")
-    return {"sigma_schedule": _SIGMAS[asked[0]]} if asked else {}
 
 
 def _own_solver_type(name: str, scheduler: _Class) -> str:

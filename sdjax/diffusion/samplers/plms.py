@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sdjax.core.errors import UserError
-from sdjax.diffusion.samplers.ddpm import LEAST_ABAR, previous_abar
+from sdjax.diffusion.samplers.ddpm import abar_at, previous_abar
 from sdjax.diffusion.samplers.options import SamplerOptions
 from sdjax.diffusion.samplers.spacing import integer_timesteps
 from sdjax.diffusion.samplers.table import (
@@ -22,12 +22,7 @@ from sdjax.diffusion.samplers.table import (
 from sdjax.diffusion.schedule import Schedule, abar_to_sigma
 
 # Adams-Bashforth by the number of predictions at hand (PNDM, eq. 12; the lower orders are PLMS's warm-up).
-_ADAMS = {
-    1: [1.0],
-    2: [3 / 2, -1 / 2],
-    3: [23 / 12, -16 / 12, 5 / 12],
-    4: [55 / 24, -59 / 24, 37 / 24, -9 / 24],
-}
+_ADAMS = {1: [1.0], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
 
 
 class _Call(NamedTuple):
@@ -59,29 +54,21 @@ def plms(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
 
 def _plan(schedule: Schedule, calls: list[_Call], options: SamplerOptions) -> Plan:
     """Rows in variance-exploding coordinates; the result stays in the network's."""
-    abar = np.maximum(schedule.alphas_cumprod[[call.timestep for call in calls]], LEAST_ABAR)
+    abar = abar_at(schedule, [call.timestep for call in calls])
     ends = np.append(abar[1:], 1.0)
     record = record_velocity if options.prediction_type == "v_prediction" else record_epsilon
     rows = []
     for call, now, end in zip(calls, abar, ends, strict=True):
         into = np.concatenate([[np.sqrt(now)], np.ones(len(UNCHANGED) - 1)])
         sigma = float(abar_to_sigma(now))
-        rows.append(
-            Row(
-                sigma,
-                float(call.timestep),
-                call.next_x * into / np.sqrt(end),
-                call.next_anchor * into,
-                record(sigma),
-                call.keep,
-            )
-        )
+        next_x, next_anchor = call.next_x * into / np.sqrt(end), call.next_anchor * into
+        rows.append(Row(sigma, float(call.timestep), next_x, next_anchor, record(sigma), call.keep))
     return Plan(rows, float(np.sqrt(1.0 / abar[0])))
 
 
 def _transfer(schedule: Schedule, now: int, then: int, options: SamplerOptions) -> tuple[float, float]:
     """Weights of x and of the prediction for the step from one timestep to another (PNDM, eq. 11; equals DDIM's)."""
-    a = float(np.maximum(schedule.alphas_cumprod[min(now, schedule.num_timesteps - 1)], LEAST_ABAR))
+    a = float(abar_at(schedule, [min(now, schedule.num_timesteps - 1)])[0])
     b = previous_abar(schedule, then, options)
     of_x = np.sqrt(b / a)
     of_noise = np.sqrt(1.0 - b) - np.sqrt(b * (1.0 - a) / a)
@@ -128,11 +115,8 @@ def _runge_kutta_calls(schedule: Schedule, timesteps: np.ndarray, stride: int, o
         calls.append(_Call(middle, weights(anchor=mid_x, predictions=[mid_p])))
         # x is mid_x anchor + mid_p (second prediction): the anchor takes up the sum of the first three, from which the
         # fourth call makes the step.
-        gathered = weights(
-            x=end_p / 3 / mid_p,
-            anchor=end_x - end_p / 3 * mid_x / mid_p,
-            predictions=[end_p / 3, end_p / 6],
-        )
+        of_x, of_anchor = end_p / 3 / mid_p, end_x - end_p / 3 * mid_x / mid_p
+        gathered = weights(x=of_x, anchor=of_anchor, predictions=[end_p / 3, end_p / 6])
         calls.append(_Call(middle, weights(anchor=end_x, predictions=[end_p]), gathered))
         calls.append(_Call(end, weights(anchor=1.0, predictions=[end_p / 6])))
     return calls + _adams_calls(schedule, timesteps[3:], stride, options, kept=3)

@@ -35,12 +35,7 @@ class State(NamedTuple):
 
 
 def first_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b *space c"]:
-    """Standard normal noise of each image, from its own key alone and apart from that of every row.
-
-    Args:
-        keys: [b].
-        shape: of one image's latents.
-    """
+    """Standard normal noise of each image, of this shape, from its own key alone and apart from that of every row."""
     return _noise(keys, jnp.full(len(keys), _FIRST_NOISE, jnp.int32), shape)
 
 
@@ -105,7 +100,12 @@ def sample(
         x_init: in variance-exploding coordinates: first_scale noise, or x0 + sigma[0] noise.
         keys, between, given: as in `advance`.
     """
-    tables = jax.tree.map(lambda values: jnp.broadcast_to(values, (len(x_init), *values.shape)), _to_device(table))
+
+    def rows(values: Array | np.ndarray) -> Array:
+        on_device = jnp.asarray(values, jnp.float32 if values.dtype == np.float64 else values.dtype)
+        return jnp.broadcast_to(on_device, (len(x_init), *values.shape))
+
+    tables = jax.tree.map(rows, table)
     return advance(denoise, tables, init_state(x_init), keys, (0, jnp.sum(table.active)), between, given).x
 
 
@@ -143,10 +143,6 @@ def _limit(x0: Array, limits: Float[Array | np.ndarray, "b 3"]) -> Array:
 
     # The quantile sorts every image: only where some image asks for it.
     return jax.lax.cond(jnp.any(ratio > 0.0), dynamic, lambda x0: static_threshold(x0, clip), x0)
-
-
-def _to_device(table: Table) -> Table:
-    return jax.tree.map(lambda v: jnp.asarray(v, jnp.float32 if v.dtype == np.float64 else v.dtype), table)
 
 
 def _noise(keys: Key[Array, " b"], index: Int[Array, " b"], shape: tuple[int, ...]) -> Array:

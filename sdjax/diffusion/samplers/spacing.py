@@ -61,9 +61,7 @@ def sigma_levels(schedule: Schedule, steps: int, options: SamplerOptions, round_
     """Levels of Euler, Heun, LMS, DPM2 and their kin: sigmas between timesteps, or a schedule between their ends.
 
     Args:
-        schedule: of the training.
-        steps: n.
-        options: spacing, offset, sigma schedule, final level.
+        schedule, steps, options: of which spacing, offset, sigma schedule and final level count.
         round_karras: tell the network whole timesteps under Karras (diffusers' KDPM2 schedulers do).
 
     Raises:
@@ -86,9 +84,7 @@ def solver_levels(schedule: Schedule, steps: int, options: SamplerOptions, repea
     """Levels of the DPM-Solver family: whole timesteps, one more is spaced than used; others over the whole schedule.
 
     Args:
-        schedule: of the training.
-        steps: n.
-        options: spacing, offset, sigma schedule, final level, lambda_min_clipped.
+        schedule, steps, options: as in `sigma_levels`, with lambda_min_clipped.
         repeat_last: under a sigma schedule, to end at sigma_min is to end at the last level (UniPC and DEIS).
 
     Raises:
@@ -128,7 +124,7 @@ def final_sigma(schedule: Schedule, options: SamplerOptions) -> float:
 
 def first_noise_scale(sigma: float, options: SamplerOptions) -> float:
     """init_noise_sigma of Euler, Heun, LMS and DPM2: sigma, or sqrt(sigma^2 + 1) with leading spacing."""
-    return float(np.sqrt(sigma**2 + 1.0)) if options.timestep_spacing == "leading" else float(sigma)
+    return variance_preserving_scale(sigma) if options.timestep_spacing == "leading" else float(sigma)
 
 
 def variance_preserving_scale(sigma: float) -> float:

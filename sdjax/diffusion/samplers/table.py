@@ -31,7 +31,7 @@ class Row(NamedTuple):
         record: weights on (x, x0, x0 before clipping) that make this call's prediction.
         keep: whether the prediction joins the kept ones.
         log_variance: bounds between which a learned variance lies, as a factor on the noise; (0, 0) without one.
-        drift: weight on that variance times the gradient of a guide, see `denoise.Drawn`; where it is 0, the gradient
+        drift: weight on that variance times the gradient of a guide, see `denoise.Guided`; where it is 0, the gradient
             moves x0.
     """
 
@@ -115,8 +115,7 @@ def stack(plan: Plan, limits: tuple[float, float, float], rows_without_start: in
     """Stacks and pads a plan's rows.
 
     Args:
-        plan: at least one row.
-        limits: see `Table`.
+        plan, limits: at least one row, and what `Table` says of limits.
         rows_without_start: number of rows had the plan begun at its first step: it decides the padded length, so that
             beginning later compiles nothing.
 
@@ -148,11 +147,7 @@ def stack(plan: Plan, limits: tuple[float, float, float], rows_without_start: in
 
 
 def padded_length(rows: int) -> int:
-    """The least of LENGTHS that holds so many rows.
-
-    Raises:
-        UserError: none does.
-    """
+    """The least of LENGTHS that holds so many rows; a UserError where none does."""
     for length in LENGTHS:
         if rows <= length:
             return length

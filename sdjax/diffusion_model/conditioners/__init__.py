@@ -8,10 +8,10 @@ from typing import Any
 from sdjax.diffusion_model.conditioner import Conditioner
 from sdjax.diffusion_model.conditioners.class_label import EMBEDDER, BackboneClassConditioner, ClassConditioner
 from sdjax.diffusion_model.conditioners.inpaint import InpaintConditioner
-from sdjax.diffusion_model.conditioners.label_map import RESCALER, LabelMapConditioner
-from sdjax.diffusion_model.conditioners.low_resolution import LowResolutionConditioner
+from sdjax.diffusion_model.conditioners.maps import RESCALER, LabelMapConditioner
 from sdjax.diffusion_model.conditioners.neighbours import NeighbourConditioner
 from sdjax.diffusion_model.conditioners.tokens import BERT, BertTextConditioner, LayoutConditioner
+from sdjax.diffusion_model.conditioners.upscale import LowResolutionConditioner
 
 TEXT = "text"
 """Prompts through text encoders, whose conditioner also needs tokenizers: see `sdjax.diffusion_model.model`."""
@@ -33,7 +33,6 @@ def _layout(configs: Mapping[str, Any], settings: Mapping[str, Any]) -> Conditio
 
 
 def _inpainting(configs: Mapping[str, Any], settings: Mapping[str, Any]) -> Conditioner:
-    del settings
     return InpaintConditioner(configs["vae"].latent_channels, configs["vae"].factor, stable_diffusion=False)
 
 

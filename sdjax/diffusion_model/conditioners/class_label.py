@@ -13,8 +13,7 @@ from jaxtyping import Array, Key, PRNGKeyArray
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.tree import Params
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
-from sdjax.models.apply import apply
-from sdjax.models.conditioning import Cond
+from sdjax.models.conditioning import Cond, apply
 from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig
 
 EMBEDDER, LABEL = "class_embedder", "label"
@@ -52,7 +51,6 @@ class ClassConditioner(Conditioner):
         return {LABEL: np.int32(class_number(required(inputs, "class_label", host.name), classes, host))}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del keys
         return Cond(context=apply(ClassEmbedder(self.config), params[EMBEDDER], jnp.asarray(columns[LABEL])))
 
     def null(self, columns: Columns) -> Columns | None:
@@ -79,7 +77,6 @@ class BackboneClassConditioner(Conditioner):
         return {LABEL: np.int32(class_number(required(inputs, "class_label", host.name), self.classes, host))}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del params, keys
         return Cond(label=jnp.asarray(columns[LABEL]))
 
 

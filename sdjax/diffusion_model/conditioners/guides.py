@@ -19,7 +19,7 @@ from sdjax.diffusion.guidance import classifier_guided, image_guided
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.diffusion_model.conditioners.class_label import LABEL, class_number
 from sdjax.models.adm_classifier import ClassifierConfig, classifier_of
-from sdjax.models.apply import apply
+from sdjax.models.conditioning import apply
 
 CLASSIFIER, CLASSIFIER_SCALE = "classifier", "classifier_scale"
 RESEMBLE, RESEMBLE_SCALE = "resemble", "resemble_scale"
@@ -45,7 +45,6 @@ class ClassifierGuide(Conditioner):
         return {LABEL: np.int32(label), CLASSIFIER_SCALE: np.float32(1.0 if scale is None else scale)}
 
     def steer(self, params: Params, columns: Columns, denoise: Denoise, decode: Callable[..., Array]) -> Denoise:
-        del decode
         labels, classifier = jnp.asarray(columns[LABEL]), classifier_of(self.config)
 
         def log_probability(x: Array, t: Array) -> Float[Array, " b"]:

@@ -61,7 +61,6 @@ class InpaintConditioner(Conditioner):
         return {LATENTS: (image * 2.0 - 1.0) * kept if self.stable_diffusion else image * kept * 2.0 - 1.0}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del params, keys
         # The nearest pixel of a latent is the first of its block (torch's interpolate, "nearest").
         mask = jnp.asarray(columns[MASK], jnp.float32)[:, :: self.factor, :: self.factor]
         latents = jnp.asarray(columns[LATENTS])

@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
-from sdjax.data.embeddings import read_embeddings
+from sdjax.data.image_inputs import read_embeddings
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.models.conditioning import Cond
 
@@ -47,7 +47,6 @@ class NeighbourConditioner(Conditioner):
         return {NEIGHBOURS: array.astype(np.float32)}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del params, keys
         return Cond(context=jnp.asarray(columns[NEIGHBOURS], jnp.float32))
 
     def null(self, columns: Columns) -> Columns:

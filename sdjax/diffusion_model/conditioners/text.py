@@ -100,7 +100,6 @@ class TextConditioner(Conditioner):
         return columns
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del keys
         text = self.embeddings(params, columns)
         if not self.numbers:
             return Cond(context=text.context)

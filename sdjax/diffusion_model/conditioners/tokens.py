@@ -17,9 +17,8 @@ from sdjax.core.tree import Params
 from sdjax.data.layout import LayoutTokens
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.diffusion_model.conditioners.class_label import class_number
-from sdjax.models.apply import apply
 from sdjax.models.bert import Bert, BertConfig
-from sdjax.models.conditioning import Cond
+from sdjax.models.conditioning import Cond, apply
 
 BERT, TOKENS = "bert", "tokens"
 
@@ -52,7 +51,6 @@ class TokenConditioner(Conditioner):
         return {BERT: dict(Bert(self.bert).init(key, jnp.zeros((1, self.bert.max_length), jnp.int32))["params"])}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del keys
         return Cond(context=apply(Bert(self.bert), params[BERT], jnp.asarray(columns[TOKENS])))
 
     def null(self, columns: Columns) -> Columns | None:

@@ -1,4 +1,4 @@
-"""DEIS: the noise prediction as a polynomial in log rho, integrated exactly (Zhang & Chen 2023, log-rho AB-DEIS)."""
+"""Multistep methods that integrate a polynomial through the last predictions exactly: LMS in sigma, DEIS in log rho."""
 
 from __future__ import annotations
 
@@ -7,13 +7,39 @@ from numpy.polynomial import polynomial
 
 from sdjax.diffusion.samplers.dpm_solver import FEW_STEPS
 from sdjax.diffusion.samplers.options import SamplerOptions
-from sdjax.diffusion.samplers.spacing import solver_levels, variance_preserving_scale
-from sdjax.diffusion.samplers.table import Plan, Row, network_coordinates, record_epsilon, weights
+from sdjax.diffusion.samplers.spacing import first_noise_scale, sigma_levels, solver_levels, variance_preserving_scale
+from sdjax.diffusion.samplers.table import HISTORY, Plan, Row, network_coordinates, record_epsilon, weights
 from sdjax.diffusion.schedule import Schedule
 
 
+def lms(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+    """Adams-Bashforth in sigma with exact coefficients, up to order 4 (k-diffusion's sample_lms)."""
+    levels = sigma_levels(schedule, steps, options)
+    sigmas, timesteps = levels.sigmas[start:], levels.timesteps[start:]
+    rows = []
+    for i, t in enumerate(timesteps):
+        nodes = sigmas[max(i - HISTORY + 1, 0) : i + 1][::-1]
+        next_x = weights(x=1.0, predictions=lagrange_integrals(nodes, sigmas[i], sigmas[i + 1]))
+        rows.append(Row(float(sigmas[i]), float(t), next_x, record=record_epsilon(float(sigmas[i]))))
+    return Plan(rows, first_noise_scale(sigmas[0], options))
+
+
+def lagrange_integrals(nodes: np.ndarray, lower: float, upper: float) -> list[float]:
+    """Integrals from lower to upper of the Lagrange basis on `nodes`."""
+    # Shifted and scaled by the interval: high powers of sigma would cancel.
+    scale = upper - lower
+    nodes = (nodes - lower) / scale
+    integrals = []
+    for i, node in enumerate(nodes):
+        others = np.delete(nodes, i)
+        basis = polynomial.polyfromroots(others) / np.prod(node - others)
+        integrals.append(float(scale * polynomial.polyval(1.0, polynomial.polyint(basis))))
+    return integrals
+
+
 def deis(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
-    """DEIS of order up to 3, lower at both ends; ends at the schedule's least level (diffusers' DEISMultistep)."""
+    """DEIS of order up to 3, lower at both ends; ends at the schedule's least level (Zhang & Chen 2023, log-rho
+    AB-DEIS; diffusers' DEISMultistep)."""
     levels = solver_levels(schedule, steps, options, repeat_last=True)
     total = len(levels.timesteps)
     few = options.lower_order_final and total < FEW_STEPS

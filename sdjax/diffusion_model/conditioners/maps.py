@@ -1,4 +1,4 @@
-"""Label maps (LDM, section 4.3.2): the map, made small by a learned rescaler, joined to the latents."""
+"""Maps joined to the noisy latents: label maps (LDM, section 4.3.2), depth (stabilityai/stable-diffusion-2-depth)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from jaxtyping import Array, Key, PRNGKeyArray
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
+from sdjax.data.image_inputs import load_depth
 from sdjax.data.pictures import picture_size, read_labels
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
-from sdjax.models.apply import apply
-from sdjax.models.conditioning import Cond
+from sdjax.models.conditioning import Cond, apply
 from sdjax.models.embedders import Rescaler, RescalerConfig
 
-RESCALER, LABEL_MAP = "rescaler", "label_map"
+RESCALER, LABEL_MAP, DEPTH = "rescaler", "label_map", "depth"
 
 
 @dataclass(frozen=True)
 class LabelMapConditioner(Conditioner):
-    """`label_map`, uint8 [b H W].
+    """`label_map`, uint8 [b H W], made small by a learned rescaler.
 
     Attributes:
         config: of the rescaler.
@@ -45,7 +45,6 @@ class LabelMapConditioner(Conditioner):
         return {RESCALER: dict(Rescaler(self.config).init(key, jnp.zeros((1, side, side), jnp.int32))["params"])}
 
     def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
-        del factor
         given = inputs.get(LABEL_MAP)
         if given is None:
             return None
@@ -55,11 +54,8 @@ class LabelMapConditioner(Conditioner):
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         given = required(inputs, LABEL_MAP, host.name)
         labels = read_labels(given, host.size) if isinstance(given, str | Path) else np.asarray(given)
-        if (
-            labels.ndim != 2
-            or labels.dtype.kind not in "ui"
-            or not 0 <= labels.min() <= labels.max() < self.config.classes
-        ):
+        integers = labels.ndim == 2 and labels.dtype.kind in "ui"
+        if not integers or not 0 <= labels.min() <= labels.max() < self.config.classes:
             raise UserError(
                 f"label_map holds {labels.dtype} {list(labels.shape)} up to {labels.max()}; {host.name} takes "
                 f"[height, width] of the classes 0 to {self.config.classes - 1}"
@@ -67,5 +63,19 @@ class LabelMapConditioner(Conditioner):
         return {LABEL_MAP: labels.astype(np.uint8)}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        del keys
         return Cond(concat=apply(Rescaler(self.config), params[RESCALER], jnp.asarray(columns[LABEL_MAP])))
+
+
+@dataclass(frozen=True)
+class DepthConditioner(Conditioner):
+    """`depth`, float32 [b h w 1] in [-1, 1], as large as the latents."""
+
+    @property
+    def traits(self) -> Traits:
+        return Traits((DEPTH,), concat_channels=1)
+
+    def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
+        return {DEPTH: load_depth(required(inputs, DEPTH, host.name), host.latents)}
+
+    def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
+        return Cond(concat=jnp.asarray(columns[DEPTH]))
