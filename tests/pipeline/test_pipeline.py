@@ -30,7 +30,6 @@ def test_nothing_that_changes_between_calls_compiles(folder, compilations):
     picture, mask = np.zeros((SIZE, SIZE, 3), np.uint8), np.eye(SIZE, dtype=bool)
     calls = [pipe(["a", "b"], batch_size=2, **FAST)]
     pipe(["a", "b"], batch_size=2, init_image=picture, **FAST)
-    assert compilations, "the listener hears nothing"
     compilations.clear()
     again = {"batch_size": 2}
     pipe("red heart", **again, **FAST)
