@@ -311,19 +311,20 @@ def _prepare_entry(
     pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], size: tuple[int, int], tables: Sequence[Table]
 ) -> Row:
     guidance = float(given["guidance_scale"])
+    image = mask = None
+    inputs = dict(entry)  # with what was read here, so that conditioners do not read it again
+    if entry.get("mask") is not None:
+        check_mask_size(entry["init_image"], entry["mask"])
+        mask = inputs["mask"] = load_mask(entry["mask"], size)
+    if entry.get("init_image") is not None and pipe.begins_from_images:
+        image = inputs["init_image"] = load_image(entry["init_image"], size)
     parts = []
     for one, table in zip([pipe, pipe.refiner], tables, strict=False):
         assert one is not None, "a second table is a refiner's"
-        columns = one.model.conditioner.encode(entry, one.host(size))
+        columns = one.model.conditioner.encode(inputs, one.host(size))
         # 1 or less is none, as in diffusers; so is 0 for models distilled to need none.
         guided = guidance > 1.0 and not one.is_distilled and one.model.has_null
         parts.append(Part(columns, table, guided))
-    image = mask = None
-    if entry.get("mask") is not None:
-        check_mask_size(entry["init_image"], entry["mask"])
-        mask = load_mask(entry["mask"], size)
-    if entry.get("init_image") is not None and pipe.begins_from_images:
-        image = load_image(entry["init_image"], size)
     feather = given.get("feather", pipe.model.conditioner.traits.feather)
     return Row(
         parts=tuple(parts),

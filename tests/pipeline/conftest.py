@@ -123,5 +123,8 @@ def compilations():
             compiled.append(seconds)
 
     jax.monitoring.register_event_duration_secs_listener(listener)
+    jax.jit(lambda x: x + 1)(0)
+    assert compiled, "the listener hears nothing"
+    compiled.clear()
     yield compiled
     jax.monitoring.unregister_event_duration_listener(listener)
