@@ -13,8 +13,19 @@ from sdjax.core.errors import UserError
 from sdjax.parallel.distributed import is_first, sync
 
 OWNER = "config.json"
-ADDED = {"data.crop": "centre", "data.crop_sides": [1.0, 1.0]}
+ADDED = {"data.crop": "centre", "data.crop_sides": [1.0, 1.0], "train.trainable": []}
 """Keys that configs of earlier versions lack, with what those did."""
+RENAMED = {
+    "noisy_classifier": "classifier",
+    **dict.fromkeys(
+        (
+            *("class_conditional", "inpainting", "layout", "pixels", "retrieval", "semantic_synthesis"),
+            *("stable_diffusion", "super_resolution", "text_bert", "text_to_image", "unconditional"),
+        ),
+        "diffusion",
+    ),
+}
+"""Tasks of version 0.1, which had other settings, with their names of today."""
 CHECKPOINTS = "checkpoints"
 
 
@@ -55,7 +66,8 @@ def check_owner(workdir: epath.Path, config: dict[str, Any], free: tuple[str, ..
         free: dotted keys that may change between runs, such as "train.steps"; a section's name frees all of it.
 
     Raises:
-        UserError: the folder belongs to another config; the message names the first key that differs.
+        UserError: the folder belongs to another config; the message names the first key that differs. Or an earlier
+            version began it.
     """
     path, checkpoints = workdir / OWNER, workdir / CHECKPOINTS
     if not path.exists():
@@ -66,6 +78,12 @@ def check_owner(workdir: epath.Path, config: dict[str, Any], free: tuple[str, ..
         owner = _dotted(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    task = owner.get("task.name")
+    if task in RENAMED:
+        raise UserError(
+            f"{workdir} was begun by an earlier version, whose task {task!r} this one calls {RENAMED[task]!r}, with "
+            "other settings; finish it with sdjax 0.1, or begin a new --workdir"
+        )
     mine = _dotted(json.loads(json.dumps(config)))
     owner = {key: value for key, value in ADDED.items() if key in mine} | owner
     for key in sorted(owner.keys() | mine.keys()):

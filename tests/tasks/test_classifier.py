@@ -1,4 +1,4 @@
-"""ADM's classifier as a task, and pictures drawn to a class by it."""
+"""ADM's classifier as a task, and images that it leads to a class."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from sdjax.tasks.noisy_classifier import read_classifier
-from sdjax.tasks.pixels import Guide, draw
 from torch_reference import drawn
 
+import sdjax
 from configs import classifiers, pixels
+from sdjax.convert.components import FORMATS, Checkpoint, Component
+from sdjax.convert.folder import write_checkpoint
 from sdjax.core.errors import UserError
-from sdjax.core.prng import image_keys
+from sdjax.data.pictures import to_uint8
 from sdjax.diffusion.loss import gather, uniform_timesteps
-from sdjax.diffusion.samplers import SamplerOptions, make_table, schedule_of
+from sdjax.diffusion.samplers import schedule_of
 from sdjax.models.conditioning import apply
-from sdjax.models.unet2d import UNet2D, UNet2DConfig
+from sdjax.models.unet2d import UNet2DConfig
 from sdjax.parallel.mesh import make_mesh
-from sdjax.tasks.classifier import classify
+from sdjax.tasks.classifier import classify, read_classifier
 from sdjax.tasks.make import make_task
 
 MESH = {"data": -1}
@@ -29,6 +30,7 @@ MESH = {"data": -1}
 def classifier():
     """The config, the task, and random parameters, none of them zero."""
     config = classifiers.get_config("openmoji_tiny")
+    config.model.classifier.update(channels=(32, 64), layers_per_block=1)
     task = make_task(config, make_mesh(MESH))
     return config, task, drawn(jax.eval_shape(task.init, jax.random.key(0)))
 
@@ -55,43 +57,44 @@ def test_the_loss_is_the_cross_entropy_of_noisy_pictures(classifier, tmp_path):
     np.testing.assert_allclose(classify(model, read, batch["image"]), clean, atol=1e-5)
 
 
-@pytest.mark.parametrize(("sampler", "spacing"), [("ddpm", "linspace"), ("ddim", "leading")])
-def test_a_guide_draws_pictures_to_their_class(sampler, spacing, classifier, tmp_path):
-    """With more of it the classifier is surer; without any, pictures are those of no guide.
+@pytest.mark.parametrize(("sampler", "schedule"), [("ddpm", "linspace"), ("ddim", "leading")])
+def test_a_guide_leads_images_to_their_class(sampler, schedule, classifier, tmp_path):
+    """With more of it the classifier is surer; with none, images are those without a classifier.
 
-    But for DDIM, whose direction ADM takes from the clipped picture, and diffusers from the network's own.
+    But for DDIM, whose direction ADM takes from the clipped image, and diffusers from the network's own.
     """
     _, task, params = classifier
-    task.export(params, tmp_path)
-    model, judge = read_classifier(tmp_path)
-    unet = UNet2D(UNet2DConfig((8,), (), (1,), out_channels=6, layers_per_block=1, groups=4))
-    x = jnp.zeros((1, 16, 16, 3))
-    weights = drawn(jax.eval_shape(unet.init, jax.random.key(0), x, jnp.zeros(1))["params"])
+    task.export(params, tmp_path / "classifier")
+    model, judge = read_classifier(tmp_path / "classifier")
+    config = UNet2DConfig((8,), (), (1,), out_channels=6, layers_per_block=1, groups=4)
+    weights = drawn(FORMATS["unet"].shapes(config))
     weights["conv_out"] = jax.tree.map(np.zeros_like, weights["conv_out"])  # the noise stays: only the guide moves it
     scheduler = pixels.get_config("iddpm_64_tiny").task.scheduler.to_dict()
-    options = SamplerOptions.from_scheduler_config(scheduler, sampler)
-    table = make_table(sampler, schedule_of(scheduler), 8, options, spacing=spacing)
-    keys, labels = image_keys(0, jnp.arange(4)), np.arange(4)
-    plain = draw(unet, weights, table, keys, 16, "epsilon")
-    sure = []
+    components = {"unet": Component(config, weights, {"sample_size": 16})}
+    write_checkpoint(
+        tmp_path / "model", Checkpoint(components=components, scheduler=scheduler, conditioning="unconditional")
+    )
+    settings = {"sampler": sampler, "schedule": schedule, "steps": 6, "seed": 0}
+    plain = sdjax.load(tmp_path / "model")(**settings, num_images=2)
+    pipe = sdjax.load(tmp_path / "model", classifier=tmp_path / "classifier")
+    labels, sure = range(2), []
     for scale in (0.0, 1.0, 4.0):
-        images = np.asarray(draw(unet, weights, table, keys, 16, "epsilon", labels, Guide(model, judge, scale)))
+        images = pipe(class_label=list(labels), classifier_scale=scale, **settings)
         if scale == 0.0 and sampler == "ddpm":
             np.testing.assert_allclose(images, plain, atol=1e-5)
-        logits = jax.nn.log_softmax(classify(model, judge, (images * 255).round().astype(np.uint8)))
-        sure.append(float(logits[np.arange(4), labels].mean()))
+        logits = jax.nn.log_softmax(classify(model, judge, to_uint8(images)))
+        sure.append(float(logits[np.arange(2), np.arange(2)].mean()))
     assert sure[0] < sure[1] < sure[2]
 
 
-def test_a_unet_of_classes_draws_another_picture_for_another_class():
+def test_the_loss_depends_on_the_class():
+    """ADM's own embedding of a class."""
     config = pixels.get_config("adm_64_tiny")
-    with config.model.unet.unlocked(), config.model.unet.ignore_type():
-        config.model.unet.classes = 10
+    config.model.unet.update(channels=(32,), heads=(1,), attention_levels=(), classes=10)
     config.data.source = "openmoji"
     task = make_task(config, make_mesh(MESH))
     params = drawn(jax.eval_shape(task.init, jax.random.key(0)))
-    batch = next(task.batch(params))
-    assert batch["label"].shape == (8,)
+    batch = {name: rows[:2] for name, rows in next(task.batch(params)).items()}
     loss = jax.jit(task.loss)
     values = [
         float(loss(params, {**batch, "label": (batch["label"] + i) % 10}, jax.random.key(0), 0)[0]) for i in (0, 1)

@@ -106,3 +106,15 @@ def test_a_key_that_an_earlier_version_lacked_means_what_it_did(tmp_path):
     check_owner(epath.Path(tmp_path), {"data": {"source": "a"}}, ())
     with pytest.raises(UserError, match=r"data.crop is 'centre' there and 'random' here"):
         check_owner(epath.Path(tmp_path), {"data": {"source": "a", "crop": "random"}}, ())
+
+
+@pytest.mark.parametrize(("task", "now"), [("class_conditional", "diffusion"), ("noisy_classifier", "classifier")])
+def test_a_run_of_the_first_version_is_refused(task, now, tmp_path):
+    """Its tasks had other names and other settings; first stages are what they were."""
+    workdir = epath.Path(tmp_path)
+    claim(workdir, {"task": {"name": task, "caption_dropout": 0.1}})
+    message = rf"{tmp_path} was begun by an earlier version, whose task '{task}' this one calls '{now}', .* sdjax 0\.1"
+    with pytest.raises(UserError, match=message):
+        check_owner(workdir, {"task": {"name": now, "dropout": 0.1}}, ())
+    (workdir / "config.json").write_text('{"task": {"name": "autoencoder"}, "train": {}}')
+    check_owner(workdir, {"task": {"name": "autoencoder"}, "train": {"trainable": ()}}, ())
