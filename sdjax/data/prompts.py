@@ -135,9 +135,9 @@ def plain(tokenizer: Tokenizer, prompt: str) -> tuple[Chunks, list[Report]]:
     return Chunks(ids, np.ones(ids.shape, np.float32)), [Report("cut", cut, why)] if cut else []
 
 
-def stack(tokenizer: Tokenizer, prompts: Sequence[Chunks]) -> Chunks:
-    """Several prompts as one [b, n, l]: those with fewer chunks get chunks of the empty prompt at their end."""
-    n = max(len(prompt.ids) for prompt in prompts)
+def stack(tokenizer: Tokenizer, prompts: Sequence[Chunks], least: int = 1) -> Chunks:
+    """Several prompts as one [b, n, l], n at least `least`: shorter ones end with chunks of the empty prompt."""
+    n = max(least, *(len(prompt.ids) for prompt in prompts))
     empty = tokenizer.encode([""])
     ids = [np.concatenate([prompt.ids, *[empty] * (n - len(prompt.ids))]) for prompt in prompts]
     ones = np.ones_like(empty, np.float32)

@@ -235,11 +235,7 @@ def in_unit_range(images: Array | np.ndarray) -> Array:
 
 
 def required(inputs: Mapping[str, Any], name: str, model: str) -> Any:
-    """The value of an input.
-
-    Raises:
-        UserError: it is missing.
-    """
+    """The value of an input; a UserError where it is missing."""
     value = inputs.get(name)
     if value is None:
         raise UserError(f"{model} needs {name}")

@@ -34,42 +34,32 @@ BACKBONE, AUTOENCODER = "unet", "vae"
 
 
 class BackboneConfig(Protocol):
-    """Facts about a denoising network that the rest of the model needs."""
+    """Facts about a denoising network that the rest of the model needs.
+
+    Attributes:
+        in_channels: of the noisy latents and of what is joined to them.
+        out_channels: of the prediction; twice the latents' where the variance is learned.
+        context_dim: features of cross-attention tokens; None where there are none.
+        vector_dim: features of the condition vector; None where there is none.
+        guidance_dim: features of the guidance scale's embedding, for distilled models; None for others.
+        classes: values of the label; None where there is none.
+        divisor: sides of its input that are multiples of it are halved evenly at every level.
+    """
 
     @property
-    def in_channels(self) -> int:
-        """Of the noisy latents and of what is joined to them."""
-        ...
-
+    def in_channels(self) -> int: ...
     @property
-    def out_channels(self) -> int:
-        """Of the prediction; twice the latents' where the variance is learned."""
-        ...
-
+    def out_channels(self) -> int: ...
     @property
-    def context_dim(self) -> int | None:
-        """Features of cross-attention tokens; None where there are none."""
-        ...
-
+    def context_dim(self) -> int | None: ...
     @property
-    def vector_dim(self) -> int | None:
-        """Features of the condition vector; None where there is none."""
-        ...
-
+    def vector_dim(self) -> int | None: ...
     @property
-    def guidance_dim(self) -> int | None:
-        """Features of the guidance scale's embedding, for distilled models; None for others."""
-        ...
-
+    def guidance_dim(self) -> int | None: ...
     @property
-    def classes(self) -> int | None:
-        """Values of the label; None where there is none."""
-        ...
-
+    def classes(self) -> int | None: ...
     @property
-    def divisor(self) -> int:
-        """Sides of its input that are multiples of it are halved evenly at every level."""
-        ...
+    def divisor(self) -> int: ...
 
     def example_inputs(self) -> tuple[Array, Array, Cond]:
         """Noisy latents, timesteps and a condition of the smallest size, for initialisation."""
@@ -213,18 +203,12 @@ def _text_conditioner(
     zeros = checkpoint.model_index.get("force_zeros_for_empty_prompt", numbers == SIZES)
     text = TextConditioner(encoders, numbers, width, () if zeros else null_ids(encoders, tokenizers))
     channels = configs[BACKBONE].in_channels - autoencoder.config.latent_channels
-    parts: dict[int, Conditioner] = {
-        part.traits.concat_channels: part
-        for part in (
-            DepthConditioner(),
-            UpscaleConditioner(configs[BACKBONE].classes or 1000),
-            InpaintConditioner(autoencoder.config.latent_channels, autoencoder.config.factor),
-        )
-    }
+    inpaint = InpaintConditioner(autoencoder.config.latent_channels, autoencoder.config.factor)
+    joined = DepthConditioner(), UpscaleConditioner(configs[BACKBONE].classes or 1000), inpaint
+    parts = {part.traits.concat_channels: part for part in joined}
     if channels and channels not in parts:
-        known = ", ".join(
-            f"{type(part).__name__.removesuffix('Conditioner').lower()} (+{n})" for n, part in parts.items()
-        )
+        names = {n: type(part).__name__.removesuffix("Conditioner").lower() for n, part in parts.items()}
+        known = ", ".join(f"{name} (+{n})" for n, name in names.items())
         raise UserError(
             f"{place}: the UNet takes {configs[BACKBONE].in_channels} channels, the autoencoder's latents have "
             f"{autoencoder.config.latent_channels}; beside them a UNet may take: {known}"
@@ -280,8 +264,7 @@ def check_fit(model: DiffusionModel, place: object) -> None:
             raise UserError(f"{place}: the backbone of a model of pixels takes 3 channels and gives 3 or 6")
         return
     latent = model.autoencoder.config.latent_channels
-    wanted = {"in_channels": latent + concat, "out_channels": latent}
-    for name, value in wanted.items():
+    for name, value in {"in_channels": latent + concat, "out_channels": latent}.items():
         if getattr(config, name) != value:
             raise UserError(
                 f"{place}: the UNet's {name} are {getattr(config, name)}; the autoencoder and the condition ask for "

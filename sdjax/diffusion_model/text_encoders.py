@@ -26,37 +26,28 @@ class TextEmbeddings(NamedTuple):
 
 
 class TextEncoder(Protocol):
-    """A frozen network over token ids; hashable. Its parameters are the component `name`."""
+    """A frozen network over token ids; hashable.
+
+    Attributes:
+        name: component of its parameters, e.g. "text_encoder".
+        config: sizes of the network.
+        width, pooled_width: features of the context and of the pooled vector.
+        max_length: tokens of a chunk.
+        max_skip: the most layers that `clip_skip` may skip.
+    """
 
     @property
-    def name(self) -> str:
-        """Component of its parameters, e.g. "text_encoder"."""
-        ...
-
+    def name(self) -> str: ...
     @property
-    def config(self) -> Any:
-        """Sizes of the network."""
-        ...
-
+    def config(self) -> Any: ...
     @property
-    def width(self) -> int:
-        """Features of the context."""
-        ...
-
+    def width(self) -> int: ...
     @property
-    def pooled_width(self) -> int:
-        """Features of the pooled vector."""
-        ...
-
+    def pooled_width(self) -> int: ...
     @property
-    def max_length(self) -> int:
-        """Tokens of a chunk."""
-        ...
-
+    def max_length(self) -> int: ...
     @property
-    def max_skip(self) -> int:
-        """The most layers that `clip_skip` may skip."""
-        ...
+    def max_skip(self) -> int: ...
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Fresh parameters; traceable."""

@@ -61,18 +61,7 @@ def decode_tiled(
 def encode_tiled(
     encode: Coder, images: Float[Array, "b h*f w*f c"], tile: int, overlap: int, factor: int
 ) -> Float[Array, "b h w z"]:
-    """What `encode` makes of pictures, tile by tile, in float32; see `decode_tiled`.
-
-    Args:
-        encode: pictures, whose sides are multiples of `factor`, to latents; compiled.
-        images: as `encode` takes them.
-        tile: side of a tile in latents.
-        overlap: in latents.
-        factor: pixels a latent stands for along each side.
-
-    Raises:
-        UserError: an overlap that is negative or more than half a tile.
-    """
+    """What `encode` makes of pictures, whose sides are multiples of `factor`, tile by tile; as `decode_tiled`."""
     return _tiled(encode, images, _spans_of(images.shape, (tile, overlap), factor, 1), (factor, 1))
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from sdjax.core.partition import BATCH, SPATIAL, TENSOR, constrain, per_shard
+from sdjax.core.partition import BATCH, SPATIAL, TENSOR, constrain, constrain_picture, per_shard
 from sdjax.models.layers import GroupNorm
 from sdjax.models.remat import is_scanned, recomputed, scan_blocks
 
@@ -55,16 +55,13 @@ def dot_product_attention(
 
 def _on_one_device(q: Array, k: Array, v: Array, mask: Array | None, *, causal: bool) -> Array:
     platform = _platform.get() or jax.default_backend()
-    plain = mask is None and not causal
     if platform == "cpu":
         return _blocked(q, k, v, mask, causal)
-    if platform == "gpu" and _cudnn_takes(q):
-        bias_mask = None if mask is None else mask[:, None, None, :]
-        return jax.nn.dot_product_attention(q, k, v, mask=bias_mask, is_causal=causal, implementation="cudnn")
-    if platform == "tpu" and plain and _flash_takes(q, k):
+    if platform == "tpu" and mask is None and not causal and _flash_takes(q, k):
         return _tpu_flash(q, k, v)
+    kernel = "cudnn" if platform == "gpu" and _cudnn_takes(q) else "xla"
     bias_mask = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=bias_mask, is_causal=causal, implementation="xla")
+    return jax.nn.dot_product_attention(q, k, v, mask=bias_mask, is_causal=causal, implementation=kernel)
 
 
 def _cudnn_takes(q: Array) -> bool:
@@ -150,6 +147,22 @@ class Attention(nn.Module):
         out = dot_product_attention(q, k, v, mask=mask, causal=causal)
         joined = out.reshape(*x.shape[:-1], self.heads * size)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out")(joined)
+
+
+class SelfAttention(nn.Module):
+    """A norm, attention of all pixels to all, and what was there."""
+
+    heads: int
+    groups: int = 32
+    eps: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        tokens = GroupNorm(self.groups, self.eps, self.dtype, name="group_norm")(x).reshape(b, h * w, c)
+        tokens = Attention(heads=self.heads, qkv_bias=True, dtype=self.dtype, name="attention")(tokens)
+        return constrain_picture(x + tokens.reshape(b, h, w, c))
 
 
 class GEGLU(nn.Module):

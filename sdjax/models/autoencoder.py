@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sdjax.models.attention import Attention
+from sdjax.models.attention import SelfAttention
 from sdjax.models.layers import Conv, Downsample, GroupNorm, ResBlock, Upsample
 
 EPS = 1e-6
@@ -117,20 +117,6 @@ class Point(NamedTuple):
         return self.mean
 
 
-class AttentionBlock(nn.Module):
-    """Single-head self-attention over all pixels."""
-
-    groups: int
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, h, w, c = x.shape
-        tokens = GroupNorm(self.groups, EPS, self.dtype, name="group_norm")(x).reshape(b, h * w, c)
-        tokens = Attention(heads=1, qkv_bias=True, dtype=self.dtype, name="attention")(tokens)
-        return x + tokens.reshape(b, h, w, c)
-
-
 class MidBlock(nn.Module):
     """Residual block, attention where there is one, residual block at the lowest resolution."""
 
@@ -144,7 +130,7 @@ class MidBlock(nn.Module):
             return ResBlock(x.shape[-1], self.groups, EPS, dtype=self.dtype, name=name)(x)
 
         x = res("resnets_0", x)
-        x = AttentionBlock(self.groups, self.dtype, name="attentions_0")(x) if self.attends else x
+        x = SelfAttention(1, self.groups, EPS, self.dtype, name="attentions_0")(x) if self.attends else x
         return res("resnets_1", x)
 
 
@@ -169,7 +155,7 @@ class Encoder(nn.Module):
             for j in range(c.layers_per_block):
                 x = ResBlock(features, c.groups, EPS, dtype=dtype, name=f"down_blocks_{i}_resnets_{j}")(x)
                 if i in c.attention_levels:
-                    x = AttentionBlock(c.groups, dtype, name=f"down_blocks_{i}_attentions_{j}")(x)
+                    x = SelfAttention(1, c.groups, EPS, dtype, name=f"down_blocks_{i}_attentions_{j}")(x)
             if i < len(c.channels) - 1:
                 x = Downsample("SAME", dtype, name=f"down_blocks_{i}_downsamplers_0")(x)
         x = MidBlock(c.groups, c.mid_attention, dtype, name="mid_block")(x)
@@ -195,7 +181,7 @@ class Decoder(nn.Module):
             for j in range(c.layers_per_block + 1):
                 x = ResBlock(features, c.groups, EPS, dtype=dtype, name=f"up_blocks_{i}_resnets_{j}")(x)
                 if len(c.channels) - 1 - i in c.attention_levels:
-                    x = AttentionBlock(c.groups, dtype, name=f"up_blocks_{i}_attentions_{j}")(x)
+                    x = SelfAttention(1, c.groups, EPS, dtype, name=f"up_blocks_{i}_attentions_{j}")(x)
             if i < len(c.channels) - 1:
                 x = Upsample(dtype, name=f"up_blocks_{i}_upsamplers_0")(x)
         x = nn.silu(GroupNorm(c.groups, EPS, dtype, name="conv_norm_out")(x))

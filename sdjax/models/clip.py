@@ -135,9 +135,7 @@ class CLIPText(nn.Module):
 
 def eos_position(ids: Int[Array, "b l"], eos_token_id: int) -> Int[Array, " b"]:
     """Where each prompt ends: at the first end-of-text token."""
-    if eos_token_id == 2:
-        return jnp.argmax(ids, axis=-1)
-    return jnp.argmax(ids == eos_token_id, axis=-1)
+    return jnp.argmax(ids if eos_token_id == 2 else ids == eos_token_id, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -219,7 +217,5 @@ def extend_vocabulary(
     table = params["token_embedding"]["embedding"]
     extended = jnp.concatenate([table, jnp.asarray(rows, table.dtype)])
     eos_token_id = eos if config.eos_token_id == 2 else config.eos_token_id
-    return (
-        replace(config, vocab_size=len(extended), eos_token_id=eos_token_id),
-        {**params, "token_embedding": {"embedding": extended}},
-    )
+    config = replace(config, vocab_size=len(extended), eos_token_id=eos_token_id)
+    return config, {**params, "token_embedding": {"embedding": extended}}

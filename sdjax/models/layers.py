@@ -167,40 +167,59 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
-        conv = nn.Conv(
-            x.shape[-1],
-            (3, 3),
-            strides=2,
-            padding=self.padding,
-            dtype=self.dtype,
-            conv_general_dilated=convolve,
-            name="conv",
-        )
-        return conv(x)
+        how = {"padding": self.padding, "dtype": self.dtype, "conv_general_dilated": convolve}
+        return nn.Conv(x.shape[-1], (3, 3), strides=2, name="conv", **how)(x)
+
+
+def _halved(x: Array, size: tuple[int, ...] | None) -> Array:
+    return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+def _twice(x: Array, size: tuple[int, ...] | None) -> Array:
+    return resize_nearest(x, *(size or (2 * x.shape[1], 2 * x.shape[2])))
+
+
+RESAMPLINGS = {"": lambda x, size: x, "down": _halved, "up": _twice}
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; a time embedding, where given, is added between.
+    """Norm, SiLU, convolution, twice; a time embedding, where given, acts between.
 
-    The second convolution starts at zero where `zero` says so, so that a fresh block is the identity (ADM).
+    Attributes:
+        features: that come out.
+        zero: whether the second convolution starts at zero, so that a fresh block is the identity (ADM).
+        scale_shift: whether the embedding scales and shifts the second norm's output (ADM) or is added before it.
+        resample: "" or what is done to the resolution after the first norm, and to what is added: "down", the mean of
+            four pixels, or "up", each pixel four times (ADM).
+        size: the height and width that "up" reaches, where they are not the double: those of an odd level.
     """
 
     features: int
     groups: int = 32
     eps: float = 1e-5
     zero: bool = False
+    scale_shift: bool = False
+    resample: str = ""
+    size: tuple[int, ...] | None = None
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"] | None = None) -> Float[Array, "b h w f"]:
-        h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
+    def __call__(
+        self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"] | None = None
+    ) -> Float[Array, "b h2 w2 f"]:
+        norm, resampled = partial(GroupNorm, self.groups, self.eps, self.dtype), RESAMPLINGS[self.resample]
+        h = resampled(nn.silu(norm(name="norm1")(x)), self.size)
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
+        scale, shift = None, None
         if temb is not None:
-            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
-            h = h + shift[:, None, None, :]
-        h = constrain_picture(h, TENSOR)
-        h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(h))
-        h = Conv(self.features, zero=self.zero, dtype=self.dtype, name="conv2")(h)
+            features = self.features * (1 + self.scale_shift)
+            shift = nn.Dense(features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
+            scale, shift = jnp.split(shift, 2, axis=-1) if self.scale_shift else (None, shift)
+        h = h + shift if scale is None and shift is not None else h
+        h = norm(name="norm2")(constrain_picture(h, TENSOR))
+        h = h if scale is None else h * (1 + scale) + shift
+        h = Conv(self.features, zero=self.zero, dtype=self.dtype, name="conv2")(nn.silu(h))
+        x = resampled(x, self.size)
         if x.shape[-1] != self.features:
             x = Conv(self.features, kernel=1, dtype=self.dtype, name="conv_shortcut")(x)
         return constrain_picture(x + h)

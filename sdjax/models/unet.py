@@ -60,12 +60,8 @@ class UNetConfig:
     def example_inputs(self) -> tuple[Array, Array, Cond]:
         """Noisy latents, timesteps and a condition of the smallest size, for initialisation."""
         vector, guidance = (None if n is None else jnp.zeros((1, n)) for n in (self.vector_dim, self.guidance_dim))
-        cond = Cond(
-            context=jnp.zeros((1, 1, self.context_dim)),
-            vector=vector,
-            label=None if self.classes is None else jnp.zeros(1, jnp.int32),
-            guidance=guidance,
-        )
+        label = None if self.classes is None else jnp.zeros(1, jnp.int32)
+        cond = Cond(jnp.zeros((1, 1, self.context_dim)), vector=vector, label=label, guidance=guidance)
         return jnp.zeros((1, self.divisor, self.divisor, self.in_channels)), jnp.zeros(1), cond
 
 
@@ -101,10 +97,7 @@ VARIANTS = {
         out_channels=3,
     ),
     "ldm_rdm": UNetConfig(  # 1,335,480,400: retrieval-augmented, 768 pixels
-        channels=(448, 896, 1344, 1792),
-        heads=(14, 28, 42, 56),
-        in_channels=16,
-        out_channels=16,
+        channels=(448, 896, 1344, 1792), heads=(14, 28, 42, 56), in_channels=16, out_channels=16
     ),
     "sd1": SD1,  # 859,520,964 parameters
     "sd1_inpaint": replace(SD1, in_channels=9),  # 859,535,364
@@ -197,9 +190,8 @@ class UNet(nn.Module):
         return temb
 
     def _res(self, name: str, features: int, x: Array, temb: Array) -> Array:
-        return recomputed(ResBlock, self.remat)(features, self.config.groups, zero=True, dtype=self.dtype, name=name)(
-            x, temb
-        )
+        block = recomputed(ResBlock, self.remat)
+        return block(features, self.config.groups, zero=True, dtype=self.dtype, name=name)(x, temb)
 
     def _attend(self, name: str, level: int, x: Array, cond: Cond, depth: int) -> Array:
         """Args: `level` is -1 in the middle, which has the last level's heads."""

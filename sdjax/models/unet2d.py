@@ -7,25 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sdjax.core.partition import BATCH, TENSOR, constrain, constrain_picture
-from sdjax.models.attention import Attention
+from sdjax.core.partition import BATCH, constrain, constrain_picture
+from sdjax.models.attention import SelfAttention
 from sdjax.models.conditioning import Cond
-from sdjax.models.layers import (
-    Conv,
-    Downsample,
-    EmbeddingMLP,
-    GroupNorm,
-    Upsample,
-    resize_nearest,
-    timestep_embedding,
-)
+from sdjax.models.layers import Conv, Downsample, EmbeddingMLP, GroupNorm, ResBlock, Upsample, timestep_embedding
 from sdjax.models.remat import recomputed
 
 EPS = 1e-5
@@ -55,18 +47,10 @@ class UNet2DConfig:
     classes: int | None = None
     scale_shift: bool = False
     resblock_updown: bool = False
-
-    @property
-    def context_dim(self) -> None:
-        """There is no cross-attention."""
-
-    @property
-    def vector_dim(self) -> None:
-        """There is no condition vector."""
-
-    @property
-    def guidance_dim(self) -> None:
-        """There is no embedding of the guidance scale."""
+    # There is no cross-attention, no condition vector and no embedding of the guidance scale.
+    context_dim: ClassVar[None] = None
+    vector_dim: ClassVar[None] = None
+    guidance_dim: ClassVar[None] = None
 
     @property
     def divisor(self) -> int:
@@ -140,70 +124,6 @@ VARIANTS = {
 }
 
 
-class ResBlock2D(nn.Module):
-    """Norm, SiLU, convolution, twice, the timestep's embedding between; its second convolution starts at zero.
-
-    Attributes:
-        features: that come out.
-        scale_shift: see `UNet2DConfig`.
-        resample: "" or what is done to the resolution after the first norm, and to what is added: "down", the mean of
-            four pixels, or "up", each pixel four times.
-        size: the height and width that "up" reaches, where they are not the double: those of an odd level.
-    """
-
-    features: int
-    groups: int = 32
-    scale_shift: bool = False
-    resample: str = ""
-    size: tuple[int, ...] | None = None
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"]) -> Float[Array, "b h2 w2 f"]:
-        norm, resampled = partial(GroupNorm, self.groups, EPS, self.dtype), RESAMPLINGS[self.resample]
-        h = resampled(nn.silu(norm(name="norm1")(x)), self.size)
-        h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
-        told = nn.Dense(self.features * (1 + self.scale_shift), dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
-        h = constrain_picture(h, TENSOR)
-        if self.scale_shift:
-            scale, shift = jnp.split(told[:, None, None, :], 2, axis=-1)
-            h = norm(name="norm2")(h) * (1 + scale) + shift
-        else:
-            h = norm(name="norm2")(h + told[:, None, None, :])
-        h = Conv(self.features, zero=True, dtype=self.dtype, name="conv2")(nn.silu(h))
-        x = resampled(x, self.size)
-        if x.shape[-1] != self.features:
-            x = Conv(self.features, kernel=1, dtype=self.dtype, name="conv_shortcut")(x)
-        return constrain_picture(x + h)
-
-
-def _halved(x: Array, size: tuple[int, ...] | None) -> Array:
-    return nn.avg_pool(x, (2, 2), (2, 2))
-
-
-def _doubled(x: Array, size: tuple[int, ...] | None) -> Array:
-    height, width = (2 * x.shape[1], 2 * x.shape[2]) if size is None else size
-    return resize_nearest(x, height, width)
-
-
-RESAMPLINGS = {"": lambda x, size: x, "down": _halved, "up": _doubled}
-
-
-class SelfAttention(nn.Module):
-    """A norm, attention of all pixels to all, and what was there."""
-
-    heads: int
-    groups: int
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, h, w, c = x.shape
-        tokens = GroupNorm(self.groups, EPS, self.dtype, name="group_norm")(x).reshape(b, h * w, c)
-        tokens = Attention(heads=self.heads, qkv_bias=True, dtype=self.dtype, name="attention")(tokens)
-        return constrain_picture(x + tokens.reshape(b, h, w, c))
-
-
 class Encoder2D(nn.Module):
     """What a UNet and a classifier of noisy pictures share: the timestep's embedding, the way down, the middle.
 
@@ -245,13 +165,13 @@ class Encoder2D(nn.Module):
         self, name: str, features: int, resample: str = "", size: tuple[int, ...] | None = None
     ) -> Callable[[Array, Array], Array]:
         c = self.config
-        block = recomputed(ResBlock2D, self.remat)
-        return block(features, c.groups, c.scale_shift, resample, size, dtype=self.dtype, name=name)
+        block = recomputed(ResBlock, self.remat)
+        return block(features, c.groups, EPS, True, c.scale_shift, resample, size, self.dtype, name=name)
 
     def _attend(self, name: str, level: int) -> nn.Module:
         """Args: `level` is -1 in the middle, which has the last level's heads."""
         block = recomputed(SelfAttention, self.remat)
-        return block(self.config.heads[level], self.config.groups, dtype=self.dtype, name=name)
+        return block(self.config.heads[level], self.config.groups, EPS, self.dtype, name=name)
 
     def _down(self, x: Array, temb: Array) -> tuple[Array, list[Array]]:
         c, skips = self.config, [x]

@@ -81,11 +81,7 @@ class BackboneClassConditioner(Conditioner):
 
 
 def class_number(value: Any, classes: int, host: Host, place: str = "class_label") -> int:
-    """Number of a class that is given by its number or by its name in `host.settings["classes"]`.
-
-    Raises:
-        UserError: there is no such class.
-    """
+    """Number of a class, given by it or by its name in `host.settings["classes"]`; a UserError without such a class."""
     names = list(host.settings.get("classes", ()))
     if value in names:
         return names.index(value)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Key, PRNGKeyArray
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
-from sdjax.data.prompts import Chunks, Report, chunk, plain, stack
+from sdjax.data.prompts import chunk, plain, stack
 from sdjax.data.tokenizers import Tokenizer
 from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits
@@ -90,13 +90,10 @@ class TextConditioner(Conditioner):
         for row, prefix in enumerate(("", "negative_")):
             # SDXL's base was trained with zeros in place of dropped embeddings, so a missing negative prompt is them.
             zeros = bool(row) and negative is None and not self.null_ids
-            columns |= {
-                f"{prefix}ids": ids[row],
-                f"{prefix}weights": weights[row],
-                f"{prefix}keep": np.float32(not zeros),
-            }
+            own = {"ids": ids[row], "weights": weights[row], "keep": np.float32(not zeros)}
             if self.numbers:
-                columns[f"{prefix}numbers"] = np.array(self._numbers(inputs, host.size, bool(row)), np.float32)
+                own["numbers"] = np.array(self._numbers(inputs, host.size, bool(row)), np.float32)
+            columns |= {f"{prefix}{name}": value for name, value in own.items()}
         return columns
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
@@ -117,13 +114,9 @@ class TextConditioner(Conditioner):
         ids, weights = jnp.asarray(columns["ids"]), columns.get("weights")
         if self.null_ids:
             ids = jnp.where(per_image(keep, ids), ids, np.array(self.null_ids, np.int32)[:, None])
+        skip = jnp.asarray(columns["clip_skip"]) if "clip_skip" in columns else None
         made = [
-            encoder.encode(
-                params,
-                ids[:, i],
-                None if weights is None else jnp.asarray(weights)[:, i],
-                None if "clip_skip" not in columns else jnp.asarray(columns["clip_skip"]),
-            )
+            encoder.encode(params, ids[:, i], None if weights is None else jnp.asarray(weights)[:, i], skip)
             for i, encoder in enumerate(self.encoders)
         ]
         text = TextEmbeddings(jnp.concatenate([one.context for one in made], axis=-1), made[-1].pooled)
@@ -133,10 +126,7 @@ class TextConditioner(Conditioner):
 
     def null(self, columns: Columns) -> Columns:
         if "negative_ids" in columns:
-            return {
-                **columns,
-                **{name: columns[f"negative_{name}"] for name in columns if f"negative_{name}" in columns},
-            }
+            return {name: columns.get(f"negative_{name}", column) for name, column in columns.items()}
         return {**columns, "keep": jnp.zeros_like(jnp.asarray(columns["keep"]))}
 
     def _numbers(self, inputs: Mapping[str, Any], size: tuple[int, int], negative: bool) -> list[float]:
@@ -145,11 +135,8 @@ class TextConditioner(Conditioner):
         numbers = [*original, *(inputs.get("crop") or (0, 0))]
         if self.numbers == SIZES:
             return [*numbers, *target]
-        name, default = (
-            ("negative_aesthetic_score", NEGATIVE_AESTHETIC_SCORE) if negative else ("aesthetic_score", AESTHETIC_SCORE)
-        )
-        score = inputs.get(name)
-        return [*numbers, default if score is None else score]
+        score = inputs.get("negative_aesthetic_score" if negative else "aesthetic_score")
+        return [*numbers, (NEGATIVE_AESTHETIC_SCORE if negative else AESTHETIC_SCORE) if score is None else score]
 
 
 def read_prompts(tokenizers: Sequence[Tokenizer], prompts: Sequence[str], syntax: str) -> tuple[np.ndarray, np.ndarray]:
@@ -158,24 +145,11 @@ def read_prompts(tokenizers: Sequence[Tokenizer], prompts: Sequence[str], syntax
     What was cut or is not understood is said in the log.
     """
     read = [[READERS[syntax](tokenizer, prompt) for prompt in prompts] for tokenizer in tokenizers]
-    chunks = [stack(tokenizer, [row for row, _ in rows]) for tokenizer, rows in zip(tokenizers, read, strict=True)]
-    longest = max(each.ids.shape[1] for each in chunks)
-    padded = [_pad(tokenizer, each, longest) for tokenizer, each in zip(tokenizers, chunks, strict=True)]
+    longest = max(len(chunks.ids) for rows in read for chunks, _ in rows)
+    pairs = zip(tokenizers, read, strict=True)
+    encoded = [stack(tokenizer, [chunks for chunks, _ in rows], longest) for tokenizer, rows in pairs]
     for prompt, (_, reports) in dict(zip(prompts, read[0], strict=True)).items():
-        _log(prompt, reports)
-    return np.stack([each.ids for each in padded], 1), np.stack([each.weights for each in padded], 1)
-
-
-def _pad(tokenizer: Tokenizer, given: Chunks, chunks: int) -> Chunks:
-    """Chunks of an encoder whose tokenizer divides a prompt into fewer than another's does."""
-    missing = (len(given.ids), chunks - given.ids.shape[1], given.ids.shape[2])
-    empty = np.broadcast_to(tokenizer.encode([""]), missing)
-    return Chunks(
-        np.concatenate([given.ids, empty], 1), np.concatenate([given.weights, np.ones(missing, np.float32)], 1)
-    )
-
-
-def _log(prompt: str, reports: Sequence[Report]) -> None:
-    for report in reports:
-        problem = "was cut from" if report.kind == "cut" else "is not understood in"
-        logger.warning("%r %s the prompt %.40r: %s", report.text, problem, prompt, report.why)
+        for report in reports:
+            problem = "was cut from" if report.kind == "cut" else "is not understood in"
+            logger.warning("%r %s the prompt %.40r: %s", report.text, problem, prompt, report.why)
+    return np.stack([each.ids for each in encoded], 1), np.stack([each.weights for each in encoded], 1)

@@ -63,11 +63,8 @@ class UpscaleConditioner(_Enlarging):
             raise UserError(f"noise_level {level}: {host.name} knows the levels 0 to {self.levels - 1}")
         schedule = schedule_of(host.settings.get("low_res_scheduler") or SCHEDULE)
         small = load_image(required(inputs, "init_image", host.name), host.latents) * 2.0 - 1.0
-        return {
-            SMALL: small.astype(np.float32),
-            LEVEL: np.int32(level),
-            SIGNAL: np.float32(schedule.alphas_cumprod[level]),
-        }
+        signal = np.float32(schedule.alphas_cumprod[level])
+        return {SMALL: small.astype(np.float32), LEVEL: np.int32(level), SIGNAL: signal}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
         small = jnp.asarray(columns[SMALL])
