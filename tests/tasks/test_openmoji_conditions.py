@@ -12,28 +12,32 @@ from pathlib import Path
 import filelock
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+<<<<<<< HEAD
 from sdjax.tasks.noisy_classifier import read_classifier
 from sdjax.tasks.pixels import Guide, draw
+=======
+>>>>>>> tt
 
 import sdjax
 import train
 from configs import autoencoders, classifiers, openmoji_ldm, pixels
 from sdjax.convert.folder import read_component
-from sdjax.core.prng import image_keys
 from sdjax.data import sources, transforms
 from sdjax.data.degradation import bicubic
 from sdjax.data.masks import RandomMask
 from sdjax.data.openmoji_parts import GROUPS, PALETTE, SHAPES
-from sdjax.diffusion.samplers import SamplerOptions, make_table, schedule_of
+from sdjax.data.pictures import to_uint8
 from sdjax.eval.bits import bits
 from sdjax.eval.similarity import psnr
 from sdjax.models.autoencoder import autoencoder_of
-from sdjax.models.unet2d import UNet2D
 from sdjax.tasks.autoencoder import reconstruct
+<<<<<<< HEAD
 from sdjax.tasks.classifier import classify
+=======
+from sdjax.tasks.classifier import classify, read_classifier
+>>>>>>> tt
 
 pytestmark = pytest.mark.slow
 RUNS = "SDJAX_RUNS"
@@ -62,8 +66,13 @@ def first_stage(trained):
 
 
 @pytest.fixture(scope="module")
-def classifier(trained):
-    return read_classifier(trained(classifiers.get_config("openmoji"), "classifier"))
+def classifier_folder(trained):
+    return trained(classifiers.get_config("openmoji"), "classifier")
+
+
+@pytest.fixture(scope="module")
+def classifier(classifier_folder):
+    return read_classifier(classifier_folder)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +87,7 @@ def pipeline(trained, first_stage):
     def make(name: str):
         config = openmoji_ldm.get_config(name)
         config.task.first_stage = str(first_stage)
-        return sdjax.load_conditional(trained(config, name))
+        return sdjax.load(trained(config, name))
 
     return make
 
@@ -172,17 +181,13 @@ def test_samples_of_a_class_are_taken_for_it(pipeline, classifier):
     assert np.mean(right) > 3.0 / len(GROUPS)
 
 
-def test_guidance_makes_the_classifier_surer(pixel_model, classifier):
+def test_guidance_makes_the_classifier_surer(pixel_model, classifier_folder, classifier):
     """Monotonically over scales 0, 1 and 4, in ADM's ancestral steps."""
     model, judge = classifier
-    unet = read_component(pixel_model / "unet", "unet")
-    scheduler = pixels.get_config("openmoji").task.scheduler.to_dict()
-    table = make_table("ddpm", schedule_of(scheduler), 25, SamplerOptions.from_scheduler_config(scheduler, "ddpm"))
-    labels, keys, sure = np.arange(40) % len(GROUPS), image_keys(0, jnp.arange(40)), []
+    pipe, labels, sure = sdjax.load(pixel_model, classifier=classifier_folder), np.arange(40) % len(GROUPS), []
     for scale in (0.0, 1.0, 4.0):
-        guide = Guide(model, judge, scale)
-        images = draw(UNet2D(unet.config), unet.params, table, keys, 32, "epsilon", labels, guide)
-        logits = jax.nn.log_softmax(classify(model, judge, (np.asarray(images) * 255).round().astype(np.uint8)))
+        images = pipe(class_label=labels.tolist(), classifier_scale=scale, sampler="ddpm", steps=25, batch_size=40)
+        logits = jax.nn.log_softmax(classify(model, judge, to_uint8(images)))
         sure.append(float(np.exp(logits[np.arange(40), labels]).mean()))
     print(f"confidence at scales 0, 1, 4: {np.round(sure, 3)}")
     assert sure[0] < sure[1] < sure[2]
