@@ -14,11 +14,6 @@ import grain
 import jax
 import numpy as np
 import pytest
-<<<<<<< HEAD
-from sdjax.tasks.noisy_classifier import read_classifier
-from sdjax.tasks.pixels import Guide, draw
-=======
->>>>>>> tt
 
 import sdjax
 import train
@@ -33,11 +28,7 @@ from sdjax.eval.bits import bits
 from sdjax.eval.similarity import psnr
 from sdjax.models.autoencoder import autoencoder_of
 from sdjax.tasks.autoencoder import reconstruct
-<<<<<<< HEAD
-from sdjax.tasks.classifier import classify
-=======
 from sdjax.tasks.classifier import classify, read_classifier
->>>>>>> tt
 
 pytestmark = pytest.mark.slow
 RUNS = "SDJAX_RUNS"
