@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs import openmoji, stable_diffusion
-from sdjax.convert.hub import ID
+from sdjax.convert.opening import ID
 from sdjax.tasks.base import reading_of
 
 ROOT = Path(__file__).parents[1]
