@@ -74,7 +74,7 @@ def check_unused(path: Path, chosen: Options, known: Collection[str]) -> None:
 
 
 def is_autoencoder_file(source: Source) -> bool:
-    """Whether a file holds an autoencoder in the original naming and no UNet.
+    """Tell whether a file holds an autoencoder in the original naming and no UNet.
 
     Raises:
         UserError: it cannot be read.
@@ -85,7 +85,7 @@ def is_autoencoder_file(source: Source) -> bool:
 
 
 def is_adm_classifier(source: Source) -> bool:
-    """Whether a file holds a classifier of ADM's.
+    """Tell whether a file holds a classifier of ADM's.
 
     Raises:
         UserError: it cannot be read.

@@ -159,7 +159,7 @@ def pieces(config: AutoencoderConfig) -> dict[str, Piece]:
 
 
 def is_attention(key: str) -> bool:
-    """Whether an original key is one of the matrices that are stored as 1x1 convolutions."""
+    """Tell whether an original key is one of the matrices that are stored as 1x1 convolutions."""
     return re.search(r"\.(attn_1|attn\.\d+)\.(q|k|v|proj_out)\.weight$", key) is not None
 
 

@@ -82,7 +82,7 @@ Patch: TypeAlias = Callable[[Checkpoint], Checkpoint]
 
 
 class Format(NamedTuple):
-    """How a network is stored: where, and how its config and parameters are translated."""
+    """The storage of a network: its file, and the translation of its config and parameters."""
 
     weights: str
     from_config: Callable[[Mapping[str, Any], str], Any]
@@ -145,7 +145,7 @@ Dtypes: TypeAlias = str | Mapping[str, str | None] | None
 
 
 class Reading(NamedTuple):
-    """How parameters are read.
+    """Options of reading parameters.
 
     Attributes:
         dtype: "float32", "bfloat16", "float16", or None for the type that each is stored in; or such a value a network.

@@ -69,13 +69,13 @@ def bert_shapes(config: BertConfig) -> dict[str, Any]:
 
 @functools.cache
 def class_shapes(config: ClassEmbedderConfig) -> dict[str, Any]:
-    """As `bert_shapes`, of a class embedder."""
+    """The same of a class embedder."""
     return rules.traced(ClassEmbedder(config).init, jnp.zeros(1, jnp.int32))
 
 
 @functools.cache
 def rescaler_shapes(config: RescalerConfig) -> dict[str, Any]:
-    """As `bert_shapes`, of a rescaler."""
+    """The same of a rescaler."""
     return rules.traced(Rescaler(config).init, jnp.zeros((1, 2**config.stages, 2**config.stages), jnp.int32))
 
 
@@ -155,12 +155,12 @@ def original_bert(found: Shapes, place: object) -> BertConfig:
 
 
 def original_class_embedder(found: Shapes, place: object) -> ClassEmbedderConfig:
-    """As `original_bert`, of a class embedder."""
+    """The same of a class embedder."""
     sizes = Sizes(found, place)
     return ClassEmbedderConfig(sizes.axis("embedding.weight", 0), sizes.axis("embedding.weight", 1))
 
 
 def original_rescaler(found: Shapes, factor: int, place: object) -> RescalerConfig:
-    """As `original_bert`, of a rescaler to latents that are `factor` times smaller than the image."""
+    """The same of a rescaler to latents that are `factor` times smaller than the image."""
     sizes, key = Sizes(found, place), "channel_mapper.weight"
     return RescalerConfig(sizes.axis(key, 1), int(math.log2(factor)), sizes.axis(key, 0))

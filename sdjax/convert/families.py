@@ -104,14 +104,14 @@ def _ldm(
     size: int = 256,
     **settings: float,
 ) -> Family:
-    """Args: `betas` are the first and the last of the noise schedule; `settings` say how the model is sampled."""
+    """A model of the LDM paper, of the first and the last of its betas; `settings` say how it is sampled."""
     scheduler = {**_DDIM, "beta_start": betas[0], "beta_end": betas[1]}
     settings = {"size": size, **settings}
     return Family(LDM, heads, scheduler, size, scaling_factor, conditioning, settings, latent_channels)
 
 
 def _adm(size: int, levels: int, heads: Heads, layers: int = 2, schedule: str = "linear") -> Family:
-    """Args: `schedule` is diffusers' name of the noise schedule."""
+    """A model of ADM's; `schedule` is diffusers' name of the noise schedule."""
     scheduler = {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": 1000,

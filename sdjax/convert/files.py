@@ -92,7 +92,7 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file says of itself beside its tensors.
+    """The metadata of a safetensors file.
 
     Raises:
         UserError: as `read_safetensors`.

@@ -126,7 +126,7 @@ def folder_of(component: str, kind: str) -> str:
 
 
 def present(index: Mapping[str, Any], name: str) -> bool:
-    """Whether an index lists a part."""
+    """Tell whether an index lists a part."""
     entry = index.get(name)
     return isinstance(entry, list) and any(part is not None for part in entry)
 

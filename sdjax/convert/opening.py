@@ -1,4 +1,4 @@
-"""From the name of a checkpoint, of the Hub or local, to what it holds: a folder or a file, changed or as it is."""
+"""Opening checkpoints by name, of the Hub or local, folders or files; and changing them."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _download(place: Place, patterns: Collection[str], local: bool = False) -> P
 
 
 def _cached(place: Place, variant: str | None, error: Exception) -> Path:
-    """What an earlier download left; `error` is why there is no other."""
+    """The folder that an earlier download left; `error` is why there is no other."""
     try:
         folder = _download(place, SETTINGS if place.file is None else [place.file], local=True)
         names = [str(path.relative_to(folder)) for path in folder.rglob("*")]

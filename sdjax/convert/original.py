@@ -25,7 +25,7 @@ Modules = dict[str, str]
 
 
 class Piece(NamedTuple):
-    """Where one of diffusers' tensors is in an original file.
+    """The place of one of diffusers' tensors in an original file.
 
     Attributes:
         key: the original key, without the network's prefix.
@@ -165,7 +165,7 @@ class Sizes:
         return len(self._shapes[key])
 
     def count(self, stem: str) -> int:
-        """How many numbers follow one another below `stem`, from 0."""
+        """The count of numbers that follow one another below `stem`, from 0."""
         numbers = self._numbers.get(stem, set())
         return next(n for n in range(len(numbers) + 1) if n not in numbers)
 
@@ -174,5 +174,5 @@ T = TypeVar("T")
 
 
 def without_prefix(values: Mapping[str, T], prefix: str) -> dict[str, T]:
-    """What belongs to one network, by its keys without the prefix."""
+    """The part that belongs to one network, by its keys without the prefix."""
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}

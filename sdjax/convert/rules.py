@@ -23,7 +23,7 @@ SHOWN = 20
 
 
 class Kind(NamedTuple):
-    """How a leaf is stored: `inward` makes a stored array ours, `outward` is its inverse. Both are views."""
+    """The storage of a leaf: `inward` makes a stored array ours, `outward` is its inverse. Both are views."""
 
     inward: Callable[[np.ndarray], np.ndarray]
     outward: Callable[[np.ndarray], np.ndarray]
@@ -95,7 +95,7 @@ def embedding(ours: str, theirs: str) -> tuple[Row, ...]:
 
 
 class Place(NamedTuple):
-    """Where a parameter is stored."""
+    """The place of a stored parameter."""
 
     key: str
     kind: Kind
@@ -323,7 +323,7 @@ def integers(config: Mapping[str, Any], key: str, default: int | tuple[int, ...]
 def attention_levels(
     config: Mapping[str, Any], sides: Sequence[tuple[str, Mapping[bool, str], list[str]]], levels: int, place: str
 ) -> tuple[bool, ...]:
-    """Which levels have attention, the finest first; the way up must mirror the way down.
+    """Tell which levels have attention, the finest first; the way up must mirror the way down.
 
     Args:
         sides: of the way down, then of the way up: the key, the block's name without and with attention, and what a

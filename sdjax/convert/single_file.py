@@ -81,7 +81,7 @@ class Network(NamedTuple):
 
     @property
     def is_open_clip(self) -> bool:
-        """Whether it is a text encoder under OpenCLIP's names."""
+        """Tell whether it is a text encoder under OpenCLIP's names."""
         return self.name in TOKENIZERS and self.prefix.endswith(".model.")
 
     def original_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -196,7 +196,7 @@ def shapes_of(tensors: Mapping[str, Writable]) -> dict[str, tuple[int, ...]]:
 
 
 def _own_scale(tensors: Mapping[str, Writable], path: object) -> float | None:
-    """Of the latents: a file of LDM's says it where it was measured while training (`scale_by_std`)."""
+    """The scale of the latents in a file of LDM's, which has it where training measured it (`scale_by_std`)."""
     if "scale_factor" not in tensors:
         return None
     scale = np.asarray(tensors["scale_factor"], np.float32)
@@ -267,7 +267,7 @@ def _conditions_in(shapes: Shapes, conditioning: str, factor: int, path: object)
 
 
 def as_expected(tensors: Mapping[str, Writable], networks: list[Network]) -> dict[str, Writable]:
-    """Without what Stable Diffusion 2 leaves of its text encoder, and with attention matrices as convolutions."""
+    """Drop what Stable Diffusion 2 does not use of its text encoder; make attention matrices convolutions."""
     unused: tuple[str, ...] = ()
     for network in networks:
         if network.name == "text_encoder" and network.is_open_clip:

@@ -104,7 +104,7 @@ def shapes(config: UNet2DConfig) -> dict[str, Any]:
 
 @functools.cache
 def classifier_shapes(config: ClassifierConfig) -> dict[str, Any]:
-    """As `shapes`, of a classifier."""
+    """The same of a classifier."""
     return rules.traced(classifier_of(config).init, jnp.zeros((1, config.size, config.size, 3)), jnp.zeros(1))
 
 
@@ -173,7 +173,7 @@ def to_diffusers_config(config: UNet2DConfig) -> dict[str, Any]:
 
 
 def is_diffusers(config: UNet2DConfig) -> bool:
-    """Whether diffusers' class has such sizes: its heads are equally wide, its sinusoids as many as first channels."""
+    """Tell whether diffusers' class has such sizes: heads of one width, as many sinusoids as first channels."""
     return len(_head_widths(config)) == 1 and config.width in (None, config.channels[0])
 
 
@@ -260,7 +260,7 @@ def _pieces(config: UNet2DConfig, keys: Mapping[str, Any], new_order: bool) -> d
 
 
 def classifier_pieces(config: ClassifierConfig) -> dict[str, Piece]:
-    """As `pieces`, of a classifier, whose last layer attends from the mean of all pixels."""
+    """The same of a classifier, whose last layer attends from the mean of all pixels."""
     keys = rules.stored_shapes(CLASSIFIER_TABLE, classifier_shapes(config))
     found = _pieces(config.encoder, {key: shape for key, shape in keys.items() if not key.startswith("out.2.")}, False)
     found["out.2.positional_embedding"] = Piece("out.2.positional_embedding")

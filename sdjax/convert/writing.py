@@ -50,7 +50,7 @@ def write_single_file(path: str | Path, checkpoint: Checkpoint, dtype: str | Non
 
 
 def pieces_of(name: str, prefix: str, config: Any) -> dict[str, Piece]:
-    """Where each tensor of a network of Stable Diffusion's or LDM's is, by diffusers' key."""
+    """The place of each tensor of a network of Stable Diffusion's or LDM's, by diffusers' key."""
     if name in TOKENIZERS:
         return clip.pieces(config, prefix.endswith(".model."))
     if name == "vae":

@@ -213,9 +213,7 @@ def test_keys_that_are_missing_or_belong_to_nothing_are_named(tmp_path):
     small = original("super_resolution")[0]
     with pytest.raises(UserError, match=r"the UNet's in_channels are 6; the autoencoder and the condition ask for 3"):
         build_model(read_single_file(save(tmp_path / "model.ckpt", small), family="celebahq"), {}, jnp.float32, "")
-    with pytest.raises(
-        UserError, match=r"no cross-attention, which this condition needs|embedding.weight, and it lacks it"
-    ):
+    with pytest.raises(UserError, match=r"embedding\.weight, and it lacks it"):
         build_model(read_single_file(save(tmp_path / "model.ckpt", small), family="cin256"), {}, jnp.float32, "")
     others = {**original("celebahq")[0], f"{UNET}input_blocks.0.0.weight": np.zeros((32, 8, 3, 3), np.float32)}
     with pytest.raises(UserError, match="a UNet of 8 channels over latents of 3 is none of the LDM paper's"):
