@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import openmoji, stable_diffusion
-from sdjax.convert.hub import ID
+from sdjax.convert.opening import ID
 from sdjax.tasks.base import loader_options
 
 ROOT = Path(__file__).parents[1]

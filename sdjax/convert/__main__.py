@@ -12,12 +12,13 @@ where it ends in .safetensors, and a diffusers folder otherwise. Without --dtype
 A file may also hold one of the LDM paper's models (family celebahq, lsun_churches, cin256, cin_f8, text, text_f4,
 layout, super_resolution, inpainting, semantic or rdm; averages are taken where it has them; --tokenizer is the folder
 with BERT's vocab.txt), or ADM's UNet (adm_64, adm_128, adm_256, adm_512) or classifier. TARGET is then a new folder,
-which sample.py, sdjax.load_conditional and, where it has the class, diffusers read.
+which sample.py, sdjax.load and, where it has the class, diffusers read.
 A file or folder that was not written here is never written over.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -25,15 +26,13 @@ from typing import Any
 
 from absl import flags
 
-from sdjax.convert.adm_file import is_adm_classifier, read_adm_classifier
-from sdjax.convert.components import CLASSIFIERS, Checkpoint
-from sdjax.convert.folder import write_checkpoint, write_component
-from sdjax.convert.hub import resolve
-from sdjax.convert.model_index import LDM, PIXELS, STABLE_DIFFUSION, absent_parts
-from sdjax.convert.opening import kind_of, read_checkpoint
-from sdjax.convert.pickles import SUFFIXES
-from sdjax.convert.single_file import detect, is_autoencoder_file, read_autoencoder_file, write_single_file
-from sdjax.convert.weights import Weights, read_file
+from sdjax.convert.components import CLASSIFIERS, LDM, PIXELS, STABLE_DIFFUSION, Checkpoint
+from sdjax.convert.families import POOL, UNET
+from sdjax.convert.folder import absent_parts, write_checkpoint, write_component
+from sdjax.convert.opening import kind_of, read_checkpoint, resolve
+from sdjax.convert.single_file import detect, read_adm_classifier, read_autoencoder_file
+from sdjax.convert.weights import SUFFIXES, Source, Weights, read_file
+from sdjax.convert.writing import write_single_file
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
 
@@ -72,6 +71,27 @@ def check_unused(path: Path, chosen: Options, known: Collection[str]) -> None:
     for name, value in chosen.items():
         if value is not None and name not in known:
             raise UserError(f"--{name} {value} is not for {path}; what is: {', '.join(f'--{name}' for name in known)}")
+
+
+def is_autoencoder_file(source: Source) -> bool:
+    """Tell whether a file holds an autoencoder in the original naming and no UNet.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    keys = list(read_file(source).tensors)
+    named = any(re.fullmatch(r"(first_stage_model\.|vae\.)?decoder\.mid\..*", key) for key in keys)
+    return named and not any(key.startswith(UNET) for key in keys)
+
+
+def is_adm_classifier(source: Source) -> bool:
+    """Tell whether a file holds a classifier of ADM's.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    tensors = read_file(source).tensors
+    return POOL in tensors and kind_of(source) == PIXELS
 
 
 def convert_autoencoder(stored: Weights, target: Path, chosen: Options) -> None:

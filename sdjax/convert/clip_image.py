@@ -6,12 +6,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from sdjax.convert import configs
+from sdjax.convert import rules
 from sdjax.convert.clip import LAYER
-from sdjax.convert.rules import CONV, SAME, Row, Table, at, embedding, layer, norm
+from sdjax.convert.rules import CONV, SAME, Field, Row, Table, at, embedding, layer, norm
 from sdjax.models.clip_image import CLIPImage, CLIPImageConfig
 
 ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -19,6 +18,16 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "layer_norm_eps": (1e-5,),
     "num_channels": (3,),
 }
+FIELDS = (
+    Field("size", "image_size", 224),
+    Field("patch", "patch_size", 32),
+    Field("width", "hidden_size", 768),
+    Field("layers", "num_hidden_layers", 12),
+    Field("heads", "num_attention_heads", 12),
+    Field("feed_forward", "intermediate_size", 3072),
+    Field("activation", "hidden_act", "quick_gelu"),
+    Field("projection_dim", "projection_dim", 512),
+)
 TABLE = Table(
     rows=(
         Row("class_embedding", "vision_model.embeddings.class_embedding", SAME),
@@ -38,8 +47,7 @@ TABLE = Table(
 @functools.cache
 def shapes(config: CLIPImageConfig) -> dict[str, Any]:
     """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
-    picture = jnp.zeros((1, config.size, config.size, 3))
-    return jax.eval_shape(lambda: CLIPImage(config).init(jax.random.key(0), picture))["params"]
+    return rules.traced(CLIPImage(config).init, jnp.zeros((1, config.size, config.size, 3)))
 
 
 def from_config(config: Mapping[str, Any], place: str) -> CLIPImageConfig:
@@ -51,14 +59,5 @@ def from_config(config: Mapping[str, Any], place: str) -> CLIPImageConfig:
     tower = {"projection_dim": config.get("projection_dim", 512), **config.get("vision_config", config)}
     if "vision_config" in config:
         tower["projection_dim"] = config.get("projection_dim", 512)
-    configs.check(tower, ALLOWED, place)
-    return CLIPImageConfig(
-        size=configs.integer(tower, "image_size", 224, place),
-        patch=configs.integer(tower, "patch_size", 32, place),
-        width=configs.integer(tower, "hidden_size", 768, place),
-        layers=configs.integer(tower, "num_hidden_layers", 12, place),
-        heads=configs.integer(tower, "num_attention_heads", 12, place),
-        feed_forward=configs.integer(tower, "intermediate_size", 3072, place),
-        activation=tower.get("hidden_act", "quick_gelu"),
-        projection_dim=configs.integer(tower, "projection_dim", 512, place),
-    )
+    rules.check(tower, ALLOWED, place)
+    return CLIPImageConfig(**rules.read_fields(tower, FIELDS, place))

@@ -44,7 +44,7 @@ def find_clip(given: str | Path | None) -> Path | None:
 
 
 def missing_clip() -> str:
-    """What to say where `find_clip` finds nothing."""
+    """The message for where `find_clip` finds nothing."""
     places = ", ".join(map(str, folders()))
     return f"no CLIP: a folder {NAME} (from openai on the Hub) is in none of {places}; ${FOLDER} names another place"
 

@@ -1,4 +1,4 @@
-"""What judges reconstructions, as PyTorch stores it: VGG16 (torchvision), LPIPS (lpips) and the patch discriminator.
+"""Judges of reconstructions as PyTorch stores them: VGG16 (torchvision), LPIPS (lpips) and the patch discriminator.
 
 An original autoencoder's `.ckpt` holds all three, below `loss.`.
 """

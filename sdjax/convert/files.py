@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,20 +22,10 @@ from numpy.typing import DTypeLike
 from sdjax.convert.rules import Stored, finite
 from sdjax.core.errors import UserError
 
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
-    "F8_E5M2": np.dtype(jnp.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+NAMES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+NAMES |= {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
+NAMES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+DTYPES: dict[str, np.dtype] = {code: np.dtype(dtype) for code, dtype in NAMES.items()}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # what the reference reader accepts
 SMALL_HEADER = 2**18
@@ -89,12 +79,20 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
             raise UserError(f"{path} is truncated: {name} ends at byte {start + last} of {start + size}")
         tensors[name] = StoredTensor(path, dtype, shape, start + first)
         spans.append((first, last))
-    _check_spans(sorted(spans), size, path)
+    end = 0
+    for first, last in sorted(spans):  # with a gap or an overlap some tensor would not be where the header says
+        if first != end:
+            raise UserError(
+                f"{path} has a corrupt header: its tensors overlap or leave a gap at byte {end} of the data"
+            )
+        end = last
+    if end != size:
+        raise UserError(f"{path} has {size - end} bytes after its last tensor")
     return tensors
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file says of itself beside its tensors.
+    """The metadata of a safetensors file.
 
     Raises:
         UserError: as `read_safetensors`.
@@ -215,38 +213,21 @@ def _entry(entry: Any, name: str, path: Path) -> tuple[np.dtype, tuple[int, ...]
         raise UserError(f"{path} has a corrupt header: {name} lacks a dtype, a shape or two offsets") from error
     if not isinstance(code, str) or code not in DTYPES:
         raise UserError(f"{path} holds {name} as {code!r}; types that can be read: {', '.join(sorted(DTYPES))}")
-    if not natural or math.prod(n or 1 for n in shape) >= MAX_SIZE or last - first != _size(shape, DTYPES[code]):
+    if (
+        not natural
+        or math.prod(n or 1 for n in shape) >= MAX_SIZE
+        or last - first != math.prod(shape) * DTYPES[code].itemsize
+    ):
         raise UserError(f"{path} has a corrupt header: {name} is {code} {list(shape)} in bytes {first} to {last}")
     return DTYPES[code], shape, (first, last)
 
 
-def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _check_spans(spans: list[tuple[int, int]], size: int, path: Path) -> None:
-    """Gaps and overlaps would mean that some tensor is not where the header says."""
-    end = 0
-    for first, last in spans:
-        if first != end:
-            raise UserError(
-                f"{path} has a corrupt header: its tensors overlap or leave a gap at byte {end} of the data"
-            )
-        end = last
-    if end != size:
-        raise UserError(f"{path} has {size - end} bytes after its last tensor")
-
-
 def _packed_header(tensors: Mapping[str, Writable], dtype: np.dtype | None, metadata: Mapping[str, str]) -> bytes:
-    entries = {"__metadata__": metadata, **dict(_entries(tensors, dtype))}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data are aligned
-    return struct.pack("<Q", len(text)) + text
-
-
-def _entries(tensors: Mapping[str, Writable], dtype: np.dtype | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    end = 0
+    entries, end = {"__metadata__": dict[str, Any](metadata)}, 0
     for name in sorted(tensors):
         kind, shape = dtype or tensors[name].dtype, list(tensors[name].shape)
         first, end = end, end + math.prod(shape) * kind.itemsize
-        yield name, {"dtype": CODES[kind], "shape": shape, "data_offsets": [first, end]}
+        entries[name] = {"dtype": CODES[kind], "shape": shape, "data_offsets": [first, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data are aligned
+    return struct.pack("<Q", len(text)) + text

@@ -63,7 +63,7 @@ PUBLISHED = {
 
 
 def folders() -> list[Path]:
-    """Where weights are looked for: $SDJAX_WEIGHTS, this project's cache, PyTorch's cache of downloads."""
+    """The folders where weights are looked for: $SDJAX_WEIGHTS, this project's cache, PyTorch's cache of downloads."""
     own = [Path(os.environ[FOLDER]).expanduser()] if os.environ.get(FOLDER) else []
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     torch = Path(os.environ.get("TORCH_HOME") or cache / "torch").expanduser()
@@ -77,7 +77,7 @@ def find(name: str) -> Path | None:
 
 
 def missing(name: str) -> str:
-    """What to say where `find` finds nothing."""
+    """The message for where `find` finds nothing."""
     wanted = PUBLISHED[name]
     return (
         f"no weights of {wanted.title}: {wanted.files[0]} (from {wanted.home}) is in none of "

@@ -1,55 +1,59 @@
-"""The UNet of Stable Diffusion 1, 2 and XL as PyTorch diffusers stores it (`UNet2DConditionModel`)."""
+"""The UNet of Stable Diffusion 1, 2 and XL as PyTorch diffusers stores it (`UNet2DConditionModel`), and as LDM does."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from sdjax.convert import configs
-from sdjax.convert.rules import LINEAR, POINTWISE, Row, Table, at, conv, embedding, layer, norm
+from sdjax.convert import rules
+from sdjax.convert.original import GROUPS, Heads, Modules, Piece, Sizes, below, renamed
+from sdjax.convert.rules import LINEAR, POINTWISE, Field, Row, Shapes, Table, at, conv, embedding, layer, norm
 from sdjax.core.errors import UserError
-from sdjax.models.conditioning import Cond
 from sdjax.models.unet import UNet, UNetConfig
 
 CLASS_NAME = "UNet2DConditionModel"
-DOWN, UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+# Blocks by whether they have transformers.
+DOWN = {False: "DownBlock2D", True: "CrossAttnDownBlock2D"}
+UP = {False: "UpBlock2D", True: "CrossAttnUpBlock2D"}
 TIME_IDS_WIDTH = 256  # SDXL's sinusoids of sizes and crops; they are made outside the network
 DEFAULT_CHANNELS = (320, 640, 1280, 1280)
+VECTOR_DIM = "projection_class_embeddings_input_dim"
 
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None, "text_time"),
     "addition_time_embed_dim": (None, TIME_IDS_WIDTH),
     "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
     "downsample_padding": (1,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
     "mid_block_only_cross_attention": (None, False, True),  # read by another mid_block_type only
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "norm_eps": (1e-5,),
-    "num_attention_heads": (None,),
     "resnet_out_scale_factor": (1.0,),
-    "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
-    "time_embedding_act_fn": (None,),
     "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-    "use_linear_projection": (False, True),
 }
+ALLOWED |= dict.fromkeys(
+    ("center_input_sample", "class_embeddings_concat", "dual_cross_attention", "resnet_skip_time_act"), (False,)
+)
+ALLOWED |= dict.fromkeys(
+    ("class_embed_type", "cross_attention_norm", "encoder_hid_dim", "encoder_hid_dim_type", "num_attention_heads"),
+    (None,),
+)
+ALLOWED |= dict.fromkeys(("time_embedding_act_fn", "timestep_post_act"), (None,))
+FIELDS = (
+    Field("classes", "num_class_embeds", None),
+    Field("guidance_dim", "time_cond_proj_dim", None),
+    Field("linear_projection", "use_linear_projection", False),
+    Field("in_channels", "in_channels", 4),
+    Field("out_channels", "out_channels", 4),
+    Field("groups", "norm_num_groups", 32),
+)
 
 RESBLOCK = (
     *norm("norm1"),
@@ -106,18 +110,7 @@ def table(config: UNetConfig) -> Table:
 @functools.cache
 def shapes(config: UNetConfig) -> dict[str, Any]:
     """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
-    side = 2 ** (len(config.channels) - 1)
-
-    def init() -> Any:
-        cond = Cond(
-            context=jnp.zeros((1, 1, config.context_dim)),
-            vector=None if config.vector_dim is None else jnp.zeros((1, config.vector_dim)),
-            label=jnp.zeros(1, int),
-            guidance=None if config.guidance_dim is None else jnp.zeros((1, config.guidance_dim)),
-        )
-        return UNet(config).init(jax.random.key(0), jnp.zeros((1, side, side, config.in_channels)), jnp.zeros(1), cond)
-
-    return jax.eval_shape(init)["params"]
+    return rules.traced(UNet(config).init, *config.example_inputs())
 
 
 def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.json") -> UNetConfig:
@@ -128,30 +121,65 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.j
     Raises:
         UserError: a value asks for a structure that `UNet` does not have.
     """
-    channels = configs.integers(config, "block_out_channels", DEFAULT_CHANNELS, 0, place)
-    configs.check(config, ALLOWED | {"time_embedding_dim": (None, 4 * channels[0])}, place)
+    channels = rules.integers(config, "block_out_channels", DEFAULT_CHANNELS, 0, place)
+    rules.check(config, ALLOWED | {"time_embedding_dim": (None, 4 * channels[0])}, place)
     levels = len(channels)
-    crossed = _crossed(config, levels, place)
+    sides = (
+        ("down_block_types", DOWN, [DOWN[True]] * 3 + [DOWN[False]]),
+        ("up_block_types", UP, [UP[False]] + [UP[True]] * 3),
+    )
+    crossed = rules.attention_levels(config, sides, levels, place)
     depths = _depths(config, crossed, place)
-    heads = configs.integers(config, "attention_head_dim", 8, levels, place)
-    if any(c % h for c, h, here in zip(channels, heads, [*crossed[:-1], True], strict=True) if here):
-        raise configs.unsupported(config, "attention_head_dim", place, f"divisors of the channels {list(channels)}")
+    heads = rules.integers(config, "attention_head_dim", 8, levels, place)
+    _check_heads(heads, channels, crossed, place)
+    equal = {}
+    for key, default in (("cross_attention_dim", 1280), ("layers_per_block", 2)):
+        equal[key] = rules.integers(config, key, default, levels, place)
+        if len(set(equal[key])) > 1:
+            raise rules.unsupported(config, key, place, "the same at every level")
+    only = config.get("only_cross_attention", False)  # without self-attention; counted from the finest on both sides
+    only = [only] * levels if isinstance(only, bool) else only
+    if not isinstance(only, list | tuple) or len(only) != levels or any(type(here) is not bool for here in only):
+        raise rules.unsupported(config, "only_cross_attention", place, f"True or False or {levels} of them")
+    vector_dim = None
+    if config.get("addition_embed_type") is not None:
+        if config.get(VECTOR_DIM) is None:
+            raise rules.unsupported(
+                config, VECTOR_DIM, place, "a positive integer where addition_embed_type is 'text_time'"
+            )
+        vector_dim = rules.integer(config, VECTOR_DIM, 0, place)
+    sizes = rules.read_fields(config, FIELDS, place)
+    rules.check_groups(sizes["groups"], channels, place)
     return UNetConfig(
         channels=channels,
         depths=tuple(depth if here else 0 for depth, here in zip(depths, crossed, strict=True)),
         mid_depth=depths[-1],
         heads=heads,
-        context_dim=_equal(config, "cross_attention_dim", 1280, levels, place),
-        vector_dim=_vector_dim(config, place),
-        classes=_optional(config, "num_class_embeds", place),
-        guidance_dim=_optional(config, "time_cond_proj_dim", place),
-        cross_only=_cross_only(config, crossed, place),
-        linear_projection=config.get("use_linear_projection", False),
-        in_channels=configs.integer(config, "in_channels", 4, place),
-        out_channels=configs.integer(config, "out_channels", 4, place),
-        layers_per_block=_equal(config, "layers_per_block", 2, levels, place),
-        groups=configs.groups(config, channels, place),
+        context_dim=equal["cross_attention_dim"][0],
+        vector_dim=vector_dim,
+        cross_only=tuple(level for level in range(levels) if only[level] and crossed[level]),
+        layers_per_block=equal["layers_per_block"][0],
+        **sizes,
     )
+
+
+def _check_heads(heads: Sequence[int], channels: Sequence[int], crossed: Sequence[bool], place: object) -> None:
+    if any(c % h for c, h, here in zip(channels, heads, (*crossed[:-1], True), strict=True) if here):
+        key, wanted = "attention_head_dim", f"divisors of the channels {list(channels)}"
+        raise rules.unsupported({key: list(heads)}, key, str(place), wanted)
+
+
+def _depths(config: Mapping[str, Any], crossed: Sequence[bool], place: str) -> tuple[int, ...]:
+    """Transformer blocks of each level, the last one's being the middle's too; a level without them may say 0."""
+    key, mirrored = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+    said = config.get(key, 1)
+    if isinstance(said, list | tuple) and len(said) == len(crossed):
+        used = [*crossed[:-1], True]
+        said = [depth if here or depth != 0 else 1 for depth, here in zip(said, used, strict=True)]
+    depths = rules.integers({**config, key: said}, key, 1, len(crossed), place)
+    if config.get(mirrored) not in (None, list(reversed(depths))):
+        raise rules.unsupported(config, mirrored, place, f"None or the mirror image of {key}")
+    return depths
 
 
 def to_diffusers_config(config: UNetConfig) -> dict[str, Any]:
@@ -162,87 +190,123 @@ def to_diffusers_config(config: UNetConfig) -> dict[str, Any]:
     """
     if config.mid_depth == 0 or config.depths[-1] not in (0, config.mid_depth):
         raise UserError(f"diffusers has no UNet with depths {config.depths} and mid_depth {config.mid_depth}")
-    layers = [depth or 1 for depth in config.depths[:-1]] + [config.mid_depth]
     crossed = [bool(depth) for depth in config.depths]
     added: dict[str, Any] = {"addition_embed_type": None}
     if config.vector_dim is not None:
-        added = {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": TIME_IDS_WIDTH,
-            "projection_class_embeddings_input_dim": config.vector_dim,
-        }
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": TIME_IDS_WIDTH}
+        added[VECTOR_DIM] = config.vector_dim
     if config.cross_only:
         added["only_cross_attention"] = [level in config.cross_only for level in range(len(crossed))]
-    return added | {
+    return {
+        **added,
+        **rules.write_fields(config, FIELDS),
         "_class_name": CLASS_NAME,
         "attention_head_dim": list(config.heads),
         "block_out_channels": list(config.channels),
         "cross_attention_dim": config.context_dim,
         "down_block_types": [DOWN[here] for here in crossed],
-        "in_channels": config.in_channels,
         "layers_per_block": config.layers_per_block,
         "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "norm_num_groups": config.groups,
-        "num_class_embeds": config.classes,
-        "out_channels": config.out_channels,
-        "time_cond_proj_dim": config.guidance_dim,
-        "transformer_layers_per_block": layers,
+        "transformer_layers_per_block": [depth or 1 for depth in config.depths[:-1]] + [config.mid_depth],
         "up_block_types": [UP[here] for here in reversed(crossed)],
-        "use_linear_projection": config.linear_projection,
     }
 
 
-def _crossed(config: Mapping[str, Any], levels: int, place: str) -> list[bool]:
-    """Which levels have transformers, the finest first; both sides of the UNet must agree."""
-    down = config.get("down_block_types", [DOWN[1]] * 3 + [DOWN[0]])
-    up = config.get("up_block_types", [UP[0]] + [UP[1]] * 3)
-    for key, types, known in (("down_block_types", down, DOWN), ("up_block_types", up, UP)):
-        if not isinstance(types, list | tuple) or len(types) != levels or any(kind not in known for kind in types):
-            raise configs.unsupported(config, key, place, f"{levels} of {' or '.join(known)}")
-    crossed = [bool(DOWN.index(kind)) for kind in down]
-    if [bool(UP.index(kind)) for kind in reversed(up)] != crossed:
-        raise configs.unsupported(config, "up_block_types", place, "the mirror image of down_block_types")
-    return crossed
+ORIGINAL_RESBLOCK = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+ORIGINAL_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "class_embedding": "label_emb",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
 
 
-def _depths(config: Mapping[str, Any], crossed: list[bool], place: str) -> tuple[int, ...]:
-    """Transformer blocks of each level, the last one's being the middle's too; a level without them may say 0."""
-    key, mirrored = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
-    given = config.get(key, 1)
-    if isinstance(given, list | tuple) and len(given) == len(crossed):
-        used = [*crossed[:-1], True]
-        given = [depth if here or depth != 0 else 1 for depth, here in zip(given, used, strict=True)]
-    depths = configs.integers({**config, key: given}, key, 1, len(crossed), place)
-    up = config.get(mirrored)
-    if up is not None and up != list(reversed(depths)):
-        raise configs.unsupported(config, mirrored, place, f"None or the mirror image of {key}")
-    return depths
+def original_modules(attends: Sequence[bool], layers: int, attention: Modules | None = None) -> Modules:
+    """The original name of every module of a UNet (CompVis/latent-diffusion openaimodel.py).
+
+    Args:
+        attends: whether each level, the finest first, has attention; it shifts the number of the upsampler.
+        layers: residual blocks a level on the way down.
+        attention: the names within attention, where they are not diffusers'.
+    """
+    levels, modules = len(attends), dict(ORIGINAL_ENDS)
+
+    def add(theirs: str, ours: str, attends: bool = True) -> None:
+        modules.update(below(theirs.format("resnets"), f"{ours}.0", ORIGINAL_RESBLOCK))
+        if attends:
+            name = theirs.format("attentions")
+            modules.update({name: f"{ours}.1"} if attention is None else below(name, f"{ours}.1", attention))
+
+    add("mid_block.{}.0", "middle_block")
+    modules |= below("mid_block.resnets.1", "middle_block.2", ORIGINAL_RESBLOCK)
+    for i in range(levels):
+        for j in range(layers):
+            add(f"down_blocks.{i}.{{}}.{j}", f"input_blocks.{1 + i * (layers + 1) + j}", attends[i])
+        for j in range(layers + 1):
+            add(f"up_blocks.{i}.{{}}.{j}", f"output_blocks.{i * (layers + 1) + j}", attends[levels - 1 - i])
+        down = f"input_blocks.{(i + 1) * (layers + 1)}.0"
+        up = f"output_blocks.{i * (layers + 1) + layers}.{1 + attends[levels - 1 - i]}"
+        for theirs, ours, conv_name in (("down", down, "op"), ("up", up, "conv")):
+            sampler = f"{theirs}_blocks.{i}.{theirs}samplers.0"
+            modules |= below(sampler, ours, ORIGINAL_RESBLOCK | {"conv": conv_name})
+    return modules
 
 
-def _cross_only(config: Mapping[str, Any], crossed: list[bool], place: str) -> tuple[int, ...]:
-    """The levels whose transformers lack self-attention; diffusers counts from the finest on both sides."""
-    value, levels = config.get("only_cross_attention", False), len(crossed)
-    only = [value] * levels if isinstance(value, bool) else value
-    if not isinstance(only, list | tuple) or len(only) != levels or any(type(here) is not bool for here in only):
-        raise configs.unsupported(config, "only_cross_attention", place, f"True or False or {levels} of them")
-    return tuple(level for level in range(levels) if only[level] and crossed[level])
+def pieces(config: UNetConfig) -> dict[str, Piece]:
+    """The place of every tensor in the original layout, by diffusers' key."""
+    modules = original_modules([depth > 0 for depth in config.depths], config.layers_per_block)
+    return {key: Piece(renamed(key, modules)) for key in rules.stored_shapes(table(config), shapes(config))}
 
 
-def _optional(config: Mapping[str, Any], key: str, place: str) -> int | None:
-    return None if config.get(key) is None else configs.integer(config, key, 0, place)
+def original_config(found: Shapes, heads: Heads, place: object) -> UNetConfig:
+    """The sizes of a UNet whose original tensors have the shapes `found`.
 
-
-def _equal(config: Mapping[str, Any], key: str, default: int, levels: int, place: str) -> int:
-    values = configs.integers(config, key, default, levels, place)
-    if len(set(values)) > 1:
-        raise configs.unsupported(config, key, place, "the same at every level")
-    return values[0]
-
-
-def _vector_dim(config: Mapping[str, Any], place: str) -> int | None:
-    if config.get("addition_embed_type") is None:
-        return None
-    key = "projection_class_embeddings_input_dim"
-    if config.get(key) is None:
-        raise configs.unsupported(config, key, place, "a positive integer where addition_embed_type is 'text_time'")
-    return configs.integer(config, key, 0, place)
+    Raises:
+        UserError: a tensor that says a size is missing, or the levels are not alike.
+    """
+    sizes, levels = Sizes(found, place), [[]]
+    for i in range(1, sizes.count("input_blocks")):  # of each level its residual blocks: (channels, depth)
+        if f"input_blocks.{i}.0.op.weight" in sizes:
+            levels.append([])
+        else:
+            depth = sizes.count(f"input_blocks.{i}.1.transformer_blocks")
+            levels[-1].append((sizes.axis(f"input_blocks.{i}.0.out_layers.3.weight", 0), depth))
+    if not all(levels):
+        raise UserError(f"{place} lacks residual blocks of its UNet")
+    if len({len(level) for level in levels}) > 1 or any(len(set(level)) > 1 for level in levels):
+        raise UserError(f"{place} has levels of unlike blocks (a distilled or pruned model), which are not supported")
+    channels, depths = zip(*(level[0] for level in levels), strict=True)
+    mid_depth = sizes.count("middle_block.1.transformer_blocks")
+    if depths[-1] not in (0, mid_depth) or mid_depth == 0:
+        raise UserError(f"{place} has depths {list(depths)} and {mid_depth} in the middle, which is not supported")
+    rules.check_groups(GROUPS, channels, str(place))
+    found_heads = tuple(map(heads.of, channels))
+    _check_heads(found_heads, channels, depths, place)
+    classes = sizes.axis("label_emb.weight", 0) if "label_emb.weight" in sizes else None
+    last = len(channels) - 1
+    return UNetConfig(
+        channels=channels,
+        depths=depths,
+        mid_depth=mid_depth,
+        heads=found_heads,
+        context_dim=sizes.axis("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
+        vector_dim=sizes.axis("label_emb.0.0.weight", 1) if "label_emb.0.0.weight" in sizes else None,
+        classes=classes,
+        # The x4 upscaler, which alone has classes, has no self-attention but at the coarsest level.
+        cross_only=tuple(level for level in range(last) if classes and depths[level]),
+        linear_projection=sizes.rank("middle_block.1.proj_in.weight") == 2,
+        in_channels=sizes.axis("input_blocks.0.0.weight", 1),
+        out_channels=sizes.axis("out.2.weight", 0),
+        layers_per_block=len(levels[0]),
+    )

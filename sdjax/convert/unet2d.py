@@ -1,36 +1,37 @@
-"""The UNet without cross-attention as PyTorch diffusers stores it (`UNet2DModel`), and as LDM and ADM do."""
+"""The UNet without cross-attention as PyTorch diffusers stores it (`UNet2DModel`), and as LDM and ADM do.
+
+ADM's classifier of noisy images, which is its encoder, is stored alike (openai/guided-diffusion).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from sdjax.convert import configs
-from sdjax.convert.autoencoder import ATTENTION_BLOCK
-from sdjax.convert.original import RESBLOCK as ORIGINAL_RESBLOCK
-from sdjax.convert.rules import Row, Table, at, conv, embedding, norm
-from sdjax.convert.unet import EMBEDDING_MLP, RESBLOCK
+from sdjax.convert import rules
+from sdjax.convert.autoencoder import ATTENTION_ALIASES, ATTENTION_BLOCK
+from sdjax.convert.original import CONV_1D, GROUPS, TRANSPOSED, Heads, Piece, Sizes, renamed
+from sdjax.convert.rules import SAME, Field, Row, Shapes, Table, at, conv, embedding, layer, norm
+from sdjax.convert.unet import EMBEDDING_MLP, RESBLOCK, original_modules
 from sdjax.core.errors import UserError
-from sdjax.models.conditioning import Cond
+from sdjax.models.adm_classifier import ClassifierConfig, classifier_of
 from sdjax.models.unet2d import UNet2D, UNet2DConfig
 
 CLASS_NAME = "UNet2DModel"
-# guided-diffusion's and LDM's own class, for sizes that diffusers' has no words for.
-OWN_CLASS_NAME = "UNetModel"
-# Blocks by whether they have attention, and whether residual blocks resample.
+OWN_CLASS_NAME = "UNetModel"  # guided-diffusion's and LDM's own class, for sizes that diffusers' cannot express
+# Blocks by whether residual blocks resample, then by whether they have attention.
 DOWN = {
-    (False, False): "DownBlock2D",
-    (True, False): "AttnDownBlock2D",
-    (False, True): "ResnetDownsampleBlock2D",
-    (True, True): "AttnDownBlock2D",
+    False: {False: "DownBlock2D", True: "AttnDownBlock2D"},
+    True: {False: "ResnetDownsampleBlock2D", True: "AttnDownBlock2D"},
 }
-UP = {key: name.replace("Down", "Up") for key, name in DOWN.items()}
+UP = {
+    False: {False: "UpBlock2D", True: "AttnUpBlock2D"},
+    True: {False: "ResnetUpsampleBlock2D", True: "AttnUpBlock2D"},
+}
 
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
@@ -38,18 +39,31 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "attn_norm_num_groups": (None, 32),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
-    "downsample_padding": (1,),
+    "downsample_padding": (1, 0),
     "downsample_type": ("conv", "resnet"),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
+    "freq_shift": (0, 1),
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2D", None),
-    "norm_eps": (1e-5,),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "upsample_type": ("conv", "resnet"),
 }
+FIELDS = (
+    Field("in_channels", "in_channels", 3),
+    Field("out_channels", "out_channels", 3),
+    Field("layers_per_block", "layers_per_block", 2),
+    Field("groups", "norm_num_groups", 32),
+    Field("classes", "num_class_embeds", None),
+    Field("cosines_first", "flip_sin_to_cos", True),
+    Field("eps", "norm_eps", 1e-5),
+)
+NUMBERS = ("freq_shift", "downsample_padding")  # 0 or 1, and called so here, too
+OWN_FIELDS = (
+    *(Field(field.ours, field.ours, field.default) for field in FIELDS),
+    *(Field("width", "width", None), Field("scale_shift", "scale_shift", False)),
+    Field("resblock_updown", "resblock_updown", False),
+)
 
 
 def _side(blocks: str, resampler: str) -> tuple[Row, ...]:
@@ -73,29 +87,25 @@ TABLE = Table(
         *norm("conv_norm_out"),
         *conv("conv_out"),
     ),
-    # What diffusers called the attention's layers before 0.17; the published LDM folders still say so.
-    aliases=(
-        (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
-        (r"(attentions\.\d+)\.key\.", r"\1.to_k."),
-        (r"(attentions\.\d+)\.value\.", r"\1.to_v."),
-        (r"(attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
-    ),
+    aliases=ATTENTION_ALIASES,
 )
-
-
-def table(config: UNet2DConfig) -> Table:
-    """The same rows for every config."""
-    del config
-    return TABLE
+POOL = (
+    Row("positional_embedding", "positional_embedding", TRANSPOSED),
+    *(*layer("to_q"), *layer("to_k"), *layer("to_v"), *layer("to_out", "c_proj")),
+)
+CLASSIFIER_TABLE = Table((*TABLE.rows, *at("pool", "out.2", POOL)))
 
 
 @functools.cache
 def shapes(config: UNet2DConfig) -> dict[str, Any]:
     """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
-    side = 2 ** (len(config.channels) - 1)
-    cond = Cond(label=None if config.classes is None else jnp.zeros(1, int))
-    x = jnp.zeros((1, side, side, config.in_channels))
-    return jax.eval_shape(lambda: UNet2D(config).init(jax.random.key(0), x, jnp.zeros(1), cond))["params"]
+    return rules.traced(UNet2D(config).init, *config.example_inputs())
+
+
+@functools.cache
+def classifier_shapes(config: ClassifierConfig) -> dict[str, Any]:
+    """The same of a classifier."""
+    return rules.traced(classifier_of(config).init, jnp.zeros((1, config.size, config.size, 3)), jnp.zeros(1))
 
 
 def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.json") -> UNet2DConfig:
@@ -104,36 +114,30 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.j
     Raises:
         UserError: a value asks for a structure that `UNet2D` does not have.
     """
-    configs.check(config, ALLOWED, place)
-    channels = configs.integers(config, "block_out_channels", (224, 448, 672, 896), 0, place)
-    updown = config.get("downsample_type", "conv") == "resnet"
-    if (config.get("upsample_type", "conv") == "resnet") != updown:
-        raise configs.unsupported(config, "upsample_type", place, f"{config.get('downsample_type')!r} as the other")
-    attends = []
-    for key, names in (("down_block_types", DOWN), ("up_block_types", UP)):
-        found = {names[here, updown]: here for here in (False, True)}
-        default = [names[level > 0, False] for level in range(len(channels))]
-        blocks = list(config.get(key, default if names is DOWN else default[::-1]))
-        if len(blocks) != len(channels) or any(block not in found for block in blocks):
-            raise configs.unsupported(config, key, place, f"{len(channels)} of {' and '.join(found)}")
-        attends.append([found[block] for block in blocks])
-    if attends[0] != attends[1][::-1]:
-        raise configs.unsupported(config, "up_block_types", place, "the reverse of down_block_types")
+    rules.check(config, ALLOWED, place)
+    channels = rules.integers(config, "block_out_channels", (224, 448, 672, 896), 0, place)
+    resampled = config.get("downsample_type", "conv")
+    if config.get("upsample_type", "conv") != resampled:
+        raise rules.unsupported(config, "upsample_type", place, f"{resampled!r} as the other")
+    updown, default = resampled == "resnet", [level > 0 for level in range(len(channels))]
+    sides = (
+        ("down_block_types", DOWN[updown], [DOWN[False][here] for here in default]),
+        ("up_block_types", UP[updown], [UP[False][here] for here in reversed(default)]),
+    )
+    attends = rules.attention_levels(config, sides, len(channels), place)
     wide = config.get("attention_head_dim", 8)
     if wide is not None and (type(wide) is not int or wide < 1):
-        raise configs.unsupported(config, "attention_head_dim", place, "a positive integer or null")
-    classes = config.get("num_class_embeds")
+        raise rules.unsupported(config, "attention_head_dim", place, "a positive integer or null")
+    sizes = rules.read_fields(config, FIELDS, place)
+    rules.check_groups(sizes["groups"], channels, place)
     return UNet2DConfig(
         channels=channels,
-        attention_levels=tuple(level for level, here in enumerate(attends[0]) if here),
+        attention_levels=tuple(level for level, here in enumerate(attends) if here),
         heads=tuple(1 if wide is None else max(level // wide, 1) for level in channels),
-        in_channels=configs.integer(config, "in_channels", 3, place),
-        out_channels=configs.integer(config, "out_channels", 3, place),
-        layers_per_block=configs.integer(config, "layers_per_block", 2, place),
-        groups=configs.groups(config, channels, place),
-        classes=None if classes is None else configs.integer(config, "num_class_embeds", 0, place),
         scale_shift=config.get("resnet_time_scale_shift") == "scale_shift",
         resblock_updown=updown,
+        **{key: config.get(key, ALLOWED[key][0]) for key in NUMBERS},
+        **sizes,
     )
 
 
@@ -144,35 +148,32 @@ def to_diffusers_config(config: UNet2DConfig) -> dict[str, Any]:
         UserError: it has heads of different widths, or sinusoids of another width than its first level: diffusers'
             class has neither.
     """
-    levels, widths = range(len(config.channels)), _head_widths(config)
+    widths = _head_widths(config)
     if not is_diffusers(config):
         raise UserError(
             f"diffusers' {CLASS_NAME} has neither heads of different widths ({sorted(widths)}) nor an embedding of the "
             f"timestep that is {config.width} wide where the first level has {config.channels[0]} channels"
         )
-    kinds = [(level in config.attention_levels, config.resblock_updown) for level in levels]
+    attends = [level in config.attention_levels for level in range(len(config.channels))]
     resample = "resnet" if config.resblock_updown else "conv"
     return {
+        **rules.write_fields(config, FIELDS),
+        **{key: getattr(config, key) for key in NUMBERS},
         "_class_name": CLASS_NAME,
         "act_fn": "silu",
         "attention_head_dim": widths.pop(),
         "attn_norm_num_groups": config.groups if config.scale_shift else None,
         "block_out_channels": list(config.channels),
-        "down_block_types": [DOWN[kind] for kind in kinds],
+        "down_block_types": [DOWN[config.resblock_updown][here] for here in attends],
         "downsample_type": resample,
-        "in_channels": config.in_channels,
-        "layers_per_block": config.layers_per_block,
-        "norm_num_groups": config.groups,
-        "num_class_embeds": config.classes,
-        "out_channels": config.out_channels,
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
-        "up_block_types": [UP[kind] for kind in reversed(kinds)],
+        "up_block_types": [UP[config.resblock_updown][here] for here in reversed(attends)],
         "upsample_type": resample,
     }
 
 
 def is_diffusers(config: UNet2DConfig) -> bool:
-    """Whether diffusers' class has such sizes: its heads are equally wide, its sinusoids as many as first channels."""
+    """Tell whether diffusers' class has such sizes: heads of one width, as many sinusoids as first channels."""
     return len(_head_widths(config)) == 1 and config.width in (None, config.channels[0])
 
 
@@ -182,7 +183,7 @@ def _head_widths(config: UNet2DConfig) -> set[int]:
 
 
 def to_config(config: UNet2DConfig) -> dict[str, Any]:
-    """The config.json of a UNet: diffusers', or the sizes as they are where diffusers has no words for them."""
+    """The config.json of a UNet: diffusers', or the sizes as they are where diffusers' class cannot express them."""
     if is_diffusers(config):
         return to_diffusers_config(config)
     return {"_class_name": OWN_CLASS_NAME, **dataclasses.asdict(config)}
@@ -196,126 +197,113 @@ def from_config(config: Mapping[str, Any], place: str = "unet/config.json") -> U
     """
     if config.get("_class_name") != OWN_CLASS_NAME:
         return from_diffusers_config(config, place)
-    channels = configs.integers(config, "channels", (), 0, place)
+    channels = rules.integers(config, "channels", (), 0, place)
     levels = config.get("attention_levels", ())
     if not isinstance(levels, list | tuple) or any(level not in range(len(channels)) for level in levels):
-        raise configs.unsupported(config, "attention_levels", place, f"some of {list(range(len(channels)))}")
-    flags = {name: config.get(name, False) for name in ("scale_shift", "resblock_updown")}
-    for name, value in flags.items():
-        if type(value) is not bool:
-            raise configs.unsupported(config, name, place, "true or false")
-    heads = configs.integers(config, "heads", (), len(channels), place)
+        raise rules.unsupported(config, "attention_levels", place, f"some of {list(range(len(channels)))}")
+    heads = rules.integers(config, "heads", (), len(channels), place)
     if any(channels[level] % heads[level] for level in (*levels, len(channels) - 1)):
-        raise configs.unsupported(config, "heads", place, f"divisors of {list(channels)}")
-    optional = {name: config.get(name) for name in ("width", "classes")}
-    optional = {name: None if n is None else configs.integer(config, name, 1, place) for name, n in optional.items()}
-    return UNet2DConfig(
-        channels=channels,
-        attention_levels=tuple(levels),
-        heads=heads,
-        in_channels=configs.integer(config, "in_channels", 3, place),
-        out_channels=configs.integer(config, "out_channels", 3, place),
-        layers_per_block=configs.integer(config, "layers_per_block", 2, place),
-        groups=configs.groups({"norm_num_groups": config.get("groups", 32)}, channels, place),
-        **optional,
-        **flags,
-    )
+        raise rules.unsupported(config, "heads", place, f"divisors of {list(channels)}")
+    rules.check(config, {key: ALLOWED[key] for key in NUMBERS}, place)
+    sizes = rules.read_fields(config, OWN_FIELDS, place)
+    rules.check_groups(sizes["groups"], channels, place)
+    sizes |= {key: config.get(key, ALLOWED[key][0]) for key in NUMBERS}
+    return UNet2DConfig(channels=channels, attention_levels=tuple(levels), heads=heads, **sizes)
 
 
-ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "class_embedding": "label_emb",
-    "conv_in": "input_blocks.0.0",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-
-
-def from_original(
-    tensors: Mapping[str, np.ndarray], config: UNet2DConfig, *, new_order: bool = False
-) -> dict[str, np.ndarray]:
-    """Tensors of openai/guided-diffusion or of LDM's `model.diffusion_model.` under diffusers' keys.
-
-    Args:
-        tensors: by key, without a prefix.
-        config: their sizes.
-        new_order: whether queries, keys and values of all heads stand together (`use_new_attention_order`, ADM at 64
-            pixels); else those of each head do.
+def classifier_from_config(config: Mapping[str, Any], place: str = "classifier/config.json") -> ClassifierConfig:
+    """Sizes from the config.json that `classifier_to_config` made.
 
     Raises:
-        UserError: a key is not one of such a UNet.
+        UserError: a size is missing, or there is one that is unknown.
     """
-    modules, found = _modules(config), {}
-    for key, tensor in tensors.items():
-        stem = next((stem for stem in modules if key.startswith(f"{stem}.")), None)
-        if stem is None:
-            raise UserError(f"{key} is no part of a UNet of {len(config.channels)} levels")
-        name, rest = modules[stem], key.removeprefix(f"{stem}.")
-        if rest.startswith("qkv."):
-            heads, kind = config.heads[_level(name, config)], rest.removeprefix("qkv.")
-            parts = split_heads(tensor, heads, new_order)
-            found |= {f"{name}.to_{letter}.{kind}": part for letter, part in zip("qkv", parts, strict=True)}
-        elif rest.startswith("proj_out."):
-            kind = rest.removeprefix("proj_out.")
-            found[f"{name}.to_out.0.{kind}"] = tensor[:, :, 0] if kind == "weight" else tensor
-        elif rest.startswith("norm."):
-            found[f"{name}.group_norm.{rest.removeprefix('norm.')}"] = tensor
-        else:
-            found[f"{name}.{_inner(rest)}"] = tensor
+    try:
+        encoder: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config["encoder"].items()}
+        return ClassifierConfig(UNet2DConfig(**encoder), config["size"], config["classes"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place} does not describe a classifier: {error}") from error
+
+
+def classifier_to_config(config: ClassifierConfig) -> dict[str, Any]:
+    """The config.json of a classifier."""
+    return {"_class_name": "EncoderUNetModel", **dataclasses.asdict(config)}
+
+
+ORIGINAL_ATTENTION = {"group_norm": "norm", **dict.fromkeys(("to_q", "to_k", "to_v"), "qkv"), "to_out.0": "proj_out"}
+
+
+def pieces(config: UNet2DConfig, new_order: bool = False) -> dict[str, Piece]:
+    """The place of every tensor in guided-diffusion's or LDM's layout, by diffusers' key.
+
+    Args:
+        new_order: whether queries, keys and values of all heads stand together (`use_new_attention_order`, ADM at 64
+            pixels); else those of each head do.
+    """
+    return _pieces(config, rules.stored_shapes(TABLE, shapes(config)), new_order)
+
+
+def _pieces(config: UNet2DConfig, keys: Mapping[str, Any], new_order: bool) -> dict[str, Piece]:
+    levels = len(config.channels)
+    attends = [level in config.attention_levels for level in range(levels)]
+    modules = original_modules(attends, config.layers_per_block, ORIGINAL_ATTENTION)
+
+    def piece(key: str) -> Piece:
+        parts = key.split(".")
+        if ".attentions." not in key or parts[-2] == "group_norm":
+            return Piece(renamed(key, modules))
+        level = -1 if parts[0] == "mid_block" else int(parts[1]) if parts[0] == "down_blocks" else -1 - int(parts[1])
+        kind = CONV_1D if parts[-1] == "weight" else SAME
+        third = {"to_q": 0, "to_k": 1, "to_v": 2}.get(parts[-2])
+        return Piece(renamed(key, modules), kind, third, 1 if new_order else config.heads[level])
+
+    return {key: piece(key) for key in keys}
+
+
+def classifier_pieces(config: ClassifierConfig) -> dict[str, Piece]:
+    """The same of a classifier, whose last layer attends from the mean of all pixels."""
+    keys = rules.stored_shapes(CLASSIFIER_TABLE, classifier_shapes(config))
+    found = _pieces(config.encoder, {key: shape for key, shape in keys.items() if not key.startswith("out.2.")}, False)
+    found["out.2.positional_embedding"] = Piece("out.2.positional_embedding")
+    for suffix, kind in (("weight", CONV_1D), ("bias", SAME)):
+        for third, letter in enumerate("qkv"):
+            found[f"out.2.to_{letter}.{suffix}"] = Piece(f"out.2.qkv_proj.{suffix}", kind, third)
+        found[f"out.2.c_proj.{suffix}"] = Piece(f"out.2.c_proj.{suffix}", kind)
     return found
 
 
-def _inner(rest: str) -> str:
-    """The key within a module: of a residual block, a resampling convolution, or as it is."""
-    renamed = {old: new for new, old in ORIGINAL_RESBLOCK.items()} | {"op": "conv"}
-    for old, new in renamed.items():
-        if rest.startswith(f"{old}."):
-            return new + rest.removeprefix(old)
-    return rest
+def original_config(found: Shapes, heads: Heads, place: object) -> UNet2DConfig:
+    """The sizes of a UNet without cross-attention whose original tensors have the shapes `found`.
 
-
-def split_heads(tensor: np.ndarray, heads: int, new_order: bool) -> Iterable[np.ndarray]:
-    """Queries, keys and values of a joint layer of size 3 h d.
+    Where residual blocks change the resolution their keys are as any other's; only that one stands behind another in
+    the last block of each level on the way up tells how many levels there are.
 
     Raises:
-        UserError: its size is no multiple of three times the heads.
+        UserError: a tensor that says a size is missing.
     """
-    matrix = tensor[:, :, 0] if tensor.ndim == 3 else tensor
-    if matrix.ndim == 0 or matrix.shape[0] % (3 * heads):
-        raise UserError(f"a joint layer of shape {list(tensor.shape)} has no queries, keys and values of {heads} heads")
-    if new_order:
-        return np.split(matrix, 3)
-    by_head = matrix.reshape(heads, 3, -1, *matrix.shape[1:])
-    return [by_head[:, i].reshape(-1, *matrix.shape[1:]) for i in range(3)]
-
-
-def _level(name: str, config: UNet2DConfig) -> int:
-    kind, number = name.split(".")[:2]
-    if kind == "mid_block":
-        return -1
-    return int(number) if kind == "down_blocks" else len(config.channels) - 1 - int(number)
-
-
-@functools.cache
-def _modules(config: UNet2DConfig) -> dict[str, str]:
-    """diffusers' modules by the original's, the longest names first."""
-    modules = {old: new for new, old in ENDS.items()}
-    layers, levels = config.layers_per_block, len(config.channels)
-    for i in range(levels):
-        for j in range(layers):
-            block = f"input_blocks.{1 + i * (layers + 1) + j}"
-            modules |= {f"{block}.0": f"down_blocks.{i}.resnets.{j}", f"{block}.1": f"down_blocks.{i}.attentions.{j}"}
-        modules[f"input_blocks.{(i + 1) * (layers + 1)}.0"] = f"down_blocks.{i}.downsamplers.0"
-        attends = levels - 1 - i in config.attention_levels
-        for j in range(layers + 1):
-            block = f"output_blocks.{i * (layers + 1) + j}"
-            modules |= {f"{block}.0": f"up_blocks.{i}.resnets.{j}"}
-            if attends:
-                modules[f"{block}.1"] = f"up_blocks.{i}.attentions.{j}"
-        last = f"output_blocks.{i * (layers + 1) + layers}"
-        modules[f"{last}.{1 + attends}"] = f"up_blocks.{i}.upsamplers.0"
-    return dict(sorted(modules.items(), key=lambda item: -len(item[0])))
+    sizes = Sizes(found, place)
+    blocks = sizes.count("output_blocks")
+    samplers = [
+        (f"output_blocks.{i}.{j}", kind) for i in range(blocks) for kind in ("in_layers.2", "conv") for j in (1, 2)
+    ]
+    raised = [kind for block, kind in samplers if f"{block}.{kind}.weight" in sizes]
+    levels = len(raised) + 1
+    if blocks % levels or blocks <= levels:
+        raise UserError(f"{place} has {blocks} blocks on the way up, which are no {levels} levels of equal length")
+    layers = blocks // levels - 1
+    firsts = [1 + level * (layers + 1) for level in range(levels)]
+    channels = tuple(sizes.axis(f"input_blocks.{i}.0.out_layers.3.weight", 0) for i in firsts)
+    if any(level % GROUPS for level in channels):
+        raise UserError(f"{place} has a UNet of {list(channels)} channels; each must be a multiple of {GROUPS}")
+    width = sizes.axis("time_embed.0.weight", 1)
+    return UNet2DConfig(
+        channels=channels,
+        attention_levels=tuple(n for n, i in enumerate(firsts) if f"input_blocks.{i}.1.qkv.weight" in sizes),
+        heads=tuple(map(heads.of, channels)),
+        width=None if width == channels[0] else width,
+        in_channels=sizes.axis("input_blocks.0.0.weight", 1),
+        out_channels=sizes.axis("out.2.weight", 0),
+        layers_per_block=layers,
+        classes=sizes.axis("label_emb.weight", 0) if "label_emb.weight" in sizes else None,
+        scale_shift=sizes.axis("input_blocks.1.0.emb_layers.1.weight", 0) == 2 * channels[0],
+        resblock_updown="in_layers.2" in raised,
+    )

@@ -225,15 +225,18 @@ class ResBlock(nn.Module):
         return constrain_picture(x + h)
 
 
-def timestep_embedding(t: Float[Array, " b"], width: int, max_period: float = 10000.0) -> Float[Array, "b w"]:
+def timestep_embedding(
+    t: Float[Array, " b"], width: int, max_period: float = 10000.0, shift: int = 0
+) -> Float[Array, "b w"]:
     """Sinusoids of t, cosines first (DDPM; openai/guided-diffusion nn.py), in float32.
 
     Args:
         t: timesteps; fractional ones are allowed.
         width: an even number of features.
+        shift: 1 lets the last frequency be 1 / max_period.
     """
     half = width // 2
-    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
     angles = t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

@@ -17,10 +17,17 @@ from jaxtyping import Array, Float
 from sdjax.core.partition import BATCH, constrain, constrain_picture
 from sdjax.models.attention import SelfAttention
 from sdjax.models.conditioning import Cond
-from sdjax.models.layers import Conv, Downsample, EmbeddingMLP, GroupNorm, ResBlock, Upsample, timestep_embedding
+from sdjax.models.layers import (
+    SYMMETRIC,
+    Conv,
+    Downsample,
+    EmbeddingMLP,
+    GroupNorm,
+    ResBlock,
+    Upsample,
+    timestep_embedding,
+)
 from sdjax.models.remat import recomputed
-
-EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,10 @@ class UNet2DConfig:
         classes: how many values `Cond.label` has; None where there is none.
         scale_shift: whether the embedding scales and shifts the second norm's output (ADM) or is added before it.
         resblock_updown: whether residual blocks change the resolution (ADM), not convolutions.
+        freq_shift: 1 where the sinusoids' last frequency is 1 / 10000 (DDPM), 0 where the one after it would be.
+        cosines_first: the order of the sinusoids; DDPM has sines first.
+        downsample_padding: of convolutions that halve: 1 on all sides, or 0, which pads right and bottom only (DDPM).
+        eps: of the norms.
     """
 
     channels: tuple[int, ...] = (224, 448, 672, 896)
@@ -47,10 +58,22 @@ class UNet2DConfig:
     classes: int | None = None
     scale_shift: bool = False
     resblock_updown: bool = False
-    # There is no cross-attention, no condition vector and no embedding of the guidance scale.
-    context_dim: ClassVar[None] = None
-    vector_dim: ClassVar[None] = None
-    guidance_dim: ClassVar[None] = None
+    freq_shift: int = 0
+    cosines_first: bool = True
+    downsample_padding: int = 1
+    eps: float = 1e-5
+
+    @property
+    def context_dim(self) -> None:
+        """There is no cross-attention."""
+
+    @property
+    def vector_dim(self) -> None:
+        """There is no condition vector."""
+
+    @property
+    def guidance_dim(self) -> None:
+        """There is no embedding of the guidance scale."""
 
     @property
     def divisor(self) -> int:
@@ -147,13 +170,14 @@ class Encoder2D(nn.Module):
         return self._res("mid_block_resnets_1", c.channels[-1])(x, temb), skips
 
     def _normalised(self, x: Array) -> Array:
-        return nn.silu(GroupNorm(self.config.groups, EPS, self.dtype, name="conv_norm_out")(x))
+        return nn.silu(GroupNorm(self.config.groups, self.config.eps, self.dtype, name="conv_norm_out")(x))
 
     def _embedding(self, t: Array, cond: Cond) -> Array:
         width = self.config.width or self.config.channels[0]
-        temb = EmbeddingMLP(4 * width, self.dtype, name="time_embedding")(
-            timestep_embedding(t, width).astype(self.dtype)
-        )
+        sinusoids = timestep_embedding(t, width, shift=self.config.freq_shift)
+        if not self.config.cosines_first:
+            sinusoids = jnp.roll(sinusoids, width // 2, axis=-1)
+        temb = EmbeddingMLP(4 * width, self.dtype, name="time_embedding")(sinusoids.astype(self.dtype))
         if self.config.classes is None:
             return temb
         assert cond.label is not None, "this UNet was built for a label"
@@ -166,12 +190,12 @@ class Encoder2D(nn.Module):
     ) -> Callable[[Array, Array], Array]:
         c = self.config
         block = recomputed(ResBlock, self.remat)
-        return block(features, c.groups, EPS, True, c.scale_shift, resample, size, self.dtype, name=name)
+        return block(features, c.groups, c.eps, True, c.scale_shift, resample, size, self.dtype, name=name)
 
     def _attend(self, name: str, level: int) -> nn.Module:
         """Args: `level` is -1 in the middle, which has the last level's heads."""
         block = recomputed(SelfAttention, self.remat)
-        return block(self.config.heads[level], self.config.groups, EPS, self.dtype, name=name)
+        return block(self.config.heads[level], self.config.groups, self.config.eps, self.dtype, name=name)
 
     def _down(self, x: Array, temb: Array) -> tuple[Array, list[Array]]:
         c, skips = self.config, [x]
@@ -186,7 +210,8 @@ class Encoder2D(nn.Module):
                 if c.resblock_updown:
                     x = self._res(name, features, "down")(x, temb)
                 else:
-                    x = Downsample(dtype=self.dtype, name=name)(x)
+                    padding = SYMMETRIC if c.downsample_padding else ((0, 1), (0, 1))
+                    x = Downsample(padding, self.dtype, name=name)(x)
                 skips.append(x)
         return x, skips
 

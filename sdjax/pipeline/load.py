@@ -11,15 +11,11 @@ from typing import Any, Unpack, cast
 import jax
 from jax.sharding import Mesh
 
-from sdjax.convert.adm_file import read_adm_classifier
-from sdjax.convert.components import CLASSIFIERS, TOKENIZERS, Checkpoint, Component
-from sdjax.convert.folder import read_component
-from sdjax.convert.hub import resolve
-from sdjax.convert.model_index import INDEX
-from sdjax.convert.opening import read_checkpoint
-from sdjax.convert.patches import add_embeddings, replace_vae
+from sdjax.convert.components import CLASSIFIERS, TOKENIZERS, Checkpoint, Component, tokenizers_of
+from sdjax.convert.folder import INDEX, read_component
+from sdjax.convert.opening import add_embeddings, read_checkpoint, replace_vae, resolve
 from sdjax.convert.rules import Placer
-from sdjax.convert.tokenizers import tokenizers_of
+from sdjax.convert.single_file import read_adm_classifier
 from sdjax.core.config import EXPORT
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named

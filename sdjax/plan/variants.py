@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sdjax.convert.components import FORMATS, TOKENIZERS, Checkpoint, Component
+from sdjax.convert.components import FORMATS, TOKENIZERS, Checkpoint, Component, tokenizers_of
 from sdjax.convert.families import FAMILIES, scheduler_config
 from sdjax.convert.single_file import TOKENIZER_FOLDERS
-from sdjax.convert.tokenizers import tokenizers_of
 from sdjax.core.errors import unknown
 from sdjax.core.precision import dtype_named
 from sdjax.diffusion_model.model import DiffusionModel, build_model

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.convert.components import TOKENIZERS
+from sdjax.convert.components import TOKENIZERS, find_tokenizer
 from sdjax.convert.single_file import TOKENIZER_FOLDERS
-from sdjax.convert.tokenizers import find_tokenizer
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named

@@ -14,8 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from sdjax.convert.components import Component
 from sdjax.convert.folder import read_component
-from sdjax.convert.hub import resolve
-from sdjax.convert.opening import read_checkpoint
+from sdjax.convert.opening import read_checkpoint, resolve
 from sdjax.core.errors import UserError
 from sdjax.core.prng import stream
 from sdjax.core.tree import Params, flatten, unflatten

@@ -16,9 +16,10 @@ from safetensors.torch import save_file as save_torch
 from tiny_checkpoints import tiny_checkpoint
 
 from sdjax.convert.__main__ import main
+from sdjax.convert.clip import VOCABULARY
 from sdjax.convert.folder import read_component, read_folder, write_checkpoint
-from sdjax.convert.layout import VOCABULARY
-from sdjax.convert.single_file import TOKENIZER_FOLDERS, read_single_file, write_single_file
+from sdjax.convert.single_file import TOKENIZER_FOLDERS, read_single_file
+from sdjax.convert.writing import write_single_file
 from sdjax.core.errors import UserError
 
 PIPELINES = {

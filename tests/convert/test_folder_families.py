@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from tiny_checkpoints import DDIM, FAMILIES, assert_same, tiny_checkpoint, write_tokenizer
 
-from sdjax.convert.folder import read_folder, write_checkpoint
-from sdjax.convert.model_index import absent_parts
+from sdjax.convert.folder import absent_parts, read_folder, write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 

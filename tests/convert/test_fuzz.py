@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from tiny_checkpoints import tiny_checkpoint
 
+from sdjax.convert.clip import VOCABULARY
 from sdjax.convert.files import read_safetensors, write_safetensors
-from sdjax.convert.layout import VOCABULARY
-from sdjax.convert.single_file import TOKENIZER_FOLDERS, read_single_file, write_single_file
+from sdjax.convert.single_file import TOKENIZER_FOLDERS, read_single_file
+from sdjax.convert.writing import write_single_file
 from sdjax.core.errors import UserError
 
 CASES = 1200

@@ -20,9 +20,9 @@ from tiny_checkpoints import assert_same, tiny_checkpoint, write_tokenizer
 from torch_reference import drawn
 
 from sdjax.convert.components import ALL_FORMATS, Checkpoint, Component
+from sdjax.convert.families import FAMILIES
 from sdjax.convert.folder import read_folder, write_checkpoint
-from sdjax.convert.hub import resolve
-from sdjax.convert.ldm_families import LDM_FAMILIES
+from sdjax.convert.opening import resolve
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 from sdjax.data.tokenizer_training import train_word_pieces
@@ -169,7 +169,7 @@ def test_models_of_the_ldm_paper_come_whole(hub: Hub, tmp_path: Path):
     sizes |= {"bert": BertConfig(vocab_size=80, width=16, layers=1, max_length=11)}
     components = {name: Component(size, drawn(ALL_FORMATS[name].shapes(size))) for name, size in sizes.items()}
     train_word_pieces(["a red heart"], tmp_path / "words", 60)
-    scheduler = LDM_FAMILIES["text_f4"].scheduler
+    scheduler = FAMILIES["text_f4"].scheduler
     folder = tmp_path / "served" / "acme" / "words"
     tokenizers = {"bert": tmp_path / "words"}
     made = Checkpoint(components=components, scheduler=scheduler, conditioning="text_bert", tokenizers=tokenizers)
@@ -251,7 +251,7 @@ def test_what_is_not_there_is_said_in_one_line(source: str, words: str, hub: Hub
 
 def test_the_clients_own_settings_are_followed(hub: Hub, tmp_path: Path):
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are read when the client is imported: so in a process of its own."""
-    code = "from sdjax.convert.hub import resolve; print(resolve('acme/xl'))"
+    code = "from sdjax.convert.opening import resolve; print(resolve('acme/xl'))"
 
     def run(**settings: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), **settings}

@@ -15,16 +15,15 @@ from torch_reference import drawn
 
 import sdjax
 from sdjax.convert import __main__ as command
-from sdjax.convert import adm_file, components, unet2d
-from sdjax.convert.adm_file import read_adm_classifier, read_adm_file
+from sdjax.convert import components, single_file, unet2d
+from sdjax.convert.families import FAMILIES
 from sdjax.convert.files import write_safetensors
 from sdjax.convert.folder import read_folder
-from sdjax.convert.layout import pieces_of
-from sdjax.convert.ldm_families import LDM_FAMILIES
-from sdjax.convert.ldm_file import read_ldm_file
 from sdjax.convert.opening import kind_of
 from sdjax.convert.original import outward
 from sdjax.convert.rules import export
+from sdjax.convert.single_file import read_adm_classifier, read_single_file
+from sdjax.convert.writing import pieces_of
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 from sdjax.data.tokenizer_training import train_word_pieces
@@ -119,7 +118,7 @@ def same(found, wanted) -> None:
 def test_every_tensor_of_a_file_is_where_it_was(name, tmp_path):
     """Its family, sizes, heads and scale are found; the settings are those of the release."""
     tensors, params = original(name)
-    found = read_ldm_file(save(tmp_path / "model.ckpt", tensors))
+    found = read_single_file(save(tmp_path / "model.ckpt", tensors))
     same(found, params)
     unet, vae, told = MODELS[name]
     sizes = {part: component.config for part, component in found.components.items()}
@@ -128,10 +127,10 @@ def test_every_tensor_of_a_file_is_where_it_was(name, tmp_path):
     assert found.components["vae"].extra["sample_size"] == (768 if name == "rdm" else 256)
     assert found.components["unet"].extra["sample_size"] == {"rdm": 96}.get(name, 64 if vae is not KL else 32)
     build_model(found, {}, jnp.float32, "")  # what the UNet takes is what the first stage and the condition give
-    row = LDM_FAMILIES[name]
-    assert found.conditioning == row.task
-    assert (found.scheduler["beta_start"], found.scheduler["beta_end"]) == row.betas
-    assert found.settings == {"size": 256, **row.sampling, **({"none": 1000} if name == "cin256" else {})}
+    row = FAMILIES[name]
+    assert found.conditioning == row.conditioning
+    assert found.scheduler == {**row.scheduler, "prediction_type": "epsilon"}
+    assert found.settings == {"size": 256, **row.settings, **({"none": 1000} if name == "cin256" else {})}
 
 
 def test_averages_are_chosen_and_the_scale_of_a_file_is_its_own(tmp_path):
@@ -139,17 +138,17 @@ def test_averages_are_chosen_and_the_scale_of_a_file_is_its_own(tmp_path):
     tensors, params = original("lsun_churches")
     averages = {"model_ema." + key[6:].replace(".", ""): v + 1 for key, v in tensors.items() if key.startswith(UNET)}
     path = save(tmp_path / "model.safetensors", {**tensors, **averages, "scale_factor": np.float32(0.25)})
-    same(read_ldm_file(path, weights="model"), params)
-    found = read_ldm_file(path)
+    same(read_single_file(path, weights="model"), params)
+    found = read_single_file(path)
     leaf = found.components["unet"].params["conv_in"]["kernel"]
     np.testing.assert_array_equal(leaf, params["unet"]["conv_in"]["kernel"] + 1)
     assert found.components["vae"].config.scaling_factor == 0.25
     averages.popitem()
     path = save(tmp_path / "part.safetensors", {**tensors, **averages})
     with pytest.raises(UserError, match=r"part.safetensors has averages of \d+ of the UNet's \d+ tensors"):
-        read_ldm_file(path)
+        read_single_file(path)
     with pytest.raises(UserError, match="unknown weights 'mean'; choose one of: ema, model"):
-        read_ldm_file(path, weights="mean")
+        read_single_file(path, weights="mean")
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
@@ -198,9 +197,9 @@ def test_words_need_berts_vocabulary(tmp_path, monkeypatch):
 def test_keys_that_are_missing_or_belong_to_nothing_are_named(tmp_path):
     tensors, _ = original("semantic")
     for changed, message in (
-        ({**tensors, "unknown.weight": np.zeros(3)}, "tensors that belong to nothing: unknown.weight"),
-        ({**tensors, f"{UNET}out.7.weight": np.zeros(3)}, "out.7.weight is no part of a UNet of 2 levels"),
-        ({k: v for k, v in tensors.items() if k != f"{UNET}out.2.bias"}, "1 missing: conv_out.bias"),
+        ({**tensors, "unknown.weight": np.zeros(3)}, "1 unexpected: unknown.weight"),
+        ({**tensors, f"{UNET}out.7.weight": np.zeros(3)}, "1 unexpected: model.diffusion_model.out.7.weight"),
+        ({k: v for k, v in tensors.items() if k != f"{UNET}out.2.bias"}, "1 missing: model.diffusion_model.out.2.bias"),
         ({k: v for k, v in tensors.items() if k != f"{VAE}quant_conv.bias"}, "1 missing: first_stage_model.quant_conv"),
         ({k: v for k, v in tensors.items() if ".decoder" not in k and "post" not in k}, "lacks the first layer of"),
         (
@@ -210,15 +209,15 @@ def test_keys_that_are_missing_or_belong_to_nothing_are_named(tmp_path):
         ({**tensors, "scale_factor": np.zeros(2)}, "scale_factor in .* is no positive number"),
     ):
         with pytest.raises(UserError, match=message):
-            build_model(read_ldm_file(save(tmp_path / "model.ckpt", changed)), {}, jnp.float32, "")
+            build_model(read_single_file(save(tmp_path / "model.ckpt", changed)), {}, jnp.float32, "")
     small = original("super_resolution")[0]
     with pytest.raises(UserError, match=r"the UNet's in_channels are 6; the autoencoder and the condition ask for 3"):
-        build_model(read_ldm_file(save(tmp_path / "model.ckpt", small), family="celebahq"), {}, jnp.float32, "")
-    with pytest.raises(UserError, match=r"no cross-attention, which this condition needs|lacks cond_stage"):
-        build_model(read_ldm_file(save(tmp_path / "model.ckpt", small), family="cin256"), {}, jnp.float32, "")
+        build_model(read_single_file(save(tmp_path / "model.ckpt", small), family="celebahq"), {}, jnp.float32, "")
+    with pytest.raises(UserError, match=r"embedding\.weight, and it lacks it"):
+        build_model(read_single_file(save(tmp_path / "model.ckpt", small), family="cin256"), {}, jnp.float32, "")
     others = {**original("celebahq")[0], f"{UNET}input_blocks.0.0.weight": np.zeros((32, 8, 3, 3), np.float32)}
     with pytest.raises(UserError, match="a UNet of 8 channels over latents of 3 is none of the LDM paper's"):
-        read_ldm_file(save(tmp_path / "model.ckpt", others))
+        read_single_file(save(tmp_path / "model.ckpt", others))
 
 
 # levels, heads of each: what makes a file one of ADM's
@@ -252,7 +251,7 @@ def test_adms_files_become_folders(name, tmp_path, monkeypatch):
     assert kind_of(path) == kind_of(tmp_path / "folder") == "pixels"
     assert found.conditioning == ("unconditional" if config.classes is None else "class_conditional")
     with pytest.raises(UserError, match="unknown family 'sd1'; choose one of: adm_128, adm_256, adm_512, adm_64"):
-        read_adm_file(path, family="sd1")
+        read_single_file(path, family="sd1")
     if name == "adm_64":  # nothing of the schedule is lost between a file and a folder
         made = [sdjax.load(source)(class_label=3, steps=2) for source in (path, tmp_path / "folder")]
         np.testing.assert_array_equal(*made)
@@ -272,12 +271,12 @@ def test_a_unet_that_is_none_of_adms_is_refused(tmp_path):
         tensors = unet2d_original(stored, config, False)
         torch.save({key: torch.from_numpy(value) for key, value in tensors.items()}, path)
         with pytest.raises(UserError, match=message):
-            read_adm_file(path)
+            read_single_file(path)
         if "in_channels" in changes:
             with pytest.raises(UserError, match="no UNet of pictures without cross-attention, of 3 channels in"):
-                read_adm_file(path, family="adm_256")
+                read_single_file(path, family="adm_256")
         else:
-            assert read_adm_file(path, family="adm_256").components["unet"].config == config
+            assert read_single_file(path, family="adm_256").components["unet"].config == config
 
 
 def test_sizes_that_diffusers_has_no_words_for_come_back():
@@ -304,7 +303,7 @@ def test_sizes_that_diffusers_has_no_words_for_come_back():
 def test_adms_classifier_becomes_a_folder(tmp_path, monkeypatch):
     encoder = UNet2DConfig((32, 64), (1,), (1, 1), layers_per_block=1, **ADM)
     config = ClassifierConfig(encoder, 16, 10)
-    monkeypatch.setattr(adm_file, "VARIANTS", {"tiny": config})
+    monkeypatch.setattr(single_file, "VARIANTS", {"tiny": config})
     form = components.ALL_FORMATS["classifier"]
     params = drawn(form.shapes(config))
     stored = {k: np.array(v) for k, v in export(form.table(config), params, form.shapes(config), "").items()}

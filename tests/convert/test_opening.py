@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ from tiny_checkpoints import assert_same, tiny_checkpoint, write_tokenizer
 from torch_reference import drawn
 
 from sdjax.convert import unet2d, weights
+from sdjax.convert.components import tokenizers_of
 from sdjax.convert.folder import write_checkpoint
-from sdjax.convert.opening import read_checkpoint
-from sdjax.convert.patches import add_embeddings, replace_vae
+from sdjax.convert.opening import add_embeddings, read_checkpoint, replace_vae
 from sdjax.convert.rules import export
-from sdjax.convert.single_file import TOKENIZER_FOLDERS, write_single_file
-from sdjax.convert.tokenizers import tokenizers_of
+from sdjax.convert.single_file import TOKENIZER_FOLDERS
+from sdjax.convert.writing import write_single_file
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 
@@ -78,6 +79,23 @@ def test_a_write_that_fails_leaves_no_folder(tmp_path):
     with pytest.raises(UserError, match="was not written by sdjax"):
         write_checkpoint(tmp_path, found)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("conditioning", ["super_resolution", "unconditional"])
+def test_own_folders_of_every_kind_are_written_over(conditioning, tmp_path):
+    """By the index's `_writer`; a folder of before that lacks it is read still, and left alone."""
+    tensors = pixel_tensors() if conditioning == "unconditional" else original(conditioning)[0]
+    found, folder = read_checkpoint(save(tmp_path / "model.ckpt", tensors)), tmp_path / "out"
+    write_checkpoint(folder, found)
+    (folder / "README.md").write_text("a card")
+    write_checkpoint(folder, found)
+    assert (folder / "README.md").read_text() == "a card"
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["_writer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert_same(found, read_checkpoint(folder))
+    with pytest.raises(UserError, match="was not written by sdjax"):
+        write_checkpoint(folder, found)
 
 
 def embedding(path, count, seed):

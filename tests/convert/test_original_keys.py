@@ -13,8 +13,9 @@ from test_unet_configs import X4_UPSCALER
 
 from sdjax.convert.components import FORMATS
 from sdjax.convert.families import FAMILIES, UNET, VAE
-from sdjax.convert.layout import Detected, Network, networks_in, pieces_of
 from sdjax.convert.rules import stored_shapes
+from sdjax.convert.single_file import Detected, Network, networks_in
+from sdjax.convert.writing import pieces_of
 
 FIRST, SECOND = "conditioner.embedders.0.", "conditioner.embedders.1."
 TEXTS = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdjax.convert.pickles import read_pickle
+from sdjax.convert.weights import read_pickle
 from sdjax.core.errors import UserError
 
 

@@ -17,20 +17,19 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import FAMILIES, assert_same, tiny_checkpoint
 
 from sdjax.convert import autoencoder, unet
+from sdjax.convert.__main__ import is_autoencoder_file
+from sdjax.convert.clip import VOCABULARY
 from sdjax.convert.components import FORMATS, Checkpoint
-from sdjax.convert.folder import read_folder, write_component
-from sdjax.convert.layout import VOCABULARY, pieces_of
-from sdjax.convert.model_index import pipeline_class
+from sdjax.convert.folder import pipeline_class, read_folder, write_component
 from sdjax.convert.original import outward
 from sdjax.convert.rules import export, stored_shapes
 from sdjax.convert.single_file import (
     TOKENIZER_FOLDERS,
     detect,
-    is_autoencoder_file,
     read_autoencoder_file,
     read_single_file,
-    write_single_file,
 )
+from sdjax.convert.writing import pieces_of, write_single_file
 from sdjax.core.errors import UserError
 from sdjax.models.autoencoder import VQAutoencoder, VQConfig
 

@@ -25,7 +25,8 @@ from published import CLIPS, UNETS, VAES
 from sdjax.convert.components import FORMATS, TOKENIZERS, Checkpoint, Component
 from sdjax.convert.families import scheduler_config
 from sdjax.convert.folder import read_folder, write_checkpoint
-from sdjax.convert.single_file import TOKENIZER_FOLDERS, read_single_file, write_single_file
+from sdjax.convert.single_file import TOKENIZER_FOLDERS, read_single_file
+from sdjax.convert.writing import write_single_file
 from sdjax.core.compilation import jit
 from sdjax.core.tree import flatten, size, unflatten
 from sdjax.models.autoencoder import Autoencoder

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from sdjax.convert import adm_classifier as conversion
+from sdjax.convert import unet2d as conversion
+from sdjax.convert.original import inward
 from sdjax.convert.rules import export, read
 from sdjax.core.tree import flatten, size
 from sdjax.models.adm_classifier import VARIANTS, AttentionPool, ClassifierConfig, classifier_of
@@ -22,7 +23,7 @@ TINY = ClassifierConfig(
 
 def test_parameter_totals_are_those_of_the_published_models():
     """In millions, as counted from guided-diffusion's code; ADM-G at 256 pixels has 607.9 with its UNet (553.8)."""
-    totals = {name: round(size(conversion.shapes(config)) / 1e6, 1) for name, config in VARIANTS.items()}
+    totals = {name: round(size(conversion.classifier_shapes(config)) / 1e6, 1) for name, config in VARIANTS.items()}
     assert totals == {"adm_64": 65.4, "adm_128": 42.6, "adm_256": 54.1, "adm_512": 54.4}
 
 
@@ -53,9 +54,9 @@ def test_the_pooling_is_guided_diffusions():
 
 def test_the_file_of_guided_diffusion_is_read():
     """Keys as EncoderUNetModel has them: the UNet's own way down and middle, and the pooling as out.2."""
-    rng, shapes = np.random.default_rng(0), conversion.shapes(TINY)
+    rng, shapes = np.random.default_rng(0), conversion.classifier_shapes(TINY)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype("f"), shapes)
-    stored = {key: np.array(value) for key, value in export(conversion.TABLE, params, shapes, "").items()}
+    stored = {key: np.array(value) for key, value in export(conversion.CLASSIFIER_TABLE, params, shapes, "").items()}
     inner = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
     inner |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
     blocks = {"down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.downsamplers.0": "input_blocks.2.0"}
@@ -84,7 +85,9 @@ def test_the_file_of_guided_diffusion_is_read():
         old = next((old for old in renames if key.startswith(old)), "")
         original[renames.get(old, "") + key.removeprefix(old)] = value
     assert "out.2.positional_embedding" in original
-    found = flatten(read(conversion.TABLE, conversion.from_original(original, TINY), shapes, np.float32, ""))
+    pieces = conversion.classifier_pieces(TINY)
+    assert {piece.key for piece in pieces.values()} == set(original)
+    found = flatten(read(conversion.CLASSIFIER_TABLE, inward(pieces, original), shapes, np.float32, ""))
     for name, leaf in flatten(params).items():
         np.testing.assert_array_equal(found[name], leaf, err_msg=name)
 
@@ -92,7 +95,7 @@ def test_the_file_of_guided_diffusion_is_read():
 def test_its_gradient_reaches_the_picture():
     """What guidance asks for: d log p(class | x, t) / dx, by finite differences along a random direction."""
     model, rng = classifier_of(TINY), np.random.default_rng(0)
-    shapes = conversion.shapes(TINY)
+    shapes = conversion.classifier_shapes(TINY)
     params = jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype("f"), shapes)
     x, along = (rng.standard_normal((2, 16, 16, 3)).astype("f") for _ in range(2))
 

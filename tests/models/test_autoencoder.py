@@ -10,8 +10,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, Vect
 from torch_reference import GAINS, channels_first, channels_last, randomised, translated
 
 from sdjax.convert import autoencoder as conversion
-from sdjax.convert.layout import Network, pieces_of
-from sdjax.convert.sizes import vae_config
+from sdjax.convert.single_file import Network
 from sdjax.core.tree import size
 from sdjax.models import quantize
 from sdjax.models.autoencoder import BETA, VARIANTS, Autoencoder, VQConfig, autoencoder_of, posterior
@@ -122,7 +121,7 @@ def test_the_loss_of_rounding_and_its_gradients_are_diffusers():
 def test_the_original_layout_names_attention_and_codebooks():
     """LDM's names (ldm/modules/diffusionmodules/model.py): levels of the decoder count from the finest."""
     config = VQConfig((32, 32, 64), 3, 2, 32, codes=40, attention_levels=(1, 2), mid_attention=False)
-    network = Network("vae", "first_stage_model.", config, {}, pieces_of("vae", "", config))
+    network = Network("vae", "first_stage_model.", config, {}, conversion.pieces(config))
     keys = {key: piece.key for key, piece in network.pieces.items()}
     assert keys["encoder.down_blocks.1.attentions.0.to_q.weight"] == "encoder.down.1.attn.0.q.weight"
     assert keys["decoder.up_blocks.0.attentions.2.to_out.0.bias"] == "decoder.up.2.attn.2.proj_out.bias"
@@ -130,7 +129,7 @@ def test_the_original_layout_names_attention_and_codebooks():
     shapes = {key.removeprefix(network.prefix): shape for key, shape in network.original_shapes().items()}
     assert shapes["encoder.down.1.attn.0.q.weight"] == (32, 32, 1, 1)
     assert not any(key.startswith("encoder.mid.attn") for key in shapes)
-    assert conversion.from_diffusers_config(vae_config(shapes, 1.0, "a file")) == config
+    assert conversion.original_config(shapes, 1.0, "a file") == config
 
 
 def test_usage_counts_what_is_used():

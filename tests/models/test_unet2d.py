@@ -12,6 +12,7 @@ from original_names import unet2d_original
 from torch_reference import GAINS, channels_first, channels_last, randomised, translated
 
 from sdjax.convert import unet2d as conversion
+from sdjax.convert.original import inward, outward
 from sdjax.convert.rules import export, read
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten, size
@@ -54,10 +55,20 @@ def test_parameter_totals_are_those_of_the_published_models():
     assert {name: size(conversion.shapes(config)) for name, config in VARIANTS.items()} == TOTALS
 
 
-@pytest.mark.parametrize("structure", [PLAIN, ADM], ids=["LDM", "ADM"])
+# google/ddpm-cifar10-32 and its kin.
+DDPM = PLAIN | {
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "downsample_padding": 0,
+    "norm_eps": 1e-2,  # theirs is 1e-6, by which no output here would differ from that of 1e-5
+    "attention_head_dim": None,
+}
+
+
+@pytest.mark.parametrize("structure", [PLAIN, ADM, DDPM], ids=["LDM", "ADM", "DDPM"])
 def test_output_agrees_with_diffusers_to_1e_4(structure, monkeypatch):
     monkeypatch.setitem(conversion.ALLOWED, "attn_norm_num_groups", (None, 8))
-    theirs = UNet2DModel(sample_size=16, **SIZES, **structure)
+    theirs = UNet2DModel(sample_size=16, **{**SIZES, **structure})
     config = conversion.from_diffusers_config(theirs.config)
     model = UNet2D(config)
     rng = np.random.default_rng(0)
@@ -87,13 +98,12 @@ def test_original_keys_become_diffusers(name, new_order):
     original = unet2d_original(stored, config, new_order)
     assert not set(original) & set(stored)
     assert any(".qkv." in key for key in original)
-    found = read(
-        table,
-        conversion.from_original(original, config, new_order=new_order),
-        conversion.shapes(config),
-        np.float32,
-        "",
-    )
+    pieces = conversion.pieces(config, new_order)
+    found = read(table, inward(pieces, original), conversion.shapes(config), np.float32, "")
+    again = {key: np.asarray(whole) for key, whole in outward(pieces, stored).items()}
+    assert again.keys() == original.keys()
+    for key, array in original.items():
+        np.testing.assert_array_equal(again[key], array, err_msg=key)
     for key, leaf in flatten(params).items():
         np.testing.assert_array_equal(flatten(found)[key], leaf, err_msg=key)
 
@@ -103,6 +113,11 @@ def test_what_diffusers_cannot_say_is_an_error():
         conversion.to_diffusers_config(VARIANTS["ldm_inpainting"])
     with pytest.raises(UserError, match="that is 256 wide where the first level has 128 channels"):
         conversion.to_diffusers_config(VARIANTS["adm_512"])
-    for key, value in (("downsample_type", "conv2d"), ("num_class_embeds", 0), ("attention_head_dim", "8")):
+    for key, value in (
+        ("downsample_type", "conv2d"),
+        ("num_class_embeds", 0),
+        ("attention_head_dim", "8"),
+        ("freq_shift", 2),
+    ):
         with pytest.raises(UserError, match=key):
             conversion.from_diffusers_config({**SIZES, **PLAIN, key: value})
