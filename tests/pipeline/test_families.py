@@ -17,8 +17,9 @@ from tiny_checkpoints import BETAS, random_params, tiny_checkpoint
 
 import sdjax
 from sdjax.convert.folder import write_checkpoint
-from sdjax.convert.single_file import TOKENIZER_FOLDERS, write_single_file
+from sdjax.convert.single_file import TOKENIZER_FOLDERS
 from sdjax.convert.unet import shapes as unet_shapes
+from sdjax.convert.writing import write_single_file
 from sdjax.core.errors import UserError
 
 TOLERANCE = 1e-3
