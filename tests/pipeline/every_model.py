@@ -12,8 +12,8 @@ import zoo
 from PIL import Image
 from tiny_checkpoints import random_params, tiny_checkpoint, write_tokenizer
 
-from sdjax.convert.adm_file import ADM_FAMILIES
 from sdjax.convert.components import ALL_FORMATS, Checkpoint, Component
+from sdjax.convert.families import FAMILIES
 from sdjax.convert.folder import write_checkpoint, write_component
 from sdjax.data.tokenizer_training import train_word_pieces
 from sdjax.data.word_pieces import load_word_pieces
@@ -68,7 +68,7 @@ def _made(conditioning: str, unet: Any, others: Any = None, settings: Any = None
             tokenizers = {"bert": files["words"]}
             words = load_word_pieces(files["words"], zoo.BERT.max_length)
             own = {"nothing": words.encode([""])[0].tolist()}
-        scheduler = ADM_FAMILIES["adm_256"].scheduler if pixels else DDIM
+        scheduler = FAMILIES["adm_256"].scheduler if pixels else DDIM
         write_checkpoint(
             folder,
             Checkpoint(

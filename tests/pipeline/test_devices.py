@@ -16,8 +16,8 @@ from torch_reference import drawn
 
 import sdjax
 from sdjax.convert.components import ALL_FORMATS, Checkpoint, Component
+from sdjax.convert.families import FAMILIES
 from sdjax.convert.folder import write_checkpoint
-from sdjax.convert.ldm_families import LDM_FAMILIES
 from sdjax.models.embedders import ClassEmbedderConfig
 
 SETTINGS = {"steps": 3, "sampler": "euler_a", "seed": 3, "num_images": 3, "guidance_scale": 3.0}
@@ -58,7 +58,7 @@ def classes(tmp_path_factory) -> Path:
     """A class-conditional model of LDM's."""
     sizes = {"unet": zoo.ldm_unet(32), "vae": zoo.VAES["vq_f4"], "class_embedder": ClassEmbedderConfig(3, 32)}
     components = {name: Component(size, drawn(ALL_FORMATS[name].shapes(size))) for name, size in sizes.items()}
-    scheduler = LDM_FAMILIES["cin256"].scheduler
+    scheduler = FAMILIES["cin256"].scheduler
     made = Checkpoint(
         components=components, scheduler=scheduler, conditioning="class_conditional", settings={"none": 2}
     )
