@@ -210,14 +210,15 @@ class ResBlock(nn.Module):
         norm, resampled = partial(GroupNorm, self.groups, self.eps, self.dtype), RESAMPLINGS[self.resample]
         h = resampled(nn.silu(norm(name="norm1")(x)), self.size)
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
-        scale, shift = None, None
+        embedded = None
         if temb is not None:
             features = self.features * (1 + self.scale_shift)
-            shift = nn.Dense(features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
-            scale, shift = jnp.split(shift, 2, axis=-1) if self.scale_shift else (None, shift)
-        h = h + shift if scale is None and shift is not None else h
+            embedded = nn.Dense(features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
+            h = h if self.scale_shift else h + embedded
         h = norm(name="norm2")(constrain_picture(h, TENSOR))
-        h = h if scale is None else h * (1 + scale) + shift
+        if embedded is not None and self.scale_shift:
+            scale, shift = jnp.split(embedded, 2, axis=-1)
+            h = h * (1 + scale) + shift
         h = Conv(self.features, zero=self.zero, dtype=self.dtype, name="conv2")(nn.silu(h))
         x = resampled(x, self.size)
         if x.shape[-1] != self.features:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -48,9 +47,7 @@ class UNet2DConfig:
     scale_shift: bool = False
     resblock_updown: bool = False
     # There is no cross-attention, no condition vector and no embedding of the guidance scale.
-    context_dim: ClassVar[None] = None
-    vector_dim: ClassVar[None] = None
-    guidance_dim: ClassVar[None] = None
+    context_dim = vector_dim = guidance_dim = None
 
     @property
     def divisor(self) -> int:
@@ -87,12 +84,7 @@ def _adm(
 
 
 # Of ADM's width, by the pictures' size.
-MULTIPLIERS = {
-    64: (1, 2, 3, 4),
-    128: (1, 1, 2, 3, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-}
+MULTIPLIERS = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)}
 ADM_256 = _adm(256, MULTIPLIERS[256], (3, 4, 5), 2, wide=64)
 VARIANTS = {
     "ldm_celebahq": UNet2DConfig(),  # 274,056,163 parameters; FFHQ's and LSUN bedrooms', too
