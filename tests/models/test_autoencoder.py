@@ -13,7 +13,7 @@ from sdjax.convert import autoencoder as conversion
 from sdjax.convert.layout import Network, pieces_of
 from sdjax.convert.sizes import vae_config
 from sdjax.core.tree import size
-from sdjax.models import quantize
+from sdjax.models import autoencoder, quantize
 from sdjax.models.autoencoder import BETA, VARIANTS, Autoencoder, VQConfig, autoencoder_of, posterior
 
 # Exact sizes of the published first stages (CompVis/latent-diffusion, Stability-AI/stablediffusion).
@@ -103,7 +103,7 @@ def test_the_loss_of_rounding_and_its_gradients_are_diffusers():
     z, weights = channels_first(LATENTS).requires_grad_(), np.random.default_rng(1).standard_normal(LATENTS.shape)
     rounded, loss, (_, _, codes) = torch_quantizer(z)
     (3.0 * loss + (rounded * channels_first(weights.astype("f"))).sum()).backward()
-    model = quantize.VectorQuantizer(40, 3)
+    model = autoencoder.VectorQuantizer(40, 3)
     params = {"embedding": {"embedding": torch_quantizer.embedding.weight.detach().numpy()}}
 
     def total(params, z):
