@@ -152,11 +152,7 @@ def read_request(config: Config, flag: Mapping[str, Any]) -> Request:
 
 
 def load(sources: Mapping[str, Any], config: Config) -> tuple[sdjax.Pipeline, dict[str, Any]]:
-    """The pipeline, and what every record says of it.
-
-    Raises:
-        UserError: a checkpoint cannot be read.
-    """
+    """The pipeline, and what every record says of it; a UserError where a checkpoint cannot be read."""
     if "checkpoint" not in sources:
         raise UserError("this config has no sample.checkpoint; give --checkpoint")
     mesh = make_mesh(cast(Any, config.mesh)) if jax.device_count() > 1 else None

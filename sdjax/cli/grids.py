@@ -38,10 +38,6 @@ def parse_grid(text: str, place: str = "--grid") -> tuple[Axis, ...]:
     Numbers may be ranges that include their end where a whole number of steps leads there: `seed=0-3`,
     `steps=10-30:10`. Blanks around names and values do not count.
 
-    Args:
-        text: as written.
-        place: what an error names.
-
     Raises:
         UserError: a name or a value is not known, or the grid has too many axes or pictures; it names the token, at
             which character it begins (from 1), and the choices.
@@ -80,12 +76,10 @@ def contact_sheet(images: Sequence[UInt8[np.ndarray, "h w 3"]], axes: Sequence[A
     Args:
         images: in the order of `cells`; they may differ in size. Many or large ones are made smaller, all alike, by a
             whole number.
-        axes: of the grid.
     """
     columns = len(axes[-1].values)
     rows = len(images) // columns
-    height, width = (max(image.shape[side] for image in images) for side in (0, 1))
-    smaller = max(1, math.ceil(math.sqrt(len(images) * height * width / MAX_PIXELS)))
+    height, width, smaller = _fit(images)
     height, width = -(-height // smaller), -(-width // smaller)
     size = max(12, min(height, width) // 16)
     font, gap = ImageFont.load_default(size), size // 2
@@ -110,11 +104,16 @@ def contact_sheet(images: Sequence[UInt8[np.ndarray, "h w 3"]], axes: Sequence[A
 
 def sheet(images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> UInt8[np.ndarray, "H W 3"]:
     """All images in a nearly square grid, made smaller where they would be too many pixels."""
-    height, width = (max(image.shape[side] for image in images) for side in (0, 1))
-    smaller = max(1, math.ceil(math.sqrt(len(images) * height * width / MAX_PIXELS)))
+    height, width, smaller = _fit(images)
     padded = [np.pad(im, [(0, height - im.shape[0]), (0, width - im.shape[1]), (0, 0)]) for im in images]
     reduced = [np.asarray(Image.fromarray(image).reduce(smaller)) for image in padded]
     return tile(np.stack(reduced), math.ceil(math.sqrt(len(reduced))))
+
+
+def _fit(images: Sequence[np.ndarray]) -> tuple[int, int, int]:
+    """The greatest height and width, and the whole number by which all sides are divided to stay in MAX_PIXELS."""
+    height, width = (max(image.shape[side] for image in images) for side in (0, 1))
+    return height, width, max(1, math.ceil(math.sqrt(len(images) * height * width / MAX_PIXELS)))
 
 
 def _pieces(text: str, mark: str, at: int) -> Iterator[tuple[int, str]]:
@@ -129,10 +128,7 @@ def _axis(name: str, text: str, at: int, place: str) -> Axis:
     for begin, piece in _pieces(text, ",", at):
         where = f"{place} at character {begin}"
         between = RANGE.fullmatch(piece) if OPTIONS[name].is_number else None
-        if between:
-            values += _between(name, piece, between, where)
-        else:
-            values.append(parse_value(name, piece, where))
+        values += _between(name, piece, between, where) if between else [parse_value(name, piece, where)]
         if len(values) > MAX_PICTURES:
             raise UserError(f"{name} {piece!r} in {where} asks for more than {MAX_PICTURES} pictures")
     return Axis(name, tuple(values))
@@ -150,12 +146,8 @@ def _between(name: str, piece: str, match: re.Match[str], where: str) -> list[Va
 
 
 def _label(axes: Sequence[Axis], values: Sequence[Value]) -> str:
-    lines = (f"{axis.name} {_short(value)}" for axis, value in zip(axes, values, strict=True))
-    return "\n".join(lines)
-
-
-def _short(value: Value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    texts = (f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    return "\n".join(f"{axis.name} {text}" for axis, text in zip(axes, texts, strict=True))
 
 
 def _extent(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, label: str) -> tuple[int, int]:

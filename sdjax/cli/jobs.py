@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ def expand_jobs(
         cells: of a grid, whose settings win over all; one empty one without a grid.
         first_index: of the first image.
     """
-    images = [line for line in lines for _ in range(_images(line, common))]
+    images = [line for line in lines for _ in range({**common, **line.overrides}.get("num_images") or 1)]
     jobs = []
     for cell, changed in enumerate(cells):
         for i, line in enumerate(images):
@@ -48,20 +49,10 @@ def expand_jobs(
     return jobs
 
 
-def _images(line: PromptLine, common: Mapping[str, Any]) -> int:
-    return int(line.overrides.get("num_images", common.get("num_images") or 1))
-
-
 def groups(jobs: Sequence[ImageJob]) -> Iterator[list[ImageJob]]:
     """Runs of jobs that one call can make: equal options but for the prompts, and indices without a gap."""
-    group: list[ImageJob] = []
-    for job in jobs:
-        if group and (_shared(job) != _shared(group[-1]) or job.index != group[-1].index + 1):
-            yield group
-            group = []
-        group.append(job)
-    if group:
-        yield group
+    for _, run in itertools.groupby(enumerate(jobs), lambda pair: (_shared(pair[1]), pair[1].index - pair[0])):
+        yield [job for _, job in run]
 
 
 def _shared(job: ImageJob) -> dict[str, Any]:
@@ -69,11 +60,7 @@ def _shared(job: ImageJob) -> dict[str, Any]:
 
 
 def prepare_jobs(pipe: Pipeline, jobs: Sequence[ImageJob]) -> list[Row]:
-    """Rows of all jobs in their order: whatever is wrong is said before the first image is made.
-
-    Raises:
-        UserError: as `Pipeline.prepare`.
-    """
+    """Rows of all jobs in their order; a UserError for whatever is wrong, before the first image is made."""
     rows = []
     for group in groups(jobs):
         options: Any = {**_shared(group[0]), "first_index": group[0].index}

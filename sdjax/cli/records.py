@@ -87,11 +87,7 @@ logger = logging.getLogger("sdjax")
 
 
 def parameters(record: Mapping[str, Any]) -> str:
-    """A record as A1111 writes it: the prompt, the negative prompt, then a line of settings.
-
-    Args:
-        record: prompt, and any of negative_prompt, index, model, clip_skip, rng and the fields of `Settings`.
-    """
+    """A record, of which only the prompt must be there, as A1111 writes it: two prompts, then a line of settings."""
     get = record.get
     numbers = {label: get(RENAMED.get(name, name)) for label, name in LABELS.items() if label != "Eta DDIM"}
     numbers["CFG Rescale"] = get("guidance_rescale") or None  # none is not said
@@ -153,7 +149,6 @@ def parse_parameters(text: str, place: str) -> dict[str, Any]:
 
     Args:
         text: the prompt, "Negative prompt:" and it, and a line of settings, each of which may be missing.
-        place: what an error names.
 
     Raises:
         UserError: a number is none, or a sampler or schedule is not known.
@@ -186,11 +181,7 @@ def parse_parameters(text: str, place: str) -> dict[str, Any]:
 
 
 def write_picture(path: Path, image: UInt8[np.ndarray, "h w 3"], record: Mapping[str, Any]) -> None:
-    """Writes `path`, a PNG with all of the record inside, and the record as JSON under the same name.
-
-    Raises:
-        UserError: one of the two exists, or the folder cannot be written.
-    """
+    """Write a PNG with the record inside, and the record as JSON; a UserError where one exists or cannot be written."""
     text = PngInfo()
     text.add_text("parameters", parameters(record))
     text.add_text(CHUNK, json.dumps(record))
@@ -200,11 +191,7 @@ def write_picture(path: Path, image: UInt8[np.ndarray, "h w 3"], record: Mapping
 
 
 def write_grid(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Writes a PNG without settings.
-
-    Raises:
-        UserError: as `write_picture`.
-    """
+    """Write a PNG without settings; a UserError where it exists or cannot be written."""
     _write_png(path, image, PngInfo())
 
 
@@ -218,11 +205,7 @@ def check_free(folder: Path, names: Iterable[str], advice: str) -> None:
 
 
 def fresh_folder(parent: Path) -> Path:
-    """A folder in `parent` that was not there: 0000, 0001, ...; it is made.
-
-    Raises:
-        UserError: it cannot be made.
-    """
+    """A folder in `parent`, 0000, 0001, ..., that was not there and is made; a UserError where it cannot be."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         number = len(list(parent.iterdir()))
@@ -293,8 +276,8 @@ def _sampler(label: str, schedule: str | None, place: str) -> tuple[str, str | N
     """Our names; until 2024 A1111 wrote the schedule as the end of the sampler's name."""
     samplers = {text.casefold(): name for name, text in SAMPLER_LABELS.items()}
     samplers |= {name: name for name in SAMPLER_LABELS}
-    schedules = {text.casefold(): name for name, text in SCHEDULE_LABELS.items()}
-    schedules |= {name: name for name in SCHEDULE_LABELS} | dict.fromkeys(UNIFORM, "linspace")
+    schedules = {text.casefold(): name for name, text in SCHEDULE_LABELS.items()} | dict.fromkeys(UNIFORM, "linspace")
+    schedules |= {name: name for name in SCHEDULE_LABELS}
     name = label.casefold()
     if name not in samplers:
         ending = next((text for text in schedules if name.endswith(f" {text}")), "")

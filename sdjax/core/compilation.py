@@ -15,7 +15,7 @@ import jax
 # XLA gives a CPU's products and convolutions to YNNPACK by default (jaxlib 0.10); most of those of Stable Diffusion's
 # UNet take longer there than in Eigen, which it replaced. Its sums are faster.
 OPTIONS: Mapping[str, Mapping[str, str]] = {
-    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 }
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"

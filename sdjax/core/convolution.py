@@ -33,11 +33,7 @@ def convolve(
     padding: str | Sequence[Edges],
     **options: Any,
 ) -> Float[Array, "b h2 w2 f"]:
-    """`jax.lax.conv_general_dilated` of pictures: for `nn.Conv(..., conv_general_dilated=convolve)`.
-
-    Args:
-        options: its further arguments, without dilation of rows.
-    """
+    """`jax.lax.conv_general_dilated` without dilation of rows: for `nn.Conv(..., conv_general_dilated=convolve)`."""
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     plain = all(PLAIN.get(name, value) == value for name, value in options.items())

@@ -24,8 +24,7 @@ def fitting(sizes: dict[str, int], shape: Sequence[int], wishes: Sequence[Axes])
     """The spec that grants every wish that the shape allows.
 
     Args:
-        sizes: devices along each axis of the mesh.
-        shape: of the array.
+        sizes, shape: devices along each axis of the mesh, and the array's shape.
         wishes: for each dimension; of several axes the first ones are granted whose product divides it.
     """
     return P(*(_granted(sizes, length, wish) for length, wish in zip(shape, wishes, strict=True)))
@@ -58,7 +57,7 @@ def per_shard(
     Args:
         function: its result has the shape of the first array, and is split like it.
         arrays: None where an argument is not given.
-        wishes: of each array.
+        wishes: of each.
     """
     sizes = mesh_sizes()
     if not sizes:

@@ -21,10 +21,5 @@ def stream(seed: int | Int[Array, ""], *path: str | int | Int[Array, ""]) -> PRN
 
 
 def image_keys(seeds: int | Int[Array, ""] | Int[Array, " b"], indices: Int[Array, " b"]) -> Key[Array, " b"]:
-    """One key an image, [b], from its seed and its index: neither batch size nor device count enters it.
-
-    Args:
-        seeds: one for all, or one an image.
-        indices: of the images.
-    """
+    """One key an image, [b], from its seed and its index: neither batch size nor device count enters it."""
     return jax.vmap(lambda seed, index: stream(seed, "image", index))(jnp.broadcast_to(seeds, indices.shape), indices)

@@ -39,11 +39,7 @@ class TorchGenerator:
         self._spare: float | None = None
 
     def normal(self, shape: Sequence[int]) -> Float[np.ndarray, "..."]:
-        """Standard normal float32 values, in row-major order of `shape`.
-
-        Args:
-            shape: as PyTorch would be told it, so channels first for what diffusers draws; () is one value.
-        """
+        """Standard normal float32 values in row-major order of a shape as PyTorch's, e.g. channels first."""
         count = math.prod(shape)
         return (self._blocks(count) if count >= BLOCK else self._pairs(count)).reshape(tuple(shape))
 

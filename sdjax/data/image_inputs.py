@@ -29,7 +29,6 @@ def load_image(given: ImageInput, size: tuple[int, int], name: str = "init_image
 
     Args:
         given: a file, a Pillow image, or an array [h w 3] of bytes or of floats in [0, 1].
-        size: height and width.
         name: of the option, for messages.
 
     Raises:
@@ -38,6 +37,11 @@ def load_image(given: ImageInput, size: tuple[int, int], name: str = "init_image
     pixels = centred(rgb(given, name), size)
     if pixels.shape[:2] == size:
         return pixels
+    return resize_lanczos(pixels, size)
+
+
+def resize_lanczos(pixels: Float[np.ndarray, "h w 3"], size: tuple[int, int]) -> Float[np.ndarray, "H W 3"]:
+    """An image in [0, 1] at another size, by way of bytes."""
     image = Image.fromarray(np.rint(pixels * 255.0).astype(np.uint8))
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.LANCZOS), np.float32) / np.float32(255.0)
 
@@ -46,14 +50,8 @@ def load_mask(given: ImageInput, size: tuple[int, int]) -> Float[np.ndarray, "H 
     """Read a mask over an image: 1 where the given one is at least half white, the part to be made anew, else 0.
 
     The mask's own nearest pixel counts, as in diffusers; it is cut to the proportions of `size` like the image. Over
-    latents of a factor f it is every f-th pixel, `mask[::f, ::f]`.
-
-    Args:
-        given: as in `load_image`; arrays may also be [h w] or [h w 1], and of truth values.
-        size: height and width of the image.
-
-    Raises:
-        UserError: as `load_image`.
+    latents of a factor f it is every f-th pixel, `mask[::f, ::f]`. Arguments and errors are those of `load_image`;
+    arrays may also be [h w] or [h w 1], and of truth values.
     """
     grey = centred(rgb(given, "mask"), size) @ LUMA
     rows, columns = (np.arange(n) * side // n for n, side in zip(size, grey.shape, strict=True))
@@ -81,11 +79,7 @@ def load_depth(given: ImageInput, latents: tuple[int, int]) -> Float[np.ndarray,
 
 
 def read_embeddings(path: Path, place: str) -> Float[np.ndarray, "k d"]:
-    """Read a NumPy file of embeddings, e.g. CLIP's of an image's nearest neighbours, as float32.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
+    """Read a NumPy file of embeddings, e.g. of CLIP, as float32; a UserError where it holds something else."""
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -97,11 +91,7 @@ def read_embeddings(path: Path, place: str) -> Float[np.ndarray, "k d"]:
 
 
 def check_mask_size(init_image: ImageInput, mask: ImageInput) -> None:
-    """Hold a mask to the size of its image.
-
-    Raises:
-        UserError: it has another size; both are named.
-    """
+    """Hold a mask to the size of its image; a UserError names both sizes."""
     (height, width), (rows, columns) = size_of(init_image), size_of(mask, "mask")
     if (rows, columns) != (height, width):
         raise UserError(
@@ -124,11 +114,7 @@ def listed(given: Any) -> list[Any]:
 
 
 def rgb(given: ImageInput, name: str) -> Float[np.ndarray, "h w 3"]:
-    """An image in [0, 1] of any of the forms that `load_image` takes, at its own size.
-
-    Raises:
-        UserError: as `load_image`.
-    """
+    """An image in [0, 1] of any of the forms that `load_image` takes, at its own size; errors as there."""
     if isinstance(given, str | Path):
         given = read_picture(given, name)
     elif isinstance(given, Image.Image):
@@ -139,7 +125,7 @@ def rgb(given: ImageInput, name: str) -> Float[np.ndarray, "h w 3"]:
         raise UserError(f"{name} has the shape {list(np.shape(given))}; an image is [height, width, 3]")
     if pixels.dtype == np.uint8:
         pixels = pixels / np.float32(255.0)
-    elif pixels.dtype != bool and not (np.issubdtype(pixels.dtype, np.floating) and _within(pixels)):
+    elif pixels.dtype != bool and not (pixels.dtype.kind == "f" and np.all((pixels >= 0.0) & (pixels <= 1.0))):
         raise UserError(f"{name} holds {pixels.dtype} values; give bytes, or floats in [0, 1]")
     return np.broadcast_to(pixels.astype(np.float32), (*pixels.shape[:2], 3))
 
@@ -150,12 +136,10 @@ def paste_back(
     mask: Float[np.ndarray, "n H W 1"],
     feather: float,
 ) -> Float[np.ndarray, "n H W 3"]:
-    """Made pictures where the mask is 1, and outside of it the original's own values, bit for bit.
+    """Made images where the mask is 1, and outside of it the original's own values, bit for bit.
 
     Args:
-        made: what a model painted.
-        original: what it was given.
-        mask: 1 where the picture was made anew, else 0.
+        made, original, mask: images, and 1 where they are made anew, else 0.
         feather: pixels over which the original fades out, all of them within the mask; 0 for a hard edge.
 
     Raises:
@@ -187,7 +171,7 @@ def _depth(picture: Any) -> Float[np.ndarray, "h w 1"]:
     if isinstance(picture, str | Path):
         picture = _read_array(picture) if Path(picture).suffix == ".npy" else _read_grey(picture)
     elif isinstance(picture, Image.Image):
-        picture = _grey(picture)
+        picture = np.asarray(picture) if picture.mode[0] in "IF" else np.asarray(picture.convert("RGB")) @ LUMA
     values = np.asarray(picture)
     values = values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
     if values.ndim != 2 or 0 in values.shape:
@@ -216,10 +200,6 @@ def _read_grey(path: str | Path) -> np.ndarray:
     return read_picture(path, "depth") @ LUMA
 
 
-def _grey(image: Image.Image) -> np.ndarray:
-    return np.asarray(image) if image.mode[0] in "IF" else np.asarray(image.convert("RGB")) @ LUMA
-
-
 def _fade(mask: np.ndarray, feather: float) -> Float[np.ndarray, "h w"]:
     """0 outside of the mask, growing linearly inside with the distance from the nearest pixel outside, to 1."""
     if mask.all():
@@ -239,7 +219,3 @@ def _cubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
         far = ((CUBIC * x - 5.0 * CUBIC) * x + 8.0 * CUBIC) * x - 4.0 * CUBIC
         np.add.at(weights, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1.0, near, far))
     return weights
-
-
-def _within(pixels: np.ndarray) -> bool:
-    return bool(np.all((pixels >= 0.0) & (pixels <= 1.0)))

@@ -79,9 +79,6 @@ class LayoutTokens:
                 f"the box x={x:g}, y={y:g}, width={width:g}, height={height:g} is not inside the picture, whose sides "
                 "are 1"
             )
-        return self._point(x, y), self._point(right, low)
-
-    def _point(self, x: float, y: float) -> int:
         points = int(math.sqrt(self.vocabulary))
-        column, row = (round(min(max(value, 0.0), 1.0) * (points - 1)) for value in (x, y))
-        return row * points + column
+        at = [round(min(max(value, 0.0), 1.0) * (points - 1)) for value in (x, y, right, low)]
+        return at[1] * points + at[0], at[3] * points + at[2]

@@ -17,14 +17,7 @@ from sdjax.core.errors import UserError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 1 << 26
 ORIENTATION = 0x0112
-UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def read_picture(file: str | Path | bytes, place: str = "") -> UInt8[np.ndarray, "h w 3"]:
@@ -42,12 +35,7 @@ def read_picture(file: str | Path | bytes, place: str = "") -> UInt8[np.ndarray,
 
 
 def read_labels(file: str | Path | bytes, size: tuple[int, int], place: str = "") -> UInt8[np.ndarray, "h w"]:
-    """A label map: a picture of one channel or with a palette, whose values are classes.
-
-    Args:
-        file: as `read_picture` takes it.
-        size: the height and width that it must have.
-        place: what an error shall name besides the file.
+    """A label map: a picture of one channel or with a palette, whose values are classes; see `read_picture`.
 
     Raises:
         UserError: it cannot be read, has several channels, or another size.

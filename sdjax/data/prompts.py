@@ -20,17 +20,18 @@ EMPHASIS = 1.1
 COMMA_REACH = 20
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 SYNTAX = re.compile(rf"\\[()\[\]\\]|\\|[(\[]|:(?P<weight>{NUMBER})\)|[)\]]|[^\\()\[\]:]+|:")
+CLOSING = {")": ("(", EMPHASIS), "]": ("[", 1 / EMPHASIS)}
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 TAG = re.compile(r"<\w+:[^<>]+>")
 NOT_UNDERSTOOD = (
-    (
-        re.compile(r"\[[^\[\]|]*:\s*[.\d]+\s*\]"),
-        "prompt editing is not supported; its words are read, in brackets",
-    ),
+    (re.compile(r"\[[^\[\]|]*:\s*[.\d]+\s*\]"), "prompt editing is not supported; its words are read, in brackets"),
     (re.compile(r"\[[^\[\]]*\|[^\[\]]*\]"), "alternating words are not supported; all are read, in brackets"),
     (re.compile(r"\bAND\b"), "composed prompts are not supported; AND is read as a word"),
     (re.compile(rf":(?!{NUMBER}\))\s*[+-]?[.\d]+\s*\)"), "not a weight; it is read as words"),
 )
+
+
+Weighted = tuple[Token, float]
 
 
 class Report(NamedTuple):
@@ -90,7 +91,8 @@ def parse(prompt: str) -> Parsed:
 
     for match in SYNTAX.finditer(prompt):
         token, weight = match[0], match["weight"]
-        bracket, factor = _closing(token, weight)
+        # The bracket that this closes, and by what it multiplies.
+        bracket, factor = ("(", float(weight)) if weight is not None else CLOSING.get(token, ("", 1.0))
         if token in opened:
             opened[token].append(len(texts))
         elif bracket and opened[bracket]:
@@ -104,7 +106,7 @@ def parse(prompt: str) -> Parsed:
                 if i > 0:
                     add(None)
                 add(part)
-    for bracket, factor in (("(", EMPHASIS), ("[", 1 / EMPHASIS)):
+    for bracket, factor in CLOSING.values():
         for first in opened[bracket]:
             reports.append(Report("not understood", bracket, "the bracket is never closed; it reaches to the end"))
             multiply(first, factor)
@@ -124,7 +126,12 @@ def chunk(tokenizer: Tokenizer, prompt: str) -> tuple[Chunks, list[Report]]:
         rows += _fill(weighted, tokenizer.length - 2, tokenizer.comma)
     if len(rows) > 1 and not rows[-1]:  # a BREAK at the end begins nothing
         rows.pop()
-    return _chunks(tokenizer, rows), reports
+    ids, weights = [], np.ones((len(rows), tokenizer.length), np.float32)
+    for row, target in zip(rows, weights, strict=True):
+        pairs = [(i, weight) for token, weight in row for i in token.ids]
+        ids.append(tokenizer.row([i for i, _ in pairs]))
+        target[1 : 1 + len(pairs)] = [weight for _, weight in pairs]
+    return Chunks(np.array(ids, np.int32), weights), reports
 
 
 def plain(tokenizer: Tokenizer, prompt: str) -> tuple[Chunks, list[Report]]:
@@ -143,16 +150,6 @@ def stack(tokenizer: Tokenizer, prompts: Sequence[Chunks], least: int = 1) -> Ch
     ones = np.ones_like(empty, np.float32)
     weights = [np.concatenate([prompt.weights, *[ones] * (n - len(prompt.ids))]) for prompt in prompts]
     return Chunks(np.stack(ids), np.stack(weights))
-
-
-Weighted = tuple[Token, float]
-
-
-def _closing(token: str, weight: str | None) -> tuple[str, float]:
-    """The bracket that a token closes, and by what it multiplies; "" where it closes none."""
-    if weight is not None:
-        return "(", float(weight)
-    return {")": ("(", EMPHASIS), "]": ("[", 1 / EMPHASIS)}.get(token, ("", 1.0))
 
 
 def _not_understood(prompt: str) -> list[Report]:
@@ -195,13 +192,3 @@ def _fill(tokens: Sequence[Weighted], room: int, comma: int | None) -> list[list
         rows[-1].append((token, weight))
         used += len(token.ids)
     return rows
-
-
-def _chunks(tokenizer: Tokenizer, rows: Sequence[Sequence[Weighted]]) -> Chunks:
-    weights = np.ones((len(rows), tokenizer.length), np.float32)
-    ids = []
-    for row, target in zip(rows, weights, strict=True):
-        pairs = [(i, weight) for token, weight in row for i in token.ids]
-        ids.append(tokenizer.row([i for i, _ in pairs]))
-        target[1 : 1 + len(pairs)] = [weight for _, weight in pairs]
-    return Chunks(np.array(ids, np.int32), weights)

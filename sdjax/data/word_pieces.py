@@ -35,11 +35,7 @@ class WordPieces:
 
 
 def load_word_pieces(folder: str | Path, length: int) -> WordPieces:
-    """The tokenizer of a folder.
-
-    Raises:
-        UserError: there is none, or it lacks a token that BERT needs.
-    """
+    """The tokenizer of a folder; a UserError where there is none, or it lacks a token that BERT needs."""
     tokens = read_vocabulary(folder)
     missing = [token for token in (CLS, SEP, PAD, UNKNOWN) if token not in tokens]
     if missing:

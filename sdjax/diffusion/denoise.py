@@ -51,7 +51,7 @@ def parts(answer: Answer) -> tuple[Array, Array | float, Array | None]:
     return (*answer, None) if isinstance(answer, tuple) else (answer, -1.0, None)
 
 
-def per_image(values: Array | np.ndarray, like: Array) -> Array:
+def per_image(values: Array | np.ndarray | float, like: Array) -> Array:
     """Appends axes to `values` ([] or [b]) so that it multiplies `like` ([b ...])."""
     values = jnp.asarray(values)
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
@@ -95,11 +95,7 @@ PARAMETERIZATIONS = {
 def to_x0(
     kind: str, output: Float[Array, "b h w c"], x: Float[Array, "b h w c"], sigma: Float[Array, "..."]
 ) -> Float[Array, "b h w c"]:
-    """The clean sample that a raw prediction implies; x in variance-exploding coordinates.
-
-    Raises:
-        UserError: the kind is not among PREDICTIONS.
-    """
+    """The clean sample that a prediction of this kind of PREDICTIONS implies; x in variance-exploding coordinates."""
     check_prediction(kind)
     return PARAMETERIZATIONS[kind].to_x0(output, x, per_image(sigma, x))
 
@@ -110,15 +106,10 @@ def make_denoise(network: Network, prediction: str) -> Denoise:
     A network with 2 c output channels (learned variance, iDDPM) makes a denoiser that answers (x0, v): v [b h w c]
     in [-1, 1] says where between the two bounds the log-variance lies.
 
-    Args:
-        network: network(x_vp, timestep [b]) -> raw prediction.
-        prediction: one of PREDICTIONS.
-
     Raises:
         UserError: the prediction is not among PREDICTIONS.
     """
     check_prediction(prediction)
-
     c_in, to_clean = PARAMETERIZATIONS[prediction]
 
     def denoise(x: Float[Array, "b *space c"], sigma: Float[Array, "..."], timestep: Float[Array, "..."]):

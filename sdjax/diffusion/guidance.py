@@ -29,14 +29,14 @@ def classifier_free(
     cond: Float[Array, "b h w c"], uncond: Float[Array, "b h w c"], scale: Scalar
 ) -> Float[Array, "b h w c"]:
     """uncond + scale (cond - uncond): scale 1 is no guidance (Ho & Salimans 2022, eq. 6 with w = scale - 1)."""
-    return uncond + _scalar(scale, cond) * (cond - uncond)
+    return uncond + per_image(scale, cond) * (cond - uncond)
 
 
 def rescale_guidance(
     guided_output: Float[Array, "b h w c"], cond: Float[Array, "b h w c"], phi: Scalar
 ) -> Float[Array, "b h w c"]:
     """To the share phi, gives each image the conditional prediction's standard deviation (Lin et al. 2024, eq. 15)."""
-    axes, phi = tuple(range(1, cond.ndim)), _scalar(phi, cond)
+    axes, phi = tuple(range(1, cond.ndim)), per_image(phi, cond)
     deviation = jnp.std(guided_output, axis=axes, keepdims=True)
     ratio = jnp.std(cond, axis=axes, keepdims=True) / jnp.maximum(deviation, jnp.finfo(deviation.dtype).tiny)
     return guided_output * (phi * ratio + (1.0 - phi))
@@ -75,8 +75,7 @@ def classifier_guided(denoise: Denoise, log_probability: LogProbability, scale: 
     timestep 0 the learned variance is ADM's, whose fixed ones are smaller there; both are next to nothing.
 
     Args:
-        denoise: of the network, guided or not.
-        log_probability: of the classifier, which is differentiated.
+        denoise, log_probability: of the network, guided or not, and of the classifier, which is differentiated.
         scale: s, 0 for none; may be traced.
     """
 
@@ -84,9 +83,8 @@ def classifier_guided(denoise: Denoise, log_probability: LogProbability, scale: 
         return log_probability(x_vp, jnp.broadcast_to(timestep, x_vp.shape[:1])).astype(jnp.float32).sum()
 
     def guided_denoise(x: Float[Array, "b h w c"], sigma: Float[Array, "..."], timestep: Float[Array, "..."]):
-        gradient = _scalar(scale, x) * jax.grad(total)(
-            x / jnp.sqrt(per_image(jnp.asarray(sigma), x) ** 2 + 1.0), timestep
-        )
+        x_vp = x / jnp.sqrt(per_image(sigma, x) ** 2 + 1.0)
+        gradient = per_image(scale, x) * jax.grad(total)(x_vp, timestep)
         x0, v, others = parts(denoise(x, sigma, timestep))
         return Guided(x0, v, gradient if others is None else gradient + others)
 
@@ -104,8 +102,7 @@ def image_guided(denoise: Denoise, likelihood: Likelihood, scale: Scalar) -> Den
     the gradient goes through the network.
 
     Args:
-        denoise: of the network, guided or not.
-        likelihood: of what is asked for, differentiable.
+        denoise, likelihood: of the network, guided or not, and of what is asked for, differentiable.
         scale: s, 0 for none; may be traced.
     """
 
@@ -117,7 +114,7 @@ def image_guided(denoise: Denoise, likelihood: Likelihood, scale: Scalar) -> Den
 
         gradient, answer = jax.grad(total, has_aux=True)(x)
         # x0 = x - sigma epsilon; with respect to x_vp the gradient is sqrt(sigma^2 + 1) times as long.
-        moved = _scalar(scale, x) * _scalar(sigma, x) ** 2 * gradient
+        moved = per_image(scale, x) * per_image(sigma, x) ** 2 * gradient
         if isinstance(answer, Guided):
             return answer._replace(x0=answer.x0 + moved)
         return (answer[0] + moved, answer[1]) if isinstance(answer, tuple) else answer + moved
@@ -127,7 +124,7 @@ def image_guided(denoise: Denoise, likelihood: Likelihood, scale: Scalar) -> Den
 
 def static_threshold(x0: Float[Array, "b h w c"], limit: Scalar = 1.0) -> Float[Array, "b h w c"]:
     """Clips to [-limit, limit]."""
-    limit = _scalar(limit, x0)
+    limit = per_image(limit, x0)
     return jnp.clip(x0, -limit, limit)
 
 
@@ -140,10 +137,5 @@ def dynamic_threshold(
     """
     magnitudes = jnp.abs(x0).reshape(x0.shape[0], -1)
     ratios = jnp.broadcast_to(ratio, x0.shape[:1])
-    limit = jnp.clip(jax.vmap(jnp.quantile)(magnitudes, ratios), 1.0, sample_max_value)
-    limit = per_image(limit, x0)
+    limit = per_image(jnp.clip(jax.vmap(jnp.quantile)(magnitudes, ratios), 1.0, sample_max_value), x0)
     return jnp.clip(x0, -limit, limit) / limit
-
-
-def _scalar(value: Scalar, like: Array) -> Array:
-    return per_image(jnp.asarray(value), like)

@@ -56,9 +56,6 @@ def make_schedule(
     Args:
         name: "linear" (DDPM), "scaled_linear" (latent diffusion: linear in sqrt(beta); LDM's code calls it "linear"),
             "cosine" or "squaredcos_cap_v2" (iDDPM, eq. 17; ignores beta_start and beta_end).
-        num_timesteps: T.
-        beta_start: first beta.
-        beta_end: last beta.
         zero_terminal_snr: rescale so that the last step is pure noise (Lin et al. 2024, algorithm 1).
 
     Raises:
@@ -119,14 +116,6 @@ def sigma_to_timestep(levels: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
     return np.asarray(np.interp(np.log(np.maximum(levels, 1e-10)), np.log(sigmas), np.arange(len(sigmas))))
 
 
-def _linear(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
-    return np.linspace(beta_start, beta_end, num_timesteps)
-
-
-def _scaled_linear(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
-    return np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps) ** 2
-
-
 def _cosine(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
     u = np.arange(num_timesteps + 1) / num_timesteps
     f = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -134,8 +123,8 @@ def _cosine(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarra
 
 
 _BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
-    "linear": _linear,
-    "scaled_linear": _scaled_linear,
+    "linear": lambda n, start, end: np.linspace(start, end, n),
+    "scaled_linear": lambda n, start, end: np.linspace(start**0.5, end**0.5, n) ** 2,
     "cosine": _cosine,
     "squaredcos_cap_v2": _cosine,
 }

@@ -106,12 +106,7 @@ class Conditioner:
         return {}
 
     def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
-        """Height and width in pixels that the inputs of one image ask for; None where they do not say.
-
-        Args:
-            inputs: options of a call.
-            factor: pixels of a latent along each side.
-        """
+        """Height and width that one image's inputs ask for, `factor` pixels a latent; None where they do not say."""
         return None
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
@@ -130,8 +125,7 @@ class Conditioner:
         """The condition of a batch; traceable.
 
         Args:
-            params: of `components`.
-            columns: of the batch, with the latents of `images_to_encode`.
+            params, columns: of `components`, and of the batch with the latents of `images_to_encode`.
             keys: of the images, for conditions with noise.
         """
         return Cond()
@@ -148,8 +142,7 @@ class Conditioner:
         """The denoiser with a gradient added at every step, e.g. a classifier's.
 
         Args:
-            params: of all networks.
-            columns: those of `Traits.step_columns`.
+            params, columns: of all networks, and those of `Traits.step_columns`.
             denoise: of the guided network.
             decode: scaled latents to images, 0 black and 1 white, not clipped.
         """

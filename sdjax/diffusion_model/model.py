@@ -223,11 +223,7 @@ def clip_encoders(configs: Mapping[str, Any], dtype: DTypeLike) -> tuple[TextEnc
 
 
 def micro_conditioning(config: UNetConfig, encoders: Sequence[TextEncoder], width: int, place: object) -> int:
-    """How many numbers a UNet is conditioned on beside the pooled prompt.
-
-    Raises:
-        UserError: its vector is none of SDXL's.
-    """
+    """Numbers that a UNet is conditioned on beside the pooled prompt; a UserError for a vector that is not SDXL's."""
     if config.vector_dim is None:
         return 0
     pooled = encoders[-1].pooled_width
@@ -246,11 +242,7 @@ def null_ids(encoders: Sequence[TextEncoder], tokenizers: Mapping[str, Tokenizer
 
 
 def check_fit(model: DiffusionModel, place: object) -> None:
-    """Hold the backbone to its latents and its condition.
-
-    Raises:
-        UserError: they do not fit; both are named.
-    """
+    """Hold the backbone to its latents and its condition; a UserError names what does not fit."""
     config, conditioner = model.config, model.conditioner
     width, concat = conditioner.traits.context_width, conditioner.traits.concat_channels
     if width is not None and config.context_dim is None:

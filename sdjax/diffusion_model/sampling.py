@@ -7,7 +7,7 @@ computed is finite.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from sdjax.core.compilation import jit
 from sdjax.core.prng import image_keys
 from sdjax.core.tree import Params
-from sdjax.diffusion.denoise import Denoise, Network, make_denoise, per_image
+from sdjax.diffusion.denoise import Denoise, make_denoise, per_image
 from sdjax.diffusion.guidance import guided
 from sdjax.diffusion.samplers import Table, first_noise
 from sdjax.diffusion.samplers.scan import State, advance, init_state
@@ -100,13 +100,7 @@ def encode(
 
 @jit(static_argnames=("model", "guided"))
 def condition(
-    model: DiffusionModel,
-    params: Params,
-    columns: Columns,
-    keys: Key[Array, " b"],
-    guidance: Guidance,
-    *,
-    guided: bool,
+    model: DiffusionModel, params: Params, columns: Columns, keys: Key[Array, " b"], guidance: Guidance, *, guided: bool
 ) -> tuple[Cond, Finite]:
     """The condition of a batch; `guided` by the null condition, as pairs of neighbours through one pass.
 
@@ -116,7 +110,8 @@ def condition(
     if guided:
         null = conditioner.null(columns)
         assert null is not None, "guidance needs a null condition"
-        pairs = {name: _neighbours(jnp.asarray(columns[name]), jnp.asarray(null[name])) for name in columns}
+        pairs = {name: jnp.stack([columns[name], null[name]], axis=1) for name in columns}
+        pairs = {name: both.reshape(-1, *both.shape[2:]) for name, both in pairs.items()}
         cond = conditioner.cond(params, pairs, jnp.repeat(keys, 2))
     else:
         cond = conditioner.cond(params, columns, keys)
@@ -150,11 +145,7 @@ def sample(
     images join or leave between calls, without a bit of a difference.
 
     Args:
-        model: static.
-        params: of all components.
-        batch: see `SamplingBatch`.
         state: of `start_state` or an earlier call; donated.
-        first, last: arguments of the loop.
 
     Returns:
         The next state; after all rows `x` is scaled latents, with noise where the table's last row leaves some.
@@ -185,27 +176,18 @@ def all_finite(tree: object) -> Finite:
 
 
 def _denoiser(model: DiffusionModel, params: Params, batch: SamplingBatch, images: int) -> Denoise:
-    cond = batch.cond
-    rows = {len(leaf) for leaf in jax.tree.leaves(cond)}
-    pairs = rows == {2 * images}
+    pairs = {len(leaf) for leaf in jax.tree.leaves(batch.cond)} == {2 * images}
 
     def backbone(x: Array, t: Array) -> Array:
-        return apply(model.backbone, params[BACKBONE], x, t, cond)
+        return apply(model.backbone, params[BACKBONE], x, t, batch.cond)
 
     network = model.conditioner.wrap(params, batch.columns, backbone)
-    denoise = make_denoise(_guided(network, batch.guidance) if pairs else network, model.parameterization)
-    return model.conditioner.steer(params, batch.columns, denoise, model.decode)
 
-
-def _guided(network: Network, guidance: Guidance) -> Network:
     def pair(x: Array, t: Array) -> tuple[Array, Array]:
         made = network(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2))
         made = made.reshape(-1, 2, *made.shape[1:])
         return made[:, 0], made[:, 1]
 
-    return guided(pair, guidance.scale, guidance.rescale)
-
-
-def _neighbours(first: Array, second: Array) -> Any:
-    """[b ...] and [b ...] to [2b ...], the rows of an image next to each other."""
-    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+    acting = guided(pair, *batch.guidance) if pairs else network
+    denoise = make_denoise(acting, model.parameterization)
+    return model.conditioner.steer(params, batch.columns, denoise, model.decode)

@@ -63,8 +63,7 @@ class TextEncoder(Protocol):
         """Embeddings of n chunks of each prompt.
 
         Args:
-            params: of all components.
-            ids: token ids.
+            params, ids: of all components, and token ids.
             weights: emphasis of each token; None where all weigh 1.
             clip_skip: layers to skip beyond the model's own, one an image; None skips none.
         """

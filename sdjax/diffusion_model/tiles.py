@@ -55,21 +55,14 @@ def decode_tiled(
     Raises:
         UserError: an overlap that is negative or more than half a tile.
     """
-    return _tiled(decode, latents, _spans_of(latents.shape, (tile, overlap), 1, factor), (1, factor))
+    return _tiled(decode, latents, tile, overlap, (1, factor))
 
 
 def encode_tiled(
     encode: Coder, images: Float[Array, "b h*f w*f c"], tile: int, overlap: int, factor: int
 ) -> Float[Array, "b h w z"]:
     """What `encode` makes of pictures, whose sides are multiples of `factor`, tile by tile; as `decode_tiled`."""
-    return _tiled(encode, images, _spans_of(images.shape, (tile, overlap), factor, 1), (factor, 1))
-
-
-def _spans_of(shape: tuple[int, ...], tiling: tuple[int, int], reads: int, writes: int) -> tuple[Spans, Spans]:
-    tile, overlap = tiling
-    if not 0 <= overlap <= tile // 2:
-        raise UserError(f"overlap {overlap} of tiles of {tile}: choose 0 to {tile // 2}")
-    return _spans(shape[1] // reads, tile, overlap, writes), _spans(shape[2] // reads, tile, overlap, writes)
+    return _tiled(encode, images, tile, overlap, (factor, 1))
 
 
 def _spans(side: int, tile: int, overlap: int, scale: int) -> Spans:
@@ -90,10 +83,13 @@ def _rise(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return 0.5 - 0.5 * np.cos(np.pi * np.clip(x + 0.5, 0.0, 1.0))
 
 
-def _tiled(function: Coder, values: Array, spans: tuple[Spans, Spans], scales: tuple[int, int]) -> Array:
+def _tiled(function: Coder, values: Array, tile: int, overlap: int, scales: tuple[int, int]) -> Array:
+    if not 0 <= overlap <= tile // 2:
+        raise UserError(f"overlap {overlap} of tiles of {tile}: choose 0 to {tile // 2}")
+    reads, writes = scales
+    spans = [_spans(side // reads, tile, overlap, writes) for side in values.shape[1:3]]
     if all(len(side.starts) == 1 for side in spans):
         return function(values).astype(jnp.float32)
-    reads, writes = scales
     size = tuple((side.starts[-1] + side.length) * writes for side in spans)
     extent = tuple(side.length * reads for side in spans)
     canvas = None

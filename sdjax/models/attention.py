@@ -192,10 +192,7 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b l c"],
-        context: Float[Array, "b k d"] | None,
-        mask: Bool[Array, "b k"] | None,
+        self, x: Float[Array, "b l c"], context: Float[Array, "b k d"] | None, mask: Bool[Array, "b k"] | None
     ) -> Float[Array, "b l c"]:
         def norm(name: str, x: Array) -> Array:
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)(x)
@@ -223,10 +220,7 @@ class SpatialTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        context: Float[Array, "b k d"] | None,
-        mask: Bool[Array, "b k"] | None,
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b k d"] | None, mask: Bool[Array, "b k"] | None
     ) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         tokens = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x).reshape(b, h * w, c)

@@ -167,8 +167,7 @@ def layer_states(
     """The states that a diffusion model attends to; the pooled output is the last layer's whatever is skipped here.
 
     Args:
-        output: what the encoder gave.
-        layer: see `TEXT_LAYERS`.
+        output, layer: of the encoder, and of `TEXT_LAYERS`.
         normalise: `CLIPText.normalise` with its parameters.
         clip_skip: layers skipped beyond `layer`, as diffusers counts: SD 1's 1 is A1111's "clip skip 2".
 

@@ -67,14 +67,14 @@ class UNetConfig:
 
 SD1 = UNetConfig()
 SD2 = UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True)
-SDXL = UNetConfig(
+SDXL = replace(
+    SD2,
     channels=(320, 640, 1280),
     depths=(0, 2, 10),
     mid_depth=10,
     heads=(5, 10, 20),
     context_dim=2048,
     vector_dim=2816,
-    linear_projection=True,
 )
 LDM_VQ_F4 = UNetConfig(
     channels=(192, 384, 576, 960), depths=(0, 1, 1, 1), context_dim=512, in_channels=3, out_channels=3
@@ -87,14 +87,8 @@ VARIANTS = {
     ),
     "ldm_text_f4": replace(LDM_VQ_F4, heads=(6, 12, 18, 30), context_dim=640),  # 403,623,939: text2img256
     "ldm_text": replace(SD1, context_dim=1280),  # 872,300,484: txt2img-1p4B
-    "ldm_layout": UNetConfig(  # 246,277,379: layout2img-openimages256
-        channels=(128, 256, 384, 512),
-        depths=(0, 3, 3, 3),
-        mid_depth=3,
-        heads=(4, 8, 12, 16),
-        context_dim=512,
-        in_channels=3,
-        out_channels=3,
+    "ldm_layout": replace(  # 246,277,379: layout2img-openimages256
+        LDM_VQ_F4, channels=(128, 256, 384, 512), depths=(0, 3, 3, 3), mid_depth=3, heads=(4, 8, 12, 16)
     ),
     "ldm_rdm": UNetConfig(  # 1,335,480,400: retrieval-augmented, 768 pixels
         channels=(448, 896, 1344, 1792), heads=(14, 28, 42, 56), in_channels=16, out_channels=16
@@ -162,7 +156,9 @@ class UNet(nn.Module):
         x = constrain_picture(x)
         temb = constrain(self._embedding(t, cond), BATCH, None)
         skips = self._down(x.astype(self.dtype), temb, cond)
-        x = self._middle(skips[-1], temb, cond)
+        x = self._res("mid_block_resnets_0", c.channels[-1], skips[-1], temb)
+        x = self._attend("mid_block_attentions_0", -1, x, cond, c.mid_depth)
+        x = self._res("mid_block_resnets_1", c.channels[-1], x, temb)
         if cond.control is not None:
             *residuals, mid = cond.control
             skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
@@ -217,12 +213,6 @@ class UNet(nn.Module):
                 x = Downsample(dtype=self.dtype, name=f"down_blocks_{i}_downsamplers_0")(x)
                 skips.append(x)
         return skips
-
-    def _middle(self, x: Array, temb: Array, cond: Cond) -> Array:
-        features = self.config.channels[-1]
-        x = self._res("mid_block_resnets_0", features, x, temb)
-        x = self._attend("mid_block_attentions_0", -1, x, cond, self.config.mid_depth)
-        return self._res("mid_block_resnets_1", features, x, temb)
 
     def _up(self, x: Array, skips: list[Array], temb: Array, cond: Cond) -> Array:
         c = self.config

@@ -38,7 +38,6 @@ def spec_of(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
 
     Args:
         name: its path, or one that ends with it, such as that of its moments in an optimiser.
-        shape: of the whole.
         sizes: devices along each axis of the mesh.
 
     Returns:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data.image_inputs import paste_back
+from sdjax.data.image_inputs import paste_back, resize_lanczos
 from sdjax.diffusion.samplers import batched, network_calls
 from sdjax.diffusion_model import sampling
 from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
@@ -125,7 +124,8 @@ def _run_batch(
     images = [_paste(row, image) for row, image in zip(rows, images, strict=True)]
     if rows[0].second is None:
         return images
-    seconds = [_begin_from(row, image) for row, image in zip(rows, images, strict=True)]
+    pairs = [(row.second, image) for row, image in zip(rows, images, strict=True) if row.second is not None]
+    seconds = [row._replace(image=resize_lanczos(image, row.size)) for row, image in pairs]
     return _run_batch(pipe, seconds, lambda n: report(done + n), decoded, rows_per_call)
 
 
@@ -144,7 +144,7 @@ def _sample_part(
     indices = np.array([row.index for row in rows], np.int32)
     guidance = Guidance(*np.array([row.guidance for row in rows], np.float32).T)
     tables = batched([part.table for part in parts])
-    seeds, indices, guidance, device_tables = devices.shard_batch((seeds, indices, guidance, tables))
+    seeds, indices, guidance, tables = devices.shard_batch((seeds, indices, guidance, tables))
     shape = model.latent_shape(rows[0].size)
     keys, noise = sampling.draw_noise(seeds, indices, shape, devices.replicate(np.int32(number)))
     if number == 0 and rows[0].latents is not None:
@@ -152,32 +152,29 @@ def _sample_part(
     elif number == 0 and rows[0].torch is not None:
         noise = devices.shard_batch(np.stack([row.torch[0].first(row.torch[1]) for row in rows]))  # pyright: ignore
     cond, columns = _condition(pipe, parts, rows[0].tile, keys, guidance)
-    start, state = _start(pipe, rows, noise, device_tables)
+    start, state = _start(pipe, rows, noise, tables)
     if noisy is not None:
         state = sampling.init_state(noisy)
-    batch = SamplingBatch(device_tables, cond, columns, guidance, keys, start, _row_noise(pipe, rows, number))
+    batch = SamplingBatch(tables, cond, columns, guidance, keys, start, _row_noise(pipe, rows, number))
     calls = max(network_calls(part.table) for part in parts)
-    before: tuple[int, int, Any] | None = None
+
+    def finish(first: int, last: int, finite: jax.Array) -> None:
+        which = f"network call {last}" if last - first == 1 else f"network calls {first + 1} to {last}"
+        timestep = parts[0].table.timestep[min(first, network_calls(parts[0].table) - 1)]
+        place = f"{which} of {calls} (timestep {timestep:g}, guidance scale {rows[0].guidance[0]:g})"
+        check_finite(pipe, finite, f"the UNet's output at {place}")
+        report(last)
+
+    running = []
     for first in range(0, calls, rows_per_call):
         last = min(first + rows_per_call, calls)
         state, finite = sampling.sample(model, pipe.params, batch, state, np.int32(first), np.int32(last))
         # The call before is waited for while this one runs, so that devices never wait for the host.
-        if before is not None:
-            _check_call(pipe, rows, parts[0], before, calls)
-            report(before[1])
-        before = first, last, finite
-    assert before is not None, "a table has a row at least"
-    _check_call(pipe, rows, parts[0], before, calls)
-    report(calls)
+        for call in running:
+            finish(*call)
+        running = [(first, last, finite)]
+    finish(*running[0])
     return state.x, calls
-
-
-def _check_call(pipe: Pipeline, rows: Sequence[Row], part: Part, call: tuple[int, int, Any], calls: int) -> None:
-    first, last, finite = call
-    which = f"network call {last}" if last - first == 1 else f"network calls {first + 1} to {last}"
-    timestep = part.table.timestep[min(first, network_calls(part.table) - 1)]
-    place = f"{which} of {calls} (timestep {timestep:g}, guidance scale {rows[0].guidance[0]:g})"
-    check_finite(pipe, finite, f"the UNet's output at {place}")
 
 
 def check_finite(pipe: Pipeline, finite: Any, stage: str) -> None:
@@ -230,15 +227,6 @@ def _paste(row: Row, image: np.ndarray) -> np.ndarray:
     if row.paste is None or row.image is None or row.mask is None:
         return image
     return paste_back(image, row.image, row.mask, row.paste)
-
-
-def _begin_from(row: Row, image: Float[np.ndarray, "h w 3"]) -> Row:
-    """The second pass over an image, enlarged by Lanczos."""
-    assert row.second is not None
-    height, width = row.second.size
-    pixels = Image.fromarray(np.rint(image * 255.0).astype(np.uint8))
-    enlarged = np.asarray(pixels.resize((width, height), Image.Resampling.LANCZOS), np.float32)
-    return row.second._replace(image=enlarged / np.float32(255.0))
 
 
 def encode(pipe: Pipeline, images: Any, tile: int, name: str) -> jax.Array:

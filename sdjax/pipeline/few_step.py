@@ -39,18 +39,13 @@ def few_step_defaults(
     """Steps, guidance_scale, and of a single file sampler and schedule; {} for a model that is not distilled.
 
     Args:
-        name: of the checkpoint.
-        scheduler_config: of the checkpoint.
+        name, scheduler_config: of the checkpoint.
         told_guidance: whether the UNet is told the guidance scale, as LCMs are.
         single_file: whether `scheduler_config` is not the checkpoint's own.
     """
     lower = name.lower()
-    word = next((word for word in NAMED if word in lower), None)
-    if word is None:
-        found = SAMPLED.get("lcm" if told_guidance else sampler_of(scheduler_config))
-        word = "few-step"
-    else:
-        found = NAMED[word]
+    word = next((word for word in NAMED if word in lower), "few-step")
+    found = NAMED.get(word) or SAMPLED.get("lcm" if told_guidance else sampler_of(scheduler_config))
     if found is None:
         return {}
     steps = STEPS.search(lower)

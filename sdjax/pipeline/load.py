@@ -46,8 +46,7 @@ def load(source: Source, dtype: str = "float32", mesh: Mesh | None = None, **opt
             `256x256_diffusion.pt`), or the workdir of a finished train.py run.
         dtype: of the backbone and the text encoders, "float32" or "bfloat16"; the autoencoder works in float32 always.
         mesh: of `sdjax.parallel.mesh.make_mesh`; parameters and batches are spread over it. None for one device.
-        options: rows of `sdjax.pipeline.options.LoadOptions`: `family`, `prediction`, `variant`, `vae`, `embeddings`,
-            `refiner`, `classifier`, `tokenizer`.
+        options: rows of `sdjax.pipeline.options.LoadOptions`.
 
     Raises:
         UserError: the source is missing or is none of these, or what it holds is corrupt or not supported.

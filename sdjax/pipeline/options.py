@@ -228,16 +228,7 @@ def check_value(name: str, value: Any, place: str = "") -> Any:
 
 
 def parse_value(name: str, text: str, place: str) -> Any:
-    """A value of an option that is written as text.
-
-    Args:
-        name: of the option.
-        text: as written.
-        place: the flag, file and line, or grid that holds it, for messages.
-
-    Raises:
-        UserError: as `check_value`.
-    """
+    """A value of an option that is written as text at a place, e.g. a flag; errors as of `check_value`."""
     option = OPTIONS[name]
     if option.kind is Pair:
         return check_value(name, [parse_number(name, part, int, place) for part in text.split(",")], place)

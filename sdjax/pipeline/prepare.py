@@ -112,10 +112,9 @@ def prepare(
     entries = _entries(pipe, prompts, negative_prompt, given)
     _check_used(pipe, given)
     count = given.get("num_images", 1)
-    total = len(entries) * count
-    size = _size(pipe, entries[0], given, total)
+    size = _size(pipe, entries[0], given, len(entries) * count)
     given = _resolved(pipe, given, size)
-    first = check_int("first_index", given.get("first_index", 0), 0, 2**31 - 1 - total)
+    first = check_int("first_index", given.get("first_index", 0), 0, 2**31 - 1 - len(entries) * count)
     tables = [make_rows(pipe, given)] if pipe.refiner is None else hand_over(pipe, given)
     made = [_prepare_entry(pipe, entry, given, size, tables) for entry in entries]
     rows = [row._replace(index=first + i * count + j) for i, row in enumerate(made) for j in range(count)]
@@ -211,11 +210,10 @@ def _size(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], to
     size = height or default[0], width or default[1]
     for name, side in zip(("height", "width"), size, strict=True):
         if side % model.multiple:
-            below, above = side // model.multiple * model.multiple, -(-side // model.multiple) * model.multiple
-            near = ", ".join(map(str, sorted({max(model.multiple, below), above})))
-            raise UserError(
-                f"{name} {side} is not a multiple of {model.multiple}, which this model needs; nearest: {near}"
-            )
+            below = side - side % model.multiple
+            near = ", ".join(map(str, sorted({max(model.multiple, below), below + model.multiple})))
+            whole = f"a multiple of {model.multiple}, which this model needs"
+            raise UserError(f"{name} {side} is not {whole}; nearest: {near}")
     if latents is not None:
         wanted = (total, *model.latent_shape(size))
         if np.shape(latents) != wanted:
@@ -257,8 +255,7 @@ def make_rows(pipe: Pipeline, given: Mapping[str, Any], start: int | None = None
     """A sampler's rows.
 
     Args:
-        pipe: whose scheduler config says how it was trained.
-        given: resolved options.
+        pipe, given: whose scheduler config says how it was trained, and resolved options.
         start: step to begin at; None for where a given image of this strength begins.
 
     Raises:
@@ -396,9 +393,9 @@ def _with_second_pass(pipe: Pipeline, row: Row, entry: Mapping[str, Any], given:
     multiple = pipe.model.multiple
     size = tuple(round(side * scale / multiple) * multiple for side in row.size)
     again = {**given, "strength": given.get("hires_strength", HIRES_STRENGTH), "height": size[0], "width": size[1]}
-    second = _prepare_entry(pipe, entry, again, size, [make_rows(pipe, again)])._replace(index=row.index)
     blank = np.zeros((*size, 3), np.float32)  # stands for what the first pass makes
-    second = second._replace(image=blank, fresh=False)
+    second = _prepare_entry(pipe, entry, again, size, [make_rows(pipe, again)])
+    second = second._replace(index=row.index, image=blank, fresh=False)
     if row.torch is not None:
         total = row.torch[0].batch
         second = _with_torch_noise(pipe, second, again, total, total)

@@ -12,7 +12,7 @@ from torch_reference import GAINS, channels_first, channels_last, randomised, tr
 from sdjax.convert import autoencoder as conversion
 from sdjax.convert.single_file import Network
 from sdjax.core.tree import size
-from sdjax.models import quantize
+from sdjax.models import autoencoder, quantize
 from sdjax.models.autoencoder import BETA, VARIANTS, Autoencoder, VQConfig, autoencoder_of, posterior
 
 # Exact sizes of the published first stages (CompVis/latent-diffusion, Stability-AI/stablediffusion).
@@ -102,7 +102,7 @@ def test_the_loss_of_rounding_and_its_gradients_are_diffusers():
     z, weights = channels_first(LATENTS).requires_grad_(), np.random.default_rng(1).standard_normal(LATENTS.shape)
     rounded, loss, (_, _, codes) = torch_quantizer(z)
     (3.0 * loss + (rounded * channels_first(weights.astype("f"))).sum()).backward()
-    model = quantize.VectorQuantizer(40, 3)
+    model = autoencoder.VectorQuantizer(40, 3)
     params = {"embedding": {"embedding": torch_quantizer.embedding.weight.detach().numpy()}}
 
     def total(params, z):

@@ -69,10 +69,8 @@ def make_table(
     """The table of a sampler, float64 on the host.
 
     Args:
-        sampler: a key of SAMPLERS.
-        schedule: of the training.
-        steps: Heun, DPM2, DPM2 a, DPM++ 2S a and DPM++ SDE call the network 2 steps - 1 times, PLMS
-            steps + 1.
+        sampler, schedule: a key of SAMPLERS, and that of the training.
+        steps: Heun, DPM2, DPM2 a, DPM++ 2S a and DPM++ SDE call the network 2 steps - 1 times, PLMS steps + 1.
         options: None for the defaults of the sampler's class in diffusers, without clipping.
         spacing: one of SPACINGS in place of what the options say.
         start: steps to leave out at the beginning (image to image); solvers warm up anew from there.
@@ -116,8 +114,7 @@ def table_for(
     """The table of a model's sampler, by its scheduler_config.json.
 
     Args:
-        scheduler: the config.
-        sampler: a key of SAMPLERS; None for the config's own.
+        scheduler, sampler: the config, and a key of SAMPLERS; None for the config's own.
         steps, spacing, start, changes: as in `make_table`.
         latents: whether latents are diffused. They are not within [-1, 1], so another sampler than the config's own
             does not clip them where the config says nothing.

@@ -101,7 +101,9 @@ class SamplerOptions:
         scheduler = _CLASSES[sampler]
         known = {name: config[name] for name in scheduler.fields if config.get(name) is not None}
         if config.get("_class_name") in (None, scheduler.name):
-            _check_supported(config)
+            for name, values in _ONLY.items():
+                if config.get(name) not in (None, *values):
+                    raise unknown(name, config[name], map(str, values), "scheduler_config.json")
         if "lambda_min_clipped" in known:
             known["lambda_min_clipped"] = _number(known["lambda_min_clipped"], "lambda_min_clipped")
         if "solver_type" in known:
@@ -195,6 +197,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "use_lu_lambdas": (False,),
     "use_flow_sigmas": (False,),
     "solver_p": (None,),
+    "algorithm_type": ("deis", *_CHOICES["algorithm_type"]),
 }
 
 # Classes that follow rescale_betas_zero_snr; the others ignore it.
@@ -249,14 +252,6 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
         _number(config.get("beta_end", end), "beta_end"),
         zero_terminal_snr=zero_snr,
     )
-
-
-def _check_supported(config: Mapping[str, Any]) -> None:
-    for name, values in _ONLY.items():
-        if config.get(name) is not None and config[name] not in values:
-            raise unknown(name, config[name], map(str, values), "scheduler_config.json")
-    if config.get("algorithm_type") not in (None, "deis", *_CHOICES["algorithm_type"]):
-        raise unknown("algorithm_type", config["algorithm_type"], _CHOICES["algorithm_type"], "scheduler_config.json")
 
 
 def _own_solver_type(name: str, scheduler: _Class) -> str:

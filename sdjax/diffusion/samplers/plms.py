@@ -10,15 +10,7 @@ from sdjax.core.errors import UserError
 from sdjax.diffusion.samplers.ddpm import abar_at, previous_abar
 from sdjax.diffusion.samplers.options import SamplerOptions
 from sdjax.diffusion.samplers.spacing import integer_timesteps
-from sdjax.diffusion.samplers.table import (
-    KEEP_X,
-    UNCHANGED,
-    Plan,
-    Row,
-    record_epsilon,
-    record_velocity,
-    weights,
-)
+from sdjax.diffusion.samplers.table import KEEP_X, UNCHANGED, Plan, Row, record_epsilon, record_velocity, weights
 from sdjax.diffusion.schedule import Schedule, abar_to_sigma
 
 # Adams-Bashforth by the number of predictions at hand (PNDM, eq. 12; the lower orders are PLMS's warm-up).

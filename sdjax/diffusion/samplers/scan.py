@@ -62,8 +62,7 @@ def advance(
 
     Args:
         denoise: denoise(x, sigma [b], timestep [b]) -> x0, or (x0, v) with a learned variance, or `Guided`.
-        tables: of `batched`: one table an image.
-        state: of `init_state`, or of an earlier call.
+        tables, state: of `batched`, one table an image, and of `init_state` or an earlier call.
         keys: [b], one an image; noise is drawn from fold_in(key, index of the row), whatever the batch.
         rows: the first row and the one after the last.
         between: see `Between`; None for nothing.

@@ -8,15 +8,7 @@ import numpy as np
 
 from sdjax.diffusion.samplers.options import SamplerOptions
 from sdjax.diffusion.samplers.spacing import solver_levels, variance_preserving_scale
-from sdjax.diffusion.samplers.table import (
-    KEEP_X,
-    RECORD_X0,
-    Plan,
-    Row,
-    network_coordinates,
-    record_epsilon,
-    weights,
-)
+from sdjax.diffusion.samplers.table import KEEP_X, RECORD_X0, Plan, Row, network_coordinates, record_epsilon, weights
 from sdjax.diffusion.schedule import Schedule
 
 

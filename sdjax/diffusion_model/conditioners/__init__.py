@@ -32,10 +32,6 @@ def _layout(configs: Mapping[str, Any], settings: Mapping[str, Any]) -> Conditio
     return LayoutConditioner(bert, tuple(settings.get("nothing", ())), classes)
 
 
-def _inpainting(configs: Mapping[str, Any], settings: Mapping[str, Any]) -> Conditioner:
-    return InpaintConditioner(configs["vae"].latent_channels, configs["vae"].factor, stable_diffusion=False)
-
-
 CONDITIONERS: dict[str, Build] = {
     "unconditional": lambda configs, settings: Conditioner(),
     "class_conditional": _class_conditional,
@@ -43,6 +39,8 @@ CONDITIONERS: dict[str, Build] = {
     "layout": _layout,
     "semantic_synthesis": lambda configs, settings: LabelMapConditioner(configs[RESCALER]),
     "super_resolution": lambda configs, settings: LowResolutionConditioner(),
-    "inpainting": _inpainting,
+    "inpainting": lambda configs, settings: InpaintConditioner(
+        configs["vae"].latent_channels, configs["vae"].factor, stable_diffusion=False
+    ),
     "retrieval": lambda configs, settings: NeighbourConditioner(configs["unet"].context_dim),
 }

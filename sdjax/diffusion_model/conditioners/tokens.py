@@ -100,26 +100,21 @@ class LayoutConditioner(TokenConditioner):
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         layout = required(inputs, "layout", host.name)
         objects = _read_json(layout) if isinstance(layout, str | Path) else list(layout)
-        form = 'a list of {"class": ..., "box": [x, y, width, height]}'
-        if not isinstance(objects, list) or not all(
-            isinstance(one, Mapping) and {"class", "box"} <= set(one) for one in objects
-        ):
-            raise UserError(f"layout: {form} is needed")
         try:
+            if not isinstance(objects, list) or not all(isinstance(one, Mapping) for one in objects):
+                raise TypeError("not objects")
             # In float64: a corner half way between two points of the grid must fall as its decimals do.
             boxes = np.array([one["box"] for one in objects], np.float64).reshape(-1, 4)
-        except (TypeError, ValueError) as error:
+            classes = [one["class"] for one in objects]
+        except (KeyError, TypeError, ValueError) as error:
+            form = 'a list of {"class": ..., "box": [x, y, width, height]}'
             raise UserError(f"layout: {form} is needed") from error
-        labels = [class_number(one["class"], self.classes, host, "layout") for one in objects]
+        labels = [class_number(one, self.classes, host, "layout") for one in classes]
         return {TOKENS: layout_tokens(self.bert, self.classes).encode(labels, boxes)}
 
 
 def layout_tokens(sizes: BertConfig, classes: int) -> LayoutTokens:
-    """Vocabulary of layouts for a transformer of these sizes.
-
-    Raises:
-        UserError: its length is not three tokens an object and two more.
-    """
+    """Vocabulary of layouts for a transformer; a UserError unless its length is three tokens an object and two more."""
     objects, rest = divmod(sizes.max_length - 2, 3)
     if rest or objects < 1:
         raise UserError(f"config.model.bert.max_length={sizes.max_length}; choose 3 times the objects, and 2 more")
