@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
-from configs import openmoji, stable_diffusion
+from configs import autoencoders, ldm, openmoji, stable_diffusion
 from sdjax.convert.opening import ID
+from sdjax.core.scripts import load_config
 from sdjax.tasks.base import loader_options
 
 ROOT = Path(__file__).parents[1]
@@ -74,3 +76,11 @@ def test_every_training_says_how_its_data_are_read(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert loader_options(config).threads >= 1
     assert config.data.crop in ("centre", "adm", "random")
+
+
+def test_a_first_stages_config_is_not_changed_by_the_command_line(monkeypatch):
+    """A key of the second stage's config may be none of the first's."""
+    changes = ["--config.model.class_embedder.classes=10", "--config.train.steps=3"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config=configs/ldm.py:cin256_tiny", *changes])
+    found = load_config(ldm.get_config("cin256_tiny").task.first_stage)
+    assert found.to_dict() == autoencoders.get_config("vq_f4_tiny").to_dict()

@@ -45,12 +45,12 @@ def require(values: flags.FlagValues, name: str) -> Any:
 
 
 def load_config(name: str) -> Config:
-    """The config of `FILE.py` or `FILE.py:variant`.
+    """The config of `FILE.py` or `FILE.py:variant`, whatever this process's own command line changes in another one.
 
     Raises:
         UserError: it cannot be read.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, flag_values=values)
-    parse_flags(values, [str(Path(sys.argv[0])), f"--config={name}"])
+    values, argv = flags.FlagValues(), [str(Path(sys.argv[0])), f"--config={name}"]
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+    parse_flags(values, argv)
     return values["config"].value
