@@ -67,6 +67,17 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("check_data", False, "report every bad row of the data and end", flag_values=values)
 
 
+def first_stage(name: str, config: Config) -> Config:
+    """The first stage's config; where it names no data, it sees those of the second.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    found = load_config(name)
+    found.data.source = found.data.source or config.data.source
+    return found
+
+
 def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epath.Path:
     """Trains, its first stage before it where there is one; returns the folder of what was exported.
 
@@ -77,7 +88,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
     root = open_workdir(workdir)
     config = config.copy_and_resolve_references()
     if first := config.task.get(FIRST_STAGE, ""):
-        folder = train_and_evaluate(load_config(first), root / FIRST_STAGE) if ".py" in first else first
+        folder = train_and_evaluate(first_stage(first, config), root / FIRST_STAGE) if ".py" in first else first
         config.task[FIRST_STAGE] = local_folder(str(folder))
 
     # ---- what is trained, on which devices, in whose folder ----

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+import train
 from configs import autoencoders, ldm, openmoji, stable_diffusion
 from sdjax.convert.opening import ID
-from sdjax.core.scripts import load_config
 from sdjax.tasks.base import loader_options
 
 ROOT = Path(__file__).parents[1]
@@ -78,9 +78,13 @@ def test_every_training_says_how_its_data_are_read(name):
     assert config.data.crop in ("centre", "adm", "random")
 
 
-def test_a_first_stages_config_is_not_changed_by_the_command_line(monkeypatch):
-    """A key of the second stage's config may be none of the first's."""
+def test_a_first_stage_keeps_its_own_config(monkeypatch):
+    """Changes of the second's keys are none of its, but it sees the second's data where it names none."""
     changes = ["--config.model.class_embedder.classes=10", "--config.train.steps=3"]
     monkeypatch.setattr(sys, "argv", ["train.py", "--config=configs/ldm.py:cin256_tiny", *changes])
-    found = load_config(ldm.get_config("cin256_tiny").task.first_stage)
-    assert found.to_dict() == autoencoders.get_config("vq_f4_tiny").to_dict()
+    second = ldm.get_config("cin256_tiny")
+    second.data.source = "folder:somewhere"
+    wanted = autoencoders.get_config("vq_f4_tiny")
+    wanted.data.source = "folder:somewhere"
+    assert train.first_stage(second.task.first_stage, second).to_dict() == wanted.to_dict()
+    assert train.first_stage("configs/openmoji.py:autoencoder", second).data.source == "openmoji"
