@@ -27,7 +27,7 @@ FLOORS = {
 SCRIPTS = 7
 FOREIGN = {"torch", "tensorflow", "diffusers", "torchvision"}
 # Read in their own process of reading: PyTorch's restricted loader of `.ckpt`, and the rival of a benchmark.
-EXCEPTIONS = {"sdjax/convert/pickles.py": {"torch"}, "benchmarks/against_diffusers.py": {"torch", "diffusers"}}
+EXCEPTIONS = {"sdjax/convert/weights.py": {"torch"}, "benchmarks/against_diffusers.py": {"torch", "diffusers"}}
 MODULES = [path for folder in ("sdjax", "benchmarks", "configs") for path in sorted((ROOT / folder).rglob("*.py"))] + [
     ROOT / "train.py",
     ROOT / "sample.py",
