@@ -314,7 +314,8 @@ def _parsed_json(text: str, path: str | Path) -> dict[str, Any]:
         raise UserError(f"the {CHUNK} text of {path} is damaged: it is not JSON") from error
     if not isinstance(record, dict) or "prompt" not in record:
         raise UserError(f"the {CHUNK} text of {path} is damaged: it is no record of a picture")
-    return record
+    # As version 0.1 called them.
+    return {"embeddings" if name == "embedding" else name: value for name, value in record.items()}
 
 
 def _checked(record: dict[str, Any], path: str | Path) -> dict[str, Any]:
