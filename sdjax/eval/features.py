@@ -88,12 +88,13 @@ def batches(pictures: Pictures, size: int | None, rows: int) -> Iterator[UInt8[n
 def _over(
     given: Iterator[np.ndarray], what: str, count: int, see: Callable[[Mesh, Any, np.ndarray], Arrays], params: Any
 ) -> Arrays:
-    mesh, found = local_mesh(), []
+    mesh, found, most = local_mesh(), [], {}
     placed = jax.device_put(params, replicated(mesh))
     with jax.set_mesh(mesh), tqdm(total=count, desc=what, unit="picture") as bar:
         for images in given:
-            # The last rows are filled up, so that one compilation serves all.
+            # The last batch is filled up, so that one compilation serves all.
             rows = -(-len(images) // mesh.size) * mesh.size
+            rows = most[images.shape[1:]] = max(rows, most.get(images.shape[1:], 0))
             padded = np.pad(images, [(0, rows - len(images)), (0, 0), (0, 0), (0, 0)], mode="edge")
             found.append({name: values[: len(images)] for name, values in see(mesh, placed, padded).items()})
             bar.update(len(images))

@@ -21,6 +21,7 @@ from sdjax.tasks.make import make_task
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     config = pixels.get_config("iddpm_64_tiny")
+    config.model.unet.update(channels=(32,), heads=(1,), attention_levels=())
     task = make_task(config, make_mesh({"data": -1}))
     params = drawn(jax.eval_shape(task.init, jax.random.key(0)))
     # A network that says no noise, and a variance in the middle of its range.

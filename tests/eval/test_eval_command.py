@@ -88,12 +88,12 @@ def test_all_metrics_of_two_folders(run, folders, networks, tmp_path):
     assert 0.3 < figures["ssim"] < 1.0
     assert {"sfid", "precision", "recall"} <= set(figures)
     # The real pictures' features are kept.
-    again, said = run(f"--fake={folders}/fake", f"--real={folders}/real", "--metrics=fid")
+    again, said = run(f"--fake={folders}/fake", f"--real={folders}/real", "--metrics=fid", "--batch_size=4")
     assert again["fid"] == figures["fid"]
     assert "real:" not in said
     # Statistics of others take the pictures' place.
     np.savez(tmp_path / "stats.npz", mu=moments[1]["mu"], sigma=moments[1]["sigma"])
-    again, _ = run(f"--fake={folders}/fake", f"--real={tmp_path}/stats.npz", "--metrics=fid")
+    again, _ = run(f"--fake={folders}/fake", f"--real={tmp_path}/stats.npz", "--metrics=fid", "--batch_size=4")
     assert again["fid"] == pytest.approx(figures["fid"], rel=1e-3)
     with pytest.raises(UserError, match=r"stats\.npz holds statistics, and this metric needs the pictures"):
         run(f"--fake={folders}/fake", f"--real={tmp_path}/stats.npz", "--metrics=kid")
