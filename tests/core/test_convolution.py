@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 from sdjax.core.convolution import convolve
 from sdjax.core.partition import TENSOR, constrain_picture
 from sdjax.models.layers import DoublingConv
-from sdjax.parallel.mesh import make_mesh, parse_mesh
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.mesh_text import parse_mesh
 
 def conv(size, stride, padding):
     def apply(x, kernel):

@@ -144,7 +144,7 @@ def test_every_model_on_a_mesh_and_by_two_processes(files, folder_of, tmp_path):
             "class_conditional takes no prompt; it is",
         ),
         ("class_conditional", {"class_label": 0, "clip_skip": 1}, "clip_skip 1 changes nothing: class_conditional is"),
-        ("unconditional", {"class_label": 0}, "class_label changes nothing: unconditional is conditioned on nothing"),
+        ("unconditional", {"class_label": 0}, "class_label 0 changes nothing: unconditional is conditioned on nothing"),
         (
             "unconditional",
             {"guidance_scale": 2.0},
