@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,6 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from sdjax.core.config import Config
@@ -38,7 +38,7 @@ class Metrics:
         self._workdir, self._every, self._batch_size = workdir, options.log_every, options.batch_size
         self._best, self._shows = options.keep_best, is_first()
         folder = os.fspath(workdir / "tensorboard")
-        self._writer = SummaryWriter(folder, purge_step=start, write_to_disk=self._shows)
+        self._writer = open_writer(folder, purge_step=start, write_to_disk=self._shows)
         name = workdir.name or "train"
         self._bar = tqdm(
             total=options.steps, initial=start, unit="step", dynamic_ncols=True, desc=name, disable=not self._shows
@@ -126,6 +126,20 @@ class Metrics:
         finally:
             self._bar.close()
             self._writer.close()
+
+
+def open_writer(folder: str, **options: Any) -> Any:
+    """A tensorboardX `SummaryWriter`, made without torch."""
+    is_loaded = "torch" in sys.modules
+    if not is_loaded:
+        # tensorboardX imports torch where it is installed: seconds and memory for tensors that no run has.
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if not is_loaded:
+            del sys.modules["torch"]
+    return SummaryWriter(folder, **options)
 
 
 def check_tensorboard(workdir: epath.Path) -> None:

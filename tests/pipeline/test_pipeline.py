@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -322,6 +323,15 @@ def test_import_is_light():
         f"found = sorted(set(sys.modules) & set({HEAVY!r})); assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_training_does_not_import_torch(tmp_path):
+    """Not even where its metrics are written, by a package that looks for torch."""
+    code = (
+        "import sys, train; from sdjax.training.metrics import open_writer; "
+        f"open_writer({str(tmp_path)!r}).add_scalar('loss', 1.0, 1); assert 'torch' not in sys.modules; import torch"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 BAD = {
