@@ -54,6 +54,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Compilations(config.option.compilations, budget))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if IS_WORKER or not session.config.getoption("numprocesses", None):  # not where tests are only handed out
+        import tracing
+
+        tracing.begin(cache_folder())
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """Sixteen captioned pictures of one colour with a darker corner."""

@@ -187,7 +187,7 @@ def _residuals(loss, params) -> int:
 
 
 def test_remat_changes_neither_output_nor_gradient_and_bfloat16_stays_close():
-    sizes = {"channels": (16,), "depths": (3,), "mid_depth": 4, "heads": (2,), "layers_per_block": 1, "groups": 4}
+    sizes = {"channels": (16,), "depths": (1,), "mid_depth": 3, "heads": (2,), "layers_per_block": 1, "groups": 4}
     config = UNetConfig(**sizes, context_dim=6)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -208,11 +208,11 @@ def test_remat_changes_neither_output_nor_gradient_and_bfloat16_stays_close():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-3), gradient, plain_gradient)
     traced = [jax.make_jaxpr(lambda p, r=remat: loss_and_output(p, r))(params).eqns for remat in ("none", "blocks")]
     recomputed_blocks = [sum("prevent_cse" in equation.params for equation in equations) for equations in traced]
-    assert recomputed_blocks == [0, 18], "five residual and thirteen transformer blocks are recomputed"
+    assert recomputed_blocks == [0, 11], "five residual and six transformer blocks are recomputed"
     kept = [_residuals(lambda p, r=remat: loss_and_output(p, r)[0], params) for remat in ("blocks", "products", "none")]
     assert kept == sorted(kept), "each policy keeps more than the one before it"
     program = str(jax.make_jaxpr(lambda p: loss_and_output(p, "scanned"))(params))
-    assert [program.count(f" length={depth}\n") for depth in (3, 4)] == [3, 1], "a loop for each transformer"
+    assert program.count(" length=3\n") == 1, "a loop for a transformer"
     assert kept[0] < 0.7 * kept[1] < 0.7 * 0.7 * kept[2]
 
     half = UNet(config, dtype=jnp.bfloat16)

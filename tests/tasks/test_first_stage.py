@@ -27,7 +27,6 @@ from sdjax.training.optim import make_optimizer
 
 SIDE, BATCH = 48, 2  # VGG's last block sees a sixteenth of it, which may not be less than a kernel
 CASES = {
-    "kl": ("kl_f4_tiny", {}),
     "kl, learned variance, vanilla": ("kl_f4_tiny", {"learn_logvar": True, "criterion": "vanilla"}),
     "vq": ("vq_f4_tiny", {}),
 }

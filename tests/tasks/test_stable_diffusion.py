@@ -192,7 +192,7 @@ def test_tokens_give_the_prepared_embeddings(case):
 
 
 def test_a_run_from_pictures_to_a_folder_that_diffusers_loads(pictures, tmp_path, monkeypatch):
-    """Prepared in buckets, trained with one compilation for each, exported, sampled."""
+    """Prepared in buckets, trained with one compilation for each, previewed, exported."""
     config = config_of("sdxl_tiny", pictures, tmp_path / "data")
     config.model.unet.update(channels=(32,), depths=(1,), heads=(2,))  # each bucket is a program
     theirs = written(config, tmp_path / "before")
@@ -215,14 +215,10 @@ def test_a_run_from_pictures_to_a_folder_that_diffusers_loads(pictures, tmp_path
     assert len(shapes) == config.train.steps
     assert set(shapes) == {(8, 8, 32, 8), (8, 16, 16, 8)}
     assert steps[-1]._cache_size() == 2  # pyright: ignore[reportFunctionMemberAccess]
-    pipe = sdjax.load(folder)
-    image = pipe("a red heart", steps=2, seed=1)[0]
-    ours = np.asarray(pipe.params["unet"]["conv_in"]["kernel"])
+    ours = np.asarray(sdjax.load(folder).params["unet"]["conv_in"]["kernel"])
     theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     assert theirs.unet.config.sample_size == 16
     np.testing.assert_array_equal(theirs.unet.conv_in.weight.detach().permute(2, 3, 1, 0), ours)
-    assert np.isfinite(image).all()
-    assert image.std() > 0
 
 
 @pytest.fixture

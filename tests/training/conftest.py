@@ -14,6 +14,7 @@ def make_config(pictures):
         config = openmoji.get_config(variant)
         config.data.source = f"folder:{pictures}"
         config.optim.schedule = "constant"
+        config.optim.name = "adamw"
         config.train.steps = steps
         return config
 
