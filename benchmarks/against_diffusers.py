@@ -16,8 +16,8 @@ import numpy as np
 
 from benchmarks.measuring import Call
 from benchmarks.work import GUIDANCE, PROMPT, Work
-from sdjax.convert.components import Component
-from sdjax.convert.folder import write_component
+from sdjax.checkpoints.checkpoint import Component
+from sdjax.checkpoints.layouts.diffusers import write_component
 from sdjax.core.errors import UserError, unknown
 from sdjax.models.conditioning import Cond
 from sdjax.pipeline.pipeline import Pipeline

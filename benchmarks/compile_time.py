@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from absl import flags
 from jaxtyping import Array, Bool, Float
 
-from sdjax.convert.unet import shapes
+from sdjax.checkpoints.networks.unet import shapes
 from sdjax.core.compilation import options
 from sdjax.core.errors import run_or_exit, unknown
 from sdjax.core.flags import parse_flags

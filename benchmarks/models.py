@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 import sdjax
-from sdjax.convert.components import FORMATS, Checkpoint, Component, tokenizers_of
-from sdjax.convert.families import FAMILIES, scheduler_config
+from sdjax.checkpoints.checkpoint import FORMATS, Checkpoint, Component, tokenizers_of
+from sdjax.checkpoints.families import FAMILIES, scheduler_config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree, flatten, unflatten

@@ -32,8 +32,8 @@ from benchmarks.devices import mesh_text, take, tell_virtual
 from benchmarks.models import random_params
 from benchmarks.results import RESULTS, append, facts, show, utilisation
 from benchmarks.stepping import Steps, middle_and_worst, time_steps
-from sdjax.convert.components import FORMATS, Component
-from sdjax.convert.folder import write_component
+from sdjax.checkpoints.checkpoint import FORMATS, Component
+from sdjax.checkpoints.layouts.diffusers import write_component
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.flags import define_processes, processes

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import train
 from configs import autoencoders, ldm, openmoji, stable_diffusion
-from sdjax.convert.opening import ID
+from sdjax.checkpoints.open import ID
 from sdjax.tasks.base import loader_options
 
 ROOT = Path(__file__).parents[1]

@@ -14,12 +14,13 @@ FLOORS = {
     "models": 1,
     "data": 1,
     "parallel": 1,
-    "convert": 2,
+    "checkpoints": 2,
     "training": 2,
     "diffusion_model": 3,
     "tasks": 4,
     "pipeline": 5,
     "prepare": 5,
+    "convert": 6,
     "cli": 6,
     "eval": 6,
     "plan": 6,
@@ -27,7 +28,10 @@ FLOORS = {
 SCRIPTS = 7
 FOREIGN = {"torch", "tensorflow", "diffusers", "torchvision"}
 # Read in their own process of reading: PyTorch's restricted loader of `.ckpt`, and the rival of a benchmark.
-EXCEPTIONS = {"sdjax/convert/weights.py": {"torch"}, "benchmarks/against_diffusers.py": {"torch", "diffusers"}}
+EXCEPTIONS = {
+    "sdjax/checkpoints/storage/weights.py": {"torch"},
+    "benchmarks/against_diffusers.py": {"torch", "diffusers"},
+}
 MODULES = [path for folder in ("sdjax", "benchmarks", "configs") for path in sorted((ROOT / folder).rglob("*.py"))] + [
     ROOT / "train.py",
     ROOT / "sample.py",

@@ -22,7 +22,7 @@ import flax
 import jax
 
 import sdjax.models
-from sdjax.convert import rules
+from sdjax.checkpoints import mapping
 
 OBJECTS = 100_000  # so many more must have been made than have died before the collector looks for cycles
 
@@ -30,7 +30,7 @@ OBJECTS = 100_000  # so many more must have been made than have died before the 
 def begin(folder: Path) -> None:
     """Once in a process that runs tests, before the first of them; `folder` is that of the compiled programs."""
     flax.core.scope.jax = Remembering()
-    rules.traced = kept(rules.traced, folder)
+    mapping.traced = kept(mapping.traced, folder)
     gc.collect()
     gc.freeze()
     gc.set_threshold(OBJECTS, 20, 20)

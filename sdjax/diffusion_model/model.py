@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sdjax.convert.components import TOKENIZERS, Checkpoint
+from sdjax.checkpoints.checkpoint import TOKENIZERS, Checkpoint
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.tree import Params
 from sdjax.data.tokenizers import Tokenizer

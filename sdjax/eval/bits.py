@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
-from sdjax.convert.files import read_json
-from sdjax.convert.folder import read_component
+from sdjax.checkpoints.layouts.diffusers import read_component
+from sdjax.checkpoints.storage.safetensors import read_json
 from sdjax.core.errors import UserError
 from sdjax.core.prng import stream
 from sdjax.data.examples import Pictures

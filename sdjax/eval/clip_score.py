@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from sdjax.convert.clip_pair import CLIPPair
+from sdjax.checkpoints.clip_pair import CLIPPair
 from sdjax.core.errors import UserError
 from sdjax.data.examples import Pictures
 from sdjax.data.tokenizers import load_tokenizer

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sdjax.convert import published
-from sdjax.convert.clip_pair import find_clip, missing_clip, read_clip
+from sdjax.checkpoints import metric_weights
+from sdjax.checkpoints.clip_pair import find_clip, missing_clip, read_clip
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.examples import Pictures
 from sdjax.data.plain_folder import PlainFolder
@@ -165,7 +165,7 @@ def _paired(name: str, measure: Callable[[np.ndarray, np.ndarray], np.ndarray]) 
 
 
 def _lpips(given: Comparison) -> Figures:
-    params = published.load("vgg16")
+    params = metric_weights.load("vgg16")
     return _paired("lpips", lambda a, b: np.asarray(_distance(params, jnp.asarray(a), jnp.asarray(b))))(given)
 
 
@@ -179,7 +179,7 @@ class Metric(NamedTuple):
 
     Attributes:
         figures: of a comparison.
-        needs: a key of `published.PUBLISHED`, or `CLIP`; "" where no network judges.
+        needs: a key of `metric_weights.PUBLISHED`, or `CLIP`; "" where no network judges.
         paired: whether sampled and real pictures are compared one by one.
         alone: whether the sampled pictures suffice.
     """
@@ -242,7 +242,7 @@ def _absent(needs: str, options: Options) -> str:
     """Which file a metric lacks, and where it was looked for."""
     if needs == CLIP:
         return "" if find_clip(options.clip) else missing_clip()
-    return published.missing(needs) if needs and published.find(needs) is None else ""
+    return metric_weights.missing(needs) if needs and metric_weights.find(needs) is None else ""
 
 
 def read_statistics(path: Path) -> dict[str, Gaussian]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from sdjax.convert import published
+from sdjax.checkpoints import metric_weights
 from sdjax.data.examples import Pictures
 from sdjax.data.transforms import square
 from sdjax.models.conditioning import apply
@@ -41,7 +41,7 @@ def inception_features(pictures: Pictures, what: str, size: int | None, batch_si
     Raises:
         UserError: Inception's weights are nowhere, or a picture cannot be read.
     """
-    params = published.load("inception")
+    params = metric_weights.load("inception")
     return _over(batches(pictures, size, batch_size * jax.local_device_count()), what, len(pictures), _seen, params)
 
 
@@ -67,7 +67,7 @@ def kept(key: str, make: Callable[[], Arrays], folder: Path | None = None) -> Ar
 def identity(pictures: Pictures, name: str, size: int | None) -> str:
     """What the features of pictures depend on: their names, number and size, and the file of the weights."""
     names = hashlib.sha256("\n".join(map(pictures.id, range(len(pictures)))).encode()).hexdigest()
-    path = published.find("inception")
+    path = metric_weights.find("inception")
     weights = "" if path is None else f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
     return f"{name} {len(pictures)} {names} {size} {weights}"
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from sdjax.convert.folder import read_component
+from sdjax.checkpoints.layouts.diffusers import read_component
 from sdjax.core.errors import UserError
 from sdjax.data.examples import Example, Pictures
 from sdjax.data.pictures import to_uint8

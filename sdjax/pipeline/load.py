@@ -11,11 +11,11 @@ from typing import Any, Unpack, cast
 import jax
 from jax.sharding import Mesh
 
-from sdjax.convert.components import CLASSIFIERS, TOKENIZERS, Checkpoint, Component, tokenizers_of
-from sdjax.convert.folder import INDEX, read_component
-from sdjax.convert.opening import add_embeddings, read_checkpoint, replace_vae, resolve
-from sdjax.convert.rules import Placer
-from sdjax.convert.single_file import read_adm_classifier
+from sdjax.checkpoints.checkpoint import CLASSIFIERS, TOKENIZERS, Checkpoint, Component, tokenizers_of
+from sdjax.checkpoints.layouts.diffusers import INDEX, read_component
+from sdjax.checkpoints.layouts.original import read_adm_classifier
+from sdjax.checkpoints.mapping import Placer
+from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae, resolve
 from sdjax.core.config import EXPORT
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named

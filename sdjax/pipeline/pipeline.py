@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from sdjax.convert.components import Checkpoint
-from sdjax.convert.folder import write_checkpoint
+from sdjax.checkpoints.checkpoint import Checkpoint
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.data.tokenizers import Tokenizer
 from sdjax.diffusion_model.conditioner import Host

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sdjax.convert.components import FORMATS, TOKENIZERS, Checkpoint, Component, tokenizers_of
-from sdjax.convert.families import FAMILIES, scheduler_config
-from sdjax.convert.single_file import TOKENIZER_FOLDERS
+from sdjax.checkpoints.checkpoint import FORMATS, TOKENIZERS, Checkpoint, Component, tokenizers_of
+from sdjax.checkpoints.families import FAMILIES, scheduler_config
+from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.core.errors import unknown
 from sdjax.core.precision import dtype_named
 from sdjax.diffusion_model.model import DiffusionModel, build_model

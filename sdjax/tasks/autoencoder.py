@@ -20,8 +20,9 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from sdjax.convert import critics, published
-from sdjax.convert.folder import Component, write_component
+from sdjax.checkpoints import metric_weights
+from sdjax.checkpoints.layouts.diffusers import Component, write_component
+from sdjax.checkpoints.networks import perceptual
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
@@ -122,10 +123,10 @@ def make(config: Config, mesh: Mesh) -> Task:
     def pretrained(put: DevicePut) -> Params:
         if not perceives:
             return {}
-        weights = flatten(published.load("vgg16"))
+        weights = flatten(metric_weights.load("vgg16"))
         return {PERCEPTUAL: unflatten({name: put(leaf, f"{PERCEPTUAL}/{name}") for name, leaf in weights.items()})}
 
-    frozen = {PERCEPTUAL: critics.lpips_shapes()} if perceives else {}
+    frozen = {PERCEPTUAL: perceptual.lpips_shapes()} if perceives else {}
     return Task(init, loss, preview, batch, export, batch_spec, frozen, pretrained)
 
 
@@ -152,8 +153,8 @@ def _adversary(config: Config, values: int) -> tuple[PatchDiscriminator, Adversa
 
 def _perceives(weight: float) -> bool:
     """Whether LPIPS takes part: it is wanted, and its weights are there."""
-    if weight and published.find("vgg16") is None:
-        logging.warning("training goes on without the perceptual loss: %s", published.missing("vgg16"))
+    if weight and metric_weights.find("vgg16") is None:
+        logging.warning("training goes on without the perceptual loss: %s", metric_weights.missing("vgg16"))
         return False
     return bool(weight)
 

@@ -18,9 +18,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
-from sdjax.convert.components import Component
-from sdjax.convert.files import write_json
-from sdjax.convert.folder import read_component, write_component
+from sdjax.checkpoints.checkpoint import Component
+from sdjax.checkpoints.layouts.diffusers import read_component, write_component
+from sdjax.checkpoints.storage.safetensors import write_json
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named

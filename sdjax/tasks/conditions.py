@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.convert.components import TOKENIZERS, find_tokenizer
-from sdjax.convert.single_file import TOKENIZER_FOLDERS
+from sdjax.checkpoints.checkpoint import TOKENIZERS, find_tokenizer
+from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named

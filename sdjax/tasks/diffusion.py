@@ -25,8 +25,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
-from sdjax.convert.components import Checkpoint, Component
-from sdjax.convert.folder import read_config, write_checkpoint
+from sdjax.checkpoints.checkpoint import Checkpoint, Component
+from sdjax.checkpoints.layouts.diffusers import read_config, write_checkpoint
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from sdjax.convert.components import Component
-from sdjax.convert.folder import read_component
-from sdjax.convert.opening import read_checkpoint, resolve
+from sdjax.checkpoints.checkpoint import Component
+from sdjax.checkpoints.layouts.diffusers import read_component
+from sdjax.checkpoints.open import read_checkpoint, resolve
 from sdjax.core.errors import UserError
 from sdjax.core.prng import stream
 from sdjax.core.tree import Params, flatten, unflatten

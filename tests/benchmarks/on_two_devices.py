@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from benchmarks import scaling
 from benchmarks.devices import mesh_text, sent, take
 from benchmarks.models import random_params
-from sdjax.convert.components import FORMATS
+from sdjax.checkpoints.checkpoint import FORMATS
 from sdjax.core.errors import UserError
 from sdjax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sdjax.models.conditioning import apply

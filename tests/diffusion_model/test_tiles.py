@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.convert.folder import read_component
+from sdjax.checkpoints.layouts.diffusers import read_component
 from sdjax.core.errors import UserError
 from sdjax.data.openmoji import render
 from sdjax.data.pictures import read_picture

@@ -6,7 +6,7 @@ from fidelity import fidelity
 from torch_critics import vgg16
 from torch_reference import randomised
 
-from sdjax.convert import published
+from sdjax.checkpoints import metric_weights
 
 
 @pytest.fixture(scope="session")
@@ -38,4 +38,4 @@ def networks(weights):
             norm.running_var.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(2))
         torch.save(theirs.state_dict(), weights / name)
         patch.setenv("SDJAX_WEIGHTS", str(weights))
-        return theirs.eval(), published.load("inception")
+        return theirs.eval(), metric_weights.load("inception")

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_checkpoints import write_tokenizer
 from torch_reference import randomised
 
-from sdjax.convert.clip_pair import NAME, read_clip
+from sdjax.checkpoints.clip_pair import NAME, read_clip
 from sdjax.core.errors import UserError
 from sdjax.data.plain_folder import PlainFolder
 from sdjax.eval import __main__ as command

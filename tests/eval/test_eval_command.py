@@ -15,8 +15,8 @@ from torch_critics import TorchLPIPS, vgg16
 from torch_reference import drawn
 
 from configs import autoencoders
-from sdjax.convert import published
-from sdjax.convert.files import read_safetensors
+from sdjax.checkpoints import metric_weights
+from sdjax.checkpoints.storage.safetensors import read_safetensors
 from sdjax.core.errors import UserError
 from sdjax.eval.__main__ import main
 from sdjax.eval.comparison import read_statistics
@@ -82,9 +82,9 @@ def test_all_metrics_of_two_folders(run, folders, networks, tmp_path):
     assert figures["kid"] == pytest.approx(expected["kernel_inception_distance_mean"], abs=1e-6)
     expected = isc.isc_features_to_metric(logits, splits=2)
     assert figures["inception_score"] == pytest.approx(expected["inception_score_mean"], rel=1e-3)
-    linear = [torch.from_numpy(np.asarray(v)) for _, v in sorted(read_safetensors(published.LINEAR).items())]
+    linear = [torch.from_numpy(np.asarray(v)) for _, v in sorted(read_safetensors(metric_weights.LINEAR).items())]
     vgg = vgg16()
-    vgg.load_state_dict(torch.load(published.find("vgg16"), weights_only=True))
+    vgg.load_state_dict(torch.load(metric_weights.find("vgg16"), weights_only=True))
     scaled = [pictures_of(folders / name).float() / 127.5 - 1.0 for name in ("fake", "real")]
     with torch.no_grad():
         assert figures["lpips"] == pytest.approx(float(TorchLPIPS(vgg, linear)(*scaled).mean()), rel=1e-3)

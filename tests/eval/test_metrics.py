@@ -11,7 +11,7 @@ from fidelity import fidelity
 from skimage.metrics import structural_similarity
 from torch_reference import randomised, translated
 
-from sdjax.convert import clip_image, inception
+from sdjax.checkpoints.networks import clip_image, inception
 from sdjax.core.errors import UserError
 from sdjax.core.tree import size
 from sdjax.eval.frechet import Gaussian, frechet_distance, gaussian

@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 from published import CLIPS, UNETS, VAES
 
-from sdjax.convert.components import FORMATS, TOKENIZERS, Checkpoint, Component
-from sdjax.convert.families import scheduler_config
-from sdjax.convert.folder import read_folder, write_checkpoint
-from sdjax.convert.single_file import TOKENIZER_FOLDERS, read_single_file
-from sdjax.convert.writing import write_single_file
+from sdjax.checkpoints.checkpoint import FORMATS, TOKENIZERS, Checkpoint, Component
+from sdjax.checkpoints.families import scheduler_config
+from sdjax.checkpoints.layouts.diffusers import read_folder, write_checkpoint
+from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS, read_single_file
+from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.core.compilation import jit
 from sdjax.core.tree import flatten, size, unflatten
 from sdjax.models.autoencoder import Autoencoder

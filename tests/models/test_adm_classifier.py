@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from sdjax.convert import unet2d as conversion
-from sdjax.convert.original import inward
-from sdjax.convert.rules import export, read
+from sdjax.checkpoints.mapping import export, read
+from sdjax.checkpoints.networks import unet2d as conversion
+from sdjax.checkpoints.original_keys import inward
 from sdjax.core.tree import flatten, size
 from sdjax.models.adm_classifier import VARIANTS, AttentionPool, ClassifierConfig, classifier_of
 from sdjax.models.unet2d import UNet2DConfig

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, VQModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, VectorQuantizer
 from torch_reference import GAINS, channels_first, channels_last, randomised, translated
 
-from sdjax.convert import autoencoder as conversion
-from sdjax.convert.single_file import Network
+from sdjax.checkpoints.layouts.original import Network
+from sdjax.checkpoints.networks import autoencoder as conversion
 from sdjax.core.tree import size
 from sdjax.models import autoencoder, quantize
 from sdjax.models.autoencoder import BETA, VARIANTS, Autoencoder, VQConfig, autoencoder_of, posterior

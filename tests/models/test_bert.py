@@ -9,9 +9,9 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from original_names import bert_original
 from torch_reference import randomised, translated
 
-from sdjax.convert import conditioners as conversion
-from sdjax.convert.original import inward
-from sdjax.convert.rules import export, read
+from sdjax.checkpoints.mapping import export, read
+from sdjax.checkpoints.networks import embedders as conversion
+from sdjax.checkpoints.original_keys import inward
 from sdjax.core.tree import flatten, size
 from sdjax.models.bert import VARIANTS, Bert
 

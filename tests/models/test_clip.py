@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch_reference import GAINS, randomised, translated
 
-from sdjax.convert import clip as conversion
+from sdjax.checkpoints.networks import clip as conversion
 from sdjax.core.tree import size
 from sdjax.models.clip import VARIANTS, CLIPText
 

@@ -11,7 +11,7 @@ import transformers
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch_reference import randomised, translated
 
-from sdjax.convert import clip as conversion
+from sdjax.checkpoints.networks import clip as conversion
 from sdjax.core.errors import UserError
 from sdjax.data.textual_inversion import fit, read_embedding
 from sdjax.data.tokenizer_training import train_tokenizer

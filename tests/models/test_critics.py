@@ -10,9 +10,10 @@ import torch
 from torch_critics import TorchDiscriminator, TorchLPIPS, vgg16
 from torch_reference import channels_first, channels_last, randomised, translated
 
-from sdjax.convert import critics, published
-from sdjax.convert.files import read_safetensors
-from sdjax.convert.rules import read
+from sdjax.checkpoints import metric_weights
+from sdjax.checkpoints.mapping import read
+from sdjax.checkpoints.networks import perceptual
+from sdjax.checkpoints.storage.safetensors import read_safetensors
 from sdjax.core.tree import flatten, size
 from sdjax.models.lpips import LPIPS
 from sdjax.models.patchgan import PatchDiscriminator
@@ -28,10 +29,10 @@ def lpips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     state = {**vgg.state_dict(), "classifier.0.weight": torch.zeros(4, 4), "classifier.0.bias": torch.zeros(4)}
     torch.save(state, folder / "vgg16-397923af.pth")
-    linear = [torch.from_numpy(np.asarray(v)) for _, v in sorted(read_safetensors(published.LINEAR).items())]
+    linear = [torch.from_numpy(np.asarray(v)) for _, v in sorted(read_safetensors(metric_weights.LINEAR).items())]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SDJAX_WEIGHTS", str(folder))
-        return TorchLPIPS(vgg, linear), published.load("vgg16")
+        return TorchLPIPS(vgg, linear), metric_weights.load("vgg16")
 
 
 def test_lpips_and_its_gradient_agree_with_pytorch(lpips):
@@ -71,7 +72,7 @@ def test_the_original_checkpoint_names_the_same_weights(lpips):
         stored[f"perceptual_loss.net.slice{1 + sum(number >= end for end in slices)}.{key}"] = value.numpy()
     stored |= {f"perceptual_loss.lin{i}.model.1.weight": w.numpy() for i, w in enumerate(theirs.weights)}
     stored |= {"perceptual_loss.scaling_layer.shift": np.zeros((1, 3, 1, 1))}
-    found = flatten(read(critics.LPIPS_TABLE, stored, critics.lpips_shapes(), np.float32, ""))
+    found = flatten(read(perceptual.LPIPS_TABLE, stored, perceptual.lpips_shapes(), np.float32, ""))
     for name, leaf in flatten(params).items():
         np.testing.assert_array_equal(found[name], leaf, err_msg=name)
 
@@ -80,7 +81,7 @@ def test_the_original_checkpoint_names_the_same_weights(lpips):
 def test_the_discriminator_agrees_with_pytorch(layers, total):
     """Logits of a batch to 1e-5, gradients of every parameter to 1e-4 of their largest."""
     theirs = randomised(TorchDiscriminator(layers)).train()
-    table, shapes = critics.discriminator_table(layers), critics.discriminator_shapes(layers)
+    table, shapes = perceptual.discriminator_table(layers), perceptual.discriminator_shapes(layers)
     assert size(shapes) == total
     params = translated(theirs, table, shapes)
     expected = theirs(channels_first(X))
@@ -109,7 +110,7 @@ def test_missing_weights_are_named_with_where_they_were_looked_for(monkeypatch, 
     monkeypatch.setenv("SDJAX_WEIGHTS", str(tmp_path / "mine"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert published.find("vgg16") is None
-    said = published.missing("vgg16")
+    assert metric_weights.find("vgg16") is None
+    said = metric_weights.missing("vgg16")
     for part in ("vgg16-397923af.pth", "torchvision", "mine", "torch/hub/checkpoints", "SDJAX_WEIGHTS"):
         assert part in said

@@ -12,12 +12,12 @@ from published import UNETS
 from test_unet_configs import CIRCULATING
 from torch_reference import GAINS, channels_first, channels_last, randomised, translated
 
-from sdjax.convert import unet as conversion
+from sdjax.checkpoints.networks import unet as conversion
 from sdjax.core.tree import size
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet import VARIANTS, UNet, UNetConfig
 
-# Exact sizes of CompVis/latent-diffusion's UNets; Stable Diffusion's are with their keys in tests/convert.
+# Exact sizes of CompVis/latent-diffusion's UNets; Stable Diffusion's are with their keys in tests/checkpoints.
 TOTALS = {
     "ldm_cin_f4": 400_920_579,
     "ldm_cin_f8": 394_984_196,

@@ -11,9 +11,9 @@ from diffusers import UNet2DModel
 from original_names import unet2d_original
 from torch_reference import GAINS, channels_first, channels_last, randomised, translated
 
-from sdjax.convert import unet2d as conversion
-from sdjax.convert.original import inward, outward
-from sdjax.convert.rules import export, read
+from sdjax.checkpoints.mapping import export, read
+from sdjax.checkpoints.networks import unet2d as conversion
+from sdjax.checkpoints.original_keys import inward, outward
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten, size
 from sdjax.models.conditioning import Cond

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import torch
 
-from sdjax.convert.rules import Table, read
+from sdjax.checkpoints.mapping import Table, read
 from sdjax.core.tree import Tree
 
 # What writes into a residual stream. With a gain of 0.003 the streams' variance is near 1e-5, where a norm's epsilon

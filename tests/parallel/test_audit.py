@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sdjax.convert.components import FORMATS
+from sdjax.checkpoints.checkpoint import FORMATS
 from sdjax.core.errors import UserError
 from sdjax.core.tree import nbytes
 from sdjax.models import autoencoder, clip, unet

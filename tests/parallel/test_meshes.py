@@ -20,8 +20,8 @@ from torch_reference import drawn
 
 import train
 from configs import openmoji, stable_diffusion_training
-from sdjax.convert.components import FORMATS, Component
-from sdjax.convert.folder import write_component
+from sdjax.checkpoints.checkpoint import FORMATS, Component
+from sdjax.checkpoints.layouts.diffusers import write_component
 from sdjax.parallel.mesh import shapes_of, text_of
 
 ROOT = Path(__file__).parents[2]

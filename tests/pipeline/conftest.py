@@ -17,8 +17,8 @@ import zoo
 from tiny_checkpoints import tiny_checkpoint
 
 import sdjax
-from sdjax.convert.components import Checkpoint
-from sdjax.convert.folder import write_checkpoint
+from sdjax.checkpoints.checkpoint import Checkpoint
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.data.tokenizer_training import train_tokenizer
 
 WORDS = ("red heart", "blue cat with a hat", "a painting of a dog", "flag: Norway", "smiling face")

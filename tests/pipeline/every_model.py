@@ -12,9 +12,9 @@ import zoo
 from PIL import Image
 from tiny_checkpoints import random_params, tiny_checkpoint, write_tokenizer
 
-from sdjax.convert.components import ALL_FORMATS, Checkpoint, Component
-from sdjax.convert.families import FAMILIES
-from sdjax.convert.folder import write_checkpoint, write_component
+from sdjax.checkpoints.checkpoint import ALL_FORMATS, Checkpoint, Component
+from sdjax.checkpoints.families import FAMILIES
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
 from sdjax.data.tokenizer_training import train_word_pieces
 from sdjax.data.word_pieces import load_word_pieces
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig

@@ -15,9 +15,9 @@ import zoo
 from torch_reference import drawn
 
 import sdjax
-from sdjax.convert.components import ALL_FORMATS, Checkpoint, Component
-from sdjax.convert.families import FAMILIES
-from sdjax.convert.folder import write_checkpoint
+from sdjax.checkpoints.checkpoint import ALL_FORMATS, Checkpoint, Component
+from sdjax.checkpoints.families import FAMILIES
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.models.embedders import ClassEmbedderConfig
 
 SETTINGS = {"steps": 3, "sampler": "euler_a", "seed": 3, "num_images": 3, "guidance_scale": 3.0}

@@ -16,10 +16,10 @@ from PIL import Image
 from tiny_checkpoints import BETAS, random_params, tiny_checkpoint
 
 import sdjax
-from sdjax.convert.folder import write_checkpoint
-from sdjax.convert.single_file import TOKENIZER_FOLDERS
-from sdjax.convert.unet import shapes as unet_shapes
-from sdjax.convert.writing import write_single_file
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint
+from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
+from sdjax.checkpoints.layouts.original_writer import write_single_file
+from sdjax.checkpoints.networks.unet import shapes as unet_shapes
 from sdjax.core.errors import UserError
 
 TOLERANCE = 1e-3

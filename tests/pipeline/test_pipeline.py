@@ -14,7 +14,7 @@ import zoo
 from PIL import Image
 
 import sdjax
-from sdjax.convert.folder import read_folder, write_checkpoint
+from sdjax.checkpoints.layouts.diffusers import read_folder, write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.data import image_inputs
 from sdjax.data.pictures import to_uint8

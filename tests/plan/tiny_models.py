@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zoo
 
-from sdjax.convert.components import FORMATS
-from sdjax.convert.families import scheduler_config
+from sdjax.checkpoints.checkpoint import FORMATS
+from sdjax.checkpoints.families import scheduler_config
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import DiffusionModel, clip_encoders
 from sdjax.models.autoencoder import Autoencoder

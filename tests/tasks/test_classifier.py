@@ -11,8 +11,8 @@ from torch_reference import drawn
 
 import sdjax
 from configs import classifiers, pixels
-from sdjax.convert.components import FORMATS, Checkpoint, Component
-from sdjax.convert.folder import write_checkpoint
+from sdjax.checkpoints.checkpoint import FORMATS, Checkpoint, Component
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.data.pictures import to_uint8
 from sdjax.diffusion.loss import gather, uniform_timesteps

@@ -13,11 +13,12 @@ from torch_critics import TorchDiscriminator, TorchLPIPS, vgg16
 from torch_reference import channels_first, drawn, randomised, translated
 
 from configs import autoencoders
-from sdjax.convert import autoencoder as conversion
-from sdjax.convert import critics, published
-from sdjax.convert.files import read_safetensors
-from sdjax.convert.folder import read_component
-from sdjax.convert.rules import export
+from sdjax.checkpoints import metric_weights
+from sdjax.checkpoints.layouts.diffusers import read_component
+from sdjax.checkpoints.mapping import export
+from sdjax.checkpoints.networks import autoencoder as conversion
+from sdjax.checkpoints.networks import perceptual
+from sdjax.checkpoints.storage.safetensors import read_safetensors
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 from sdjax.parallel.mesh import make_mesh
@@ -65,9 +66,9 @@ def case(request, weights, pictures, tmp_path_factory):
     kind = diffusers.VQModel if name.startswith("vq") else diffusers.AutoencoderKL
     vae = kind.from_pretrained(folder / "vae")
     critic = TorchDiscriminator(2).train()
-    state = export(critics.discriminator_table(2), params["discriminator"], critics.discriminator_shapes(2), "")
+    state = export(perceptual.discriminator_table(2), params["discriminator"], perceptual.discriminator_shapes(2), "")
     critic.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()}, strict=False)
-    linear = [torch.from_numpy(np.asarray(v)) for _, v in sorted(read_safetensors(published.LINEAR).items())]
+    linear = [torch.from_numpy(np.asarray(v)) for _, v in sorted(read_safetensors(metric_weights.LINEAR).items())]
     vgg = vgg16()
     vgg.load_state_dict(torch.load(weights / "vgg16-397923af.pth", weights_only=True))
     config = read_component(folder / "vae", "vae").config
@@ -147,8 +148,8 @@ def test_the_objective_and_its_gradients_are_those_of_the_original(case, step):
         "discriminator": (
             critic,
             {name: parameter.grad for name, parameter in critic.named_parameters()},
-            critics.discriminator_table(2),
-            critics.discriminator_shapes(2),
+            perceptual.discriminator_table(2),
+            perceptual.discriminator_shapes(2),
         ),
     }
     for name, (module, theirs, table, shapes) in tables.items():

@@ -20,8 +20,8 @@ from torch_reference import channels_first, channels_last, drawn
 
 import sdjax
 from configs import ldm, openmoji_ldm
-from sdjax.convert.components import FORMATS, Component
-from sdjax.convert.folder import read_folder, write_checkpoint, write_component
+from sdjax.checkpoints.checkpoint import FORMATS, Component
+from sdjax.checkpoints.layouts.diffusers import read_folder, write_checkpoint, write_component
 from sdjax.core.errors import UserError
 from sdjax.data.tokenizer_training import train_word_pieces
 from sdjax.diffusion.loss import gather, uniform_timesteps

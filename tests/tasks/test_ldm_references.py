@@ -16,8 +16,8 @@ import zoo
 from torch_reference import drawn
 
 import sdjax
-from sdjax.convert.components import ALL_FORMATS, Checkpoint, Component
-from sdjax.convert.folder import write_checkpoint
+from sdjax.checkpoints.checkpoint import ALL_FORMATS, Checkpoint, Component
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.core.prng import image_keys
 from sdjax.diffusion.samplers import first_noise
 from sdjax.models.bert import BertConfig

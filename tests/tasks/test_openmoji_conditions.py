@@ -18,7 +18,7 @@ import pytest
 import sdjax
 import train
 from configs import autoencoders, classifiers, openmoji_ldm, pixels
-from sdjax.convert.folder import read_component
+from sdjax.checkpoints.layouts.diffusers import read_component
 from sdjax.data import sources, transforms
 from sdjax.data.degradation import bicubic
 from sdjax.data.masks import RandomMask

@@ -20,8 +20,8 @@ from torch_reference import drawn
 import sdjax
 import train
 from configs import stable_diffusion_training as configs
-from sdjax.convert.components import FORMATS
-from sdjax.convert.folder import write_checkpoint
+from sdjax.checkpoints.checkpoint import FORMATS
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params, flatten, merge
 from sdjax.data.buckets import cover, resize_crop

@@ -1,0 +1,277 @@
+"""A checkpoint's parts: its networks, how each is stored, and its tokenizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from sdjax.checkpoints.mapping import Placer, Stored, Table, read
+from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
+from sdjax.core.errors import UserError
+from sdjax.core.precision import dtype_named
+from sdjax.core.tree import Tree
+from sdjax.data.tokenizers import Tokenizer, load_tokenizer, with_placeholders
+from sdjax.data.word_pieces import read_vocabulary, write_vocabulary
+from sdjax.models.unet2d import UNet2DConfig
+
+STABLE_DIFFUSION, LDM, PIXELS = "stable_diffusion", "ldm", "pixels"
+"""The kinds of checkpoints: Stable Diffusion's family, the LDM paper's other models, models of pixels."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network of a checkpoint.
+
+    Attributes:
+        config: its sizes, e.g. a `UNetConfig`.
+        params: nested dictionary of arrays.
+        extra: what else its config.json says or shall say, e.g. {"sample_size": 64}; the sizes win over it.
+    """
+
+    config: Any
+    params: Tree
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A whole model: what a folder or a single file holds.
+
+    Attributes:
+        components: its networks: "unet", "vae" (not in models that diffuse pixels), "text_encoder", "text_encoder_2",
+            then "bert", "class_embedder" or "rescaler".
+        scheduler: scheduler_config.json; `_class_name` names the sampler.
+        conditioning: "text" for Stable Diffusion, whose refiner and upscaler included; for other latent models the
+            file of `sdjax.tasks` that trains such; "unconditional" or "class_conditional" for models of pixels.
+        settings: how it is best sampled, e.g. {"steps": 25, "guidance_scale": 2.5}, and what its condition means, e.g.
+            {"classes": ["cat", "dog"]}; diffusers passes over it.
+        tokenizers: the folder with a tokenizer's files, by the text encoder that reads its tokens.
+        low_res_scheduler: how an upscaler's low-resolution image is noised; None for other models.
+        model_index: what model_index.json says beside its components, e.g. {"_class_name":
+            "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}.
+        placeholders: words of textual inversions, and the number of vectors of each. Their ids are the last of every
+            text encoder, in this order.
+    """
+
+    components: Mapping[str, Component]
+    scheduler: Mapping[str, Any]
+    conditioning: str = "text"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tokenizers: Mapping[str, Path] = field(default_factory=dict)
+    low_res_scheduler: Mapping[str, Any] | None = None
+    model_index: Mapping[str, Any] = field(default_factory=dict)
+    placeholders: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The kind of folder that holds it."""
+        return STABLE_DIFFUSION if self.conditioning == "text" else LDM if "vae" in self.components else PIXELS
+
+    def replace_component(self, name: str, component: Component) -> Checkpoint:
+        """The checkpoint with another network in place of the one called `name`."""
+        return replace(self, components={**self.components, name: component})
+
+
+Patch: TypeAlias = Callable[[Checkpoint], Checkpoint]
+"""A change of a checkpoint, e.g. another autoencoder."""
+
+
+class Format(NamedTuple):
+    """The storage of a network: its file, and the translation of its config and parameters."""
+
+    weights: str
+    from_config: Callable[[Mapping[str, Any], str], Any]
+    to_config: Callable[[Any], dict[str, Any]]
+    table: Callable[[Any], Table]
+    shapes: Callable[[Any], Tree]
+
+
+def _format(weights: str, module: Any) -> Format:
+    config = module.from_diffusers_config, module.to_diffusers_config
+    return Format(weights, *config, lambda sizes: module.TABLE, module.shapes)
+
+
+def _constant(table: Table) -> Callable[[Any], Table]:
+    return lambda config: table
+
+
+def _unet_config(config: Mapping[str, Any], place: str) -> Any:
+    is_plain = config.get("_class_name") in (unet2d.CLASS_NAME, unet2d.OWN_CLASS_NAME)
+    return (unet2d.from_config if is_plain else unet.from_diffusers_config)(config, place)
+
+
+def _is_plain(sizes: Any) -> bool:
+    return isinstance(sizes, UNet2DConfig)
+
+
+FORMATS: dict[str, Format] = {
+    "unet": Format(
+        "diffusion_pytorch_model",
+        _unet_config,
+        lambda sizes: (unet2d.to_config if _is_plain(sizes) else unet.to_diffusers_config)(sizes),
+        lambda sizes: unet2d.TABLE if _is_plain(sizes) else unet.table(sizes),
+        lambda sizes: (unet2d if _is_plain(sizes) else unet).shapes(sizes),
+    ),
+    "vae": _format("diffusion_pytorch_model", autoencoder),
+    "text_encoder": _format("model", clip),
+    "text_encoder_2": _format("model", clip),
+}
+CONDITIONERS: dict[str, Format] = {
+    "bert": Format(
+        "model",
+        embedders.bert_from_config,
+        embedders.bert_to_config,
+        _constant(embedders.BERT_TABLE),
+        embedders.bert_shapes,
+    ),
+    "class_embedder": Format(
+        "model",
+        embedders.class_from_config,
+        embedders.class_to_config,
+        _constant(embedders.CLASS_TABLE),
+        embedders.class_shapes,
+    ),
+    "rescaler": Format(
+        "model",
+        embedders.rescaler_from_config,
+        embedders.rescaler_to_config,
+        _constant(embedders.RESCALER_TABLE),
+        embedders.rescaler_shapes,
+    ),
+}
+CLASSIFIERS: dict[str, Format] = {
+    "classifier": Format(
+        "model",
+        unet2d.classifier_from_config,
+        unet2d.classifier_to_config,
+        _constant(unet2d.CLASSIFIER_TABLE),
+        unet2d.classifier_shapes,
+    )
+}
+ALL_FORMATS = FORMATS | CONDITIONERS | CLASSIFIERS
+
+Dtypes: TypeAlias = str | Mapping[str, str | None] | None
+
+
+class Reading(NamedTuple):
+    """Options of reading parameters.
+
+    Attributes:
+        dtype: "float32", "bfloat16", "float16", or None for the type that each is stored in; or such a value a network.
+        place: called with each array, as soon as it is converted, and its path, e.g. "unet/conv_in/kernel"; what it
+            returns takes the array's place in the tree. None keeps NumPy arrays.
+    """
+
+    dtype: Dtypes = "float32"
+    place: Placer | None = None
+
+
+def read_params(name: str, config: Any, tensors: Mapping[str, Stored], source: object, how: Reading) -> dict[str, Any]:
+    """The parameters of the network `name` from tensors under diffusers' keys, one at a time.
+
+    Raises:
+        UserError: the tensors do not fit `config` or are not finite in the type asked for, or that type is unknown.
+    """
+    form, place = ALL_FORMATS[name], how.place
+    kind = how.dtype if how.dtype is None or isinstance(how.dtype, str) else how.dtype.get(name)
+    below = None if place is None else lambda array, path: place(array, f"{name}/{path}")
+    dtype = None if kind is None else dtype_named(kind)
+    return read(form.table(config), tensors, form.shapes(config), dtype, source, below)
+
+
+def pixel_conditioning(config: Any, place: object) -> str:
+    """The conditioning of a UNet that makes images of images: "class_conditional" or "unconditional".
+
+    Raises:
+        UserError: it has cross-attention, or other channels than 3 in, and 3 or 6 out.
+    """
+    if not isinstance(config, UNet2DConfig) or config.in_channels != 3 or config.out_channels not in (3, 6):
+        raise UserError(f"{place} is no UNet of pictures without cross-attention, of 3 channels in and 3 or 6 out")
+    return "unconditional" if config.classes is None else "class_conditional"
+
+
+BERT = "bert"
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""The folder of the tokenizer of each of CLIP's text encoders."""
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def find_tokenizer(path: Path) -> Path:
+    """`path` itself, where it holds a tokenizer of CLIP's.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not any(all((path / file).is_file() for file in files) for files in (TOKENIZER_FILES[:2], TOKENIZER_FILES[2:3])):
+        raise UserError(f"{path} holds no tokenizer: neither vocab.json and merges.txt nor tokenizer.json")
+    return path
+
+
+def write_tokenizer(encoder: str, source: Path, target: Path) -> None:
+    """Writes the tokenizer of a text encoder into a new folder.
+
+    Raises:
+        UserError: `source` holds none.
+    """
+    if encoder == BERT:
+        vocabulary = read_vocabulary(source)
+        target.mkdir()
+        write_vocabulary(target, vocabulary)
+        return
+    find_tokenizer(source)
+    target.mkdir()
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def check_text_encoders(checkpoint: Checkpoint) -> list[str]:
+    """The names of CLIP's text encoders in a checkpoint of prompts.
+
+    Raises:
+        UserError: there is none, or one lacks its tokenizer.
+    """
+    encoders = [name for name in TOKENIZERS if name in checkpoint.components]
+    if not encoders:
+        raise UserError("the checkpoint has no text encoder")
+    for name in encoders:
+        if name not in checkpoint.tokenizers:
+            raise UserError(f"the checkpoint has a {name} without its {TOKENIZERS[name]}")
+    return encoders
+
+
+def tokenizers_of(checkpoint: Checkpoint) -> tuple[Tokenizer, ...]:
+    """The tokenizers of CLIP's text encoders, in their order, which read the checkpoint's placeholders.
+
+    Raises:
+        UserError: as `check_text_encoders`; or one cannot be read, or has more tokens than its text encoder.
+    """
+    found = []
+    for name in check_text_encoders(checkpoint):
+        folder, config = checkpoint.tokenizers[name], checkpoint.components[name].config
+        tokenizer = load_tokenizer(folder, config.max_length)
+        first = config.vocab_size - sum(checkpoint.placeholders.values())
+        if tokenizer.vocab_size > first:
+            raise UserError(f"{folder} has {tokenizer.vocab_size} tokens, the text encoder beside it {first}")
+        found.append(with_placeholders(tokenizer, checkpoint.placeholders, first))
+    return tuple(found)
+
+
+def with_word_pieces(checkpoint: Checkpoint, folder: str | Path) -> Checkpoint:
+    """The checkpoint with BERT's vocabulary, for a model of words that is stored without.
+
+    Raises:
+        UserError: the model reads no words, the folder holds no vocabulary, or a larger one than the model knows.
+    """
+    folder, kind = Path(folder).expanduser(), checkpoint.conditioning
+    if kind != "text_bert":
+        problem = "has a tokenizer of its own" if kind == "text" else "reads no words"
+        raise UserError(f"tokenizer {str(folder)!r}: a model of {kind} {problem}")
+    count, known = len(read_vocabulary(folder)), checkpoint.components[BERT].config.vocab_size
+    if count > known:
+        raise UserError(f"tokenizer {str(folder)!r} has {count} tokens; the model knows {known}")
+    return dataclasses.replace(checkpoint, tokenizers={BERT: folder})

@@ -1,0 +1,98 @@
+"""Weights of networks that judge pictures: which files hold them, where they are looked for, and what they become."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sdjax.checkpoints.mapping import Stored, Table, read
+from sdjax.checkpoints.networks import inception, perceptual
+from sdjax.checkpoints.storage.safetensors import read_safetensors
+from sdjax.checkpoints.storage.weights import read_file
+from sdjax.core.errors import UserError
+
+FOLDER = "SDJAX_WEIGHTS"
+LINEAR = Path(__file__).parents[1] / "data" / "lpips" / "vgg.safetensors"
+
+
+class Published(NamedTuple):
+    """Weights that others publish.
+
+    Attributes:
+        title: what they are, for messages.
+        files: names under which they are known, the customary one first.
+        home: where a user finds them.
+        table: of `rules`.
+        shapes: of the parameters.
+        ours: tensors that come with this package.
+    """
+
+    title: str
+    files: tuple[str, ...]
+    home: str
+    table: Callable[[], Table]
+    shapes: Callable[[], Mapping[str, Any]]
+    ours: Callable[[], Mapping[str, Stored]] = dict
+
+
+PUBLISHED = {
+    "vgg16": Published(
+        "VGG16, of ImageNet",
+        ("vgg16-397923af.pth", "vgg16.safetensors"),
+        "torchvision",
+        lambda: perceptual.LPIPS_TABLE,
+        perceptual.lpips_shapes,
+        lambda: read_safetensors(LINEAR),
+    ),
+    "inception": Published(
+        "Inception v3, FID's",
+        (
+            "pt_inception-2015-12-05-6726825d.pth",
+            "weights-inception-2015-12-05-6726825d.pth",
+            "inception-2015-12-05.safetensors",
+        ),
+        "pytorch-fid or torch-fidelity",
+        inception.table,
+        inception.shapes,
+    ),
+}
+
+
+def folders() -> list[Path]:
+    """The folders where weights are looked for: $SDJAX_WEIGHTS, this project's cache, PyTorch's cache of downloads."""
+    own = [Path(os.environ[FOLDER]).expanduser()] if os.environ.get(FOLDER) else []
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    torch = Path(os.environ.get("TORCH_HOME") or cache / "torch").expanduser()
+    return [*own, cache / "sdjax" / "weights", torch / "hub" / "checkpoints"]
+
+
+def find(name: str) -> Path | None:
+    """The file with the weights of one of `PUBLISHED`, if it is anywhere."""
+    places = (folder / file for folder in folders() for file in PUBLISHED[name].files)
+    return next((path for path in places if path.is_file()), None)
+
+
+def missing(name: str) -> str:
+    """The message for where `find` finds nothing."""
+    wanted = PUBLISHED[name]
+    return (
+        f"no weights of {wanted.title}: {wanted.files[0]} (from {wanted.home}) is in none of "
+        f"{', '.join(map(str, folders()))}; ${FOLDER} names another folder"
+    )
+
+
+def load(name: str) -> dict[str, Any]:
+    """The parameters of one of `PUBLISHED`, float32.
+
+    Raises:
+        UserError: the file is nowhere, or does not hold them.
+    """
+    path = find(name)
+    if path is None:
+        raise UserError(missing(name))
+    wanted = PUBLISHED[name]
+    return read(wanted.table(), {**wanted.ours(), **read_file(path).tensors}, wanted.shapes(), np.float32, path)

@@ -1,0 +1,1 @@
+"""A file a network: its table of keys and its config, both directions."""

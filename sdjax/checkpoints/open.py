@@ -1,0 +1,281 @@
+"""Opening checkpoints by name, of the Hub or local, folders or files; and changing them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from sdjax.checkpoints.checkpoint import (
+    CONDITIONERS,
+    FORMATS,
+    TOKENIZER_FILES,
+    TOKENIZERS,
+    Checkpoint,
+    Component,
+    Dtypes,
+    Patch,
+    check_text_encoders,
+    tokenizers_of,
+    with_word_pieces,
+)
+from sdjax.checkpoints.families import PREDICTIONS, kind_of_shapes
+from sdjax.checkpoints.layouts.diffusers import FIRST_STAGE, INDEX, class_of_index, present, read_component, read_folder
+from sdjax.checkpoints.layouts.original import read_autoencoder_file, read_single_file, shapes_of
+from sdjax.checkpoints.mapping import Placer
+from sdjax.checkpoints.storage.safetensors import read_json, read_weight_map
+from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, candidates, read_file, read_pickle
+from sdjax.core.errors import UserError, unknown
+from sdjax.data.textual_inversion import fit, read_embedding
+from sdjax.data.word_pieces import FILE
+from sdjax.models.clip import extend_vocabulary
+
+WEIGHTS = (".safetensors", *SUFFIXES)
+# The bases: all that the HTTP client of the hub's version raises, and OSError.
+FAILURES = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>[^@]+))?(@(?P<revision>[\w./-]+))?")
+NETWORKS = {**FORMATS, FIRST_STAGE: FORMATS["vae"], **CONDITIONERS}
+SETTINGS = (
+    INDEX,
+    "scheduler/*.json",
+    "low_res_scheduler/*.json",
+    *(f"{name}/config.json" for name in NETWORKS),
+    *(f"{name}/*.index*.json" for name in NETWORKS),
+    *(f"{folder}/{file}" for folder in TOKENIZERS.values() for file in (*TOKENIZER_FILES, FILE)),
+)
+
+
+class Place(NamedTuple):
+    """A repository of the Hub, or a file in one, and where to look for it; None is the client's default."""
+
+    repo: str
+    file: str | None
+    revision: str | None
+    cache: Path | None
+    endpoint: str | None
+
+    def __str__(self) -> str:
+        return f"{self.repo}{f'@{self.revision}' if self.revision else ''}"
+
+
+def resolve(
+    source: str | Path, *, variant: str | None = None, cache_dir: Path | None = None, endpoint: str | None = None
+) -> Path:
+    """The local folder or file that `source` means.
+
+    Args:
+        source: a local path; or `owner/name`, a model of the Hub, or `owner/name/file.safetensors`, a file there;
+            either may end in `@revision`. Of a model only what is read here is downloaded, one precision of it.
+        variant: e.g. "fp16": weights of that name are taken where there are some.
+        cache_dir, endpoint: instead of those that HF_HOME and HF_ENDPOINT name.
+
+    Raises:
+        UserError: there is no such path, model or file, it is gated, or neither the network nor the cache has it.
+    """
+    path = Path(source).expanduser()
+    if str(source) and path.exists():
+        return path
+    match = ID.fullmatch(str(source))
+    name = match["repo"] if match else ""
+    file = match["file"] if match else None
+    if match is None or name.endswith(WEIGHTS) or (file is not None and not file.endswith(WEIGHTS)):
+        raise UserError(f"there is no file or folder {str(source)!r}, nor is it an id of the Hub (owner/name)")
+    place = Place(name, file, match["revision"], cache_dir, endpoint)
+    try:
+        folder = _folder(place, variant)
+    except FAILURES as error:
+        raise UserError(_reason(place, error)) from error
+    return folder if file is None else folder / file
+
+
+def _folder(place: Place, variant: str | None) -> Path:
+    """The folder of the cache with a repository, after the files that are wanted of it are there."""
+    try:  # fails at once where there is no network; to list the files in other ways is tried for half a minute
+        info = HfApi(endpoint=place.endpoint).model_info(place.repo, revision=place.revision)
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except FAILURES as error:
+        return _cached(place, variant, error)
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    if place.file is not None:
+        if place.file not in names:
+            raise UserError(f"{place} has no file {place.file!r}")
+        return _download(place, [place.file])
+    if INDEX not in names:
+        files = [f"{place.repo}/{name}" for name in names if name.endswith(WEIGHTS)]
+        hint = f"give one of its files: {', '.join(files[:5])}" if files else "it holds no weights either"
+        raise UserError(f"{place} has no {INDEX}, so it is no diffusers folder; {hint}")
+    folder = _download(place, SETTINGS)
+    return _download(place, (*SETTINGS, *_weight_files(folder, names, place, variant)))
+
+
+def _download(place: Place, patterns: Collection[str], local: bool = False) -> Path:
+    return Path(
+        snapshot_download(
+            place.repo,
+            revision=place.revision,
+            cache_dir=place.cache,
+            endpoint=place.endpoint,
+            allow_patterns=list(patterns),
+            local_files_only=local,
+        )
+    )
+
+
+def _cached(place: Place, variant: str | None, error: Exception) -> Path:
+    """The folder that an earlier download left; `error` is why there is no other."""
+    try:
+        folder = _download(place, SETTINGS if place.file is None else [place.file], local=True)
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+        wanted = list(_weight_files(folder, names, place, variant)) if place.file is None else [place.file]
+    except (LocalEntryNotFoundError, UserError):
+        raise UserError(_reason(place, error)) from error
+    if any(name not in names for name in wanted):
+        raise UserError(_reason(place, error)) from error
+    return folder
+
+
+def _weight_files(folder: Path, names: Collection[str], place: Place, variant: str | None) -> Iterator[str]:
+    """The weights of every network that the model's index lists; `folder` holds its settings."""
+    index = read_json(folder / INDEX)
+    for name, form in NETWORKS.items():
+        if not present(index, name):
+            continue
+        found = next((f for f in candidates(form.weights, variant) if f"{name}/{f}" in names), None)
+        if found is None:
+            raise UserError(f"{place} holds no weights of its {name}, neither .safetensors nor .bin")
+        yield f"{name}/{found}"
+        if found.endswith(".json"):
+            yield from sorted({f"{name}/{file}" for file in read_weight_map(folder / name / found).values()})
+
+
+def _reason(place: Place, error: Exception) -> str:
+    """One line on why a download failed."""
+    where = place.endpoint or "https://huggingface.co"
+    if isinstance(error, GatedRepoError):
+        return f"{place} is gated: accept its terms at {where}/{place.repo}, then log in (hf auth login, or HF_TOKEN)"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no {place.repo} on the Hub, nor a local path of that name; if it is private, log in first"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{place.repo} has no revision {place.revision!r}"
+    said = " ".join(str(error.__cause__ or error).split())[:150] or type(error).__name__
+    what = f"{place.repo}/{place.file}" if place.file else str(place)
+    return f"{what} is neither a local path nor in the cache, and the Hub cannot be reached: {said}"
+
+
+def kind_of(source: Source) -> str:
+    """The kind of a folder or a file: "stable_diffusion", which is also what none of the others is, "ldm" or "pixels".
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not isinstance(source, Weights) and Path(source).is_dir():
+        return class_of_index(read_json(Path(source) / INDEX)).kind
+    return kind_of_shapes(shapes_of(read_file(source).tensors))
+
+
+def read_checkpoint(
+    source: Source,
+    *,
+    dtype: Dtypes = "float32",
+    family: str | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
+    tokenizer: str | Path | None = None,
+    place: Placer | None = None,
+    weights: str | None = None,
+) -> Checkpoint:
+    """Reads a folder, a file, or a file's content that was read already.
+
+    Args:
+        source: local; `resolve` finds others.
+        dtype, place: as in `sdjax.checkpoints.checkpoint.Reading`.
+        family, weights: of a file, as in `sdjax.checkpoints.layouts.original.read_single_file`.
+        prediction: "epsilon", "v_prediction" or "sample", in place of what the checkpoint says.
+        variant: of a folder's weights, e.g. "fp16"; None takes half-precision ones only where there are no others.
+        tokenizer: the folder with BERT's vocab.txt, for a model of words that is stored without.
+
+    Raises:
+        UserError: it is missing, corrupt or none of these; a choice is unknown, or is not for what it holds.
+    """
+    if isinstance(source, Weights) or not Path(source).is_dir():
+        checkpoint = read_single_file(source, dtype, family=family, weights=weights, place=place, prediction=prediction)
+    else:
+        if family is not None:
+            raise UserError(f"family {family!r}: {source} is a folder, whose configs say what it is; leave it out")
+        if weights is not None:
+            raise UserError(f"weights {weights!r}: {source} is a folder, which holds no averages beside its weights")
+        checkpoint = read_folder(source, dtype, variant=variant, place=place)
+        if prediction is not None:
+            if prediction not in PREDICTIONS:
+                raise unknown("prediction", prediction, PREDICTIONS)
+            scheduler = {**checkpoint.scheduler, "prediction_type": PREDICTIONS[prediction]}
+            checkpoint = dataclasses.replace(checkpoint, scheduler=scheduler)
+    return checkpoint if tokenizer is None else with_word_pieces(checkpoint, tokenizer)
+
+
+def replace_vae(source: str | Path, place: Placer | None = None) -> Patch:
+    """Another autoencoder, in float32: of a file, or of a folder with its config.json, local or of the Hub.
+
+    Raises:
+        UserError: by the patch, where the source cannot be read, or the model diffuses pixels.
+    """
+
+    def read(own: Component) -> Component:
+        path = resolve(source)
+        if path.is_dir():
+            return read_component(
+                path / "vae" if (path / "vae" / "config.json").is_file() else path, "vae", place=place
+            )
+        found = read_autoencoder_file(path, place=place)
+        # A bare file does not say its scale; it takes the place of an autoencoder with the same latents.
+        config = dataclasses.replace(found.config, scaling_factor=own.config.scaling_factor)
+        return dataclasses.replace(found, config=config)
+
+    def patch(checkpoint: Checkpoint) -> Checkpoint:
+        own = checkpoint.components.get("vae")
+        if own is None:
+            raise UserError(f"vae {str(source)!r}: the model diffuses pixels, and has no autoencoder")
+        return checkpoint.replace_component("vae", read(own))
+
+    return patch
+
+
+def add_embeddings(files: Sequence[str | Path]) -> Patch:
+    """Words of textual inversions, in local `.safetensors`, `.pt` or `.bin` files, for text encoders and tokenizers.
+
+    Raises:
+        UserError: by the patch, where a file is missing or not for these text encoders, or a word is there already.
+    """
+
+    def patch(checkpoint: Checkpoint) -> Checkpoint:
+        names = check_text_encoders(checkpoint)
+        parts = [checkpoint.components[name] for name in names]
+        embeddings = []
+        for file in map(Path, files):
+            if not file.is_file():
+                raise UserError(f"there is no textual inversion {str(file)!r}")
+            tensors = read_file(file).tensors if file.suffix == ".safetensors" else read_pickle(file)[0]
+            embeddings.append(read_embedding(tensors, file.stem))
+        fitted = fit(embeddings, [part.config.width for part in parts])
+        if again := sorted(set(fitted.counts) & set(checkpoint.placeholders)):
+            raise UserError(f"there are two textual inversions for the word {again[0]!r}")
+        extended = {}
+        for name, part, tokenizer, rows in zip(names, parts, tokenizers_of(checkpoint), fitted.rows, strict=True):
+            config, params = extend_vocabulary(part.config, part.params, rows, tokenizer.eos)
+            extended[name] = dataclasses.replace(part, config=config, params=params)
+        components, counts = {**checkpoint.components, **extended}, {**checkpoint.placeholders, **fitted.counts}
+        return dataclasses.replace(checkpoint, components=components, placeholders=counts)
+
+    return patch

@@ -1,0 +1,1 @@
+"""Files of tensors, read defensively: safetensors, restricted pickles, shards."""

@@ -1,0 +1,179 @@
+"""The weights of a network: which file or shards hold them, of which precision, safetensors before pickles.
+
+A pickle (`.ckpt`, `.pt`, `.bin`) can run any code. It is read by nothing but torch's own restricted loader,
+`torch.load(weights_only=True)`, which builds only tensors and plain containers; where torch is not installed, such
+files are not read at all. It is looked for when a file asks for it, and needed for nothing else.
+"""
+
+from __future__ import annotations
+
+import _codecs
+import contextlib
+import importlib
+import importlib.util
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import DTypeLike
+
+from sdjax.checkpoints.storage.safetensors import Writable, read_metadata, read_safetensors, read_sharded
+from sdjax.core.errors import UserError
+
+SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+PICKLED = {"model": "pytorch_model"}  # transformers gives its pickles another name
+FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
+DTYPES = {f"torch.{name}": np.dtype(getattr(jnp, name)) for name in FLOATS + INTEGERS}
+DTYPES["torch.bool"] = np.dtype(np.bool_)
+
+
+class Weights(NamedTuple):
+    """A file's content.
+
+    Attributes:
+        tensors: by key; each is read when it is made an array.
+        facts: what the file says of itself, e.g. {"modelspec.prediction_type": "v"} or {"global_step": "875000"}.
+        path: the file.
+    """
+
+    tensors: Mapping[str, Writable]
+    facts: Mapping[str, str]
+    path: Path
+
+
+Source: TypeAlias = str | Path | Weights
+"""A file's path, or what was read of it."""
+
+
+def read_file(source: Source) -> Weights:
+    """The tensors of a `.safetensors` file, or of a pickle through torch's restricted loader; not read a second time.
+
+    Raises:
+        UserError: the file is missing, corrupt, of another kind, or a pickle where torch is not installed.
+    """
+    if isinstance(source, Weights):
+        return source
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        return Weights(read_safetensors(path), read_metadata(path), path)
+    if path.suffix in SUFFIXES:
+        return Weights(*read_pickle(path), path)
+    raise UserError(f"{path} is none of the files that are read: .safetensors, {', '.join(SUFFIXES)}")
+
+
+def candidates(stem: str, variant: str | None) -> Iterator[str]:
+    """Names that a component's weights may have, the best first: files, and indices (`....json`) of shards.
+
+    The file of the variant asked for comes first, then the plain one, then the half-precision one; pickles only where
+    there is no safetensors file.
+    """
+    infixes = dict.fromkeys((*((f".{variant}",) if variant else ()), "", ".fp16"))
+    for name, suffix in ((stem, "safetensors"), (PICKLED.get(stem, stem), "bin")):
+        for infix in infixes:
+            yield f"{name}{infix}.{suffix}"
+            yield f"{name}.{suffix}.index{infix}.json"
+            yield f"{name}{infix}.{suffix}.index.json"
+
+
+def find_weights(folder: Path, stem: str, variant: str | None) -> Mapping[str, Writable]:
+    """The tensors of a component's folder, of the first of its `candidates` that is there.
+
+    Raises:
+        UserError: there is none, or it is corrupt.
+    """
+    found = next((folder / name for name in candidates(stem, variant) if (folder / name).exists()), None)
+    if found is None:
+        raise UserError(f"{folder} holds no {stem}.safetensors, {stem}.fp16.safetensors, index of shards or .bin file")
+    if found.suffix == ".json":
+        return read_sharded(found, lambda path: read_file(path).tensors)
+    return read_file(found).tensors
+
+
+@dataclass(frozen=True)
+class PickledTensor:
+    """A tensor of a pickle; where the file allows it, its bytes are read from disk when it becomes an array."""
+
+    tensor: Any
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return DTYPES[str(self.tensor.dtype)]
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        torch = importlib.import_module("torch")
+        # NumPy has no bfloat16 that torch knows of: the bytes are handed over
+        raw = self.tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy()
+        return raw.view(self.dtype).reshape(self.shape).astype(dtype or self.dtype, copy=False)
+
+
+class _Unneeded:
+    """Stands for the class of a training callback whose name the first published checkpoints mention."""
+
+
+def read_pickle(path: str | Path) -> tuple[dict[str, PickledTensor], dict[str, str]]:
+    """The tensors of a file by name, and its integers (`global_step`) as text.
+
+    Raises:
+        UserError: torch is not installed, or the file is missing, corrupt, or holds more than tensors and containers.
+    """
+    path = Path(path)
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(
+            f"{path} is a pickle, which only PyTorch's restricted loader may read, and torch is not installed: "
+            "install torch, or convert the file to .safetensors where it is"
+        )
+    content = _load(path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping):
+        raise UserError(f"state_dict in {path} is a {type(state).__name__}, not tensors by name")
+    named = {str(name): value for name, value in state.items() if hasattr(value, "data_ptr")}
+    if not named:
+        raise UserError(f"{path} holds no tensors")
+    for name, tensor in named.items():
+        if str(tensor.dtype) not in DTYPES or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
+            raise UserError(f"{path} holds {name} as {tensor.dtype} ({tensor.layout}), which is not read")
+    facts = {str(key): str(value) for key, value in content.items() if type(value) is int}
+    return {name: PickledTensor(tensor, name) for name, tensor in named.items()}, facts
+
+
+def _load(path: Path) -> Any:
+    torch = importlib.import_module("torch")
+    try:
+        with _names_of_published_files(torch):
+            # torch's format since 1.6 is an archive, which can be mapped; an older one is read whole
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # whatever an untrusted file makes a parser do
+        reason = next((line.strip() for line in str(error).splitlines() if "Unsupported" in line), "")
+        said = reason or " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} is corrupt or holds more than weights; it is not loaded: {said}") from error
+
+
+def _names_of_published_files(torch: Any) -> AbstractContextManager[Any]:
+    """Stable Diffusion 1's `.ckpt` files also hold a callback's class and NumPy numbers; none of these runs code."""
+    if not hasattr(torch.serialization, "safe_globals"):  # torch before 2.5
+        return contextlib.nullcontext()
+    scalar = np.float32(0).__reduce__()[0]
+    places = ("pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint")
+    return torch.serialization.safe_globals(
+        [
+            *((_Unneeded, f"{place}.ModelCheckpoint") for place in places),
+            *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+            *((_codecs.encode, "_codecs.encode"), np.dtype),
+            *(np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType),
+        ]
+    )

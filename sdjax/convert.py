@@ -1,0 +1,161 @@
+"""Writes a checkpoint in another layout.
+
+    python -m sdjax.convert SOURCE TARGET [--dtype float16] [--family NAME] [--prediction NAME] [--variant fp16]
+        [--weights ema|model] [--tokenizer FOLDER]
+
+SOURCE is a diffusers folder, a single .safetensors or .ckpt file in the original naming, an autoencoder alone in such a
+file, or an id of the Hub (owner/name or owner/name/file.safetensors). TARGET is a single file in the original naming
+where it ends in .safetensors, and a diffusers folder otherwise. Without --dtype each tensor keeps its type. --family
+(sd1, sd2, sdxl, sdxl_refiner, x4_upscaler) and --prediction (epsilon, v_prediction) say what a single file does not.
+--weights chooses between the UNet's weights and their average, where a file has both.
+
+A file may also hold one of the LDM paper's models (family celebahq, lsun_churches, cin256, cin_f8, text, text_f4,
+layout, super_resolution, inpainting, semantic or rdm; averages are taken where it has them; --tokenizer is the folder
+with BERT's vocab.txt), or ADM's UNet (adm_64, adm_128, adm_256, adm_512) or classifier. TARGET is then a new folder,
+which sample.py, sdjax.load and, where it has the class, diffusers read.
+A file or folder that was not written here is never written over.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from sdjax.checkpoints.checkpoint import CLASSIFIERS, LDM, PIXELS, STABLE_DIFFUSION, Checkpoint
+from sdjax.checkpoints.families import POOL, UNET
+from sdjax.checkpoints.layouts.diffusers import absent_parts, write_checkpoint, write_component
+from sdjax.checkpoints.layouts.original import detect, read_adm_classifier, read_autoencoder_file
+from sdjax.checkpoints.layouts.original_writer import write_single_file
+from sdjax.checkpoints.open import kind_of, read_checkpoint, resolve
+from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, read_file
+from sdjax.core.errors import UserError, run_or_exit
+from sdjax.core.flags import parse_flags
+
+SINGLE = ".safetensors"
+(CLASSIFIER,) = CLASSIFIERS
+Options = Mapping[str, Any]
+
+
+def main() -> None:
+    """Reads the command line and converts."""
+    values = flags.FlagValues()
+    for name in ("dtype", "family", "prediction", "variant", "weights", "tokenizer"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    source, target = parse_flags(values, sys.argv, __doc__, ("SOURCE", "TARGET"))
+    target = Path(target).expanduser()
+    if target.suffix in SUFFIXES:
+        raise UserError(f"{target}: files are written as {SINGLE}; another name is a folder's")
+    path = resolve(source, variant=values["variant"].value)
+    chosen = {name: values[name].value for name in ("dtype", "family", "prediction", "weights", "tokenizer")}
+    if path.is_dir():
+        check_unused(path, chosen, ("dtype", "prediction"))
+        dtype, prediction = chosen["dtype"], chosen["prediction"]
+        write(target, read_checkpoint(path, dtype=dtype, prediction=prediction, variant=values["variant"].value))
+        return
+    stored = read_file(path)
+    read = next((read for holds, read in ALONE if holds(stored)), convert_checkpoint)
+    read(stored, target, chosen)
+
+
+def check_unused(path: Path, chosen: Options, known: Collection[str]) -> None:
+    """Refuses what has no meaning for a source.
+
+    Raises:
+        UserError: an option is given that is not among those `known`.
+    """
+    for name, value in chosen.items():
+        if value is not None and name not in known:
+            raise UserError(f"--{name} {value} is not for {path}; what is: {', '.join(f'--{name}' for name in known)}")
+
+
+def is_autoencoder_file(source: Source) -> bool:
+    """Tell whether a file holds an autoencoder in the original naming and no UNet.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    keys = list(read_file(source).tensors)
+    named = any(re.fullmatch(r"(first_stage_model\.|vae\.)?decoder\.mid\..*", key) for key in keys)
+    return named and not any(key.startswith(UNET) for key in keys)
+
+
+def is_adm_classifier(source: Source) -> bool:
+    """Tell whether a file holds a classifier of ADM's.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    tensors = read_file(source).tensors
+    return POOL in tensors and kind_of(source) == PIXELS
+
+
+def convert_autoencoder(stored: Weights, target: Path, chosen: Options) -> None:
+    """An autoencoder alone."""
+    check_unused(stored.path, chosen, ("dtype", "family"))
+    component = read_autoencoder_file(stored, chosen["dtype"], family=chosen["family"] or "sd1")
+    write_component(fresh(target, "an autoencoder alone"), "vae", component, None)
+    print(f"{target}: the folder of an autoencoder, scaling factor {component.config.scaling_factor}")
+
+
+def convert_classifier(stored: Weights, target: Path, chosen: Options) -> None:
+    """ADM's classifier."""
+    check_unused(stored.path, chosen, ("dtype",))
+    component = read_adm_classifier(stored, chosen["dtype"])
+    write_component(fresh(target, "a classifier") / CLASSIFIER, CLASSIFIER, component, None)
+    print(f"{target}: the folder of a classifier of {component.config.size} pixels")
+
+
+def convert_checkpoint(stored: Weights, target: Path, chosen: Options) -> None:
+    """A whole model."""
+    kind = kind_of(stored)
+    check_unused(stored.path, chosen, OPTIONS[kind])
+    if kind == STABLE_DIFFUSION:
+        print(f"{stored.path}: {detect(stored, family=chosen['family'], prediction=chosen['prediction'])}")
+    write(target, read_checkpoint(stored, **chosen))
+
+
+# What a file may hold beside a whole model, and how it is converted.
+ALONE: tuple[tuple[Callable[[Weights], bool], Callable[[Weights, Path, Options], None]], ...] = (
+    (is_autoencoder_file, convert_autoencoder),
+    (is_adm_classifier, convert_classifier),
+)
+OPTIONS = {
+    LDM: ("dtype", "family", "weights", "tokenizer"),
+    PIXELS: ("dtype", "family"),
+    STABLE_DIFFUSION: ("dtype", "family", "prediction", "weights"),
+}
+
+
+def write(target: Path, checkpoint: Checkpoint) -> None:
+    """Writes the layout that the target's name asks for, and says what it lacks."""
+    if checkpoint.conditioning != "text":
+        write_checkpoint(fresh(target, "such a model"), checkpoint, None)
+        size = checkpoint.components["unet"].extra.get("sample_size")
+        kind = checkpoint.conditioning if "vae" in checkpoint.components else f"pictures of {size} pixels"
+        print(f"{target}: a folder of a model of {kind}")
+    elif target.suffix == SINGLE:
+        write_single_file(target, checkpoint, None)
+        print(f"{target}: one file, without tokenizer and scheduler")
+    else:
+        write_checkpoint(target, checkpoint, None)
+        print(f"{target}: a diffusers folder, without {', '.join(absent_parts(checkpoint))}")
+
+
+def fresh(target: Path, what: str) -> Path:
+    """The target, which must be the name of a new folder.
+
+    Raises:
+        UserError: it is a file's name, or exists and is not empty.
+    """
+    if target.suffix == SINGLE or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        raise UserError(f"{target}: {what} is written as a new folder")
+    return target
+
+
+if __name__ == "__main__":
+    run_or_exit(main)

@@ -1,0 +1,135 @@
+"""What is opened is found out once, whatever it holds; patches change a checkpoint and leave the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from original_names import unet2d_original
+from safetensors.numpy import save_file
+from test_ldm_file import PIXELS, original, save
+from tiny_checkpoints import assert_same, tiny_checkpoint, write_tokenizer
+from torch_reference import drawn
+
+from sdjax.checkpoints.checkpoint import tokenizers_of
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint
+from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
+from sdjax.checkpoints.layouts.original_writer import write_single_file
+from sdjax.checkpoints.mapping import export
+from sdjax.checkpoints.networks import unet2d
+from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae
+from sdjax.checkpoints.storage import weights
+from sdjax.core.errors import UserError
+from sdjax.core.tree import flatten
+
+
+def pixel_tensors():
+    config = PIXELS["adm_256"]
+    params = drawn(unet2d.shapes(config))
+    stored = {k: np.array(v) for k, v in export(unet2d.TABLE, params, unet2d.shapes(config), "").items()}
+    return unet2d_original(stored, config, False)
+
+
+@pytest.mark.parametrize("conditioning", ["super_resolution", "unconditional", "text"])
+def test_a_pickle_is_loaded_once(conditioning, tmp_path, monkeypatch):
+    path, loads = tmp_path / "model.ckpt", []
+    if conditioning == "text":
+        checkpoint = tiny_checkpoint("sd1", TOKENIZER_FOLDERS / "clip_l", 49408)
+        write_single_file(tmp_path / "model.safetensors", checkpoint)
+        tensors = weights.read_file(tmp_path / "model.safetensors").tensors
+    else:
+        tensors = pixel_tensors() if conditioning == "unconditional" else original(conditioning)[0]
+    save(path, tensors)
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs))
+    assert read_checkpoint(path).conditioning == conditioning
+    assert len(loads) == 1
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    tokenizer = tmp_path_factory.mktemp("source") / "tokenizer"
+    return tiny_checkpoint("sdxl", tokenizer, write_tokenizer(tokenizer))
+
+
+def test_choices_that_are_not_for_what_is_opened(sdxl, tmp_path):
+    write_checkpoint(tmp_path / "model", sdxl)
+    assert_same(sdxl, read_checkpoint(tmp_path / "model"))
+    assert read_checkpoint(tmp_path / "model", prediction="v").scheduler["prediction_type"] == "v_prediction"
+    for choices, message in (
+        ({"family": "sdxl"}, "family 'sdxl': .* is a folder, whose configs say what it is; leave it out"),
+        ({"weights": "ema"}, "weights 'ema': .* is a folder"),
+        ({"prediction": "w"}, "unknown prediction 'w'"),
+        ({"tokenizer": tmp_path}, "a model of text has a tokenizer of its own"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_checkpoint(tmp_path / "model", **choices)
+
+
+def test_a_write_that_fails_leaves_no_folder(tmp_path):
+    """Of a model of the LDM paper; also a folder of someone else's is left alone."""
+    found = read_checkpoint(save(tmp_path / "model.ckpt", original("super_resolution")[0]))
+    vae = found.components["vae"]
+    params = {**vae.params, "quant_conv": {"kernel": np.full((1, 1, 3, 3), np.inf), "bias": np.zeros(3)}}
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="not finite"):
+        write_checkpoint(tmp_path / "out", found.replace_component("vae", dataclasses.replace(vae, params=params)))
+    with pytest.raises(UserError, match="was not written by sdjax"):
+        write_checkpoint(tmp_path, found)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("conditioning", ["super_resolution", "unconditional"])
+def test_own_folders_of_every_kind_are_written_over(conditioning, tmp_path):
+    """By the index's `_writer`; a folder of before that lacks it is read still, and left alone."""
+    tensors = pixel_tensors() if conditioning == "unconditional" else original(conditioning)[0]
+    found, folder = read_checkpoint(save(tmp_path / "model.ckpt", tensors)), tmp_path / "out"
+    write_checkpoint(folder, found)
+    (folder / "README.md").write_text("a card")
+    write_checkpoint(folder, found)
+    assert (folder / "README.md").read_text() == "a card"
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["_writer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert_same(found, read_checkpoint(folder))
+    with pytest.raises(UserError, match="was not written by sdjax"):
+        write_checkpoint(folder, found)
+
+
+def embedding(path, count, seed):
+    rng = np.random.default_rng(seed)
+    save_file({name: rng.standard_normal((count, 64), np.float32) for name in ("clip_l", "clip_g")}, path)
+    return path
+
+
+def test_words_are_added_one_after_another(sdxl, tmp_path):
+    """Two patches do what one of both words does: the ids of a word are the rows of its vectors, in both encoders."""
+    first, second = (embedding(tmp_path / f"{n}.safetensors", i, i) for i, n in enumerate(("toy", "style"), 2))
+    both, one = add_embeddings([first, second])(sdxl), add_embeddings([first])(sdxl)
+    again = add_embeddings([second])(one)
+    assert_same(both, again)
+    for name, tokenizer, repeated in zip(sdxl.tokenizers, tokenizers_of(both), tokenizers_of(again), strict=True):
+        size = sdxl.components[name].config.vocab_size
+        assert both.components[name].config.vocab_size == size + 5
+        ids = tokenizer.encode(["a toy of style"])
+        np.testing.assert_array_equal(ids, repeated.encode(["a toy of style"]))
+        assert [i - size for i in ids[0] if i >= size] == [0, 1, 2, 3, 4]
+        rows = flatten(both.components[name].params)["token_embedding/embedding"][size:]
+        wanted = [weights.read_file(file).tensors for file in (first, second)]
+        part = "clip_l" if name == "text_encoder" else "clip_g"
+        np.testing.assert_array_equal(rows, np.concatenate([np.asarray(file[part]) for file in wanted]))
+    with pytest.raises(UserError, match="there are two textual inversions for the word 'toy'"):
+        add_embeddings([first])(one)
+
+
+def test_another_autoencoder_leaves_the_rest(sdxl, tmp_path):
+    write_checkpoint(tmp_path / "model", sdxl)
+    vae = sdxl.components["vae"]
+    halved = {**vae.params, "quant_conv": {k: v / 2 for k, v in vae.params["quant_conv"].items()}}
+    other = sdxl.replace_component("vae", dataclasses.replace(vae, params=halved))
+    assert_same(sdxl, replace_vae(tmp_path / "model")(other))
+    with pytest.raises(UserError, match="the model diffuses pixels"):
+        replace_vae(tmp_path / "model")(dataclasses.replace(sdxl, components={"unet": sdxl.components["unet"]}))

@@ -1,0 +1,329 @@
+"""Files in the original naming, checked against the converters of PyTorch diffusers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers.loaders import single_file_utils as theirs
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import FAMILIES, assert_same, tiny_checkpoint
+
+from sdjax.checkpoints.checkpoint import FORMATS, Checkpoint
+from sdjax.checkpoints.layouts.diffusers import pipeline_class, read_folder, write_component
+from sdjax.checkpoints.layouts.original import (
+    TOKENIZER_FOLDERS,
+    detect,
+    read_autoencoder_file,
+    read_single_file,
+)
+from sdjax.checkpoints.layouts.original_writer import pieces_of, write_single_file
+from sdjax.checkpoints.mapping import export, stored_shapes
+from sdjax.checkpoints.networks import autoencoder, unet
+from sdjax.checkpoints.networks.clip import VOCABULARY
+from sdjax.checkpoints.original_keys import outward
+from sdjax.convert import is_autoencoder_file
+from sdjax.core.errors import UserError
+from sdjax.models.autoencoder import VQAutoencoder, VQConfig
+
+Tensors = dict[str, torch.Tensor]
+PREDICTIONS = {"sd2": "v_prediction", "x4_upscaler": "v_prediction"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Checkpoint, Path]]:
+    """Each family's tiny checkpoint, and the file that was written of it."""
+    folder, found = tmp_path_factory.mktemp("files"), {}
+    for family in FAMILIES:
+        checkpoint = tiny_checkpoint(family, TOKENIZER_FOLDERS / "clip_l", VOCABULARY, layers=2)
+        scheduler = {**checkpoint.scheduler, "prediction_type": PREDICTIONS.get(family, "epsilon")}
+        checkpoint = dataclasses.replace(checkpoint, scheduler=scheduler)
+        found[family] = checkpoint, folder / f"{family}.safetensors"
+        write_single_file(found[family][1], checkpoint)
+    return found
+
+
+@pytest.fixture(scope="module")
+def tensors(made) -> Mapping[str, Tensors]:
+    return {family: load_file(path) for family, (_, path) in made.items()}
+
+
+def in_diffusers_names(checkpoint: Checkpoint, name: str) -> dict[str, np.ndarray]:
+    component, form = checkpoint.components[name], FORMATS[name]
+    return export(form.table(component.config), component.params, form.shapes(component.config), name)
+
+
+def converted(family: str, checkpoint: Checkpoint, name: str, file: Tensors) -> Tensors:
+    """What diffusers' own converters make of a file for one network."""
+    config = FORMATS[name].to_config(checkpoint.components[name].config)
+    if name == "unet":
+        return theirs.convert_ldm_unet_checkpoint(dict(file), config)
+    if name == "vae":
+        return theirs.convert_ldm_vae_checkpoint(dict(file), config)
+    prefixes = {"sdxl_refiner": "conditioner.embedders.0.model.", "sdxl": "conditioner.embedders.1.model."}
+    if family.startswith("sd1") or (family == "sdxl" and name == "text_encoder"):
+        return theirs.convert_ldm_clip_checkpoint(dict(file))
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
+    return theirs.convert_open_clip_checkpoint(model, dict(file), prefixes.get(family, "cond_stage_model.model."))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diffusers_converters_make_of_our_file_what_we_wrote(family: str, made, tensors):
+    checkpoint, _ = made[family]
+    for name in checkpoint.components:
+        expected = in_diffusers_names(checkpoint, name)
+        found = converted(family, checkpoint, name, tensors[family])
+        assert found.keys() == expected.keys()
+        for key, array in expected.items():
+            np.testing.assert_array_equal(found[key].numpy(), array, err_msg=f"{name}: {key}", strict=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_written_is_read(family: str, made):
+    checkpoint, path = made[family]
+    found = read_single_file(path)
+    assert_same(checkpoint, found)
+    plain = family in ("sdxl_refiner", "x4_upscaler")
+    assert detect(path).family == (family if plain else family.split("_")[0])
+    assert found.scheduler["prediction_type"] == checkpoint.scheduler["prediction_type"]
+    assert pipeline_class(found) == pipeline_class(checkpoint)
+    assert (found.low_res_scheduler is None) == (family != "x4_upscaler")
+    clip_l = family.startswith("sd1") or family == "sdxl"
+    folders = {} if family == "sdxl_refiner" else {"text_encoder": "clip_l" if clip_l else "open_clip"}
+    folders |= {"text_encoder_2": "open_clip"} if family.startswith("sdxl") else {}
+    assert found.tokenizers == {name: TOKENIZER_FOLDERS / folder for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_writing_what_was_read_gives_the_same_file(family: str, made, tmp_path: Path):
+    path = made[family][1]
+    for name, dtype in (("again", None), ("whole", "float32")):
+        write_single_file(tmp_path / f"{name}.safetensors", read_single_file(path), dtype)
+        assert (tmp_path / f"{name}.safetensors").read_bytes() == path.read_bytes()
+
+
+def with_what_published_files_hold(family: str, tensors: Tensors) -> Tensors:
+    """Buffers, averaged weights, and what Stable Diffusion 2 leaves of its text encoder unused."""
+    more = {
+        name: torch.ones(1000) for name in ("betas", "alphas_cumprod", "sqrt_alphas_cumprod", "lvlb_weights", "logvar")
+    }
+    more |= {"log_one_minus_alphas_cumprod": torch.ones(1000), "posterior_mean_coef1": torch.ones(1000)}
+    more |= {
+        "model_ema.decay": torch.tensor(0.9),
+        "model_ema.num_updates": torch.tensor(3),
+        "scale_factor": torch.ones(()),
+    }
+    more |= {"model_ema.diffusion_modelinput_blocks00weight": torch.ones(3), "global_step": torch.tensor(470000)}
+    more |= {"first_stage_model.loss.logvar": torch.ones(()), "denoiser.sigmas": torch.ones(1000)}
+    positions = torch.arange(77)[None]
+    if family.startswith("sd1"):
+        more["cond_stage_model.transformer.text_model.embeddings.position_ids"] = positions
+        more["cond_stage_model.logit_scale"] = torch.ones(())
+    if family == "sdxl":
+        more["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = positions
+        more["conditioner.embedders.1.model.logit_scale"] = torch.ones(())
+    if family.startswith("sd2"):
+        stem = "cond_stage_model.model."
+        layer = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{stem}transformer.resblocks.0.")}
+        more |= {key.replace("resblocks.0", "resblocks.2"): tensor * 2 for key, tensor in layer.items()}
+        more |= {f"{stem}text_projection": torch.ones(64, 64), f"{stem}logit_scale": torch.ones(())}
+        more |= {f"{stem}attn_mask": torch.ones(77, 77), "depth_model.model.scratch.weight": torch.ones(2)}
+    return {**tensors, **more}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sd2_depth", "sdxl", "sdxl_refiner"])
+def test_what_else_published_files_hold_is_passed_over(family: str, made, tensors, tmp_path: Path):
+    path = tmp_path / "full.safetensors"
+    save_file(with_what_published_files_hold(family, tensors[family]), path)
+    prediction = made[family][0].scheduler["prediction_type"]
+    assert_same(made[family][0], read_single_file(path, prediction=prediction))
+
+
+def test_older_spellings_are_read(made, tensors, tmp_path: Path):
+    """Text encoders before the inner name, attention matrices of the autoencoder without the axes of a convolution."""
+    file = {key.replace("transformer.text_model.", "transformer."): tensor for key, tensor in tensors["sd1"].items()}
+    squeezed = {key: tensor[:, :, 0, 0] for key, tensor in file.items() if "attn_1" in key and tensor.ndim == 4}
+    assert len(squeezed) == 8
+    save_file({key: tensor.contiguous() for key, tensor in (file | squeezed).items()}, tmp_path / "old.safetensors")
+    assert_same(made["sd1"][0], read_single_file(tmp_path / "old.safetensors"))
+
+
+def test_pickles_are_read_as_well(made, tensors, tmp_path: Path):
+    torch.save({"state_dict": tensors["sd2"], "global_step": 875000}, tmp_path / "model.ckpt")
+    assert_same(made["sd2"][0], read_single_file(tmp_path / "model.ckpt"))
+    assert detect(tmp_path / "model.ckpt").prediction == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("family", "metadata", "marks", "asked", "prediction"),
+    [
+        ("sd1", {}, (), None, "epsilon"),
+        ("sd1", {"modelspec.prediction_type": "v"}, (), None, "v_prediction"),
+        ("sd1", {"modelspec.prediction_type": "v"}, (), "epsilon", "epsilon"),
+        ("sd2", {}, (), None, "v_prediction"),
+        ("sd2", {"modelspec.architecture": "stable-diffusion-v2-512"}, (), None, "epsilon"),
+        ("sd2", {"modelspec.prediction_type": "epsilon"}, (), None, "epsilon"),
+        ("sd2_depth", {}, (), None, "epsilon"),
+        ("sdxl", {}, (), None, "epsilon"),
+        ("sdxl", {}, ("v_pred",), None, "v_prediction"),
+        ("sdxl", {}, ("v_pred", "ztsnr"), None, "v_prediction"),
+        ("sdxl", {}, (), "v", "v_prediction"),
+        ("x4_upscaler", {}, (), None, "v_prediction"),
+    ],
+)
+def test_what_the_network_predicts(family, metadata, marks, asked, prediction, tensors, tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    save_file({**tensors[family], **{mark: torch.zeros(0) for mark in marks}}, path, metadata)
+    found = detect(path, prediction=asked)
+    assert found.prediction == prediction
+    assert prediction in str(found)
+    if marks or asked:
+        scheduler = read_single_file(path, prediction=asked).scheduler
+        assert scheduler["prediction_type"] == prediction
+        assert scheduler.get("rescale_betas_zero_snr", False) is ("ztsnr" in marks)
+        assert scheduler.get("timestep_spacing", "leading") == ("trailing" if "ztsnr" in marks else "leading")
+
+
+def test_a_terminal_snr_of_zero_survives_the_round_trip(made, tmp_path: Path):
+    checkpoint, _ = made["sdxl"]
+    scheduler = {**checkpoint.scheduler, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    write_single_file(tmp_path / "z.safetensors", dataclasses.replace(checkpoint, scheduler=scheduler))
+    found = read_single_file(tmp_path / "z.safetensors").scheduler
+    assert (found["prediction_type"], found["rescale_betas_zero_snr"]) == ("v_prediction", True)
+
+
+@pytest.mark.parametrize("form", ["first_stage_model.", "vae.", ""])
+def test_an_autoencoder_alone(form: str, made, tensors, tmp_path: Path):
+    stem, path = "first_stage_model.", tmp_path / "vae.safetensors"
+    file = {form + key.removeprefix(stem): t for key, t in tensors["sdxl"].items() if key.startswith(stem)}
+    save_file({**file, "loss.logvar": torch.ones(()), "model_ema.decay": torch.ones(())}, path)
+    assert is_autoencoder_file(path)
+    assert not is_autoencoder_file(made["sdxl"][1])
+    component = read_autoencoder_file(path, family="sdxl")
+    checkpoint = made["sdxl"][0]
+    assert_same(checkpoint, checkpoint.replace_component("vae", component))
+    assert read_autoencoder_file(path).config.scaling_factor == 0.18215
+    with pytest.raises(UserError, match="no checkpoint of a family"):
+        read_single_file(path)
+
+
+def test_missing_and_unexpected_keys_are_both_listed(tensors, tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    file = dict(tensors["sdxl"])
+    del file["first_stage_model.decoder.conv_out.bias"], file["conditioner.embedders.1.model.ln_final.weight"]
+    file["model.diffusion_model.adapter.weight"] = torch.ones(1)
+    file["model.diffusion_model.out.0.bias"] = torch.ones(65)
+    save_file(file, path)
+    with pytest.raises(UserError) as error:
+        read_single_file(path)
+    missing, unexpected, wrong = str(error.value).splitlines()[1:]
+    assert "2 missing" in missing
+    assert "first_stage_model.decoder.conv_out.bias" in missing
+    assert "conditioner.embedders.1.model.ln_final.weight" in missing
+    assert "1 unexpected: model.diffusion_model.adapter.weight" in unexpected
+    assert "of another shape: model.diffusion_model.out.0.bias (65, not 64)" in wrong
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight", "a LoRA"),
+        ("transformer.x.lora_A.weight", "a LoRA"),
+        ("control_model.time_embed.0.weight", "a ControlNet"),
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "Flux"),
+        ("double_blocks.0.img_attn.qkv.weight", "Flux"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        ("emb_params", "a textual-inversion embedding"),
+        ("down_blocks.0.motion_modules.0.temporal_transformer.norm.bias", "AnimateDiff"),
+        ("first_stage_model.quantize.embedding.weight", "vector-quantised"),
+        ("down_blocks.0.resnets.0.conv1.weight", "a UNet of a diffusers folder"),
+        ("something.weight", "lacks a UNet"),
+    ],
+)
+def test_other_families_are_named(key: str, words: str, tmp_path: Path):
+    save_file({key: torch.ones(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=words) as error:
+        read_single_file(tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_structures_that_are_not_here_are_refused(tensors, tmp_path: Path):
+    stem, path = "model.diffusion_model.", tmp_path / "x.safetensors"
+    file = tensors["sd1"]
+    pix2pix = file | {f"{stem}input_blocks.0.0.weight": torch.ones(64, 8, 3, 3)}
+    pruned = {key: t for key, t in file.items() if not key.startswith(f"{stem}input_blocks.2.1.")}
+    headless = {key: t for key, t in file.items() if not key.startswith(f"{stem}middle_block.1.")}
+    other = file | {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": torch.ones(1000, 64)}
+    textless = {key: t for key, t in file.items() if not key.startswith("cond_stage_model.")}
+    for content, words in (
+        (pix2pix, "8 input channels"),
+        (pruned, "unlike blocks"),
+        (headless, "in the middle"),
+        (other, "a text encoder of 1000 tokens"),
+        (textless, "no text encoder"),
+    ):
+        save_file(content, path)
+        with pytest.raises(UserError, match=words):
+            read_single_file(path)
+    with pytest.raises(UserError, match=r"unknown family 'sd4'.*sd1, sd2, sdxl"):
+        read_single_file(path, family="sd4")
+    save_file(file, path)
+    with pytest.raises(UserError, match="unknown prediction 'w'"):
+        read_single_file(path, prediction="w")
+    with pytest.raises(UserError, match="none of the files"):
+        read_single_file(path.with_suffix(".gguf"))
+
+
+def test_what_the_layout_cannot_say_is_not_written(made, tmp_path: Path):
+    checkpoint, _ = made["sd1"]
+    part = checkpoint.components["unet"]
+    config = dataclasses.replace(part.config, heads=(4, 4))
+    other = checkpoint.replace_component("unet", dataclasses.replace(part, config=config))
+    with pytest.raises(UserError, match=r"cannot say of the unet: heads \(4, 4\) \(not \(8, 8\)\)"):
+        write_single_file(tmp_path / "x.safetensors", other)
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    with pytest.raises(UserError):
+        write_single_file(tmp_path / "mine.safetensors", checkpoint)
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
+    assert unet.from_diffusers_config({}).heads == (8, 8, 8, 8), "the family's own"
+
+
+def test_channels_that_the_layouts_32_groups_do_not_divide(tmp_path):
+    """In the shipped model, which has 8; diffusers' layout says how many there are."""
+    checkpoint = read_folder(Path(__file__).parents[2] / "checkpoints" / "openmoji")
+    with pytest.raises(UserError, match=r"norm_num_groups = 32 in .* must be a divisor of each of \[8, 16, 32, 64\]"):
+        write_single_file(tmp_path / "file.safetensors", checkpoint)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_first_stage_with_a_codebook_and_its_critics(tmp_path: Path):
+    """LDM's `model.ckpt` of a VQ autoencoder: what trained it is left out; diffusers' VQModel decodes the same."""
+    config = VQConfig((32, 32), 3, 1, 32, codes=20, attention_levels=(1,))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype("f"), autoencoder.shapes(config))
+    keys = stored_shapes(autoencoder.TABLE, autoencoder.shapes(config))
+    pieces = pieces_of("vae", "", config)
+    assert pieces.keys() == keys.keys()
+    state = {k: np.array(v) for k, v in outward(pieces, export(autoencoder.TABLE, params, params, "")).items()}
+    state = {key: torch.from_numpy(value) for key, value in state.items()}
+    state |= {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4)}
+    state |= {"loss.discriminator.main.3.num_batches_tracked": torch.tensor(7)}
+    state |= {"loss.perceptual_loss.net.slice1.0.weight": torch.zeros(4, 3, 3, 3)}
+    torch.save({"state_dict": state, "global_step": 3}, tmp_path / "model.ckpt")
+    assert is_autoencoder_file(tmp_path / "model.ckpt")
+    component = read_autoencoder_file(tmp_path / "model.ckpt")
+    assert component.config == dataclasses.replace(config, scaling_factor=1.0)
+    write_component(tmp_path / "vae", "vae", component)
+    theirs = diffusers.VQModel.from_pretrained(tmp_path / "vae").eval()
+    z = rng.standard_normal((1, 4, 4, 3)).astype("f")
+    with torch.no_grad():
+        expected = theirs.decode(torch.from_numpy(z).permute(0, 3, 1, 2)).sample.permute(0, 2, 3, 1)
+    found = VQAutoencoder(config).apply({"params": component.params}, z, method="decode")
+    np.testing.assert_allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
