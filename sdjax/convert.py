@@ -26,8 +26,9 @@ from typing import Any
 
 from absl import flags
 
-from sdjax.checkpoints.checkpoint import CLASSIFIERS, LDM, PIXELS, STABLE_DIFFUSION, Checkpoint
+from sdjax.checkpoints.checkpoint import CLASSIFIERS, Checkpoint
 from sdjax.checkpoints.families import POOL, UNET
+from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.layouts.diffusers import absent_parts, write_checkpoint, write_component
 from sdjax.checkpoints.layouts.original import detect, read_adm_classifier, read_autoencoder_file
 from sdjax.checkpoints.layouts.original_writer import write_single_file

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import Placer, Stored, Table, read
 from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
 from sdjax.core.errors import UserError
@@ -17,9 +18,6 @@ from sdjax.core.tree import Tree
 from sdjax.data.tokenizers import Tokenizer, load_tokenizer, with_placeholders
 from sdjax.data.word_pieces import read_vocabulary, write_vocabulary
 from sdjax.models.unet2d import UNet2DConfig
-
-STABLE_DIFFUSION, LDM, PIXELS = "stable_diffusion", "ldm", "pixels"
-"""The kinds of checkpoints: Stable Diffusion's family, the LDM paper's other models, models of pixels."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from sdjax.checkpoints.checkpoint import LDM, PIXELS, STABLE_DIFFUSION
+from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import Shapes
 from sdjax.checkpoints.networks import unet2d
 from sdjax.checkpoints.original_keys import Heads

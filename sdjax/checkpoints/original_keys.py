@@ -13,15 +13,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
-from sdjax.checkpoints.mapping import SAME, Kind, Shapes
-from sdjax.checkpoints.storage.safetensors import Writable
+from sdjax.checkpoints.mapping import SAME, Kind, Shapes, Writable
 from sdjax.core.errors import UserError
 
 TRANSPOSED = Kind(lambda w: w.T, lambda w: w.T)
 SQUEEZED = Kind(lambda w: w[:, :, 0, 0], lambda w: w[:, :, None, None])
 CONV_1D = Kind(lambda w: w[:, :, 0], lambda w: w[:, :, None])
 GROUPS = 32
-Modules = dict[str, str]
 
 
 class Piece(NamedTuple):
@@ -38,24 +36,6 @@ class Piece(NamedTuple):
     kind: Kind = SAME
     third: int | None = None
     heads: int = 1
-
-
-def below(theirs: str, ours: str, names: Mapping[str, str]) -> Modules:
-    """The names of a module's parts, below a prefix on each side."""
-    return {f"{theirs}.{new}": f"{ours}.{old}" for new, old in names.items()}
-
-
-def renamed(key: str, modules: Modules) -> str:
-    """The key with its longest known beginning replaced.
-
-    Raises:
-        UserError: none is known.
-    """
-    parts = key.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        if (module := ".".join(parts[:end])) in modules:
-            return ".".join((modules[module], *parts[end:]))
-    raise UserError(f"{key} has no name in the original layout")
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,6 @@ from sdjax.checkpoints.checkpoint import (
     BERT,
     CONDITIONERS,
     FORMATS,
-    LDM,
-    PIXELS,
-    STABLE_DIFFUSION,
     TOKENIZERS,
     Checkpoint,
     Component,
@@ -32,6 +29,7 @@ from sdjax.checkpoints.checkpoint import (
     read_params,
     write_tokenizer,
 )
+from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import Placer, export
 from sdjax.checkpoints.networks import autoencoder, clip, unet, unet2d
 from sdjax.checkpoints.storage.safetensors import read_json, write_json, write_safetensors

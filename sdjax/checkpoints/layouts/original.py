@@ -16,9 +16,6 @@ import numpy as np
 
 from sdjax.checkpoints.checkpoint import (
     ALL_FORMATS,
-    LDM,
-    PIXELS,
-    STABLE_DIFFUSION,
     TOKENIZERS,
     Checkpoint,
     Component,
@@ -39,10 +36,10 @@ from sdjax.checkpoints.families import (
     find_prediction,
     scheduler_config,
 )
-from sdjax.checkpoints.mapping import Kind, Placer, Shapes, check_shapes, stored_shapes
+from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
+from sdjax.checkpoints.mapping import Kind, Placer, Shapes, Writable, check_shapes, stored_shapes
 from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
 from sdjax.checkpoints.original_keys import SQUEEZED, Part, Piece, inward, outward, without_prefix
-from sdjax.checkpoints.storage.safetensors import Writable
 from sdjax.checkpoints.storage.weights import Source, read_file
 from sdjax.core.errors import UserError, unknown
 from sdjax.models.adm_classifier import VARIANTS

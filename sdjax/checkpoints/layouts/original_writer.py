@@ -10,10 +10,10 @@ import numpy as np
 from sdjax.checkpoints.checkpoint import FORMATS, TOKENIZERS, Checkpoint
 from sdjax.checkpoints.families import FAMILIES, UNET, VAE
 from sdjax.checkpoints.layouts.original import Detected, Network, networks_in, shapes_of
-from sdjax.checkpoints.mapping import export
+from sdjax.checkpoints.mapping import Writable, export
 from sdjax.checkpoints.networks import autoencoder, clip, unet, unet2d
 from sdjax.checkpoints.original_keys import Piece, outward
-from sdjax.checkpoints.storage.safetensors import Writable, write_safetensors
+from sdjax.checkpoints.storage.safetensors import write_safetensors
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.models.unet2d import UNet2DConfig

@@ -10,9 +10,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdjax.checkpoints import mapping
-from sdjax.checkpoints.mapping import SAME, Field, Row, Shapes, Table, at, conv, embedding, layer, norm
-from sdjax.checkpoints.original_keys import GROUPS, SQUEEZED, Modules, Piece, Sizes, below, renamed
+from sdjax.checkpoints import config_fields, mapping
+from sdjax.checkpoints.config_fields import Field
+from sdjax.checkpoints.mapping import (
+    SAME,
+    Modules,
+    Row,
+    Shapes,
+    Table,
+    at,
+    below,
+    conv,
+    embedding,
+    norm,
+    renamed,
+)
+from sdjax.checkpoints.networks.blocks import ATTENTION_ALIASES, ATTENTION_BLOCK
+from sdjax.checkpoints.original_keys import GROUPS, SQUEEZED, Piece, Sizes
 from sdjax.models.autoencoder import AutoencoderConfig, VQConfig, autoencoder_of
 
 CLASS_NAME, VQ_CLASS_NAME = "AutoencoderKL", "VQModel"
@@ -41,13 +55,6 @@ FIELDS = (
 )
 
 RESBLOCK = (*norm("norm1"), *conv("conv1"), *norm("norm2"), *conv("conv2"), *conv("conv_shortcut"))
-ATTENTION = (*layer("to_q"), *layer("to_k"), *layer("to_v"), *layer("to_out", "to_out.0"))
-ATTENTION_BLOCK = (*norm("group_norm"), *(Row(f"attention/{row.ours}", row.theirs, row.kind) for row in ATTENTION))
-# What diffusers called the attention's layers before 0.17; the published SD 1, SD 2 and LDM folders still say so.
-ATTENTION_ALIASES = tuple(
-    (rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.")
-    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
-)
 MID_BLOCK = (*at("resnets_*", "resnets.*", RESBLOCK), *at("attentions_*", "attentions.*", ATTENTION_BLOCK))
 
 
@@ -88,17 +95,17 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "vae/config.js
     Raises:
         UserError: a value asks for a structure that the autoencoders here do not have.
     """
-    mapping.check(config, ALLOWED, place)
-    channels = mapping.integers(config, "block_out_channels", (64,), 0, place)
+    config_fields.check(config, ALLOWED, place)
+    channels = config_fields.integers(config, "block_out_channels", (64,), 0, place)
     sides = (("down_block_types", DOWN, [DOWN[False]]), ("up_block_types", UP, [UP[False]]))
-    attends = mapping.attention_levels(config, sides, len(channels), place)
+    attends = config_fields.attention_levels(config, sides, len(channels), place)
     is_vq = config.get("_class_name") == VQ_CLASS_NAME
-    width = mapping.integer(config, "latent_channels", 3 if is_vq else 4, place)
+    width = config_fields.integer(config, "latent_channels", 3 if is_vq else 4, place)
     if config.get("vq_embed_dim") not in (None, width):
-        raise mapping.unsupported(config, "vq_embed_dim", place, f"latent_channels, which is {width}")
-    sizes = mapping.read_fields(config, FIELDS, place)
-    mapping.check_groups(sizes["groups"], channels, place)
-    codes = {"codes": mapping.integer(config, "num_vq_embeddings", 256, place)} if is_vq else {}
+        raise config_fields.unsupported(config, "vq_embed_dim", place, f"latent_channels, which is {width}")
+    sizes = config_fields.read_fields(config, FIELDS, place)
+    config_fields.check_groups(sizes["groups"], channels, place)
+    codes = {"codes": config_fields.integer(config, "num_vq_embeddings", 256, place)} if is_vq else {}
     return (VQConfig if is_vq else AutoencoderConfig)(
         channels=channels,
         latent_channels=width,
@@ -112,7 +119,7 @@ def to_diffusers_config(config: AutoencoderConfig) -> dict[str, Any]:
     """The config.json of an autoencoder, without what the sizes do not say (`sample_size`, `force_upcast`)."""
     attends = [level in config.attention_levels for level in range(len(config.channels))]
     found = {
-        **mapping.write_fields(config, FIELDS),
+        **config_fields.write_fields(config, FIELDS),
         "_class_name": CLASS_NAME,
         "act_fn": "silu",
         "block_out_channels": list(config.channels),
@@ -172,7 +179,7 @@ def original_config(found: Shapes, scaling_factor: float, place: object) -> Auto
     sizes = Sizes(found, place)
     levels = range(max(sizes.count("encoder.down"), 1))
     channels = tuple(sizes.axis(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in levels)
-    mapping.check_groups(GROUPS, channels, str(place))
+    config_fields.check_groups(GROUPS, channels, str(place))
     codes = {"codes": sizes.axis(CODEBOOK, 0)} if CODEBOOK in sizes else {}
     return (VQConfig if codes else AutoencoderConfig)(
         channels=channels,

@@ -12,9 +12,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sdjax.checkpoints import mapping
-from sdjax.checkpoints.mapping import Field, Shapes, Table, at, embedding, layer, norm
-from sdjax.checkpoints.original_keys import TRANSPOSED, Piece, Sizes, renamed
+from sdjax.checkpoints import config_fields, mapping
+from sdjax.checkpoints.config_fields import Field
+from sdjax.checkpoints.mapping import Shapes, Table, at, embedding, layer, norm, renamed
+from sdjax.checkpoints.networks.blocks import TRANSFORMER_LAYER
+from sdjax.checkpoints.original_keys import TRANSPOSED, Piece, Sizes
 from sdjax.core.errors import UserError
 from sdjax.models.clip import ACTIVATIONS, CLIPText, CLIPTextConfig
 
@@ -36,22 +38,11 @@ FIELDS = (
 )
 VOCABULARY = 49408  # single files hold no tokenizer, so theirs is CLIP's own
 
-LAYER = (
-    *norm("layer_norm1"),
-    *layer("self_attn/to_q", "self_attn.q_proj"),
-    *layer("self_attn/to_k", "self_attn.k_proj"),
-    *layer("self_attn/to_v", "self_attn.v_proj"),
-    *layer("self_attn/to_out", "self_attn.out_proj"),
-    *norm("layer_norm2"),
-    *layer("fc1", "mlp.fc1"),
-    *layer("fc2", "mlp.fc2"),
-)
-
 TABLE = Table(
     rows=(
         *embedding("token_embedding", "text_model.embeddings.token_embedding"),
         *embedding("position_embedding", "text_model.embeddings.position_embedding"),
-        *at("layers_*", "text_model.encoder.layers.*", LAYER),
+        *at("layers_*", "text_model.encoder.layers.*", TRANSFORMER_LAYER),
         *norm("final_layer_norm", "text_model.final_layer_norm"),
         *layer("text_projection"),
     ),
@@ -74,17 +65,19 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "text_encoder/
     Raises:
         UserError: a value asks for a structure that `CLIPText` does not have.
     """
-    mapping.check(config, ALLOWED, place)
+    config_fields.check(config, ALLOWED, place)
     architectures = config.get("architectures") or [PLAIN]
     if architectures not in ([PLAIN], [PROJECTED]):
-        raise mapping.unsupported(config, "architectures", place, f"{[PLAIN]} or {[PROJECTED]}")
-    sizes = mapping.read_fields(config, FIELDS, place)
+        raise config_fields.unsupported(config, "architectures", place, f"{[PLAIN]} or {[PROJECTED]}")
+    sizes = config_fields.read_fields(config, FIELDS, place)
     if sizes["width"] % sizes["heads"]:
-        raise mapping.unsupported(config, "num_attention_heads", place, f"a divisor of hidden_size {sizes['width']}")
+        raise config_fields.unsupported(
+            config, "num_attention_heads", place, f"a divisor of hidden_size {sizes['width']}"
+        )
     eos = config.get("eos_token_id", 49407)
     if type(eos) is not int:
-        raise mapping.unsupported(config, "eos_token_id", place, "an integer")
-    projection = mapping.integer(config, "projection_dim", 512, place) if architectures == [PROJECTED] else None
+        raise config_fields.unsupported(config, "eos_token_id", place, "an integer")
+    projection = config_fields.integer(config, "projection_dim", 512, place) if architectures == [PROJECTED] else None
     return CLIPTextConfig(projection_dim=projection, eos_token_id=eos, **sizes)
 
 
@@ -92,7 +85,7 @@ def to_diffusers_config(config: CLIPTextConfig) -> dict[str, Any]:
     """The config.json of a text encoder."""
     projected = config.projection_dim is not None
     return ({"projection_dim": config.projection_dim} if projected else {}) | {
-        **mapping.write_fields(config, FIELDS),
+        **config_fields.write_fields(config, FIELDS),
         "architectures": [PROJECTED if projected else PLAIN],
         "eos_token_id": config.eos_token_id,
         "layer_norm_eps": 1e-5,

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sdjax.checkpoints import mapping
-from sdjax.checkpoints.mapping import CONV, SAME, Field, Row, Table, at, embedding, layer, norm
-from sdjax.checkpoints.networks.clip import LAYER
+from sdjax.checkpoints import config_fields, mapping
+from sdjax.checkpoints.config_fields import Field
+from sdjax.checkpoints.mapping import CONV, SAME, Row, Table, at, embedding, layer, norm
+from sdjax.checkpoints.networks.blocks import TRANSFORMER_LAYER
 from sdjax.models.clip_image import CLIPImage, CLIPImageConfig
 
 ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -34,7 +35,7 @@ TABLE = Table(
         Row("patch_embedding/kernel", "vision_model.embeddings.patch_embedding.weight", CONV),
         *embedding("position_embedding", "vision_model.embeddings.position_embedding"),
         *norm("pre_layrnorm", "vision_model.pre_layrnorm"),
-        *at("layers_*", "vision_model.encoder.layers.*", LAYER),
+        *at("layers_*", "vision_model.encoder.layers.*", TRANSFORMER_LAYER),
         *norm("post_layernorm", "vision_model.post_layernorm"),
         *layer("visual_projection"),
     ),
@@ -59,5 +60,5 @@ def from_config(config: Mapping[str, Any], place: str) -> CLIPImageConfig:
     tower = {"projection_dim": config.get("projection_dim", 512), **config.get("vision_config", config)}
     if "vision_config" in config:
         tower["projection_dim"] = config.get("projection_dim", 512)
-    mapping.check(tower, ALLOWED, place)
-    return CLIPImageConfig(**mapping.read_fields(tower, FIELDS, place))
+    config_fields.check(tower, ALLOWED, place)
+    return CLIPImageConfig(**config_fields.read_fields(tower, FIELDS, place))

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sdjax.checkpoints import mapping
-from sdjax.checkpoints.mapping import POINTWISE, Field, Row, Shapes, Table, at, embedding, layer, norm
-from sdjax.checkpoints.original_keys import Piece, Sizes, renamed
+from sdjax.checkpoints import config_fields, mapping
+from sdjax.checkpoints.config_fields import Field
+from sdjax.checkpoints.mapping import POINTWISE, Row, Shapes, Table, at, embedding, layer, norm, renamed
+from sdjax.checkpoints.original_keys import Piece, Sizes
 from sdjax.models.bert import Bert, BertConfig
 from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig, Rescaler, RescalerConfig
 
@@ -85,38 +86,38 @@ def bert_from_config(config: Mapping[str, Any], place: str = "bert/config.json")
     Raises:
         UserError: a value asks for a structure that `Bert` does not have.
     """
-    mapping.check(config, BERT_ALLOWED, place)
-    sizes = BertConfig(**mapping.read_fields(config, BERT_FIELDS, place))
+    config_fields.check(config, BERT_ALLOWED, place)
+    sizes = BertConfig(**config_fields.read_fields(config, BERT_FIELDS, place))
     if config.get("encoder_ffn_dim", 5120) != sizes.feed_forward:
         wanted = f"four times d_model, {sizes.feed_forward}"
-        raise mapping.unsupported(config, "encoder_ffn_dim", place, wanted)
+        raise config_fields.unsupported(config, "encoder_ffn_dim", place, wanted)
     return sizes
 
 
 def bert_to_config(config: BertConfig) -> dict[str, Any]:
     """The config.json of a text encoder."""
     fixed = {"activation_function": "gelu", "architectures": ["LDMBertModel"], "model_type": "ldmbert"}
-    return {**mapping.write_fields(config, BERT_FIELDS), **fixed, "encoder_ffn_dim": config.feed_forward}
+    return {**config_fields.write_fields(config, BERT_FIELDS), **fixed, "encoder_ffn_dim": config.feed_forward}
 
 
 def class_from_config(config: Mapping[str, Any], place: str = "class_embedder/config.json") -> ClassEmbedderConfig:
     """Sizes from a config.json."""
-    return ClassEmbedderConfig(**mapping.read_fields(config, CLASS_FIELDS, place))
+    return ClassEmbedderConfig(**config_fields.read_fields(config, CLASS_FIELDS, place))
 
 
 def class_to_config(config: ClassEmbedderConfig) -> dict[str, Any]:
     """The config.json of a class embedder."""
-    return {"_class_name": "ClassEmbedder", **mapping.write_fields(config, CLASS_FIELDS)}
+    return {"_class_name": "ClassEmbedder", **config_fields.write_fields(config, CLASS_FIELDS)}
 
 
 def rescaler_from_config(config: Mapping[str, Any], place: str = "rescaler/config.json") -> RescalerConfig:
     """Sizes from a config.json."""
-    return RescalerConfig(**mapping.read_fields(config, RESCALER_FIELDS, place))
+    return RescalerConfig(**config_fields.read_fields(config, RESCALER_FIELDS, place))
 
 
 def rescaler_to_config(config: RescalerConfig) -> dict[str, Any]:
     """The config.json of a rescaler."""
-    return {"_class_name": "SpatialRescaler", **mapping.write_fields(config, RESCALER_FIELDS)}
+    return {"_class_name": "SpatialRescaler", **config_fields.write_fields(config, RESCALER_FIELDS)}
 
 
 # In x-transformers attention and feed-forward are layers of their own, in turns.

@@ -6,9 +6,23 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdjax.checkpoints import mapping
-from sdjax.checkpoints.mapping import LINEAR, POINTWISE, Field, Row, Shapes, Table, at, conv, embedding, layer, norm
-from sdjax.checkpoints.original_keys import GROUPS, Heads, Modules, Piece, Sizes, below, renamed
+from sdjax.checkpoints import config_fields, mapping
+from sdjax.checkpoints.config_fields import Field
+from sdjax.checkpoints.mapping import (
+    LINEAR,
+    POINTWISE,
+    Row,
+    Shapes,
+    Table,
+    at,
+    conv,
+    embedding,
+    layer,
+    norm,
+    renamed,
+)
+from sdjax.checkpoints.networks.blocks import EMBEDDING_MLP, RESBLOCK, TRANSFORMER_BLOCK, original_modules
+from sdjax.checkpoints.original_keys import GROUPS, Heads, Piece, Sizes
 from sdjax.core.errors import UserError
 from sdjax.models.unet import UNet, UNetConfig
 
@@ -54,26 +68,6 @@ FIELDS = (
     Field("out_channels", "out_channels", 4),
     Field("groups", "norm_num_groups", 32),
 )
-
-RESBLOCK = (
-    *norm("norm1"),
-    *conv("conv1"),
-    *layer("time_emb_proj"),
-    *norm("norm2"),
-    *conv("conv2"),
-    *conv("conv_shortcut"),
-)
-ATTENTION = (*layer("to_q"), *layer("to_k"), *layer("to_v"), *layer("to_out", "to_out.0"))
-TRANSFORMER_BLOCK = (
-    *norm("norm1"),
-    *at("attn1", "attn1", ATTENTION),
-    *norm("norm2"),
-    *at("attn2", "attn2", ATTENTION),
-    *norm("norm3"),
-    *layer("ff/proj_in", "ff.net.0.proj"),
-    *layer("ff/proj_out", "ff.net.2"),
-)
-EMBEDDING_MLP = (*layer("linear_1"), *layer("linear_2"), *layer("cond_proj"))
 
 
 def table(config: UNetConfig) -> Table:
@@ -121,35 +115,35 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.j
     Raises:
         UserError: a value asks for a structure that `UNet` does not have.
     """
-    channels = mapping.integers(config, "block_out_channels", DEFAULT_CHANNELS, 0, place)
-    mapping.check(config, ALLOWED | {"time_embedding_dim": (None, 4 * channels[0])}, place)
+    channels = config_fields.integers(config, "block_out_channels", DEFAULT_CHANNELS, 0, place)
+    config_fields.check(config, ALLOWED | {"time_embedding_dim": (None, 4 * channels[0])}, place)
     levels = len(channels)
     sides = (
         ("down_block_types", DOWN, [DOWN[True]] * 3 + [DOWN[False]]),
         ("up_block_types", UP, [UP[False]] + [UP[True]] * 3),
     )
-    crossed = mapping.attention_levels(config, sides, levels, place)
+    crossed = config_fields.attention_levels(config, sides, levels, place)
     depths = _depths(config, crossed, place)
-    heads = mapping.integers(config, "attention_head_dim", 8, levels, place)
+    heads = config_fields.integers(config, "attention_head_dim", 8, levels, place)
     _check_heads(heads, channels, crossed, place)
     equal = {}
     for key, default in (("cross_attention_dim", 1280), ("layers_per_block", 2)):
-        equal[key] = mapping.integers(config, key, default, levels, place)
+        equal[key] = config_fields.integers(config, key, default, levels, place)
         if len(set(equal[key])) > 1:
-            raise mapping.unsupported(config, key, place, "the same at every level")
+            raise config_fields.unsupported(config, key, place, "the same at every level")
     only = config.get("only_cross_attention", False)  # without self-attention; counted from the finest on both sides
     only = [only] * levels if isinstance(only, bool) else only
     if not isinstance(only, list | tuple) or len(only) != levels or any(type(here) is not bool for here in only):
-        raise mapping.unsupported(config, "only_cross_attention", place, f"True or False or {levels} of them")
+        raise config_fields.unsupported(config, "only_cross_attention", place, f"True or False or {levels} of them")
     vector_dim = None
     if config.get("addition_embed_type") is not None:
         if config.get(VECTOR_DIM) is None:
-            raise mapping.unsupported(
+            raise config_fields.unsupported(
                 config, VECTOR_DIM, place, "a positive integer where addition_embed_type is 'text_time'"
             )
-        vector_dim = mapping.integer(config, VECTOR_DIM, 0, place)
-    sizes = mapping.read_fields(config, FIELDS, place)
-    mapping.check_groups(sizes["groups"], channels, place)
+        vector_dim = config_fields.integer(config, VECTOR_DIM, 0, place)
+    sizes = config_fields.read_fields(config, FIELDS, place)
+    config_fields.check_groups(sizes["groups"], channels, place)
     return UNetConfig(
         channels=channels,
         depths=tuple(depth if here else 0 for depth, here in zip(depths, crossed, strict=True)),
@@ -166,7 +160,7 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.j
 def _check_heads(heads: Sequence[int], channels: Sequence[int], crossed: Sequence[bool], place: object) -> None:
     if any(c % h for c, h, here in zip(channels, heads, (*crossed[:-1], True), strict=True) if here):
         key, wanted = "attention_head_dim", f"divisors of the channels {list(channels)}"
-        raise mapping.unsupported({key: list(heads)}, key, str(place), wanted)
+        raise config_fields.unsupported({key: list(heads)}, key, str(place), wanted)
 
 
 def _depths(config: Mapping[str, Any], crossed: Sequence[bool], place: str) -> tuple[int, ...]:
@@ -176,9 +170,9 @@ def _depths(config: Mapping[str, Any], crossed: Sequence[bool], place: str) -> t
     if isinstance(said, list | tuple) and len(said) == len(crossed):
         used = [*crossed[:-1], True]
         said = [depth if here or depth != 0 else 1 for depth, here in zip(said, used, strict=True)]
-    depths = mapping.integers({**config, key: said}, key, 1, len(crossed), place)
+    depths = config_fields.integers({**config, key: said}, key, 1, len(crossed), place)
     if config.get(mirrored) not in (None, list(reversed(depths))):
-        raise mapping.unsupported(config, mirrored, place, f"None or the mirror image of {key}")
+        raise config_fields.unsupported(config, mirrored, place, f"None or the mirror image of {key}")
     return depths
 
 
@@ -199,7 +193,7 @@ def to_diffusers_config(config: UNetConfig) -> dict[str, Any]:
         added["only_cross_attention"] = [level in config.cross_only for level in range(len(crossed))]
     return {
         **added,
-        **mapping.write_fields(config, FIELDS),
+        **config_fields.write_fields(config, FIELDS),
         "_class_name": CLASS_NAME,
         "attention_head_dim": list(config.heads),
         "block_out_channels": list(config.channels),
@@ -210,57 +204,6 @@ def to_diffusers_config(config: UNetConfig) -> dict[str, Any]:
         "transformer_layers_per_block": [depth or 1 for depth in config.depths[:-1]] + [config.mid_depth],
         "up_block_types": [UP[here] for here in reversed(crossed)],
     }
-
-
-ORIGINAL_RESBLOCK = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-ORIGINAL_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "class_embedding": "label_emb",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-
-
-def original_modules(attends: Sequence[bool], layers: int, attention: Modules | None = None) -> Modules:
-    """The original name of every module of a UNet (CompVis/latent-diffusion openaimodel.py).
-
-    Args:
-        attends: whether each level, the finest first, has attention; it shifts the number of the upsampler.
-        layers: residual blocks a level on the way down.
-        attention: the names within attention, where they are not diffusers'.
-    """
-    levels, modules = len(attends), dict(ORIGINAL_ENDS)
-
-    def add(theirs: str, ours: str, attends: bool = True) -> None:
-        modules.update(below(theirs.format("resnets"), f"{ours}.0", ORIGINAL_RESBLOCK))
-        if attends:
-            name = theirs.format("attentions")
-            modules.update({name: f"{ours}.1"} if attention is None else below(name, f"{ours}.1", attention))
-
-    add("mid_block.{}.0", "middle_block")
-    modules |= below("mid_block.resnets.1", "middle_block.2", ORIGINAL_RESBLOCK)
-    for i in range(levels):
-        for j in range(layers):
-            add(f"down_blocks.{i}.{{}}.{j}", f"input_blocks.{1 + i * (layers + 1) + j}", attends[i])
-        for j in range(layers + 1):
-            add(f"up_blocks.{i}.{{}}.{j}", f"output_blocks.{i * (layers + 1) + j}", attends[levels - 1 - i])
-        down = f"input_blocks.{(i + 1) * (layers + 1)}.0"
-        up = f"output_blocks.{i * (layers + 1) + layers}.{1 + attends[levels - 1 - i]}"
-        for theirs, ours, conv_name in (("down", down, "op"), ("up", up, "conv")):
-            sampler = f"{theirs}_blocks.{i}.{theirs}samplers.0"
-            modules |= below(sampler, ours, ORIGINAL_RESBLOCK | {"conv": conv_name})
-    return modules
 
 
 def pieces(config: UNetConfig) -> dict[str, Piece]:
@@ -290,7 +233,7 @@ def original_config(found: Shapes, heads: Heads, place: object) -> UNetConfig:
     mid_depth = sizes.count("middle_block.1.transformer_blocks")
     if depths[-1] not in (0, mid_depth) or mid_depth == 0:
         raise UserError(f"{place} has depths {list(depths)} and {mid_depth} in the middle, which is not supported")
-    mapping.check_groups(GROUPS, channels, str(place))
+    config_fields.check_groups(GROUPS, channels, str(place))
     found_heads = tuple(map(heads.of, channels))
     _check_heads(found_heads, channels, depths, place)
     classes = sizes.axis("label_emb.weight", 0) if "label_emb.weight" in sizes else None

@@ -12,11 +12,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sdjax.checkpoints import mapping
-from sdjax.checkpoints.mapping import SAME, Field, Row, Shapes, Table, at, conv, embedding, layer, norm
-from sdjax.checkpoints.networks.autoencoder import ATTENTION_ALIASES, ATTENTION_BLOCK
-from sdjax.checkpoints.networks.unet import EMBEDDING_MLP, RESBLOCK, original_modules
-from sdjax.checkpoints.original_keys import CONV_1D, GROUPS, TRANSPOSED, Heads, Piece, Sizes, renamed
+from sdjax.checkpoints import config_fields, mapping
+from sdjax.checkpoints.config_fields import Field
+from sdjax.checkpoints.mapping import SAME, Row, Shapes, Table, at, conv, embedding, layer, norm, renamed
+from sdjax.checkpoints.networks.blocks import (
+    ATTENTION_ALIASES,
+    ATTENTION_BLOCK,
+    EMBEDDING_MLP,
+    RESBLOCK,
+    original_modules,
+)
+from sdjax.checkpoints.original_keys import CONV_1D, GROUPS, TRANSPOSED, Heads, Piece, Sizes
 from sdjax.core.errors import UserError
 from sdjax.models.adm_classifier import ClassifierConfig, classifier_of
 from sdjax.models.unet2d import UNet2D, UNet2DConfig
@@ -114,22 +120,22 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.j
     Raises:
         UserError: a value asks for a structure that `UNet2D` does not have.
     """
-    mapping.check(config, ALLOWED, place)
-    channels = mapping.integers(config, "block_out_channels", (224, 448, 672, 896), 0, place)
+    config_fields.check(config, ALLOWED, place)
+    channels = config_fields.integers(config, "block_out_channels", (224, 448, 672, 896), 0, place)
     resampled = config.get("downsample_type", "conv")
     if config.get("upsample_type", "conv") != resampled:
-        raise mapping.unsupported(config, "upsample_type", place, f"{resampled!r} as the other")
+        raise config_fields.unsupported(config, "upsample_type", place, f"{resampled!r} as the other")
     updown, default = resampled == "resnet", [level > 0 for level in range(len(channels))]
     sides = (
         ("down_block_types", DOWN[updown], [DOWN[False][here] for here in default]),
         ("up_block_types", UP[updown], [UP[False][here] for here in reversed(default)]),
     )
-    attends = mapping.attention_levels(config, sides, len(channels), place)
+    attends = config_fields.attention_levels(config, sides, len(channels), place)
     wide = config.get("attention_head_dim", 8)
     if wide is not None and (type(wide) is not int or wide < 1):
-        raise mapping.unsupported(config, "attention_head_dim", place, "a positive integer or null")
-    sizes = mapping.read_fields(config, FIELDS, place)
-    mapping.check_groups(sizes["groups"], channels, place)
+        raise config_fields.unsupported(config, "attention_head_dim", place, "a positive integer or null")
+    sizes = config_fields.read_fields(config, FIELDS, place)
+    config_fields.check_groups(sizes["groups"], channels, place)
     return UNet2DConfig(
         channels=channels,
         attention_levels=tuple(level for level, here in enumerate(attends) if here),
@@ -157,7 +163,7 @@ def to_diffusers_config(config: UNet2DConfig) -> dict[str, Any]:
     attends = [level in config.attention_levels for level in range(len(config.channels))]
     resample = "resnet" if config.resblock_updown else "conv"
     return {
-        **mapping.write_fields(config, FIELDS),
+        **config_fields.write_fields(config, FIELDS),
         **{key: getattr(config, key) for key in NUMBERS},
         "_class_name": CLASS_NAME,
         "act_fn": "silu",
@@ -197,16 +203,16 @@ def from_config(config: Mapping[str, Any], place: str = "unet/config.json") -> U
     """
     if config.get("_class_name") != OWN_CLASS_NAME:
         return from_diffusers_config(config, place)
-    channels = mapping.integers(config, "channels", (), 0, place)
+    channels = config_fields.integers(config, "channels", (), 0, place)
     levels = config.get("attention_levels", ())
     if not isinstance(levels, list | tuple) or any(level not in range(len(channels)) for level in levels):
-        raise mapping.unsupported(config, "attention_levels", place, f"some of {list(range(len(channels)))}")
-    heads = mapping.integers(config, "heads", (), len(channels), place)
+        raise config_fields.unsupported(config, "attention_levels", place, f"some of {list(range(len(channels)))}")
+    heads = config_fields.integers(config, "heads", (), len(channels), place)
     if any(channels[level] % heads[level] for level in (*levels, len(channels) - 1)):
-        raise mapping.unsupported(config, "heads", place, f"divisors of {list(channels)}")
-    mapping.check(config, {key: ALLOWED[key] for key in NUMBERS}, place)
-    sizes = mapping.read_fields(config, OWN_FIELDS, place)
-    mapping.check_groups(sizes["groups"], channels, place)
+        raise config_fields.unsupported(config, "heads", place, f"divisors of {list(channels)}")
+    config_fields.check(config, {key: ALLOWED[key] for key in NUMBERS}, place)
+    sizes = config_fields.read_fields(config, OWN_FIELDS, place)
+    config_fields.check_groups(sizes["groups"], channels, place)
     sizes |= {key: config.get(key, ALLOWED[key][0]) for key in NUMBERS}
     return UNet2DConfig(channels=channels, attention_levels=tuple(levels), heads=heads, **sizes)
 

@@ -13,13 +13,13 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
-from sdjax.checkpoints.mapping import Stored, finite
+from sdjax.checkpoints.mapping import Writable, finite
 from sdjax.core.errors import UserError
 
 NAMES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -31,13 +31,6 @@ MAX_HEADER = 100_000_000  # what the reference reader accepts
 SMALL_HEADER = 2**18
 MAX_RANK, MAX_SIZE = 32, 2**48  # more than any tensor has of axes and of elements, and less than makes arithmetic slow
 METADATA = {"format": "pt", "writer": "sdjax"}
-
-
-class Writable(Stored, Protocol):
-    """An array or a promise of one, whose type is known."""
-
-    @property
-    def dtype(self) -> np.dtype: ...
 
 
 @dataclass(frozen=True)

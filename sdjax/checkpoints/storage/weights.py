@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
-from sdjax.checkpoints.storage.safetensors import Writable, read_metadata, read_safetensors, read_sharded
+from sdjax.checkpoints.mapping import Writable
+from sdjax.checkpoints.storage.safetensors import read_metadata, read_safetensors, read_sharded
 from sdjax.core.errors import UserError
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")

@@ -1,0 +1,4 @@
+"""Kinds of checkpoints."""
+
+STABLE_DIFFUSION, LDM, PIXELS = "stable_diffusion", "ldm", "pixels"
+"""The kinds of checkpoints: Stable Diffusion's family, the LDM paper's other models, models of pixels."""
