@@ -49,7 +49,7 @@ from sdjax.core.compilation import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.flags import PROCESSES, define_processes, parse_flags
-from sdjax.data.pictures import to_uint8
+from sdjax.data.images import to_uint8
 from sdjax.parallel.distributed import agreed, end_by_signals, initialise, is_first, is_mine, run_together, sync
 from sdjax.parallel.mesh import make_mesh
 from sdjax.pipeline.options import LOAD_OPTIONS, OPTIONS, help_of, parse_value

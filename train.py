@@ -24,7 +24,7 @@ from sdjax.core.config import EXPORT, Config
 from sdjax.core.flags import define_processes, processes
 from sdjax.core.scripts import command_line, load_config, require
 from sdjax.core.tree import merge
-from sdjax.data import checking
+from sdjax.data.sources import validate
 from sdjax.parallel.batches import put_batch
 from sdjax.parallel.distributed import initialise, run_together
 from sdjax.parallel.mesh import make_mesh
@@ -54,7 +54,7 @@ def main() -> None:
     values = command_line(__doc__, define_flags, define_processes)
     config = require(values, "config")
     if values["check_data"].value:
-        raise SystemExit(2 if checking.report(config.data.source) else 0)
+        raise SystemExit(2 if validate.report(config.data.source) else 0)
     workdir = require(values, "workdir")
     keep_compiled()
     initialise(**processes(values))

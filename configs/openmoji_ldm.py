@@ -32,7 +32,7 @@ VARIANTS = {
     "super_resolution": ("super_resolution", "openmoji", 128),
     "inpainting": ("inpainting", "openmoji", 64),
 }
-# Of `sdjax.data.openmoji_parts`: groups, shapes of scenes, colours of the palette.
+# Of `sdjax.data.sources.openmoji_parts`: groups, shapes of scenes, colours of the palette.
 GROUPS, SHAPES, COLORS = 10, 21, 28
 FIRST_STAGE = "configs/autoencoders.py:openmoji_kl"
 
@@ -99,7 +99,7 @@ def of_openmoji(config: Config, name: str) -> Config:
         config.model.bert.vocab_size = 64  # a grid of 8 x 8 points, each of which is seen often enough
     elif name == "captions":
         config.model.bert.vocab_size = 4096
-        config.model.tokenizer = "sdjax/data/openmoji_words"
+        config.model.tokenizer = "sdjax/assets/openmoji_words"
     elif name == "regions":
         config.model.rescaler.classes = COLORS
     elif name == "super_resolution":

@@ -32,10 +32,11 @@ from sdjax.core.errors import UserError, unknown
 from sdjax.core.flags import define_processes, parse_flags, processes
 from sdjax.core.scripts import require
 from sdjax.core.tree import Params
-from sdjax.data import buckets, sources
 from sdjax.data.loader import Shard
-from sdjax.data.prepared_writer import PreparedWriter, Range, Row
-from sdjax.data.tokenizers import Tokenizer
+from sdjax.data.prepared.writer import PreparedWriter, Range, Row
+from sdjax.data.sources import open as sources
+from sdjax.data.text.tokenizers import Tokenizer
+from sdjax.data.transforms import buckets
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
 from sdjax.parallel.batches import local_mesh, put_batch, whole_placer
 from sdjax.parallel.distributed import end_by_signals, initialise, run_together, sync
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
-    """Writes what `sdjax.data.prepared.PreparedSource` reads.
+    """Writes what `sdjax.data.prepared.dataset.PreparedSource` reads.
 
     Args:
         config: of prepared latents; its `data` says of which pictures, and how they are cut.

@@ -15,8 +15,8 @@ from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree
-from sdjax.data.tokenizers import Tokenizer, load_tokenizer, with_placeholders
-from sdjax.data.word_pieces import read_vocabulary, write_vocabulary
+from sdjax.data.text.tokenizers import Tokenizer, load_tokenizer, with_placeholders
+from sdjax.data.text.word_pieces import read_vocabulary, write_vocabulary
 from sdjax.models.unet2d import UNet2DConfig
 
 

@@ -13,10 +13,11 @@ from sdjax.checkpoints.mapping import Stored, Table, read
 from sdjax.checkpoints.networks import inception, perceptual
 from sdjax.checkpoints.storage.safetensors import read_safetensors
 from sdjax.checkpoints.storage.weights import read_file
+from sdjax.core.assets import ASSETS
 from sdjax.core.errors import UserError
 
 FOLDER = "SDJAX_WEIGHTS"
-LINEAR = Path(__file__).parents[1] / "data" / "lpips" / "vgg.safetensors"
+LINEAR = ASSETS / "lpips" / "vgg.safetensors"
 
 
 class Published(NamedTuple):

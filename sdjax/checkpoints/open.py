@@ -37,8 +37,8 @@ from sdjax.checkpoints.mapping import Placer
 from sdjax.checkpoints.storage.safetensors import read_json, read_weight_map
 from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, candidates, read_file, read_pickle
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.textual_inversion import fit, read_embedding
-from sdjax.data.word_pieces import FILE
+from sdjax.data.text.textual_inversion import fit, read_embedding
+from sdjax.data.text.word_pieces import FILE
 from sdjax.models.clip import extend_vocabulary
 
 WEIGHTS = (".safetensors", *SUFFIXES)

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.pictures import tile
+from sdjax.data.images import tile
 from sdjax.pipeline.options import OPTIONS as TABLE
 from sdjax.pipeline.options import check_value, parse_number, parse_value
 

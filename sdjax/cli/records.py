@@ -20,7 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.pictures import UNREADABLE
+from sdjax.data.images import UNREADABLE
 from sdjax.pipeline.options import LOAD_OPTIONS, OPTIONS, Option, Pair
 
 # The text chunk that holds the record as JSON, word for word.

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Int
 
 from sdjax.core.errors import UserError
-from sdjax.data.examples import Source
 from sdjax.data.loader import Loader, Reading, Shard, Transform, rows_of_each, transformed
+from sdjax.data.sources.base import Source
 
 
 def bucketed(

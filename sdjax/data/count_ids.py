@@ -28,10 +28,10 @@ from tqdm import tqdm
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
 from sdjax.data.bucketed import bucketed
-from sdjax.data.buckets import assign, table, without_small
-from sdjax.data.examples import Pictures
 from sdjax.data.loader import Loader, Shard, loader
-from sdjax.data.sources import source
+from sdjax.data.sources.base import Pictures
+from sdjax.data.sources.open import source
+from sdjax.data.transforms.buckets import assign, table, without_small
 
 
 class Counts(NamedTuple):

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
 from sdjax.core.errors import UserError
-from sdjax.data.pictures import FORMATS, MAX_PIXELS, UNREADABLE, on_white, picture_size, read_picture
+from sdjax.data.images import FORMATS, MAX_PIXELS, UNREADABLE, on_white, picture_size, read_picture
 
 ImageInput = str | Path | Image.Image | np.ndarray
 """A file, or an image in memory."""

@@ -14,7 +14,7 @@ import grain
 from absl import flags
 
 from sdjax.core.errors import UserError
-from sdjax.data.examples import Source
+from sdjax.data.sources.base import Source
 
 Transform = grain.transforms.Map | grain.transforms.RandomMap
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
-from sdjax.data.tokenizers import Tokenizer
-from sdjax.data.word_pieces import WordPieces
+from sdjax.data.text.tokenizers import Tokenizer
+from sdjax.data.text.word_pieces import WordPieces
 from sdjax.diffusion.denoise import Denoise, Network
 from sdjax.models.conditioning import Cond
 

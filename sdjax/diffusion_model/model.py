@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sdjax.checkpoints.checkpoint import TOKENIZERS, Checkpoint
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.tree import Params
-from sdjax.data.tokenizers import Tokenizer
+from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.diffusion.denoise import check_prediction
 from sdjax.diffusion_model.conditioner import Combined, Conditioner
 from sdjax.diffusion_model.conditioners import CONDITIONERS, TEXT

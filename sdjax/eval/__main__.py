@@ -31,9 +31,9 @@ from sdjax.core.compilation import keep_compiled
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
 from sdjax.core.scripts import require
-from sdjax.data.examples import Pictures
-from sdjax.data.plain_folder import PlainFolder
-from sdjax.data.sources import source
+from sdjax.data.sources.base import Pictures
+from sdjax.data.sources.open import source
+from sdjax.data.sources.plain_folder import PlainFolder
 from sdjax.eval.bits import bits
 from sdjax.eval.checkpoint import evaluate
 from sdjax.eval.comparison import METRICS, Options, Real, chosen, compare, read_statistics

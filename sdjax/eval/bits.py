@@ -16,8 +16,8 @@ from sdjax.checkpoints.layouts.diffusers import read_component
 from sdjax.checkpoints.storage.safetensors import read_json
 from sdjax.core.errors import UserError
 from sdjax.core.prng import stream
-from sdjax.data.examples import Pictures
-from sdjax.data.transforms import adm_square
+from sdjax.data.sources.base import Pictures
+from sdjax.data.transforms.images import adm_square
 from sdjax.diffusion.bound import VARIANCES, bits_per_dimension
 from sdjax.diffusion.samplers import schedule_of
 from sdjax.models.conditioning import apply

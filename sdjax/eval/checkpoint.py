@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import sdjax
 from sdjax.core.config import Config
-from sdjax.data.sources import Source, source
+from sdjax.data.sources.open import Source, source
 from sdjax.eval.reconstruction import reconstruction_psnr
 from sdjax.eval.retrieval import features, retrieval
 

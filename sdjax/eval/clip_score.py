@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from sdjax.checkpoints.clip_pair import CLIPPair
 from sdjax.core.errors import UserError
-from sdjax.data.examples import Pictures
-from sdjax.data.tokenizers import load_tokenizer
+from sdjax.data.sources.base import Pictures
+from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.models.clip import CLIPText
 from sdjax.models.clip_image import MEAN, STD, CLIPImage
 from sdjax.models.conditioning import apply

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 from sdjax.checkpoints import metric_weights
 from sdjax.checkpoints.clip_pair import find_clip, missing_clip, read_clip
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.examples import Pictures
-from sdjax.data.plain_folder import PlainFolder
-from sdjax.data.transforms import square
+from sdjax.data.sources.base import Pictures
+from sdjax.data.sources.plain_folder import PlainFolder
+from sdjax.data.transforms.images import square
 from sdjax.eval.clip_score import captions_of, clip_score
 from sdjax.eval.features import Arrays, identity, inception_features, kept
 from sdjax.eval.frechet import Gaussian, frechet_distance, gaussian

@@ -15,8 +15,8 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from sdjax.checkpoints import metric_weights
-from sdjax.data.examples import Pictures
-from sdjax.data.transforms import square
+from sdjax.data.sources.base import Pictures
+from sdjax.data.transforms.images import square
 from sdjax.models.conditioning import apply
 from sdjax.models.inception import Inception
 from sdjax.parallel.batches import local_mesh, put_batch

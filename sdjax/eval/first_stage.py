@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from sdjax.checkpoints.layouts.diffusers import read_component
 from sdjax.core.errors import UserError
-from sdjax.data.examples import Example, Pictures
-from sdjax.data.pictures import to_uint8
-from sdjax.data.transforms import square
+from sdjax.data.images import to_uint8
+from sdjax.data.sources.base import Example, Pictures
+from sdjax.data.transforms.images import square
 from sdjax.eval.comparison import METRICS, Figures, Options, Real, compare
 from sdjax.models import quantize
 from sdjax.models.autoencoder import AnyAutoencoder, VQAutoencoder, autoencoder_of

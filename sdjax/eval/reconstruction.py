@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sdjax.core.tree import Tree
-from sdjax.data.sources import Source
+from sdjax.data.sources.open import Source
 from sdjax.eval.similarity import psnr
 from sdjax.models.autoencoder import AnyAutoencoder
 from sdjax.tasks.autoencoder import reconstruct

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sdjax.data.examples import Example, Pictures
+from sdjax.data.sources.base import Example, Pictures
 
 
 class Evenly:

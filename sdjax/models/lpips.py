@@ -16,7 +16,7 @@ EPS = 1e-10
 class LPIPS(nn.Module):
     """The distance of pictures in [-1, 1]: weighted squared differences of activations of unit length, over all taps.
 
-    The weights, "linear_<tap>", are not negative; they are part of this package (`sdjax/data/lpips`).
+    The weights, "linear_<tap>", are not negative; they are part of this package (`sdjax/assets/lpips`).
     """
 
     def setup(self) -> None:

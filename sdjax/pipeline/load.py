@@ -19,8 +19,8 @@ from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae,
 from sdjax.core.config import EXPORT
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
-from sdjax.data.tokenizers import Tokenizer
-from sdjax.data.word_pieces import WordPieces, load_word_pieces
+from sdjax.data.text.tokenizers import Tokenizer
+from sdjax.data.text.word_pieces import WordPieces, load_word_pieces
 from sdjax.diffusion_model.conditioners import TEXT
 from sdjax.diffusion_model.conditioners.guides import CLASSIFIER
 from sdjax.diffusion_model.conditioners.tokens import BERT

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from sdjax.checkpoints.checkpoint import Checkpoint
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.core.errors import UserError
-from sdjax.data.tokenizers import Tokenizer
+from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.diffusion_model.conditioner import Host
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import BACKBONE, DiffusionModel

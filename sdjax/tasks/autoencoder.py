@@ -28,9 +28,10 @@ from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream
 from sdjax.core.tree import Params, Tree, flatten, unflatten
-from sdjax.data import sources, transforms
+from sdjax.data.images import tile, to_uint8
 from sdjax.data.loader import Loader
-from sdjax.data.pictures import tile, to_uint8
+from sdjax.data.sources import open as sources
+from sdjax.data.transforms import images as transforms
 from sdjax.diffusion_model.model import AUTOENCODER as VAE
 from sdjax.models import quantize
 from sdjax.models.autoencoder import VARIANTS, AnyAutoencoder, Autoencoder, Posterior, Quantized, autoencoder_of

@@ -11,8 +11,9 @@ from jaxtyping import Array
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.partition import constrain
-from sdjax.data import crops, sources
 from sdjax.data.loader import Loader, Reading, Shard, Transform, loader
+from sdjax.data.sources import open as sources
+from sdjax.data.transforms import crops
 from sdjax.parallel.batches import rows_of_process
 
 

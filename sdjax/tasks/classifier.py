@@ -25,9 +25,11 @@ from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Params
-from sdjax.data import crops, sources, transforms
+from sdjax.data.images import tile
 from sdjax.data.loader import Loader
-from sdjax.data.pictures import tile
+from sdjax.data.sources import open as sources
+from sdjax.data.transforms import crops
+from sdjax.data.transforms import images as transforms
 from sdjax.diffusion.denoise import q_sample
 from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import schedule_of

@@ -16,12 +16,12 @@ from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
-from sdjax.data.condition_transforms import Layout, TokenizeWords
-from sdjax.data.degradation import LowResolution
-from sdjax.data.masks import RandomMask
-from sdjax.data.tokenizers import Tokenizer, load_tokenizer
-from sdjax.data.transforms import InRange, OfShape
-from sdjax.data.word_pieces import load_word_pieces
+from sdjax.data.text.tokenizers import Tokenizer, load_tokenizer
+from sdjax.data.text.word_pieces import load_word_pieces
+from sdjax.data.transforms.conditions import Layout, TokenizeWords
+from sdjax.data.transforms.degradation import LowResolution
+from sdjax.data.transforms.images import InRange, OfShape
+from sdjax.data.transforms.masks import RandomMask
 from sdjax.diffusion_model.conditioner import Columns, Conditioner
 from sdjax.diffusion_model.conditioners import TEXT
 from sdjax.diffusion_model.conditioners.class_label import LABEL, BackboneClassConditioner, ClassConditioner

@@ -31,8 +31,8 @@ from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Params
-from sdjax.data import sources
 from sdjax.data.loader import Loader
+from sdjax.data.sources import open as sources
 from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion.loss import hybrid_loss, posterior_tables
 from sdjax.diffusion_model.conditioner import Columns, Conditioner

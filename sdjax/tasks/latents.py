@@ -16,11 +16,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.tree import Params
-from sdjax.data import sources, transforms
 from sdjax.data.bucketed import bucketed
 from sdjax.data.loader import Loader
-from sdjax.data.prepared import PreparedSource
-from sdjax.data.transforms import Select
+from sdjax.data.prepared.dataset import PreparedSource
+from sdjax.data.sources import open as sources
+from sdjax.data.transforms import images as transforms
+from sdjax.data.transforms.images import Select
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
 from sdjax.models.autoencoder import posterior

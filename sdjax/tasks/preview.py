@@ -13,9 +13,11 @@ from jaxtyping import Array, Float, Key, UInt8
 from sdjax.core.config import Config
 from sdjax.core.prng import image_keys
 from sdjax.core.tree import Params
-from sdjax.data import crops, sources, transforms
 from sdjax.data.image_inputs import paste_back
-from sdjax.data.pictures import tile, to_uint8
+from sdjax.data.images import tile, to_uint8
+from sdjax.data.sources import open as sources
+from sdjax.data.transforms import crops
+from sdjax.data.transforms import images as transforms
 from sdjax.diffusion.samplers import Table, batched, first_noise, table_for
 from sdjax.diffusion_model import sampling
 from sdjax.diffusion_model.conditioner import Columns, Host

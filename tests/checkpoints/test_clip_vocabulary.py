@@ -9,7 +9,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
-from sdjax.data.tokenizers import load_tokenizer
+from sdjax.data.text.tokenizers import load_tokenizer
 
 TEXTS = [
     "a photo of a cat",

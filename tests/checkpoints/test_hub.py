@@ -25,8 +25,8 @@ from sdjax.checkpoints.layouts.diffusers import read_folder, write_checkpoint
 from sdjax.checkpoints.open import resolve
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
-from sdjax.data.tokenizer_training import train_word_pieces
-from sdjax.data.word_pieces import load_word_pieces
+from sdjax.data.text.tokenizer_training import train_word_pieces
+from sdjax.data.text.word_pieces import load_word_pieces
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.bert import BertConfig
 from sdjax.models.unet import UNetConfig

@@ -28,7 +28,7 @@ from sdjax.checkpoints.original_keys import outward
 from sdjax.checkpoints.storage.safetensors import write_safetensors
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
-from sdjax.data.tokenizer_training import train_word_pieces
+from sdjax.data.text.tokenizer_training import train_word_pieces
 from sdjax.diffusion_model.model import build_model
 from sdjax.models.adm_classifier import ClassifierConfig
 from sdjax.models.autoencoder import VARIANTS as FIRST_STAGES

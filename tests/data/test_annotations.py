@@ -11,11 +11,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data.examples import classes_of
-from sdjax.data.sources import source
-from sdjax.data.tfds_annotations import annotated
-from sdjax.data.tfds_source import TfdsSource
-from sdjax.data.transforms import Flip, InRange, OfShape, Square
+from sdjax.data.sources.base import classes_of
+from sdjax.data.sources.open import source
+from sdjax.data.sources.tfds import TfdsSource
+from sdjax.data.sources.tfds_annotations import annotated
+from sdjax.data.transforms.images import Flip, InRange, OfShape, Square
 
 LINES = [
     {"label": "dog", "objects": {"bbox": [[8, 4, 8, 16]], "categories": ["cat"]}, "label_map": "0.map.png"},

@@ -10,8 +10,8 @@ import pytest
 from sdjax.core.errors import UserError
 from sdjax.data.bucketed import Order, bucketed
 from sdjax.data.loader import Reading, Shard
-from sdjax.data.sources import ArraySource
-from sdjax.data.transforms import Flip
+from sdjax.data.sources.open import ArraySource
+from sdjax.data.transforms.images import Flip
 
 COUNTS = {0: 13, 3: 4, 7: 26}
 BUCKETS = np.random.default_rng(0).permutation(np.repeat(list(COUNTS), list(COUNTS.values())))

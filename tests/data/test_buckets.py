@@ -5,8 +5,19 @@ import pytest
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data.buckets import SDXL, Size, ToBucket, assign, cover, nearest, occupied, resize_crop, table, without_small
-from sdjax.data.transforms import Flip
+from sdjax.data.transforms.buckets import (
+    SDXL,
+    Size,
+    ToBucket,
+    assign,
+    cover,
+    nearest,
+    occupied,
+    resize_crop,
+    table,
+    without_small,
+)
+from sdjax.data.transforms.images import Flip
 
 
 def test_sdxl_table_is_the_papers():

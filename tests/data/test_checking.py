@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data import openmoji
-from sdjax.data.array_records import encode
-from sdjax.data.checking import check, report
-from sdjax.data.record_files import write_records
-from sdjax.data.tensors import pack
+from sdjax.data.sources import openmoji
+from sdjax.data.sources.array_records import encode
+from sdjax.data.sources.record_files import write_records
+from sdjax.data.sources.tensors import pack
+from sdjax.data.sources.validate import check, report
 
 
 @pytest.fixture(autouse=True)

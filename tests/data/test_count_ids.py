@@ -15,7 +15,7 @@ from sdjax.core.errors import UserError
 from sdjax.data.bucketed import bucketed
 from sdjax.data.count_ids import count
 from sdjax.data.loader import loader
-from sdjax.data.sources import ArraySource
+from sdjax.data.sources.open import ArraySource
 
 NAMES = np.array([f"picture {i}" for i in range(37)])
 SOURCE = ArraySource({"id": NAMES})

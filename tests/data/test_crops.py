@@ -9,10 +9,10 @@ import pytest
 
 from configs import ldm
 from sdjax.core.errors import UserError
-from sdjax.data.condition_transforms import Layout
-from sdjax.data.crops import RandomSquare, squares, still
-from sdjax.data.layout import LayoutTokens
-from sdjax.data.transforms import Flip, Select
+from sdjax.data.text.box_tokens import LayoutTokens
+from sdjax.data.transforms.conditions import Layout
+from sdjax.data.transforms.crops import RandomSquare, squares, still
+from sdjax.data.transforms.images import Flip, Select
 from sdjax.parallel.mesh import make_mesh
 from sdjax.tasks.base import batches, square_crops
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data.degradation import LowResolution, bsr_light
+from sdjax.data.transforms.degradation import LowResolution, bsr_light
 
 
 def smooth(seed: int) -> np.ndarray:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sdjax.core.errors import UserError
-from sdjax.data.condition_transforms import Layout
-from sdjax.data.layout import LayoutTokens
+from sdjax.data.text.box_tokens import LayoutTokens
+from sdjax.data.transforms.conditions import Layout
 
 TOKENS = LayoutTokens(classes=601)
 

@@ -9,9 +9,9 @@ import pytest
 
 from sdjax.core.errors import UserError
 from sdjax.data.loader import Reading, Shard, in_order, loader
-from sdjax.data.sources import ArraySource
-from sdjax.data.tokenizers import load_tokenizer
-from sdjax.data.transforms import Flip, Select, Square, ToFloat, Tokenize, square
+from sdjax.data.sources.open import ArraySource
+from sdjax.data.text.tokenizers import load_tokenizer
+from sdjax.data.transforms.images import Flip, Select, Square, ToFloat, Tokenize, square
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints/openmoji/tokenizer"
 PICTURES = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from sdjax.core.errors import UserError
-from sdjax.data.masks import RandomMask, boxes, strokes
+from sdjax.data.transforms.masks import RandomMask, boxes, strokes
 
 ELEMENT = {"image": np.zeros((48, 64, 3), np.uint8)}
 

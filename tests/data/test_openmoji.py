@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax.data import openmoji
+from sdjax.data.sources import openmoji
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_render_has_the_drawings_own_colour_on_white(stem, place, colour):
 PREPARE = """
 import sys, warnings
 warnings.simplefilter("error")
-from sdjax.data import openmoji
+from sdjax.data.sources import openmoji
 openmoji.captions = lambda c=openmoji.captions(): {k: c[k] for k in sorted(c)[-400:]}
 builder = openmoji.prepared(sys.argv[1])
 held_out = builder.as_data_source("held_out")

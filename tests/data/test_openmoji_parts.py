@@ -10,10 +10,10 @@ import pytest
 
 from configs import openmoji_ldm
 from sdjax.core.errors import UserError
-from sdjax.data import openmoji
-from sdjax.data.openmoji_parts import COLORS, GROUPS, PALETTE, SHAPES, group, label_map
-from sdjax.data.sources import source
-from sdjax.data.word_pieces import load_word_pieces
+from sdjax.data.sources import openmoji
+from sdjax.data.sources.open import source
+from sdjax.data.sources.openmoji_parts import COLORS, GROUPS, PALETTE, SHAPES, group, label_map
+from sdjax.data.text.word_pieces import load_word_pieces
 
 ROOT = Path(__file__).parents[2]
 STEMS = {caption: stem for stem, caption in openmoji.captions().items()}

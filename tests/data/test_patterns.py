@@ -3,7 +3,7 @@
 import pytest
 
 from sdjax.core.errors import UserError
-from sdjax.data.patterns import files
+from sdjax.data.sources.shard_globs import files
 
 
 def test_patterns(tmp_path):

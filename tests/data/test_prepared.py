@@ -16,12 +16,12 @@ import pytest
 
 from sdjax.core.errors import UserError
 from sdjax.data.bucketed import bucketed
-from sdjax.data.buckets import Size
 from sdjax.data.loader import Shard
-from sdjax.data.prepared import PreparedSource
-from sdjax.data.prepared_writer import PreparedWriter, Row
-from sdjax.data.record_files import write_records
-from sdjax.data.tensors import pack
+from sdjax.data.prepared.dataset import PreparedSource
+from sdjax.data.prepared.writer import PreparedWriter, Row
+from sdjax.data.sources.record_files import write_records
+from sdjax.data.sources.tensors import pack
+from sdjax.data.transforms.buckets import Size
 
 TABLE = (Size(8, 16), Size(16, 16), Size(16, 8))
 IDENTITY = {"source": "folder:x", "autoencoder": {"sha256": "ab12"}}

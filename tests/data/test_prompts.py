@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from sdjax.core.errors import UserError
-from sdjax.data.prompts import Span, chunk, parse, plain, stack
-from sdjax.data.tokenizer_training import train_tokenizer
-from sdjax.data.tokenizers import with_placeholders
+from sdjax.data.text.prompts import Span, chunk, parse, plain, stack
+from sdjax.data.text.tokenizer_training import train_tokenizer
+from sdjax.data.text.tokenizers import with_placeholders
 
 ROOM = 75
 WORDS = ("red", "heart", "cat", "dog", "hat", "flag")

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data import tar_index
-from sdjax.data.sources import source
+from sdjax.data.sources import tar_index
+from sdjax.data.sources.open import source
 
 
 def picture():

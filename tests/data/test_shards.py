@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data import tar_index
-from sdjax.data.array_records import encode, write_array_record
-from sdjax.data.pictures import picture_size
-from sdjax.data.record_files import write_records
-from sdjax.data.sources import source
-from sdjax.data.tensors import pack, unpack
+from sdjax.data.images import picture_size
+from sdjax.data.sources import tar_index
+from sdjax.data.sources.array_records import encode, write_array_record
+from sdjax.data.sources.open import source
+from sdjax.data.sources.record_files import write_records
+from sdjax.data.sources.tensors import pack, unpack
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data import openmoji
-from sdjax.data.pictures import read_picture
-from sdjax.data.sources import ArraySource, CachedSource, FolderSource, source
+from sdjax.data.images import read_picture
+from sdjax.data.sources import openmoji
+from sdjax.data.sources.open import ArraySource, CachedSource, FolderSource, source
 
 
 def folder_of(path, rows, pictures=("a.png",)):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sdjax.core.errors import UserError
-from sdjax.data.textual_inversion import Embedding, fit, read_embedding
+from sdjax.data.text.textual_inversion import Embedding, fit, read_embedding
 
 A, B = np.arange(8, dtype=np.float32).reshape(2, 4), -np.arange(12, dtype=np.float32).reshape(2, 6)
 

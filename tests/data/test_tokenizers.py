@@ -9,9 +9,9 @@ import pytest
 from transformers import CLIPTokenizer
 
 from sdjax.core.errors import UserError
-from sdjax.data import openmoji
-from sdjax.data.tokenizer_training import train_tokenizer
-from sdjax.data.tokenizers import load_tokenizer
+from sdjax.data.sources import openmoji
+from sdjax.data.text.tokenizer_training import train_tokenizer
+from sdjax.data.text.tokenizers import load_tokenizer
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints/openmoji/tokenizer"
 ODD = [

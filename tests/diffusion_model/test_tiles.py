@@ -11,8 +11,8 @@ import pytest
 
 from sdjax.checkpoints.layouts.diffusers import read_component
 from sdjax.core.errors import UserError
-from sdjax.data.openmoji import render
-from sdjax.data.pictures import read_picture
+from sdjax.data.images import read_picture
+from sdjax.data.sources.openmoji import render
 from sdjax.diffusion_model.tiles import decode_tiled, encode_tiled
 from sdjax.models.autoencoder import Autoencoder
 

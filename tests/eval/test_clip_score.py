@@ -15,7 +15,7 @@ from torch_reference import randomised
 
 from sdjax.checkpoints.clip_pair import NAME, read_clip
 from sdjax.core.errors import UserError
-from sdjax.data.plain_folder import PlainFolder
+from sdjax.data.sources.plain_folder import PlainFolder
 from sdjax.eval import __main__ as command
 from sdjax.eval.clip_score import captions_of, clip_score
 

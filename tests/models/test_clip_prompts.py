@@ -13,9 +13,9 @@ from torch_reference import randomised, translated
 
 from sdjax.checkpoints.networks import clip as conversion
 from sdjax.core.errors import UserError
-from sdjax.data.textual_inversion import fit, read_embedding
-from sdjax.data.tokenizer_training import train_tokenizer
-from sdjax.data.tokenizers import load_tokenizer, with_placeholders
+from sdjax.data.text.textual_inversion import fit, read_embedding
+from sdjax.data.text.tokenizer_training import train_tokenizer
+from sdjax.data.text.tokenizers import load_tokenizer, with_placeholders
 from sdjax.models.clip import TEXT_LAYERS, CLIPText, CLIPTextConfig, emphasise, extend_vocabulary, layer_states
 
 PROMPTS = ["red heart, a cat", "dog"]

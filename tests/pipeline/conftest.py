@@ -19,7 +19,7 @@ from tiny_checkpoints import tiny_checkpoint
 import sdjax
 from sdjax.checkpoints.checkpoint import Checkpoint
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint
-from sdjax.data.tokenizer_training import train_tokenizer
+from sdjax.data.text.tokenizer_training import train_tokenizer
 
 WORDS = ("red heart", "blue cat with a hat", "a painting of a dog", "flag: Norway", "smiling face")
 VOCABULARY = 560  # room for all bytes, so that any prompt has tokens of its own

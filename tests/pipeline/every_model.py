@@ -15,8 +15,8 @@ from tiny_checkpoints import random_params, tiny_checkpoint, write_tokenizer
 from sdjax.checkpoints.checkpoint import ALL_FORMATS, Checkpoint, Component
 from sdjax.checkpoints.families import FAMILIES
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
-from sdjax.data.tokenizer_training import train_word_pieces
-from sdjax.data.word_pieces import load_word_pieces
+from sdjax.data.text.tokenizer_training import train_word_pieces
+from sdjax.data.text.word_pieces import load_word_pieces
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
 
 DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}

@@ -17,7 +17,7 @@ import sdjax
 from sdjax.checkpoints.layouts.diffusers import read_folder, write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.data import image_inputs
-from sdjax.data.pictures import to_uint8
+from sdjax.data.images import to_uint8
 from sdjax.diffusion.samplers import SAMPLERS
 from sdjax.diffusion_model import sampling
 from sdjax.pipeline import execute

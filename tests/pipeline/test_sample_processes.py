@@ -12,7 +12,7 @@ import children
 import numpy as np
 from PIL import Image
 
-from sdjax.data.pictures import to_uint8
+from sdjax.data.images import to_uint8
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ("--steps=3", "--guidance_scale=2", "--sampler=euler_a", "--seed=4")

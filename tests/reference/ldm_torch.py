@@ -94,7 +94,7 @@ def layout_tokens(layout: Sequence[tuple[int, Box]], objects: int, vocabulary: i
     modifiers of crowds and occlusion, which come above, are not used here); the point (x, y) of a grid of s by s,
     s = floor(sqrt(vocabulary)), is round(y (s - 1)) s + round(x (s - 1)), with halves to the even neighbour; the last
     token is padding. Objects are triples of the class, the upper left and the lower right corner, in any order
-    (training shuffles them); after the padding come the two corners of the crop. sdjax/data/layout.py must have this
+    (training shuffles them); after the padding come the two corners of the crop. sdjax/data/text/box_tokens.py has this
     order: it is that of the published checkpoint.
     """
     none = vocabulary - 1

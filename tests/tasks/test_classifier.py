@@ -14,7 +14,7 @@ from configs import classifiers, pixels
 from sdjax.checkpoints.checkpoint import FORMATS, Checkpoint, Component
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.core.errors import UserError
-from sdjax.data.pictures import to_uint8
+from sdjax.data.images import to_uint8
 from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import schedule_of
 from sdjax.models.conditioning import apply

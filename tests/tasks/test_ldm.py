@@ -23,7 +23,7 @@ from configs import ldm, openmoji_ldm
 from sdjax.checkpoints.checkpoint import FORMATS, Component
 from sdjax.checkpoints.layouts.diffusers import read_folder, write_checkpoint, write_component
 from sdjax.core.errors import UserError
-from sdjax.data.tokenizer_training import train_word_pieces
+from sdjax.data.text.tokenizer_training import train_word_pieces
 from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import schedule_of
 from sdjax.diffusion_model.conditioners.class_label import ClassConditioner

@@ -19,11 +19,12 @@ import sdjax
 import train
 from configs import autoencoders, classifiers, openmoji_ldm, pixels
 from sdjax.checkpoints.layouts.diffusers import read_component
-from sdjax.data import sources, transforms
-from sdjax.data.degradation import bicubic
-from sdjax.data.masks import RandomMask
-from sdjax.data.openmoji_parts import GROUPS, PALETTE, SHAPES
-from sdjax.data.pictures import to_uint8
+from sdjax.data.images import to_uint8
+from sdjax.data.sources import open as sources
+from sdjax.data.sources.openmoji_parts import GROUPS, PALETTE, SHAPES
+from sdjax.data.transforms import images as transforms
+from sdjax.data.transforms.degradation import bicubic
+from sdjax.data.transforms.masks import RandomMask
 from sdjax.eval.bits import bits
 from sdjax.eval.similarity import psnr
 from sdjax.models.autoencoder import autoencoder_of

@@ -24,8 +24,8 @@ from sdjax.checkpoints.checkpoint import FORMATS
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params, flatten, merge
-from sdjax.data.buckets import cover, resize_crop
-from sdjax.data.prepared import PreparedSource
+from sdjax.data.prepared.dataset import PreparedSource
+from sdjax.data.transforms.buckets import cover, resize_crop
 from sdjax.parallel.batches import put_batch
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import placer

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import train
 from sdjax.data.loader import Shard, loader
-from sdjax.data.sources import ArraySource
+from sdjax.data.sources.open import ArraySource
 from sdjax.parallel.distributed import run_together
 from sdjax.tasks.base import loader_options
 from sdjax.training.task import Task

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,12 +40,13 @@ from sdjax.checkpoints.mapping import Kind, Placer, Shapes, Writable, check_shap
 from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
 from sdjax.checkpoints.original_keys import SQUEEZED, Part, Piece, inward, outward, without_prefix
 from sdjax.checkpoints.storage.weights import Source, read_file
+from sdjax.core.assets import ASSETS
 from sdjax.core.errors import UserError, unknown
 from sdjax.models.adm_classifier import VARIANTS
 
 logger = logging.getLogger("sdjax")
 
-TOKENIZER_FOLDERS = Path(__file__).parents[1] / "data" / "clip"
+TOKENIZER_FOLDERS = ASSETS / "clip"
 AVERAGES, WEIGHTS = "model_ema.", ("ema", "model")
 UNSQUEEZED = Piece("", Kind(SQUEEZED.outward, SQUEEZED.inward))
 # The first files were written before transformers had the inner name.

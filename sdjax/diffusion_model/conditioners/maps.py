@@ -14,7 +14,7 @@ from jaxtyping import Array, Key, PRNGKeyArray
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
 from sdjax.data.image_inputs import load_depth
-from sdjax.data.pictures import picture_size, read_labels
+from sdjax.data.images import picture_size, read_labels
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.models.conditioning import Cond, apply
 from sdjax.models.embedders import Rescaler, RescalerConfig

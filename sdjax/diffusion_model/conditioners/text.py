@@ -14,8 +14,8 @@ from jaxtyping import Array, Key, PRNGKeyArray
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
-from sdjax.data.prompts import chunk, plain, stack
-from sdjax.data.tokenizers import Tokenizer
+from sdjax.data.text.prompts import chunk, plain, stack
+from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits
 from sdjax.diffusion_model.text_encoders import TextEmbeddings, TextEncoder

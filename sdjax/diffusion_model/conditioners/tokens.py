@@ -14,7 +14,7 @@ from jaxtyping import Array, Key, PRNGKeyArray
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
-from sdjax.data.layout import LayoutTokens
+from sdjax.data.text.box_tokens import LayoutTokens
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.diffusion_model.conditioners.class_label import class_number
 from sdjax.models.bert import Bert, BertConfig

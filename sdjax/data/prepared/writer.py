@@ -11,10 +11,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from sdjax.core.errors import UserError
-from sdjax.data.buckets import Table
-from sdjax.data.examples import read_json
 from sdjax.data.loader import Shard
-from sdjax.data.prepared_files import (
+from sdjax.data.prepared.index import (
     CONSTANTS,
     INDEX,
     MAX_SHARDS,
@@ -27,8 +25,10 @@ from sdjax.data.prepared_files import (
     write_bytes,
     write_json,
 )
-from sdjax.data.record_files import count_records, write_records
-from sdjax.data.tensors import pack
+from sdjax.data.sources.base import read_json
+from sdjax.data.sources.record_files import count_records, write_records
+from sdjax.data.sources.tensors import pack
+from sdjax.data.transforms.buckets import Table
 
 
 class Row(NamedTuple):

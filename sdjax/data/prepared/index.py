@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from sdjax.core.errors import UserError
-from sdjax.data.buckets import Size, Table
-from sdjax.data.examples import read_json
+from sdjax.data.sources.base import read_json
+from sdjax.data.transforms.buckets import Size, Table
 
 VERSION = 1
 INDEX, PLAN, CONSTANTS = "index.json", "plan.json", "constants.safetensors"

@@ -12,8 +12,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.buckets import mirrored_sizes
-from sdjax.data.tokenizers import Tokenizer
+from sdjax.data.text.tokenizers import Tokenizer
+from sdjax.data.transforms.buckets import mirrored_sizes
 
 Example = Mapping[str, Any]
 

@@ -19,7 +19,7 @@ from PIL import Image
 from scipy import linalg, ndimage
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.transforms import Example
+from sdjax.data.transforms.images import Example
 
 Picture = Float[np.ndarray, "h w 3"]
 """In [0, 1]."""

@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data.examples import Example, Row, bad_row
-from sdjax.data.patterns import named
-from sdjax.data.pictures import picture_size, read_picture
-from sdjax.data.record_files import RecordFiles, count_records, write_records
-from sdjax.data.tensors import pack, unpack
+from sdjax.data.images import picture_size, read_picture
+from sdjax.data.sources.base import Example, Row, bad_row
+from sdjax.data.sources.record_files import RecordFiles, count_records, write_records
+from sdjax.data.sources.shard_globs import named
+from sdjax.data.sources.tensors import pack, unpack
 
 
 class ArrayRecordSource:

@@ -8,10 +8,10 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from sdjax.core.errors import UserError
-from sdjax.data import openmoji
-from sdjax.data.examples import CAPTION_KEYS, Example
-from sdjax.data.pictures import picture_size, read_picture
-from sdjax.data.tfds_annotations import annotated
+from sdjax.data.images import picture_size, read_picture
+from sdjax.data.sources import openmoji
+from sdjax.data.sources.base import CAPTION_KEYS, Example
+from sdjax.data.sources.tfds_annotations import annotated
 
 
 class TfdsSource:

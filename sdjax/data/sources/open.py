@@ -11,14 +11,14 @@ import numpy as np
 from jaxtyping import Shaped
 
 from sdjax.core.errors import unknown
-from sdjax.data import openmoji, openmoji_parts
-from sdjax.data.array_records import ArrayRecordSource
-from sdjax.data.examples import Example, Pictures, Source
-from sdjax.data.folder import FolderSource
-from sdjax.data.patterns import files, split_pattern
-from sdjax.data.plain_folder import PlainFolder
-from sdjax.data.tfds_source import TfdsSource, tfds_builder
-from sdjax.data.webdataset import WebDatasetSource
+from sdjax.data.sources import openmoji, openmoji_parts
+from sdjax.data.sources.array_records import ArrayRecordSource
+from sdjax.data.sources.base import Example, Pictures, Source
+from sdjax.data.sources.folder import FolderSource
+from sdjax.data.sources.plain_folder import PlainFolder
+from sdjax.data.sources.shard_globs import files, split_pattern
+from sdjax.data.sources.tfds import TfdsSource, tfds_builder
+from sdjax.data.sources.webdataset import WebDatasetSource
 
 KINDS = (
     "openmoji",

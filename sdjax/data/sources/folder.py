@@ -12,10 +12,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from sdjax.core.errors import UserError
-from sdjax.data.annotations import NOTHING, Annotations, arrays, names, parse_annotations
-from sdjax.data.examples import CAPTION_KEYS, Example, Row, caption_of, read_json
 from sdjax.data.image_inputs import read_embeddings
-from sdjax.data.pictures import picture_size, read_labels, read_picture
+from sdjax.data.images import picture_size, read_labels, read_picture
+from sdjax.data.sources.annotations import NOTHING, Annotations, arrays, names, parse_annotations
+from sdjax.data.sources.base import CAPTION_KEYS, Example, Row, caption_of, read_json
 
 METADATA = "metadata.jsonl"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import BertWordPieceTokenizer, trainers
 
 from sdjax.core.errors import UserError
-from sdjax.data.tokenizers import BOS, EOS, LENGTH, WORD_END, Tokenizer, load_tokenizer, make_backend
+from sdjax.data.text.tokenizers import BOS, EOS, LENGTH, WORD_END, Tokenizer, load_tokenizer, make_backend
 
 
 def train_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 2048) -> Tokenizer:

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from PIL import Image
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.sources import CachedSource, Source
-from sdjax.data.transforms import SQUARES, Example, Square, seen
+from sdjax.data.sources.open import CachedSource, Source
+from sdjax.data.transforms.images import SQUARES, Example, Square, seen
 
 RANDOM = "random"
 

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from sdjax.core.errors import UserError
-from sdjax.data.transforms import Example
+from sdjax.data.transforms.images import Example
 
 # All lengths are of a picture's shorter side.
 STROKES, CORNERS, LENGTH, THICKNESS = (1, 5), (1, 5), (0.1, 0.8), (0.05, 0.4)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from sdjax.core.errors import UserError
-from sdjax.data.examples import Example
-from sdjax.data.pictures import picture_size, read_picture
+from sdjax.data.images import picture_size, read_picture
+from sdjax.data.sources.base import Example
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 

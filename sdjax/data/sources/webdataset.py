@@ -12,10 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from sdjax.core.errors import UserError
-from sdjax.data.examples import CAPTION_KEYS, Example, Row, bad_row, caption_of, read_json
-from sdjax.data.patterns import named
-from sdjax.data.pictures import picture_size, read_picture
-from sdjax.data.tar_index import PICTURES, TarIndex, tar_index
+from sdjax.data.images import picture_size, read_picture
+from sdjax.data.sources.base import CAPTION_KEYS, Example, Row, bad_row, caption_of, read_json
+from sdjax.data.sources.shard_globs import named
+from sdjax.data.sources.tar_index import PICTURES, TarIndex, tar_index
 
 
 class WebDatasetSource:

@@ -7,9 +7,9 @@ import dataclasses
 import grain
 import numpy as np
 
-from sdjax.data.layout import WHOLE, LayoutTokens
-from sdjax.data.transforms import Example
-from sdjax.data.word_pieces import WordPieces
+from sdjax.data.text.box_tokens import WHOLE, LayoutTokens
+from sdjax.data.text.word_pieces import WordPieces
+from sdjax.data.transforms.images import Example
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from sdjax.data.tokenizers import Token, Tokenizer
+from sdjax.data.text.tokenizers import Token, Tokenizer
 
 EMPHASIS = 1.1
 COMMA_REACH = 20

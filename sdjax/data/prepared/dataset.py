@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from sdjax.core.errors import UserError
-from sdjax.data.buckets import Table
-from sdjax.data.examples import read_json
-from sdjax.data.prepared_files import CONSTANTS, INDEX, VERSION, Fields, Plan, read_sidecar, shard_name
-from sdjax.data.record_files import RecordFiles, count_records
-from sdjax.data.tensors import unpack
+from sdjax.data.prepared.index import CONSTANTS, INDEX, VERSION, Fields, Plan, read_sidecar, shard_name
+from sdjax.data.sources.base import read_json
+from sdjax.data.sources.record_files import RecordFiles, count_records
+from sdjax.data.sources.tensors import unpack
+from sdjax.data.transforms.buckets import Table
 
 
 class PreparedSource:

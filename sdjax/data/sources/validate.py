@@ -14,10 +14,10 @@ from typing import NamedTuple, TextIO
 from tqdm import tqdm
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.data import array_records, folder, webdataset
-from sdjax.data.examples import Example, Row, Source
-from sdjax.data.patterns import split_pattern
-from sdjax.data.sources import KINDS, source
+from sdjax.data.sources import array_records, folder, webdataset
+from sdjax.data.sources.base import Example, Row, Source
+from sdjax.data.sources.open import KINDS, source
+from sdjax.data.sources.shard_globs import split_pattern
 
 CHUNK = 256
 

@@ -18,8 +18,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from sdjax.core.errors import unknown
-from sdjax.data.openmoji import HELD_OUT, SIZE, captions
-from sdjax.data.tfds_source import TfdsSource
+from sdjax.data.sources.openmoji import HELD_OUT, SIZE, captions
+from sdjax.data.sources.tfds import TfdsSource
 
 GROUPS = (
     "Activities",

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.examples import Pictures
+from sdjax.data.sources.base import Pictures
 
 
 class Size(NamedTuple):

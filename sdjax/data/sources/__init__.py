@@ -1,0 +1,1 @@
+"""Captioned images by index: folders, shards, TensorFlow Datasets, OpenMoji."""

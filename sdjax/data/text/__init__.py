@@ -1,0 +1,1 @@
+"""Tokenizers, prompt syntax, textual inversion, bounding boxes as tokens."""
