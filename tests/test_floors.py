@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "core": 0,
+    "ops": 0,
     "diffusion": 1,
     "models": 1,
     "data": 1,

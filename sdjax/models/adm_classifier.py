@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sdjax.core.partition import BATCH, constrain
-from sdjax.models.attention import dot_product_attention
 from sdjax.models.conditioning import Cond
 from sdjax.models.unet2d import MULTIPLIERS, Encoder2D, UNet2DConfig
+from sdjax.ops.attention import dot_product_attention
+from sdjax.ops.partition import BATCH, constrain
 
 HEAD_WIDTH = 64
 UNCONDITIONAL = Cond()

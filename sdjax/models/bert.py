@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from sdjax.core.partition import BATCH, TENSOR, constrain
 from sdjax.models.attention import Attention
+from sdjax.ops.partition import BATCH, TENSOR, constrain
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sdjax.core.errors import UserError
-from sdjax.core.partition import BATCH, TENSOR, constrain
 from sdjax.core.tree import Tree
 from sdjax.models.attention import Attention
+from sdjax.ops.partition import BATCH, TENSOR, constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),

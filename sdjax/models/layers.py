@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sdjax.core.convolution import Edges, convolve, over_rows
-from sdjax.core.partition import TENSOR, constrain_picture
+from sdjax.ops.convolution import convolve
+from sdjax.ops.doubling import convolve_doubled
+from sdjax.ops.normalisation import group_norm
+from sdjax.ops.partition import TENSOR, constrain_picture
 
 # torch pads a strided convolution on both sides; XLA's SAME would pad only right and bottom.
 SYMMETRIC = ((1, 1), (1, 1))
@@ -31,28 +33,23 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        pixels = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
-        centred = pixels - self._group_mean(pixels)
-        variance = self._group_mean(jnp.square(centred))
-        normed = centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias
-        return normed.reshape(x.shape).astype(self.dtype)
-
-    def _group_mean(self, pixels: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
-        """Each channel gets its group's mean. Pixels are summed first, all channels at once: a sum over the two or
-        three channels of a group inside the large array would be twenty times slower on a CPU."""
-        batch, _, channels = pixels.shape
-        means = pixels.mean(axis=1).reshape(batch, self.groups, -1).mean(axis=-1)
-        return jnp.repeat(means, channels // self.groups, axis=-1)[:, None]
+        return group_norm(x, scale, bias, self.groups, self.eps).astype(self.dtype)
 
 
 class Conv(nn.Module):
-    """A square convolution with torch's symmetric padding."""
+    """A square convolution with torch's symmetric padding.
+
+    Attributes:
+        zero: the kernel begins at zero.
+        convolve: of an image and a kernel, as `jax.lax.conv_general_dilated`.
+    """
 
     features: int
     kernel: int = 3
     stride: int = 1
     zero: bool = False
     dtype: DTypeLike = jnp.float32
+    convolve: Callable[..., Array] = convolve
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
@@ -65,7 +62,7 @@ class Conv(nn.Module):
             padding=((half, half), (half, half)),
             kernel_init=init,
             dtype=self.dtype,
-            conv_general_dilated=convolve,
+            conv_general_dilated=self.convolve,
         )
         nn.share_scope(self, conv)
         return conv(x)
@@ -75,69 +72,6 @@ def resize_nearest(x: Float[Array, "b h w c"], height: int, width: int) -> Float
     """Pixel (i, j) is that at (floor(i h / H), floor(j w / W)): torch's nearest interpolation."""
     h, w = x.shape[1:3]
     return x[:, jnp.arange(height) * h // height][:, :, jnp.arange(width) * w // width]
-
-
-class DoublingConv(nn.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution, without making the doubled picture.
-
-    Of three rows under the kernel two are the same, so each of the four pixels that a pixel becomes is a convolution
-    with 2x2 sums of the kernel's rows and columns: four products in place of nine. All four are one convolution.
-    """
-
-    features: int
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w f"]:
-        c = x.shape[-1]
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        rows = _doubled(kernel)  # [i r 3 c f]: what output row i sees of input row r
-        both = _doubled(jnp.moveaxis(rows, 2, 0))  # [j s i r c f]
-        both = jnp.transpose(both, (3, 1, 4, 2, 0, 5)).reshape(2, 2, c, 4 * self.features).astype(self.dtype)
-        return over_rows(_doubled_rows, x.astype(self.dtype), both, (1, 1)) + bias.astype(self.dtype)
-
-
-def _doubled_rows(x: Float[Array, "b r w c"], kernel: Float[Array, "2 2 c 4*f"], edges: Edges) -> Array:
-    """The doubled picture of rows that are seen with one more above and below, in x or still to be added."""
-    out = _quarters(x, kernel, edges)
-    b, h, w = out.shape[0], out.shape[1] - 1, out.shape[2] - 1
-    out = out.reshape(b, h + 1, w + 1, 2, 2, -1)
-    pixels = jnp.stack([jnp.stack([out[:, i : i + h, j : j + w, i, j] for j in (0, 1)], 3) for i in (0, 1)], 2)
-    return pixels.reshape(b, 2 * h, 2 * w, -1)
-
-
-def _convolved(x: Float[Array, "b r w c"], kernel: Float[Array, "2 2 c 4*f"], edges: Edges) -> Array:
-    names = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), (edges, (1, 1)), dimension_numbers=names)
-
-
-# Its gradient of the kernel is four products of matrices: XLA's own, a convolution under a window with an odd number of
-# rows and columns, takes ten times as long on a CPU.
-_quarters = jax.custom_vjp(_convolved, nondiff_argnums=(2,))
-
-
-def _quarters_forward(x: Array, kernel: Array, edges: Edges) -> tuple[Array, tuple[Array, Array]]:
-    return _convolved(x, kernel, edges), (x, kernel)
-
-
-def _quarters_backward(edges: Edges, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = kept
-    (of_x,) = jax.linear_transpose(lambda x: _convolved(x, kernel, edges), x)(gradient)
-    _, rows, columns, _ = gradient.shape
-    x = jnp.pad(x, ((0, 0), edges, (1, 1), (0, 0)))
-    product = partial(jnp.einsum, "bhwc,bhwf->cf", preferred_element_type=jnp.float32)
-    of_kernel = [[product(x[:, i : i + rows, j : j + columns], gradient) for j in (0, 1)] for i in (0, 1)]
-    return of_x, jnp.array(of_kernel).astype(kernel.dtype)
-
-
-_quarters.defvjp(_quarters_forward, _quarters_backward)
-
-
-def _doubled(taps: Float[Array, "3 ..."]) -> Float[Array, "2 2 ..."]:
-    """For the first and the second of two output pixels, the weights of the two input pixels that they see."""
-    first, middle, last = taps.astype(jnp.float32)
-    return jnp.stack([jnp.stack([first, middle + last]), jnp.stack([first + middle, last])])
 
 
 class Upsample(nn.Module):
@@ -150,7 +84,7 @@ class Upsample(nn.Module):
         """Args: `size` is the height and width to reach, where it is not the double: that of an odd level."""
         double = (2 * x.shape[1], 2 * x.shape[2])
         if size is None or tuple(size) == double:
-            return DoublingConv(x.shape[-1], self.dtype, name="conv")(x)
+            return Conv(x.shape[-1], dtype=self.dtype, convolve=convolve_doubled, name="conv")(x)
         return Conv(x.shape[-1], dtype=self.dtype, name="conv")(resize_nearest(x, *size))
 
 

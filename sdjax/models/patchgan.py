@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sdjax.core.convolution import convolve
+from sdjax.ops.convolution import convolve
 
 EPS = 1e-5
 

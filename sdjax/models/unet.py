@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sdjax.core.partition import BATCH, constrain, constrain_picture
 from sdjax.models.attention import SpatialTransformer
 from sdjax.models.conditioning import Cond
 from sdjax.models.layers import Conv, Downsample, EmbeddingMLP, GroupNorm, ResBlock, Upsample, timestep_embedding
 from sdjax.models.remat import recomputed
+from sdjax.ops.partition import BATCH, constrain, constrain_picture
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sdjax.core.partition import BATCH, constrain, constrain_picture
 from sdjax.models.attention import SelfAttention
 from sdjax.models.conditioning import Cond
 from sdjax.models.layers import (
@@ -27,6 +26,7 @@ from sdjax.models.layers import (
     timestep_embedding,
 )
 from sdjax.models.remat import recomputed
+from sdjax.ops.partition import BATCH, constrain, constrain_picture
 
 
 @dataclass(frozen=True)

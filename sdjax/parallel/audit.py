@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sdjax.core.errors import UserError
-from sdjax.core.partition import FSDP
 from sdjax.core.tree import flatten
+from sdjax.ops.partition import FSDP
 from sdjax.parallel.sharding import spec_of
 
 LIMIT = 0.01

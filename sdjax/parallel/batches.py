@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdjax.core.errors import UserError
-from sdjax.core.partition import BATCH
+from sdjax.ops.partition import BATCH
 from sdjax.parallel.mesh import AXES
 from sdjax.parallel.sharding import replicated
 

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.core.partition import DATA, FSDP, SPATIAL, TENSOR
+from sdjax.ops.partition import DATA, FSDP, SPATIAL, TENSOR
 
 AXES = (DATA, FSDP, TENSOR, SPATIAL)
 

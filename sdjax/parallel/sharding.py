@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdjax.core.errors import UserError
-from sdjax.core.partition import BATCH, FSDP, TENSOR
+from sdjax.ops.partition import BATCH, FSDP, TENSOR
 
 # Gathering a small array costs more than keeping a copy of it.
 SMALLEST_SHARDED = 2**12

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sdjax.core.partition import BATCH, fitting
+from sdjax.ops.partition import BATCH, fitting
 from sdjax.parallel.sharding import replicated
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from sdjax.models.attention import compiling_for
+from sdjax.ops.attention import compiling_for
 
 
 def count(function: Callable[..., Any], *args: Any) -> int:

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from sdjax.core.compilation import options
-from sdjax.models.attention import compiling_for
+from sdjax.ops.attention import compiling_for
 from sdjax.parallel.trees import device_bytes
 from sdjax.plan import flops
 from sdjax.plan.chips import GIB

@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from sdjax.core.errors import UserError
-from sdjax.core.partition import BATCH, fitting
 from sdjax.diffusion.samplers import Table, batched, network_calls, table_for
 from sdjax.diffusion_model import sampling
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import DiffusionModel
 from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
+from sdjax.ops.partition import BATCH, fitting
 from sdjax.parallel.sharding import check_batch
 from sdjax.parallel.trees import shapes_on, tree_shardings
 from sdjax.pipeline.devices import Devices

@@ -10,10 +10,10 @@ from jaxtyping import Array
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
-from sdjax.core.partition import constrain
 from sdjax.data.loader import Loader, Reading, Shard, Transform, loader
 from sdjax.data.sources import open as sources
 from sdjax.data.transforms import crops
+from sdjax.ops.partition import constrain
 from sdjax.parallel.batches import rows_of_process
 
 

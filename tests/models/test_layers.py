@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import zoo
 from diffusers import LatentConsistencyModelPipeline
 from torch_reference import channels_first
 
-from sdjax.models.layers import DoublingConv, GroupNorm, guidance_embedding, timestep_embedding
+from sdjax.core.tree import flatten
+from sdjax.models.autoencoder import autoencoder_of
+from sdjax.models.layers import Conv, GroupNorm, guidance_embedding, timestep_embedding
+from sdjax.models.unet import UNet
+from sdjax.ops.doubling import convolve_doubled
 
 
 def test_sinusoids_have_the_published_values():
@@ -55,7 +61,7 @@ def test_a_doubling_convolution_has_the_values_and_gradients_of_torch(size: tupl
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, *size, 6)).astype(np.float32)
     weight = rng.standard_normal((2, 2 * size[0], 2 * size[1], 4)).astype(np.float32)
-    module = DoublingConv(4)
+    module = Conv(4, convolve=convolve_doubled)
     params = module.init(jax.random.key(0), x)
 
     def weighed(params, x):
@@ -77,3 +83,26 @@ def test_a_doubling_convolution_has_the_values_and_gradients_of_torch(size: tupl
     found = {**gradients[0]["params"], "x": gradients[1]}
     for name, gradient in wanted.items():
         np.testing.assert_allclose(found[name], gradient, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["unet", "vae"])
+def test_interceptors_see_every_kernel(name: str):
+    """Each kernel is that of a Dense or a Conv of Flax, called once: an adapter that intercepts them misses none."""
+    config = {"unet": zoo.UNETS["sdxl"], "vae": zoo.VAES["sd"]}[name]
+    module, inputs = (
+        (UNet(config), config.example_inputs())
+        if name == "unet"
+        else (autoencoder_of(config), (jnp.zeros((1, 8, 8, 3)), jax.random.key(0)))
+    )
+    seen: list[str] = []
+
+    def watch(call, args, kwargs, context):
+        if type(context.module) in (nn.Dense, nn.Conv) and context.method_name == "__call__":
+            seen.append("/".join(context.module.path))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    kernels = [key.removesuffix("/kernel") for key in flatten(shapes) if key.endswith("/kernel")]
+    assert len(kernels) > 20
+    assert sorted(seen) == sorted(kernels)

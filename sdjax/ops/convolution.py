@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from sdjax.core import winograd
-from sdjax.core.partition import SPATIAL, mesh_sizes
+from sdjax.ops import winograd
+from sdjax.ops.partition import SPATIAL, mesh_sizes
 
 Edges: TypeAlias = tuple[int, int]
 """How many rows above and below a picture, or a part of it, are seen with it."""

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from sdjax.core.convolution import convolve
-from sdjax.core.partition import TENSOR, constrain_picture
-from sdjax.models.layers import DoublingConv
+from sdjax.ops.convolution import convolve
+from sdjax.ops.partition import TENSOR, constrain_picture
+from sdjax.models.layers import Conv
+from sdjax.ops.doubling import convolve_doubled
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.mesh_text import parse_mesh
 
@@ -31,7 +32,7 @@ def conv(size, stride, padding):
     return apply
 
 def double(x, kernel):
-    return DoublingConv(8).apply({"params": {"kernel": kernel[:3, :3], "bias": kernel[0, 0, 0]}}, x)
+    return Conv(8, convolve=convolve_doubled).apply({"params": {"kernel": kernel[:3, :3], "bias": kernel[0, 0, 0]}}, x)
 
 one, none = ((1, 1), (1, 1)), ((0, 0), (0, 0))
 same, halve, autoencoder = conv(3, 1, one), conv(3, 2, one), conv(3, 2, "SAME")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax.models.attention import _blocked, compiling_for, dot_product_attention
+from sdjax.ops.attention import _blocked, compiling_for, dot_product_attention
 
 LENGTHS = {1024: "whole blocks of queries", 1100: "no whole number of blocks"}
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sdjax.core import winograd
-from sdjax.core.convolution import convolve
+from sdjax.ops import winograd
+from sdjax.ops.convolution import convolve
 from sdjax.plan import flops
 
 SAME = winograd.SYMMETRIC
