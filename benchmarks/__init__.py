@@ -1,1 +1,1 @@
-"""How fast sampling is, and beside PyTorch; what was measured is in RESULTS.md."""
+"""Speed of sampling, and of PyTorch's beside it; RESULTS.md has the measurements."""

@@ -1,4 +1,4 @@
-"""What scanning over equal transformer blocks would save in compiling a UNet, were their parameters stored stacked.
+"""Compile time saved by scanning over equal transformer blocks of a UNet, were their parameters stored stacked.
 
     python -m benchmarks.compile_time [--variant sdxl] [--latents 8]
 
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def compile_seconds(config: unet.UNetConfig, params: Tree, side: int) -> str:
-    """Of tracing with lowering, and of XLA's compiling."""
+    """Seconds of tracing with lowering, and of XLA's compiling."""
     x, t = jax.ShapeDtypeStruct((2, side, side, config.in_channels), jnp.float32), jnp.zeros(2)
     vector = None if config.vector_dim is None else jnp.zeros((2, config.vector_dim))
     cond = Cond(context=jnp.zeros((2, 77, config.context_dim)), vector=vector)

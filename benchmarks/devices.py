@@ -47,7 +47,7 @@ def tell_virtual(devices: Sequence[Any]) -> None:
 
 
 def mesh_text(mesh: Mesh) -> str:
-    """As command lines write it."""
+    """Text of a mesh, as command lines write it."""
     return text_of(tuple(mesh.shape.values()))
 
 

@@ -33,7 +33,7 @@ class Times(NamedTuple):
 
 
 def seconds(call: Call) -> float:
-    """How long a call takes that waits for its result."""
+    """Seconds of a call that waits for its result."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -51,7 +51,7 @@ def alternate(ours: Call, theirs: Call | None, repetitions: int) -> Times:
 
 @contextlib.contextmanager
 def compile_seconds() -> Iterator[dict[str, float]]:
-    """What is compiled in this context, by the function's name: seconds of tracing, lowering and XLA together."""
+    """Record compilations in this context, by the function's name: seconds of tracing, lowering and XLA together."""
     spent: dict[str, float] = defaultdict(float)
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:

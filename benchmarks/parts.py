@@ -1,4 +1,4 @@
-"""What can be timed: one call of the UNet, one of the decoder, or the whole pipeline."""
+"""Parts to be timed: one call of the UNet, one of the decoder, or the whole pipeline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sdjax.plan.sampling import Wanted, sampling_programs
 from sdjax.plan.variants import Shaped
 
 
-class Subject(NamedTuple):
+class TimedModel(NamedTuple):
     """Something to time.
 
     Attributes:
@@ -44,7 +44,7 @@ class Subject(NamedTuple):
     programs: Callable[[Mesh], list[Program]]
 
 
-def unet_subject(pipe: Pipeline, work: Work) -> Subject:
+def unet_subject(pipe: Pipeline, work: Work) -> TimedModel:
     """One call of the UNet on `work.batch` latents."""
     x, t, cond = inputs = work.devices.shard_batch(unet_inputs(pipe, work.size, work.batch))
 
@@ -60,7 +60,7 @@ def unet_subject(pipe: Pipeline, work: Work) -> Subject:
     def theirs(dtype: str) -> Call:
         return unet_call(pipe, (x, t, cond), dtype)
 
-    return Subject(
+    return TimedModel(
         ours=ours,
         theirs=theirs,
         compiled=("unet",),
@@ -71,7 +71,7 @@ def unet_subject(pipe: Pipeline, work: Work) -> Subject:
     )
 
 
-def decoder_subject(pipe: Pipeline, work: Work) -> Subject:
+def decoder_subject(pipe: Pipeline, work: Work) -> TimedModel:
     """One call of the autoencoder's decoder, in float32 as the pipeline has it."""
     z = work.devices.shard_batch(_noise(work.batch, *pipe.model.latent_shape((work.size, work.size))))
 
@@ -88,7 +88,7 @@ def decoder_subject(pipe: Pipeline, work: Work) -> Subject:
         del dtype
         return decoder_call(pipe, z)
 
-    return Subject(
+    return TimedModel(
         ours=ours,
         theirs=theirs,
         compiled=("decode",),
@@ -99,7 +99,7 @@ def decoder_subject(pipe: Pipeline, work: Work) -> Subject:
     )
 
 
-def pipeline_subject(pipe: Pipeline, work: Work) -> Subject:
+def pipeline_subject(pipe: Pipeline, work: Work) -> TimedModel:
     """A call of the pipeline: prompts with guidance to pictures on the host."""
     clock = Clock()
     given: dict[str, Any] = {
@@ -123,7 +123,7 @@ def pipeline_subject(pipe: Pipeline, work: Work) -> Subject:
         flops.count(lambda p, i, e=encoder: e.encode(p, i[:, None]), pipe.params, ids) for encoder in pipe.text.encoders
     )
     network = calls * unet_flops(pipe, work.size, 2 * work.batch)
-    return Subject(
+    return TimedModel(
         ours=ours,
         theirs=theirs,
         compiled=("condition", "sample", "decode"),
@@ -134,7 +134,7 @@ def pipeline_subject(pipe: Pipeline, work: Work) -> Subject:
     )
 
 
-PARTS: dict[str, Callable[[Pipeline, Work], Subject]] = {
+PARTS: dict[str, Callable[[Pipeline, Work], TimedModel]] = {
     "unet": unet_subject,
     "decoder": decoder_subject,
     "pipeline": pipeline_subject,
@@ -167,13 +167,13 @@ def unet_inputs(pipe: Pipeline, size: int, batch: int) -> tuple[jax.Array, jax.A
 
 
 def unet_flops(pipe: Pipeline, size: int, batch: int) -> int:
-    """Of one call on `batch` latents."""
+    """Seconds of one call on `batch` latents."""
     network = pipe.model.backbone
     return flops.count(lambda p, *rest: apply(network, p, *rest), pipe.params["unet"], *unet_inputs(pipe, size, batch))
 
 
 def decoder_flops(pipe: Pipeline, size: int, batch: int) -> int:
-    """Of decoding `batch` latents."""
+    """Seconds of decoding `batch` latents."""
     z = jax.ShapeDtypeStruct((batch, *pipe.model.latent_shape((size, size))), jnp.float32)
     return flops.count(lambda p, z: apply(pipe.autoencoder, p, z, method="decode"), pipe.params["vae"], z)
 

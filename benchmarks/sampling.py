@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from benchmarks import measuring, scaling
 from benchmarks.devices import mesh_text, sent, sent_text, take, tell_virtual
 from benchmarks.models import load
-from benchmarks.parts import PARTS, Subject
+from benchmarks.parts import PARTS, TimedModel
 from benchmarks.results import RESULTS, append, facts, show, utilisation
 from benchmarks.work import Work
 from sdjax.core.errors import UserError, run_or_exit, unknown
@@ -115,7 +115,7 @@ def measure_on(mesh: Mesh | None, batch: int, flag: dict[str, Any]) -> scaling.M
     return scaling.Measured(seconds, subject.pictures or batch, nbytes, row)
 
 
-def measure(subject: Subject, flag: dict[str, Any], mesh: Mesh | None) -> tuple[float, dict[str, str]]:
+def measure(subject: TimedModel, flag: dict[str, Any], mesh: Mesh | None) -> tuple[float, dict[str, str]]:
     """The seconds of a call, and the figures of a row by the name of their column."""
     with measuring.compile_seconds() as compiling:
         subject.ours()

@@ -19,7 +19,7 @@ from sdjax.plan.collectives import KINDS as COLLECTIVES
 KINDS = ("weak", "strong")
 
 
-class Point(NamedTuple):
+class Measurement(NamedTuple):
     """A mesh and the rows of a batch over all of it."""
 
     mesh: Mesh
@@ -27,7 +27,7 @@ class Point(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What was measured.
+    """A measurement.
 
     Attributes:
         seconds: of a call.
@@ -47,7 +47,7 @@ class Measured(NamedTuple):
         return self.images / self.seconds
 
 
-def points(sizes: Mapping[str, int], batch: int, kind: str, devices: Sequence[Any]) -> list[Point]:
+def points(sizes: Mapping[str, int], batch: int, kind: str, devices: Sequence[Any]) -> list[Measurement]:
     """One device, then every power of two of them, up to all, over which the mesh can be laid.
 
     Args:
@@ -68,7 +68,7 @@ def points(sizes: Mapping[str, int], batch: int, kind: str, devices: Sequence[An
         mesh = make_mesh({"data": 1} if count % fixed else sizes, devices[:count])
         rows = batch * count if kind == "weak" else batch
         check_rows(rows, mesh)
-        found.append(Point(mesh, rows))
+        found.append(Measurement(mesh, rows))
     return found
 
 
@@ -78,7 +78,7 @@ def check_rows(rows: int, mesh: Mesh) -> None:
         check_batch(rows, mesh, f"on {mesh_text(mesh)}, --batch")
 
 
-def rows(measured: Sequence[tuple[Point, Measured]]) -> list[dict[str, str]]:
+def rows(measured: Sequence[tuple[Measurement, Measured]]) -> list[dict[str, str]]:
     """A row for each; efficiency is the speed of a device by that of the first, which is alone."""
     alone = measured[0][1].speed
     return [

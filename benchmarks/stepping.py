@@ -1,4 +1,4 @@
-"""Where the seconds of training steps go."""
+"""Breakdown of the seconds of training steps."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ STEP = "step"  # as the function that `make_step` jits is called
 
 
 class Run(NamedTuple):
-    """What train.py has when its first step begins."""
+    """The state of train.py when its first step begins."""
 
     step: StepFn
     state: TrainState

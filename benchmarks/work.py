@@ -14,7 +14,7 @@ TOKENS = 77
 
 
 class Work(NamedTuple):
-    """What is asked for.
+    """The work to be timed.
 
     Attributes:
         size: pixels of a side.
@@ -32,5 +32,5 @@ class Work(NamedTuple):
 
     @property
     def devices(self) -> Devices:
-        """Where arrays go."""
+        """Sharding of the arrays."""
         return Devices(self.mesh)

@@ -32,8 +32,8 @@ from configs.common import autoencoder_task, base, locked
 from sdjax.core.config import Config
 
 
-class Recipe(NamedTuple):
-    """How a first stage was trained.
+class FirstStageRecipe(NamedTuple):
+    """Recipe of a first stage.
 
     Attributes:
         batch: pictures.
@@ -51,17 +51,17 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "kl_f2": Recipe(10, 176_991, 50_001, 0.5),
-    "kl_f4": Recipe(10, 176_991, 50_001, 0.5),
-    "kl_f8": Recipe(4, 246_803, 50_001, 0.5),
-    "kl_f16": Recipe(6, 442_998, 50_001, 0.5),
-    "kl_f32": Recipe(6, 406_763, 50_001, 0.5),
-    "vq_f2": Recipe(8, 533_066, 0, 0.75),
-    "vq_f4": Recipe(8, 533_066, 0, 0.75),
-    "vq_f4_noattn": Recipe(8, 658_131, 11, 0.75),
-    "vq_f8": Recipe(10, 971_043, 1, 0.6, layers=2),
-    "vq_f8_n256": Recipe(10, 1_608_649, 250_001, 0.75),
-    "vq_f16": Recipe(14, 1_101_166, 250_001, 0.75, layers=2),
+    "kl_f2": FirstStageRecipe(10, 176_991, 50_001, 0.5),
+    "kl_f4": FirstStageRecipe(10, 176_991, 50_001, 0.5),
+    "kl_f8": FirstStageRecipe(4, 246_803, 50_001, 0.5),
+    "kl_f16": FirstStageRecipe(6, 442_998, 50_001, 0.5),
+    "kl_f32": FirstStageRecipe(6, 406_763, 50_001, 0.5),
+    "vq_f2": FirstStageRecipe(8, 533_066, 0, 0.75),
+    "vq_f4": FirstStageRecipe(8, 533_066, 0, 0.75),
+    "vq_f4_noattn": FirstStageRecipe(8, 658_131, 11, 0.75),
+    "vq_f8": FirstStageRecipe(10, 971_043, 1, 0.6, layers=2),
+    "vq_f8_n256": FirstStageRecipe(10, 1_608_649, 250_001, 0.75),
+    "vq_f16": FirstStageRecipe(14, 1_101_166, 250_001, 0.75, layers=2),
 }
 RATE = 4.5e-6
 UNCLIPPED = 1e9

@@ -33,7 +33,7 @@ from sdjax.core.config import Config
 
 
 class Recipe(NamedTuple):
-    """How a model was trained.
+    """Recipe of a model.
 
     Attributes:
         conditioning: of the model.

@@ -86,7 +86,7 @@ def small(name: str) -> Config:
 
 
 def of_openmoji(config: Config, name: str) -> Config:
-    """What the data determines."""
+    """Settings that the data determines."""
     config.data.update(source=VARIANTS[name][1], flip=False, crop="centre", crop_sides=(1.0, 1.0))
     config.model.unet.update(
         in_channels=3 + {"inpainting": 4}.get(name, 3 if config.task.conditioning in CONCATENATING else 0)

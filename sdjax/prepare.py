@@ -33,7 +33,7 @@ from sdjax.core.flags import define_processes, parse_flags, processes
 from sdjax.core.scripts import require
 from sdjax.core.tree import Params
 from sdjax.data.loader import Shard
-from sdjax.data.prepared.writer import PreparedWriter, Range, Row
+from sdjax.data.prepared.writer import PreparedRow, PreparedWriter, Range
 from sdjax.data.sources import open as sources
 from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.data.transforms import buckets
@@ -112,7 +112,7 @@ def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
     writer.finish(encoder.constants())
 
 
-class Encoder(NamedTuple):
+class BatchEncoder(NamedTuple):
     """The networks, on this process's devices, and what they make of pictures.
 
     Attributes:
@@ -129,10 +129,10 @@ class Encoder(NamedTuple):
     batch: int
     mesh: Mesh
 
-    def rows(self, examples: grain.MapDataset, part: Range, done: Callable[[int], Any]) -> Iterator[Row]:
+    def rows(self, examples: grain.MapDataset, part: Range, done: Callable[[int], Any]) -> Iterator[PreparedRow]:
         """The rows of a range in its order; `done` is told how many were encoded."""
         reading = grain.ReadOptions(num_threads=4, prefetch_buffer_size=2 * self.batch)
-        made: dict[int, Row] = {}
+        made: dict[int, PreparedRow] = {}
         waiting: dict[int, list[tuple[int, Mapping[str, Any]]]] = defaultdict(list)
         for index, example in enumerate(examples[part.start : part.stop].to_iter_dataset(reading)):
             group = waiting[int(example["bucket"])]
@@ -151,7 +151,7 @@ class Encoder(NamedTuple):
         """Embeddings of the null condition, where embeddings are stored."""
         return null_embeddings(self.model, self.params, self._tokens([""])[0]) if self.text == "prepared" else {}
 
-    def _encode(self, group: list[tuple[int, Mapping[str, Any]]]) -> Iterable[tuple[int, Row]]:
+    def _encode(self, group: list[tuple[int, Mapping[str, Any]]]) -> Iterable[tuple[int, PreparedRow]]:
         missing = self.batch - len(group)
         images = np.stack([example["image"] for _, example in group] + [group[-1][1]["image"]] * missing)
         captions = [example["caption"] for _, example in group] + [""] * missing
@@ -167,7 +167,7 @@ class Encoder(NamedTuple):
                     raise UserError(f"the {name} of {example['id']} are not finite in {np.dtype(STORED).name}")
             if text_conditioner(self.model).numbers:
                 row["sizes"] = example["sizes"]
-            yield index, Row(int(example["bucket"]), example["id"], row)
+            yield index, PreparedRow(int(example["bucket"]), example["id"], row)
 
     def _tokens(self, captions: list[str]) -> np.ndarray:
         return np.stack([tokenizer.encode(captions) for tokenizer in self.tokenizers], axis=1)
@@ -183,7 +183,7 @@ def _captions(model: DiffusionModel, params: Params, tokens: jax.Array) -> dict[
     return {name: value.astype(STORED) for name, value in encode_captions(model, params, tokens).items()}
 
 
-def make_encoder(config: Config, batch_size: int) -> Encoder:
+def make_encoder(config: Config, batch_size: int) -> BatchEncoder:
     """The frozen networks of a config, whole on each of this process's devices.
 
     Raises:
@@ -196,7 +196,7 @@ def make_encoder(config: Config, batch_size: int) -> Encoder:
     params = read_components(config.task.components, model, names, put, key, config.train.seed)
     tokenizers = tuple(condition.loaded[name] for name in condition.tokenizers)
     text = "prepared" if prepared else "tokens"
-    return Encoder(model, params, tokenizers, text, batch_size * mesh.size, mesh)
+    return BatchEncoder(model, params, tokenizers, text, batch_size * mesh.size, mesh)
 
 
 if __name__ == "__main__":

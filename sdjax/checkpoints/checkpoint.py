@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
-from sdjax.checkpoints.mapping import Placer, Stored, Table, read
+from sdjax.checkpoints.mapping import KeyTable, Placer, Stored, read
 from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
@@ -84,7 +84,7 @@ class Format(NamedTuple):
     weights: str
     from_config: Callable[[Mapping[str, Any], str], Any]
     to_config: Callable[[Any], dict[str, Any]]
-    table: Callable[[Any], Table]
+    table: Callable[[Any], KeyTable]
     shapes: Callable[[Any], Tree]
 
 
@@ -93,7 +93,7 @@ def _format(weights: str, module: Any) -> Format:
     return Format(weights, *config, lambda sizes: module.TABLE, module.shapes)
 
 
-def _constant(table: Table) -> Callable[[Any], Table]:
+def _constant(table: KeyTable) -> Callable[[Any], KeyTable]:
     return lambda config: table
 
 
@@ -155,7 +155,7 @@ ALL_FORMATS = FORMATS | CONDITIONERS | CLASSIFIERS
 Dtypes: TypeAlias = str | Mapping[str, str | None] | None
 
 
-class Reading(NamedTuple):
+class ReadOptions(NamedTuple):
     """Options of reading parameters.
 
     Attributes:
@@ -168,7 +168,9 @@ class Reading(NamedTuple):
     place: Placer | None = None
 
 
-def read_params(name: str, config: Any, tensors: Mapping[str, Stored], source: object, how: Reading) -> dict[str, Any]:
+def read_params(
+    name: str, config: Any, tensors: Mapping[str, Stored], source: object, how: ReadOptions
+) -> dict[str, Any]:
     """The parameters of the network `name` from tensors under diffusers' keys, one at a time.
 
     Raises:

@@ -35,7 +35,7 @@ CONV = Kind(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1)
 POINTWISE = Kind(lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None])  # a 1x1 convolution to a Dense
 
 
-class Row(NamedTuple):
+class KeyMapping(NamedTuple):
     """One pattern of parameter names, the pattern of stored keys, and how the array is stored."""
 
     ours: str
@@ -43,7 +43,7 @@ class Row(NamedTuple):
     kind: Kind
 
 
-class Table(NamedTuple):
+class KeyTable(NamedTuple):
     """A bijection between parameter names and stored keys.
 
     Attributes:
@@ -51,7 +51,7 @@ class Table(NamedTuple):
         ignored: regular expressions of stored keys that hold no parameter.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[KeyMapping, ...]
     aliases: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -77,46 +77,50 @@ Modules = dict[str, str]
 Placer = Callable[[np.ndarray, str], Any]
 
 
-def at(ours: str, theirs: str, rows: Iterable[Row]) -> tuple[Row, ...]:
+def at(ours: str, theirs: str, rows: Iterable[KeyMapping]) -> tuple[KeyMapping, ...]:
     """The rows of a module, moved below a prefix on each side."""
-    return tuple(Row(f"{ours}/{row.ours}", f"{theirs}.{row.theirs}", row.kind) for row in rows)
+    return tuple(KeyMapping(f"{ours}/{row.ours}", f"{theirs}.{row.theirs}", row.kind) for row in rows)
 
 
-def layer(ours: str, theirs: str | None = None, kind: Kind = LINEAR) -> tuple[Row, ...]:
+def layer(ours: str, theirs: str | None = None, kind: Kind = LINEAR) -> tuple[KeyMapping, ...]:
     """Kernel and, where there is one, bias of a linear layer or a convolution."""
-    return Row(f"{ours}/kernel", f"{theirs or ours}.weight", kind), Row(f"{ours}/bias", f"{theirs or ours}.bias", SAME)
+    return KeyMapping(f"{ours}/kernel", f"{theirs or ours}.weight", kind), KeyMapping(
+        f"{ours}/bias", f"{theirs or ours}.bias", SAME
+    )
 
 
-def conv(ours: str, theirs: str | None = None) -> tuple[Row, ...]:
+def conv(ours: str, theirs: str | None = None) -> tuple[KeyMapping, ...]:
     """Kernel and bias of a convolution."""
     return layer(ours, theirs, CONV)
 
 
-def norm(ours: str, theirs: str | None = None) -> tuple[Row, ...]:
+def norm(ours: str, theirs: str | None = None) -> tuple[KeyMapping, ...]:
     """Scale and bias of a normalisation."""
-    return Row(f"{ours}/scale", f"{theirs or ours}.weight", SAME), Row(f"{ours}/bias", f"{theirs or ours}.bias", SAME)
+    return KeyMapping(f"{ours}/scale", f"{theirs or ours}.weight", SAME), KeyMapping(
+        f"{ours}/bias", f"{theirs or ours}.bias", SAME
+    )
 
 
-def embedding(ours: str, theirs: str) -> tuple[Row, ...]:
+def embedding(ours: str, theirs: str) -> tuple[KeyMapping, ...]:
     """A table of embeddings, one row a token."""
-    return (Row(f"{ours}/embedding", f"{theirs}.weight", SAME),)
+    return (KeyMapping(f"{ours}/embedding", f"{theirs}.weight", SAME),)
 
 
-class Place(NamedTuple):
+class KeyPlace(NamedTuple):
     """The place of a stored parameter."""
 
     key: str
     kind: Kind
 
 
-def places(table: Table, names: Iterable[str]) -> dict[str, Place]:
+def places(table: KeyTable, names: Iterable[str]) -> dict[str, KeyPlace]:
     """The place of every parameter, in the order of `names`.
 
     Raises:
         UserError: no row speaks of a name, or two names share a key.
     """
     patterns = [(re.compile(re.escape(row.ours).replace(r"\*", r"(\d+)")), row) for row in table.rows]
-    matched: dict[str, Place] = {}
+    matched: dict[str, KeyPlace] = {}
     unmatched, keys, twice = [], set(), set()
     for name in names:
         found = next(((m, row) for pattern, row in patterns if (m := pattern.fullmatch(name))), None)
@@ -124,7 +128,7 @@ def places(table: Table, names: Iterable[str]) -> dict[str, Place]:
             unmatched.append(name)
             continue
         match, row = found
-        matched[name] = Place(row.theirs.replace("*", "{}").format(*match.groups()), row.kind)
+        matched[name] = KeyPlace(row.theirs.replace("*", "{}").format(*match.groups()), row.kind)
         (twice if matched[name].key in keys else keys).add(matched[name].key)
     if unmatched:
         raise UserError(f"no rule of conversion for {len(unmatched)} parameters: {listed(unmatched)}")
@@ -133,7 +137,7 @@ def places(table: Table, names: Iterable[str]) -> dict[str, Place]:
     return matched
 
 
-def stored_shapes(table: Table, shapes: Tree) -> dict[str, tuple[int, ...]]:
+def stored_shapes(table: KeyTable, shapes: Tree) -> dict[str, tuple[int, ...]]:
     """The keys that a checkpoint of parameters of these shapes has, and the shape of each."""
     flat = flatten(shapes)
     empty = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in flat.items()}
@@ -141,7 +145,7 @@ def stored_shapes(table: Table, shapes: Tree) -> dict[str, tuple[int, ...]]:
 
 
 def read(
-    table: Table,
+    table: KeyTable,
     tensors: Mapping[str, Stored],
     shapes: Tree,
     dtype: DTypeLike | None,
@@ -172,7 +176,7 @@ def read(
     return unflatten(leaves)
 
 
-def export(table: Table, params: Tree, shapes: Tree, source: object) -> dict[str, np.ndarray]:
+def export(table: KeyTable, params: Tree, shapes: Tree, source: object) -> dict[str, np.ndarray]:
     """The inverse of `read`: NumPy views of the parameters by stored key.
 
     Raises:
@@ -197,7 +201,7 @@ def finite(array: np.ndarray, dtype: DTypeLike | None, what: str) -> np.ndarray:
     return copy
 
 
-def _canonical(table: Table, tensors: Mapping[str, Stored], source: object) -> dict[str, Stored]:
+def _canonical(table: KeyTable, tensors: Mapping[str, Stored], source: object) -> dict[str, Stored]:
     """The tensors under the keys that the table writes, without those that it ignores."""
     renamed: dict[str, Stored] = {}
     for key, tensor in tensors.items():

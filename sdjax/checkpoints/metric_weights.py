@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdjax.checkpoints.mapping import Stored, Table, read
+from sdjax.checkpoints.mapping import KeyTable, Stored, read
 from sdjax.checkpoints.networks import inception, perceptual
 from sdjax.checkpoints.storage.safetensors import read_safetensors
 from sdjax.checkpoints.storage.weights import read_file
@@ -35,7 +35,7 @@ class Published(NamedTuple):
     title: str
     files: tuple[str, ...]
     home: str
-    table: Callable[[], Table]
+    table: Callable[[], KeyTable]
     shapes: Callable[[], Mapping[str, Any]]
     ours: Callable[[], Mapping[str, Stored]] = dict
 

@@ -56,7 +56,7 @@ SETTINGS = (
 )
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """A repository of the Hub, or a file in one, and where to look for it; None is the client's default."""
 
     repo: str
@@ -91,7 +91,7 @@ def resolve(
     file = match["file"] if match else None
     if match is None or name.endswith(WEIGHTS) or (file is not None and not file.endswith(WEIGHTS)):
         raise UserError(f"there is no file or folder {str(source)!r}, nor is it an id of the Hub (owner/name)")
-    place = Place(name, file, match["revision"], cache_dir, endpoint)
+    place = Location(name, file, match["revision"], cache_dir, endpoint)
     try:
         folder = _folder(place, variant)
     except FAILURES as error:
@@ -99,7 +99,7 @@ def resolve(
     return folder if file is None else folder / file
 
 
-def _folder(place: Place, variant: str | None) -> Path:
+def _folder(place: Location, variant: str | None) -> Path:
     """The folder of the cache with a repository, after the files that are wanted of it are there."""
     try:  # fails at once where there is no network; to list the files in other ways is tried for half a minute
         info = HfApi(endpoint=place.endpoint).model_info(place.repo, revision=place.revision)
@@ -120,7 +120,7 @@ def _folder(place: Place, variant: str | None) -> Path:
     return _download(place, (*SETTINGS, *_weight_files(folder, names, place, variant)))
 
 
-def _download(place: Place, patterns: Collection[str], local: bool = False) -> Path:
+def _download(place: Location, patterns: Collection[str], local: bool = False) -> Path:
     return Path(
         snapshot_download(
             place.repo,
@@ -133,7 +133,7 @@ def _download(place: Place, patterns: Collection[str], local: bool = False) -> P
     )
 
 
-def _cached(place: Place, variant: str | None, error: Exception) -> Path:
+def _cached(place: Location, variant: str | None, error: Exception) -> Path:
     """The folder that an earlier download left; `error` is why there is no other."""
     try:
         folder = _download(place, SETTINGS if place.file is None else [place.file], local=True)
@@ -146,7 +146,7 @@ def _cached(place: Place, variant: str | None, error: Exception) -> Path:
     return folder
 
 
-def _weight_files(folder: Path, names: Collection[str], place: Place, variant: str | None) -> Iterator[str]:
+def _weight_files(folder: Path, names: Collection[str], place: Location, variant: str | None) -> Iterator[str]:
     """The weights of every network that the model's index lists; `folder` holds its settings."""
     index = read_json(folder / INDEX)
     for name, form in NETWORKS.items():
@@ -160,7 +160,7 @@ def _weight_files(folder: Path, names: Collection[str], place: Place, variant: s
             yield from sorted({f"{name}/{file}" for file in read_weight_map(folder / name / found).values()})
 
 
-def _reason(place: Place, error: Exception) -> str:
+def _reason(place: Location, error: Exception) -> str:
     """One line on why a download failed."""
     where = place.endpoint or "https://huggingface.co"
     if isinstance(error, GatedRepoError):

@@ -1,6 +1,6 @@
 """The original layout (CompVis, Stability AI, OpenAI) beside diffusers' own: where a tensor is, and how it is stored.
 
-Each network's module says its pieces, and finds its sizes in `Sizes`.
+Each network's module says its pieces, and finds its sizes in `OriginalSizes`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitTensor:
     """One of diffusers' tensors in an original one, read when it becomes an array."""
 
     stored: Writable
@@ -64,7 +64,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Whole:
+class FusedTensor:
     """An original tensor made of one or three of diffusers' ones, joined when it becomes an array."""
 
     parts: tuple[np.ndarray, ...]
@@ -87,18 +87,21 @@ class Whole:
         return self.piece.kind.outward(array).astype(dtype or self.dtype, copy=False)
 
 
-def inward(pieces: Mapping[str, Piece], originals: Mapping[str, Writable]) -> dict[str, Part]:
+def inward(pieces: Mapping[str, Piece], originals: Mapping[str, Writable]) -> dict[str, SplitTensor]:
     """Tensors under diffusers' keys; all original keys must be there."""
-    return {key: Part(originals[piece.key], piece) for key, piece in pieces.items()}
+    return {key: SplitTensor(originals[piece.key], piece) for key, piece in pieces.items()}
 
 
-def outward(pieces: Mapping[str, Piece], arrays: Mapping[str, np.ndarray]) -> dict[str, Whole]:
+def outward(pieces: Mapping[str, Piece], arrays: Mapping[str, np.ndarray]) -> dict[str, FusedTensor]:
     """The inverse of `inward`, for arrays under diffusers' keys."""
     parts: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
     by_key = {piece.key: piece for piece in pieces.values()}
     for key, piece in pieces.items():
         parts[piece.key][piece.third or 0] = arrays[key]
-    return {key: Whole(tuple(array for _, array in sorted(found.items())), by_key[key]) for key, found in parts.items()}
+    return {
+        key: FusedTensor(tuple(array for _, array in sorted(found.items())), by_key[key])
+        for key, found in parts.items()
+    }
 
 
 class Heads(NamedTuple):
@@ -112,7 +115,7 @@ class Heads(NamedTuple):
         return self.number or max(channels // self.width, 1)
 
 
-class Sizes:
+class OriginalSizes:
     """Shapes by key, from which sizes are read; a key that is not there, or has fewer axes, is the file's fault."""
 
     def __init__(self, shapes: Shapes, place: object) -> None:

@@ -114,7 +114,7 @@ def parameters(record: Mapping[str, Any]) -> str:
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:
-    """What a PNG says of how it was made: the exact record of a picture of ours, else A1111's text in our names.
+    """Settings stored in a PNG: the exact record of an image of ours, else A1111's text in our names.
 
     Every value comes from the file and is as trustworthy as it: numbers may be out of range, a checkpoint or a given
     picture may be any path. The picture itself is not decoded.

@@ -1,4 +1,4 @@
-"""What the user did wrong, said in one line: the value, the place, the choices."""
+"""Errors of users, in one line: the value, the place, the choices."""
 
 from __future__ import annotations
 

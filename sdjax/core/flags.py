@@ -24,7 +24,7 @@ def define_processes(values: flags.FlagValues) -> None:
 
 
 def processes(values: flags.FlagValues) -> dict[str, Any]:
-    """What the flags of `define_processes` say, as `sdjax.parallel.distributed.initialise` takes it."""
+    """Values of the flags of `define_processes`, as `sdjax.parallel.distributed.initialise` takes them."""
     return {name: values[name].value for name in PROCESSES}
 
 

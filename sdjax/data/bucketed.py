@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sdjax.core.errors import UserError
-from sdjax.data.loader import Loader, Reading, Shard, Transform, rows_of_each, transformed
+from sdjax.data.loader import Loader, Prefetch, Shard, Transform, rows_of_each, transformed
 from sdjax.data.sources.base import Source
 
 
@@ -29,7 +29,7 @@ def bucketed(
     seed: int,
     transforms: Sequence[Transform] = (),
     shard: Shard = Shard(),  # noqa: B008  (an immutable tuple)
-    reading: Reading = Reading(),  # noqa: B008
+    reading: Prefetch = Prefetch(),  # noqa: B008
 ) -> Loader:
     """Endless shuffled batches of `source`, each of rows of one bucket; else as `loader.loader`.
 
@@ -74,7 +74,7 @@ class Batch(NamedTuple):
     start: int
 
 
-class Schedule(NamedTuple):
+class BatchOrder(NamedTuple):
     """The batches of an epoch, in order: the bucket of each, and how many of that bucket the epoch has before it."""
 
     buckets: Int[np.ndarray, " batches"]
@@ -82,7 +82,7 @@ class Schedule(NamedTuple):
 
 
 class Order:
-    """Which row of the source stands where in the endless order."""
+    """Order of the source's rows, without end."""
 
     def __init__(self, buckets: Int[np.ndarray, " n"], batch_size: int, seed: int):
         """Eight bytes a row are kept: the rows sorted by bucket.
@@ -112,7 +112,7 @@ class Order:
         return int(self._rows[self._starts[bucket] + self._streams[bucket][start + offset]])
 
     def batch(self, index: int) -> Batch:
-        """What global batch `index` holds."""
+        """Rows of global batch `index`."""
         epoch = self._epoch(index)
         first = self._passed(epoch)
         schedule, position = self._schedule(epoch), index - int(first.sum())
@@ -120,17 +120,17 @@ class Order:
         return Batch(bucket, (int(first[bucket]) + int(schedule.ranks[position])) * self._batch)
 
     @functools.cached_property
-    def _schedule(self) -> Callable[[int], Schedule]:
+    def _schedule(self) -> Callable[[int], BatchOrder]:
         return functools.lru_cache(maxsize=2)(self._scheduled)
 
-    def _scheduled(self, epoch: int) -> Schedule:
+    def _scheduled(self, epoch: int) -> BatchOrder:
         sizes = self._passed(epoch + 1) - self._passed(epoch)
         # Bit generators promise their numbers for ever; NumPy's shuffles do not.
         keys = np.random.Philox(self._derived(-1, epoch)).random_raw(int(sizes.sum()))
         buckets = np.repeat(np.arange(len(sizes)), sizes)[np.argsort(keys, kind="stable")]
         ranks = np.empty_like(buckets)
         ranks[np.argsort(buckets, kind="stable")] = np.concatenate([np.arange(size) for size in sizes])
-        return Schedule(buckets, ranks)
+        return BatchOrder(buckets, ranks)
 
     def _passed(self, epoch: int) -> Int[np.ndarray, " buckets"]:
         """Batches of each bucket before an epoch."""

@@ -35,7 +35,7 @@ from sdjax.data.transforms.buckets import assign, table, without_small
 
 
 class Counts(NamedTuple):
-    """How often ids were seen."""
+    """Counts of ids."""
 
     seen: list[int]
     """Rows that each process read; those of a resumed run's processes come after those of its first ones."""

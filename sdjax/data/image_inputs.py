@@ -153,7 +153,7 @@ def paste_back(
 
 
 def resize_bicubic(values: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Float[np.ndarray, "h2 w2"]:
-    """As torch's `interpolate(mode="bicubic", align_corners=False)`: four taps a side however much smaller it gets."""
+    """Resize as torch's `interpolate(mode="bicubic", align_corners=False)`: four taps a side at every scale."""
     rows, columns = (_cubic(old, new) for old, new in zip(values.shape, size, strict=True))
     return rows @ values.astype(np.float64) @ columns.T
 

@@ -20,14 +20,14 @@ Transform = grain.transforms.Map | grain.transforms.RandomMap
 
 
 class Shard(NamedTuple):
-    """Which of the processes this is."""
+    """This process's share of the rows: its index among `count` processes."""
 
     index: int = 0
     count: int = 1
 
 
-class Reading(NamedTuple):
-    """How batches are made ahead of time: each by one thread, of this process or, where there are any, of a worker."""
+class Prefetch(NamedTuple):
+    """Prefetching: each batch is made by one thread, of this process or, where there are any, of a worker."""
 
     threads: int = 1
     ahead: int = 2
@@ -37,14 +37,14 @@ class Reading(NamedTuple):
 class Loader(Iterator[dict[str, Any]]):
     """An endless iterator over this process's rows of the batches; made by `loader`."""
 
-    def __init__(self, batches: grain.MapDataset, shard: Shard, reading: Reading, identity: dict[str, int]):
+    def __init__(self, batches: grain.MapDataset, shard: Shard, reading: Prefetch, identity: dict[str, int]):
         """Starts at step 0. `batches` are those of all processes, in turn."""
         self._batches, self._shard, self._reading, self._identity = batches, shard, reading, identity
         self._start(0)
 
     @property
     def step(self) -> int:
-        """How many batches were taken since the beginning of the run."""
+        """Batches taken since the beginning of the run."""
         return self._step
 
     def __next__(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def loader(
     seed: int,
     transforms: Sequence[Transform] = (),
     shard: Shard = Shard(),  # noqa: B008  (an immutable tuple)
-    reading: Reading = Reading(),  # noqa: B008
+    reading: Prefetch = Prefetch(),  # noqa: B008
 ) -> Loader:
     """Endless shuffled batches of `source`.
 
@@ -125,7 +125,7 @@ def _leave_signals(index: int, count: int) -> None:
 
 
 def rows_of_each(batch_size: int, shard: Shard) -> int:
-    """How many rows of a batch are each process's.
+    """Rows of a batch for each process.
 
     Raises:
         UserError: the processes do not divide the batch.

@@ -21,7 +21,7 @@ VARIANCES = ("learned", *FIXED)
 
 
 class Bits(NamedTuple):
-    """What it costs to send a picture, in bits per value.
+    """Variational bound of an image's negative log-likelihood, in bits per value.
 
     Attributes:
         prior: of its noisiest version, KL(q(x_T | x0) || N(0, 1)).

@@ -1,4 +1,4 @@
-"""What a network predicts, and the one seam between networks and solvers: denoise(x, sigma, timestep) -> x0.
+"""Parameterizations, and the one seam between networks and solvers: denoise(x, sigma, timestep) -> x0.
 
 Two coordinates. Networks see variance-preserving x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise; solvers keep the
 variance-exploding x = x0 + sigma noise = x_vp / sqrt(abar) of k-diffusion, with sigma = sqrt((1 - abar) / abar).
@@ -66,7 +66,7 @@ def q_sample(
 
 
 class Parameterization(NamedTuple):
-    """How a network's output becomes a clean sample (k-diffusion, external.py).
+    """The map from a network's output to a clean sample (k-diffusion, external.py).
 
     Attributes:
         c_in: sigma -> the factor that takes x to the network's input.

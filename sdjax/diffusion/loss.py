@@ -28,7 +28,7 @@ def gather(table: np.ndarray | Float[Array, " t"], timesteps: Int[Array, " b"]) 
 def target(
     kind: str, x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], abar: Float[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    """What a network of this kind should answer at x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise.
+    """Regression target of a parameterization at x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise.
 
     Raises:
         UserError: the kind is not among PREDICTIONS.
@@ -45,7 +45,7 @@ def target(
 def vp_to_x0(
     kind: str, output: Float[Array, "b h w c"], x_vp: Float[Array, "b h w c"], abar: Float[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    """As `to_x0`, for x in variance-preserving coordinates (DDPM eq. 15; Salimans & Ho 2022, appendix D).
+    """Clean sample of x in variance-preserving coordinates (DDPM eq. 15; Salimans & Ho 2022, appendix D).
 
     Raises:
         UserError: the kind is not among PREDICTIONS.

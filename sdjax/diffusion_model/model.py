@@ -103,14 +103,14 @@ class DiffusionModel(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Of the latents."""
+        """Latent sizes for those of an image."""
         if self.autoencoder is None:
             return self.config.in_channels - self.conditioner.traits.concat_channels
         return self.autoencoder.config.latent_channels
 
     @property
     def has_null(self) -> bool:
-        """Whether there is a null condition to guide away from."""
+        """True if the model has a null condition, so that guidance is possible."""
         return self.conditioner.traits.has_null
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from sdjax.core.prng import image_keys
 from sdjax.core.tree import Params
 from sdjax.diffusion.denoise import Denoise, make_denoise, per_image
 from sdjax.diffusion.guidance import guided
-from sdjax.diffusion.samplers import Table, first_noise
+from sdjax.diffusion.samplers import SamplerTable, first_noise
 from sdjax.diffusion.samplers.scan import State, advance, init_state
 from sdjax.diffusion_model.conditioner import Columns
 from sdjax.diffusion_model.model import BACKBONE, DiffusionModel
@@ -69,7 +69,7 @@ class SamplingBatch(NamedTuple):
         noise: of every row of the tables, in place of what the keys draw.
     """
 
-    tables: Table
+    tables: SamplerTable
     cond: Cond
     columns: Columns
     guidance: Guidance
@@ -123,7 +123,7 @@ def condition(
 
 @jit
 def start_state(
-    tables: Table, noise: Float[Array, "b *space z"], known: Float[Array, "b *space z"], fresh: Bool[Array, " b"]
+    tables: SamplerTable, noise: Float[Array, "b *space z"], known: Float[Array, "b *space z"], fresh: Bool[Array, " b"]
 ) -> State:
     """The loop's first state: pure noise where `fresh`, else the known latents with noise up to the first level."""
     scale, sigma = per_image(tables.first_scale, noise), per_image(tables.sigma[:, 0], noise)
@@ -170,7 +170,7 @@ def decode(
 
 
 def all_finite(tree: object) -> Finite:
-    """Whether no array of a tree holds NaN or an infinity."""
+    """True if no array of a tree holds NaN or an infinity."""
     leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)
 

@@ -38,7 +38,7 @@ class Spans(NamedTuple):
 def decode_tiled(
     decode: Coder, latents: Float[Array, "b h w z"], tile: int, overlap: int, factor: int
 ) -> Float[Array, "b h*f w*f c"]:
-    """What `decode` makes of latents, tile by tile, in float32.
+    """Decode latents tile by tile, in float32.
 
     The same as without tiles where a pixel depends on latents no further than a quarter of the overlap away. Every tile
     has the same shape, so a compiled `decode` is compiled once for pictures of all sizes that are larger than a tile
@@ -61,7 +61,7 @@ def decode_tiled(
 def encode_tiled(
     encode: Coder, images: Float[Array, "b h*f w*f c"], tile: int, overlap: int, factor: int
 ) -> Float[Array, "b h w z"]:
-    """What `encode` makes of pictures, whose sides are multiples of `factor`, tile by tile; as `decode_tiled`."""
+    """Encode images, whose sides are multiples of `factor`, tile by tile; as `decode_tiled`."""
     return _tiled(encode, images, tile, overlap, (factor, 1))
 
 

@@ -36,7 +36,7 @@ from sdjax.data.sources.open import source
 from sdjax.data.sources.plain_folder import PlainFolder
 from sdjax.eval.bits import bits
 from sdjax.eval.checkpoint import evaluate
-from sdjax.eval.comparison import METRICS, Options, Real, chosen, compare, read_statistics
+from sdjax.eval.comparison import METRICS, MetricOptions, Real, chosen, compare, read_statistics
 from sdjax.eval.first_stage import judge
 from sdjax.eval.subset import Evenly
 
@@ -71,7 +71,7 @@ def _figures(values: flags.FlagValues) -> dict[str, Any]:
     if len(judged) != 1:
         raise UserError(f"one of --fake, --autoencoder, --pixels and --config is required; given: {len(judged)}")
     clip = Path(flag["clip"]) if flag["clip"] else None
-    options = Options(flag["size"], flag["batch_size"], flag["kid_subset"], flag["splits"], clip=clip)
+    options = MetricOptions(flag["size"], flag["batch_size"], flag["kid_subset"], flag["splits"], clip=clip)
     metrics = chosen(flag["metrics"] or (CLIP_SCORE if clip and not flag["real"] else ""))
     if clip is not None and CLIP_SCORE not in metrics:
         metrics.append(CLIP_SCORE)

@@ -63,5 +63,5 @@ def _totals(fixed: Any, params: Any, images: UInt8[np.ndarray, "b h w 3"], start
 
 
 def _hashable(scheduler: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What decides the schedule; lists are not hashable."""
+    """Hashable settings of the schedule; lists are not hashable."""
     return tuple(sorted((key, value) for key, value in scheduler.items() if not isinstance(value, list | dict)))

@@ -1,4 +1,4 @@
-"""How well pictures fit their captions: the cosine of CLIP's embeddings of both, times 100 (Hessel et al. 2021).
+"""CLIP score, the fit of images and captions: the cosine of CLIP's embeddings of both, times 100 (Hessel et al. 2021).
 
 As torchmetrics' CLIPScore: without CLIPScore's 2.5 and with the mean, not each score, held above zero.
 """
@@ -72,7 +72,7 @@ def _cosines(
 
 
 def captions_of(folder: Path, pictures: Pictures) -> list[str]:
-    """What each picture of a folder shows: `prompt` in the JSON file beside it, as sample.py writes it.
+    """Prompt of each image of a folder: `prompt` in the JSON file beside it, as sample.py writes it.
 
     Raises:
         UserError: a picture has none.

@@ -35,7 +35,7 @@ CLIP = "clip"
 
 
 class Real(NamedTuple):
-    """What pictures are compared with.
+    """Reference of a comparison.
 
     Attributes:
         name: of the pictures, or of a file of statistics.
@@ -48,8 +48,8 @@ class Real(NamedTuple):
     statistics: dict[str, Gaussian]
 
 
-class Options(NamedTuple):
-    """How metrics are taken; the defaults are those of torch-fidelity and of the papers.
+class MetricOptions(NamedTuple):
+    """Settings of metrics; the defaults are those of torch-fidelity and of the papers.
 
     Attributes:
         clip: the folder of a CLIP; None for the published one, where weights are looked for.
@@ -66,7 +66,7 @@ class Options(NamedTuple):
 class Comparison:
     """Two sets of pictures; what several metrics need of them is computed once, and of the real ones kept on disk."""
 
-    def __init__(self, fake: Pictures, real: Real, options: Options):
+    def __init__(self, fake: Pictures, real: Real, options: MetricOptions):
         self.fake, self.real, self.options = fake, real, options
 
     @functools.cached_property
@@ -218,7 +218,7 @@ def chosen(names: str) -> list[str]:
 
 
 def compare(
-    fake: Pictures, real: Real, metrics: Iterable[str], options: Options, say: Callable[[str], None]
+    fake: Pictures, real: Real, metrics: Iterable[str], options: MetricOptions, say: Callable[[str], None]
 ) -> Figures:
     """All figures that can be had.
 
@@ -238,8 +238,8 @@ def compare(
     return figures
 
 
-def _absent(needs: str, options: Options) -> str:
-    """Which file a metric lacks, and where it was looked for."""
+def _absent(needs: str, options: MetricOptions) -> str:
+    """File that a metric lacks, and the folders that were searched for it."""
     if needs == CLIP:
         return "" if find_clip(options.clip) else missing_clip()
     return metric_weights.missing(needs) if needs and metric_weights.find(needs) is None else ""

@@ -1,4 +1,4 @@
-"""What networks see in pictures: Inception's and CLIP's features, over all devices, kept for the next time."""
+"""Features of images by Inception and CLIP, over all devices, cached on disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def cache_folder() -> Path:
-    """Where features of pictures are kept."""
+    """Cache of image features."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdjax" / "features"
 
 
@@ -46,7 +46,7 @@ def inception_features(pictures: Pictures, what: str, size: int | None, batch_si
 
 
 def kept(key: str, make: Callable[[], Arrays], folder: Path | None = None) -> Arrays:
-    """What `make` gives, read from disk where it was made before.
+    """Result of `make`, read from disk where it was made before.
 
     Args:
         key: whatever it depends on; another key is another file.
@@ -65,7 +65,7 @@ def kept(key: str, make: Callable[[], Arrays], folder: Path | None = None) -> Ar
 
 
 def identity(pictures: Pictures, name: str, size: int | None) -> str:
-    """What the features of pictures depend on: their names, number and size, and the file of the weights."""
+    """Cache key of image features: names, number and size, and the file of the weights."""
     names = hashlib.sha256("\n".join(map(pictures.id, range(len(pictures)))).encode()).hexdigest()
     path = metric_weights.find("inception")
     weights = "" if path is None else f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"

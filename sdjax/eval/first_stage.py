@@ -17,7 +17,7 @@ from sdjax.core.errors import UserError
 from sdjax.data.images import to_uint8
 from sdjax.data.sources.base import Example, Pictures
 from sdjax.data.transforms.images import square
-from sdjax.eval.comparison import METRICS, Figures, Options, Real, compare
+from sdjax.eval.comparison import METRICS, Figures, MetricOptions, Real, compare
 from sdjax.models import quantize
 from sdjax.models.autoencoder import AnyAutoencoder, VQAutoencoder, autoencoder_of
 from sdjax.models.conditioning import apply
@@ -27,7 +27,7 @@ from sdjax.training.task import Params
 WANTED = ("fid", *(name for name, metric in METRICS.items() if metric.paired))
 
 
-def judge(folder: Path, real: Real, options: Options, say: Callable[[str], None]) -> Figures:
+def judge(folder: Path, real: Real, options: MetricOptions, say: Callable[[str], None]) -> Figures:
     """All figures of the autoencoder in `folder`, or in its part vae/.
 
     Args:
@@ -80,7 +80,7 @@ class Squares:
 
 
 class Reconstructions:
-    """What an autoencoder gives back of pictures of one size, some made at a time and kept as bytes in a file."""
+    """Reconstructions of images of one size, made in batches and kept as bytes in a file."""
 
     def __init__(self, model: AnyAutoencoder, params: Params, pictures: Pictures, rows: int):
         self._model, self._params, self._pictures, self._rows = model, params, pictures, rows
@@ -130,7 +130,7 @@ class Reconstructions:
 
 @jax.jit(static_argnums=0)
 def _codes(model: VQAutoencoder, params: Params, images: Array) -> Float[Array, "b n"]:
-    """How often each picture uses each vector of the codebook."""
+    """Counts of each vector of the codebook in each image."""
     x = images.astype(jnp.float32) / 127.5 - 1.0
     quantized = apply(model, params, apply(model, params, x, method="encode").mean, method="round")
     return jax.vmap(lambda codes: quantize.counts(codes, model.config.codes))(quantized.codes)

@@ -45,7 +45,7 @@ def precision_recall(
 
 
 def _within(points: Array, manifold: Array, neighbours: int) -> Bool[np.ndarray, " n"]:
-    """Which points are within the neighbourhood of any member of the manifold."""
+    """Mask of the points within the neighbourhood of any member of the manifold."""
     radii = jnp.concatenate([_radii(rows, manifold, neighbours) for rows in _parts(manifold)])
     return np.concatenate([np.asarray(_any_within(rows, manifold, radii)) for rows in _parts(points)])
 

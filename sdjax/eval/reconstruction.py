@@ -1,4 +1,4 @@
-"""How well an autoencoder gives back what it was given."""
+"""Reconstruction quality of an autoencoder."""
 
 from __future__ import annotations
 

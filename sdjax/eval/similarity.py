@@ -1,4 +1,4 @@
-"""How near pictures are to others, pixel by pixel: PSNR and SSIM."""
+"""Similarity of images pixel by pixel: PSNR and SSIM."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class AutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """How many pixels a latent stands for along each side."""
+        """Downsampling factor: pixels along each side of a latent."""
         return 2 ** (len(self.channels) - 1)
 
 

@@ -56,7 +56,7 @@ VARIANTS = {
 
 
 class CLIPTextOutput(NamedTuple):
-    """What a text encoder says of a prompt.
+    """Outputs of a text encoder.
 
     Attributes:
         hidden: the embeddings and then every layer's output, `layers + 1` arrays; none is normalised.
@@ -69,8 +69,8 @@ class CLIPTextOutput(NamedTuple):
     pooled: Float[Array, "b p"]
 
 
-class Sizes(Protocol):
-    """What a layer must know of a tower."""
+class TowerSizes(Protocol):
+    """Sizes of a tower that its layers need."""
 
     @property
     def width(self) -> int: ...
@@ -85,7 +85,7 @@ class Sizes(Protocol):
 class CLIPLayer(nn.Module):
     """Self-attention, causal for text, and a feed-forward, each on a LayerNorm and added."""
 
-    config: Sizes
+    config: TowerSizes
     causal: bool = True
     dtype: DTypeLike = jnp.float32
 
@@ -134,13 +134,13 @@ class CLIPText(nn.Module):
 
 
 def eos_position(ids: Int[Array, "b l"], eos_token_id: int) -> Int[Array, " b"]:
-    """Where each prompt ends: at the first end-of-text token."""
+    """Index of each prompt's end: the first end-of-text token."""
     return jnp.argmax(ids if eos_token_id == 2 else ids == eos_token_id, axis=-1)
 
 
 @dataclass(frozen=True)
 class TextLayer:
-    """Which layer of a text encoder a diffusion model was trained on.
+    """Hidden layer of a text encoder used as cross-attention context.
 
     Attributes:
         back: counted from the end; 1 is the last.

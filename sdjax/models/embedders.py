@@ -1,4 +1,4 @@
-"""What LDM's smaller conditions go through: an embedding of classes, and a rescaler of label maps.
+"""Networks of LDM's smaller conditions: an embedding of classes, and a rescaler of label maps.
 
 CompVis/latent-diffusion, ldm/modules/encoders/modules.py: ClassEmbedder, SpatialRescaler.
 """

@@ -19,7 +19,7 @@ EPS = 1e-3
 
 
 class Features(NamedTuple):
-    """What metrics read off a picture.
+    """Features of an image that metrics use.
 
     Attributes:
         pooled: the mean activations before the classifier: FID, KID, precision and recall.
@@ -32,7 +32,7 @@ class Features(NamedTuple):
     logits: Float[Array, "b 1008"]
 
 
-class Conv(nn.Module):
+class BasicConv(nn.Module):
     """Convolution, batch normalisation with stored means, ReLU."""
 
     features: int
@@ -65,11 +65,11 @@ class BlockA(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        one = Conv(64, name="branch1x1")(x)
-        five = Conv(64, (5, 5), name="branch5x5_2")(Conv(48, name="branch5x5_1")(x))
-        three = Conv(96, (3, 3), name="branch3x3dbl_2")(Conv(64, name="branch3x3dbl_1")(x))
-        three = Conv(96, (3, 3), name="branch3x3dbl_3")(three)
-        return jnp.concatenate([one, five, three, Conv(self.pool, name="branch_pool")(_mean(x))], -1)
+        one = BasicConv(64, name="branch1x1")(x)
+        five = BasicConv(64, (5, 5), name="branch5x5_2")(BasicConv(48, name="branch5x5_1")(x))
+        three = BasicConv(96, (3, 3), name="branch3x3dbl_2")(BasicConv(64, name="branch3x3dbl_1")(x))
+        three = BasicConv(96, (3, 3), name="branch3x3dbl_3")(three)
+        return jnp.concatenate([one, five, three, BasicConv(self.pool, name="branch_pool")(_mean(x))], -1)
 
 
 class BlockB(nn.Module):
@@ -77,9 +77,9 @@ class BlockB(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        three = Conv(384, (3, 3), 2, same=False, name="branch3x3")(x)
-        double = Conv(96, (3, 3), name="branch3x3dbl_2")(Conv(64, name="branch3x3dbl_1")(x))
-        double = Conv(96, (3, 3), 2, same=False, name="branch3x3dbl_3")(double)
+        three = BasicConv(384, (3, 3), 2, same=False, name="branch3x3")(x)
+        double = BasicConv(96, (3, 3), name="branch3x3dbl_2")(BasicConv(64, name="branch3x3dbl_1")(x))
+        double = BasicConv(96, (3, 3), 2, same=False, name="branch3x3dbl_3")(double)
         return jnp.concatenate([three, double, _halved(x)], -1)
 
 
@@ -90,12 +90,12 @@ class BlockC(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        one, seven, double = Conv(192, name="branch1x1")(x), x, x
+        one, seven, double = BasicConv(192, name="branch1x1")(x), x, x
         for number, (features, kernel) in enumerate(((self.width, (1, 1)), (self.width, (1, 7)), (192, (7, 1)))):
-            seven = Conv(features, kernel, name=f"branch7x7_{number + 1}")(seven)
+            seven = BasicConv(features, kernel, name=f"branch7x7_{number + 1}")(seven)
         for number, kernel in enumerate(((1, 1), (7, 1), (1, 7), (7, 1), (1, 7))):
-            double = Conv(192 if number == 4 else self.width, kernel, name=f"branch7x7dbl_{number + 1}")(double)
-        return jnp.concatenate([one, seven, double, Conv(192, name="branch_pool")(_mean(x))], -1), one
+            double = BasicConv(192 if number == 4 else self.width, kernel, name=f"branch7x7dbl_{number + 1}")(double)
+        return jnp.concatenate([one, seven, double, BasicConv(192, name="branch_pool")(_mean(x))], -1), one
 
 
 class BlockD(nn.Module):
@@ -103,11 +103,11 @@ class BlockD(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        three = Conv(320, (3, 3), 2, same=False, name="branch3x3_2")(Conv(192, name="branch3x3_1")(x))
+        three = BasicConv(320, (3, 3), 2, same=False, name="branch3x3_2")(BasicConv(192, name="branch3x3_1")(x))
         seven = x
         for number, kernel in enumerate(((1, 1), (1, 7), (7, 1))):
-            seven = Conv(192, kernel, name=f"branch7x7x3_{number + 1}")(seven)
-        seven = Conv(192, (3, 3), 2, same=False, name="branch7x7x3_4")(seven)
+            seven = BasicConv(192, kernel, name=f"branch7x7x3_{number + 1}")(seven)
+        seven = BasicConv(192, (3, 3), 2, same=False, name="branch7x7x3_4")(seven)
         return jnp.concatenate([three, seven, _halved(x)], -1)
 
 
@@ -118,13 +118,13 @@ class BlockE(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        three = Conv(384, name="branch3x3_1")(x)
-        double = Conv(384, (3, 3), name="branch3x3dbl_2")(Conv(448, name="branch3x3dbl_1")(x))
-        parts = [Conv(320, name="branch1x1")(x)]
+        three = BasicConv(384, name="branch3x3_1")(x)
+        double = BasicConv(384, (3, 3), name="branch3x3dbl_2")(BasicConv(448, name="branch3x3dbl_1")(x))
+        parts = [BasicConv(320, name="branch1x1")(x)]
         for name, wide in (("branch3x3_2", three), ("branch3x3dbl_3", double)):
-            parts += [Conv(384, (1, 3), name=f"{name}a")(wide), Conv(384, (3, 1), name=f"{name}b")(wide)]
+            parts += [BasicConv(384, (1, 3), name=f"{name}a")(wide), BasicConv(384, (3, 1), name=f"{name}b")(wide)]
         pooled = nn.max_pool(x, (3, 3), (1, 1), "SAME") if self.last else _mean(x)
-        return jnp.concatenate([*parts, Conv(192, name="branch_pool")(pooled)], -1)
+        return jnp.concatenate([*parts, BasicConv(192, name="branch_pool")(pooled)], -1)
 
 
 class Inception(nn.Module):
@@ -133,11 +133,11 @@ class Inception(nn.Module):
     @nn.compact
     def __call__(self, images: UInt8[Array, "b h w 3"]) -> Features:
         x = (resize(images.astype(jnp.float32), SIDE) - 128.0) / 128.0
-        x = Conv(32, (3, 3), 2, same=False, name="Conv2d_1a_3x3")(x)
-        x = Conv(32, (3, 3), same=False, name="Conv2d_2a_3x3")(x)
-        x = _halved(Conv(64, (3, 3), name="Conv2d_2b_3x3")(x))
-        x = Conv(80, name="Conv2d_3b_1x1")(x)
-        x = _halved(Conv(192, (3, 3), same=False, name="Conv2d_4a_3x3")(x))
+        x = BasicConv(32, (3, 3), 2, same=False, name="Conv2d_1a_3x3")(x)
+        x = BasicConv(32, (3, 3), same=False, name="Conv2d_2a_3x3")(x)
+        x = _halved(BasicConv(64, (3, 3), name="Conv2d_2b_3x3")(x))
+        x = BasicConv(80, name="Conv2d_3b_1x1")(x)
+        x = _halved(BasicConv(192, (3, 3), same=False, name="Conv2d_4a_3x3")(x))
         for letter, pool in (("b", 32), ("c", 64), ("d", 64)):
             x = BlockA(pool, name=f"Mixed_5{letter}")(x)
         x, spatial = BlockB(name="Mixed_6a")(x), {}

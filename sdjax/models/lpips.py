@@ -38,7 +38,7 @@ def _difference(tap: Float[Array, "2*b h w c"]) -> Float[Array, "b h w c"]:
 
 
 def _normalised(tap: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Of unit length in its channels; where all are zero it stays so, and has no gradient instead of NaN."""
+    """Normalise to unit length in channels; where all are zero it stays so, and has no gradient instead of NaN."""
     squares = jnp.square(tap).sum(-1, keepdims=True)
     length = jnp.where(squares > 0.0, jnp.sqrt(jnp.where(squares > 0.0, squares, 1.0)), 0.0)
     return tap / (length + EPS)

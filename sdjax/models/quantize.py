@@ -1,4 +1,4 @@
-"""How much of a codebook is used."""
+"""Usage of a codebook."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Usage(NamedTuple):
-    """How much of a codebook some latents use.
+    """Usage of a codebook by some latents.
 
     Attributes:
         share: of its vectors, those that are used at all.
@@ -28,5 +28,5 @@ def usage(counts: Float[Array, " n"]) -> Usage:
 
 
 def counts(codes: Int[Array, "..."], size: int) -> Float[Array, " n"]:
-    """How often each of `size` vectors is used."""
+    """Counts of each of `size` vectors."""
     return jnp.zeros(size).at[codes.reshape(-1)].add(1.0)

@@ -15,7 +15,7 @@ from sdjax.core.errors import unknown
 
 
 def _products(primitive: Any, *args: Any, **params: Any) -> bool:
-    """Whether an operation is a product with weights: dense ones have no batch dimensions, attention's have."""
+    """True for a product with weights: dense ones have no batch dimensions, attention's have."""
     if primitive is jax.lax.conv_general_dilated_p:
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
@@ -30,7 +30,7 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
 
 
 def is_scanned(policy: str) -> bool:
-    """Whether equal blocks in a row are one loop: a program of a few blocks, which compiles in a fraction of the time
+    """True where equal blocks in a row are one loop: a program of a few blocks, which compiles in a part of the time
     and memory. Their parameters are copied into one array each call, so it suits training that splits them (FSDP)."""
     return policy == "scanned"
 

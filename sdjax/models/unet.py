@@ -168,7 +168,7 @@ class UNet(nn.Module):
         return Conv(c.out_channels, zero=True, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
 
     def _embedding(self, t: Array, cond: Cond) -> Array:
-        """What every residual block is told: the timestep, joined by the guidance scale, a label and a vector."""
+        """Embedding for every residual block: the timestep, joined by the guidance scale, a label and a vector."""
         c, width = self.config, 4 * self.config.channels[0]
         sinusoid = timestep_embedding(t, c.channels[0]).astype(self.dtype)
         guidance = None

@@ -147,7 +147,7 @@ VARIANTS = {
 
 
 class Encoder2D(nn.Module):
-    """What a UNet and a classifier of noisy pictures share: the timestep's embedding, the way down, the middle.
+    """Encoder shared by a UNet and a classifier of noisy images: the timestep's embedding, the way down, the middle.
 
     Attributes:
         config: the sizes.

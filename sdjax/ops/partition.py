@@ -1,4 +1,4 @@
-"""How activations are split over the devices: said by the models as wishes, granted where a mesh is set.
+"""Sharding hints: models annotate activations with mesh axes, applied where a mesh is set and the dimension divides.
 
 `jax.set_mesh(mesh)` around a call is what makes the wishes count; without it, or with one device, they mean nothing.
 """

@@ -26,7 +26,7 @@ def suits(
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
 ) -> bool:
-    """Whether a convolution is of the kind that `convolve` knows, and large enough to be faster there."""
+    """True for a convolution of the kind that `convolve` knows, and large enough to be faster there."""
     return (
         kernel.shape[:3] == (3, 3, x.shape[3])
         and tuple(strides) == (1, 1)

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
-from sdjax.parallel.audit import Audit, Entry, audit, check
+from sdjax.parallel.audit import Audit, AuditEntry, audit, check
 from sdjax.parallel.mesh_text import parse_mesh
 from sdjax.tasks.make import make_task
 
@@ -51,9 +51,9 @@ def main() -> None:
             check(result, sizes, name)
 
 
-def lines(entries: Iterable[Entry], every: bool) -> list[str]:
+def lines(entries: Iterable[AuditEntry], every: bool) -> list[str]:
     """A line for each parameter, or for all of one shape and spec whose names differ in numbers only."""
-    kinds: Mapping[Any, list[Entry]] = defaultdict(list)
+    kinds: Mapping[Any, list[AuditEntry]] = defaultdict(list)
     for entry in entries:
         name = entry.name if every else re.sub(r"\d+", "*", entry.name)
         kinds[name, entry.shape, entry.spec].append(entry)

@@ -1,4 +1,4 @@
-"""Which parameters are split over a mesh and which every device holds whole, in bytes."""
+"""Audit of bytes: parameters that are sharded over a mesh, and those that every device replicates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIMIT = 0.01
 """The share of a large model's bytes that may stay whole on every device under FSDP."""
 
 
-class Entry(NamedTuple):
+class AuditEntry(NamedTuple):
     """One parameter.
 
     Attributes:
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 class Audit(NamedTuple):
     """All parameters of a model on a mesh."""
 
-    entries: list[Entry]
+    entries: list[AuditEntry]
 
     @property
     def total(self) -> int:
@@ -55,12 +55,12 @@ class Audit(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the model's bytes that are replicated."""
+        """Fraction of the model's bytes that is replicated."""
         return self.replicated / max(self.total, 1)
 
 
 def audit(shapes: Mapping[str, Any], sizes: Mapping[str, int]) -> Audit:
-    """Where every parameter of a tree goes.
+    """Sharding of every parameter of a tree.
 
     Args:
         shapes: of arrays or of `jax.ShapeDtypeStruct`s.
@@ -70,7 +70,7 @@ def audit(shapes: Mapping[str, Any], sizes: Mapping[str, int]) -> Audit:
     for name, leaf in flatten(shapes).items():
         spec = spec_of(name, leaf.shape, sizes)
         parts = int(np.prod([sizes[axis] for axis in spec if axis is not None]))
-        entries.append(Entry(name, leaf.shape, spec, int(np.prod(leaf.shape)) * leaf.dtype.itemsize, parts))
+        entries.append(AuditEntry(name, leaf.shape, spec, int(np.prod(leaf.shape)) * leaf.dtype.itemsize, parts))
     return Audit(entries)
 
 

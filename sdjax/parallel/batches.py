@@ -32,7 +32,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def rows_of_process(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """Which part of every batch a process reads, and into how many parts it is divided.
+    """Shard of every batch that a process reads, and the number of shards.
 
     Processes whose devices hold the same rows, because tensor or spatial axes span them, read the same part.
 

@@ -1,4 +1,4 @@
-"""Whether this process is one of several, by flags or by what a job manager wrote into the environment.
+"""Detection of several processes, by flags or by a job manager's environment variables.
 
 How a job manager tells a process who it is, is JAX's own knowledge (google/jax, jax/_src/clusters); `choose` only
 decides whether there is one, and which.
@@ -19,7 +19,7 @@ TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 
 
 class Cluster(NamedTuple):
-    """How this process finds the others.
+    """Coordinates of this process among the others.
 
     Attributes:
         name: for the log.

@@ -92,12 +92,12 @@ def agreed(text: str) -> str:
 
 
 def is_mine(number: int) -> bool:
-    """Whether this process is to do the work of that number: all take turns."""
+    """True if this process is to do the work of that number: all take turns."""
     return number % jax.process_count() == jax.process_index()
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """True for the process that writes what is written once."""
     return jax.process_index() == 0
 
 

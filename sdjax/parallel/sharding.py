@@ -34,7 +34,7 @@ _PATTERNS = [(re.compile(rf"(^|[/_]){pattern}$"), dimension) for pattern, dimens
 
 
 def spec_of(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
-    """Where the parts of a parameter live.
+    """Sharding of a parameter.
 
     Args:
         name: its path, or one that ends with it, such as that of its moments in an optimiser.

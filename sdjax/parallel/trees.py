@@ -37,7 +37,7 @@ def shapes_on(shapes: Any, shardings: Any) -> Any:
 
 
 def device_bytes(shapes: Any) -> int:
-    """What one device holds of a tree of arrays, or of shapes that have a sharding."""
+    """Bytes that one device holds of a tree of arrays, or of shapes that have a sharding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)
     )

@@ -1,4 +1,4 @@
-"""How models that were distilled to few steps are best asked: their authors' settings, by scheduler or by name."""
+"""Settings for models that were distilled to few steps: their authors', by scheduler or by name."""
 
 from __future__ import annotations
 

@@ -63,12 +63,12 @@ class Option:
 
     @property
     def is_number(self) -> bool:
-        """Whether its values are numbers."""
+        """True if its values are numbers."""
         return self.kind in (int, float)
 
     @property
     def is_axis(self) -> bool:
-        """Whether a grid may have it as an axis."""
+        """True if a grid may have it as an axis."""
         return self.scope == "image" and self.grid and (self.is_number or bool(self.choices))
 
 

@@ -89,12 +89,12 @@ class Pipeline:
 
     @property
     def begins_from_images(self) -> bool:
-        """Whether an init_image is where sampling begins, and not a condition alone."""
+        """True if sampling begins at an init_image, which is then not a condition alone."""
         return self.model.conditioner.traits.strength is not None
 
     @property
     def is_distilled(self) -> bool:
-        """Whether the backbone imitates guidance, whose scale it is conditioned on."""
+        """True if the backbone imitates guidance, whose scale it is conditioned on."""
         return self.model.config.guidance_dim is not None
 
     @property

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from sdjax.core.errors import UserError
 from sdjax.data.image_inputs import check_mask_size, listed, load_image, load_mask, size_of
-from sdjax.diffusion.samplers import Table, network_calls, sampler_of, schedule_of, start_of, table_for
+from sdjax.diffusion.samplers import SamplerTable, network_calls, sampler_of, schedule_of, start_of, table_for
 from sdjax.diffusion_model.conditioners.upscale import NOISE, SMALL
 from sdjax.pipeline.noise import Draws, TorchNoise
 from sdjax.pipeline.options import OPTIONS, check_int, check_options
@@ -39,7 +39,7 @@ class Part(NamedTuple):
     """
 
     columns: Mapping[str, np.ndarray]
-    table: Table
+    table: SamplerTable
     guided: bool
 
 
@@ -251,7 +251,7 @@ def _resolved(pipe: Pipeline, given: Mapping[str, Any], size: tuple[int, int]) -
     return chosen
 
 
-def make_rows(pipe: Pipeline, given: Mapping[str, Any], start: int | None = None) -> Table:
+def make_rows(pipe: Pipeline, given: Mapping[str, Any], start: int | None = None) -> SamplerTable:
     """A sampler's rows.
 
     Args:
@@ -275,7 +275,7 @@ def make_rows(pipe: Pipeline, given: Mapping[str, Any], start: int | None = None
     )
 
 
-def hand_over(pipe: Pipeline, given: Mapping[str, Any]) -> list[Table]:
+def hand_over(pipe: Pipeline, given: Mapping[str, Any]) -> list[SamplerTable]:
     """The rows of a base model and those of the refiner that takes over (SDXL, section 2.5; diffusers' denoising_end).
 
     The refiner begins with the first step whose timestep lies below (1 - refiner_start) of all; no noise is added
@@ -305,7 +305,11 @@ def hand_over(pipe: Pipeline, given: Mapping[str, Any]) -> list[Table]:
 
 
 def _prepare_entry(
-    pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], size: tuple[int, int], tables: Sequence[Table]
+    pipe: Pipeline,
+    entry: Mapping[str, Any],
+    given: Mapping[str, Any],
+    size: tuple[int, int],
+    tables: Sequence[SamplerTable],
 ) -> Row:
     guidance = float(given["guidance_scale"])
     image = mask = None

@@ -42,7 +42,7 @@ INTEGERS = {"batch_size": None, "size": None, "steps": 20, "limit": 16, "spatial
 
 
 class Subject(NamedTuple):
-    """What is planned.
+    """Subject of a plan.
 
     Attributes:
         title: of the report.

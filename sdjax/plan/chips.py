@@ -1,4 +1,4 @@
-"""What chips can do at most, as their makers publish it."""
+"""Peaks of chips, as their makers publish them."""
 
 from __future__ import annotations
 

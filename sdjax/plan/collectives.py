@@ -1,4 +1,4 @@
-"""What devices tell each other in one call of a compiled program."""
+"""Collectives of one call of a compiled program."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Moved(NamedTuple):
     nbytes: float
 
 
-class _Call(NamedTuple):
+class _CollectiveCall(NamedTuple):
     kind: str
     times: int
     nbytes: float
@@ -45,7 +45,7 @@ def collectives(module: Module, devices: int) -> dict[str, Moved]:
     Args:
         devices: of the program, the group where an instruction names none.
     """
-    calls: dict[str, _Call] = {}
+    calls: dict[str, _CollectiveCall] = {}
     for computation, instruction, times in module.executed():
         call = _call(computation, instruction, times, devices)
         if call is not None and call.nbytes:
@@ -57,18 +57,18 @@ def collectives(module: Module, devices: int) -> dict[str, Moved]:
     }
 
 
-def _call(computation: Computation, instruction: Instruction, times: int, devices: int) -> _Call | None:
+def _call(computation: Computation, instruction: Instruction, times: int, devices: int) -> _CollectiveCall | None:
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
     if computation.name.startswith(SCATTERING):
         kind = "reduce-scatter"
     size = sum(operand.nbytes for operand in computation.operands(instruction))
-    return _Call(kind, times, size * _share(kind, group_size(instruction, devices)))
+    return _CollectiveCall(kind, times, size * _share(kind, group_size(instruction, devices)))
 
 
 def _identity(computation: Computation, instruction: Instruction) -> str:
-    """Of a collective: a TPU's compiler writes one that overlaps with other kernels into each of these."""
+    """Operation of a collective: a TPU's compiler writes one that overlaps with other kernels into each of these."""
     channel = _CHANNEL.search(instruction.attributes)
     return (
         f"channel {channel[1]}"
@@ -86,7 +86,7 @@ def _share(kind: str, group: int) -> float:
 
 
 def group_size(instruction: Instruction, devices: int) -> int:
-    """How many devices take part in one collective."""
+    """Number of devices in one collective."""
     text = instruction.attributes
     listed, iota, mesh = _LISTED.search(text), _IOTA.search(text), _MESH.search(text)
     if iota:

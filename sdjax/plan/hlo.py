@@ -50,7 +50,7 @@ class Instruction(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of the whole result."""
+        """Shapes of the whole result."""
         return sum(shape.nbytes for shape in self.shapes)
 
     def callees(self) -> dict[str, str]:
@@ -71,7 +71,7 @@ class Computation(NamedTuple):
 
     @property
     def root(self) -> Instruction:
-        """What it answers."""
+        """The computation's result."""
         return next(i for i in self.instructions.values() if i.root)
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
@@ -110,7 +110,7 @@ class Module:
 
     @cached_property
     def runs(self) -> dict[str, int]:
-        """How often each computation runs in one call; of a branch it is assumed that it is taken."""
+        """Number of runs of each computation in one call; a branch is assumed to be taken."""
         return self._walk(into_fusions=True)
 
     @cached_property
@@ -180,7 +180,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def trips(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How many turns a while instruction takes: what XLA notes beside it, or else what its condition compares with.
+    """Trip count of a while instruction: XLA's note beside it, or else the constant in its condition.
 
     Args:
         computation: the one that holds the loop.

@@ -15,7 +15,7 @@ from sdjax.plan.roofline import Estimate, estimate
 from sdjax.plan.topology import Target
 
 
-class Part(NamedTuple):
+class PlannedProgram(NamedTuple):
     """One program of a plan, compiled; `estimate` is of all its turns, None where it was refused."""
 
     name: str
@@ -38,10 +38,10 @@ class Plan(NamedTuple):
     devices: int
     mesh: str
     images: int
-    parts: tuple[Part, ...]
+    parts: tuple[PlannedProgram, ...]
 
     @property
-    def refused(self) -> Part | None:
+    def refused(self) -> PlannedProgram | None:
         """The first program that the compiler could not fit into memory."""
         return next((part for part in self.parts if isinstance(part.result, Refused)), None)
 
@@ -67,12 +67,12 @@ class Plan(NamedTuple):
 
     @property
     def seconds(self) -> float | None:
-        """Of a batch; see `Estimate.seconds`."""
+        """Seconds of a batch; see `Estimate.seconds`."""
         return self._sum("seconds")
 
     @property
     def least(self) -> float | None:
-        """Of a batch; see `Estimate.least`."""
+        """Least seconds of a batch; see `Estimate.least`."""
         return self._sum("least")
 
     @property
@@ -82,7 +82,7 @@ class Plan(NamedTuple):
 
     @property
     def utilisation(self) -> float | None:
-        """Of the peak of all devices, by the mathematics alone: what is computed twice does not count (MFU)."""
+        """Fraction of the peak of all devices, by the mathematics alone: recomputation does not count (MFU)."""
         if not self.seconds or self.chip.flops is None:
             return None
         model = sum(p.turns * p.result.flops.model for p in self.parts if isinstance(p.result, Figures))
@@ -96,12 +96,12 @@ class Plan(NamedTuple):
 
 def make_plan(programs: Sequence[Program], images: int, target: Target, mesh: Mesh) -> Plan:
     """Compiles the programs in turn, up to the first that does not fit."""
-    parts: list[Part] = []
+    parts: list[PlannedProgram] = []
     for program in tqdm(programs, desc="compiling", unit="program", leave=False):
         result = compile_program(program, target, mesh)
         known = isinstance(result, Figures)
         timed = estimate(result, target.chip, mesh.size, program.turns) if known else None
-        parts.append(Part(program.name, program.turns, result, timed))
+        parts.append(PlannedProgram(program.name, program.turns, result, timed))
         if not known:
             break
     sizes = text_of(tuple(mesh.shape.values()))

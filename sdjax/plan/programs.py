@@ -18,7 +18,7 @@ from sdjax.plan.chips import GIB
 from sdjax.plan.collectives import Moved, collectives
 from sdjax.plan.hlo import Module
 from sdjax.plan.topology import Target
-from sdjax.plan.traffic import Work, device_work, memory_traffic
+from sdjax.plan.traffic import Arithmetic, device_work, memory_traffic
 
 _SIZE = r"([\d.]+)([KMGT]?)i?B?"
 # How compilers say that a program does not fit: what it needs, and what there is.
@@ -73,7 +73,7 @@ class Memory(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """Of matrix products and convolutions.
+    """Flops of matrix products and convolutions.
 
     Attributes:
         model: of all devices, what the mathematics asks for, in the traced program.
@@ -91,7 +91,7 @@ class Flops(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What compiling a program showed, for one call of it.
+    """Findings of compiling a program, for one call of it.
 
     Attributes:
         traffic: bytes between a device and its memory.
@@ -142,7 +142,7 @@ def compile_program(program: Program, target: Target, mesh: Mesh, counted: Flops
     seconds = time.perf_counter() - start
     beside = device_bytes(program.beside) + unused_bytes(trace.jaxpr.jaxpr, program.args)
     module = Module(compiled.as_text() or "")
-    work: Work = device_work(module)
+    work: Arithmetic = device_work(module)
     reported = (compiled.cost_analysis() or {}).get("flops", 0.0)
     return Figures(
         memory=_memory(compiled.memory_analysis(), beside),
@@ -155,20 +155,20 @@ def compile_program(program: Program, target: Target, mesh: Mesh, counted: Flops
 
 
 def count_flops(program: Program) -> tuple[int, int]:
-    """Of all devices, without and with what is computed twice."""
+    """Flops of all devices, without and with recomputation."""
     traced = flops.count(program.function, *program.args)
     return (traced if program.plain is None else flops.count(program.plain, *program.args)), traced
 
 
 def unused_bytes(jaxpr: Any, args: tuple[Any, ...]) -> int:
-    """What one device holds of arguments that a traced program drops: they stay where they are all the same."""
+    """Bytes on one device of arguments that a traced program drops: they stay where they are all the same."""
     used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars} | {id(v) for v in jaxpr.outvars}
     leaves = jax.tree.leaves(args)
     return device_bytes([leaf for leaf, v in zip(leaves, jaxpr.invars, strict=True) if id(v) not in used])
 
 
 def refused(message: str) -> Refused:
-    """What a compiler's message about memory says."""
+    """Memory named in a compiler's message."""
     line = next(line for line in message.splitlines() if "RESOURCE_EXHAUSTED" in line)
     for pattern in _REFUSED:
         found = pattern.search(message)

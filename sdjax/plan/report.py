@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdjax.core.errors import UserError
-from sdjax.plan.plans import Part, Plan
+from sdjax.plan.plans import Plan, PlannedProgram
 from sdjax.plan.programs import Figures, Refused, gib
 from sdjax.plan.roofline import ASSUMPTIONS
 from sdjax.plan.search import Tried
@@ -21,7 +21,7 @@ Row = Sequence[str]
 
 
 class Heading(NamedTuple):
-    """What a report is of: its title, the command that makes it, and what it was compiled for."""
+    """Heading of a report: its title, the command that makes it, and the target of the compilation."""
 
     title: str
     command: str
@@ -50,7 +50,7 @@ def plan_report(heading: Heading, plan: Plan) -> str:
 
 
 def search_report(heading: Heading, tried: Sequence[Tried], left: int) -> str:
-    """What fits, best first, then what does not, in Markdown."""
+    """Table in Markdown of the plans that fit, best first, then of those that do not."""
     good = sorted((t for t in tried if t.plan.fits is not False), key=lambda t: -(t.plan.speed or 0.0))
     bad = sorted((t for t in tried if t.plan.fits is False), key=lambda t: -(t.plan.free or float("-inf")))
     sections = [_head(heading)]
@@ -66,7 +66,7 @@ def search_report(heading: Heading, tried: Sequence[Tried], left: int) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether a plan fits, and by how much."""
+    """Verdict on a plan: fits or not, and by how much."""
     if plan.free is None:
         return "does not fit" if plan.refused else "nothing is published of these devices' memory"
     word = "fits" if plan.free >= 0 else "does not fit"
@@ -105,7 +105,7 @@ def write(path: Path, markdown: str, data: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what is compiled; those that are not installed are left out."""
+    """Versions of the packages that decide what is compiled; those that are not installed are left out."""
     found = {}
     for name in PACKAGES:
         try:
@@ -115,7 +115,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _part(part: Part) -> dict[str, Any]:
+def _part(part: PlannedProgram) -> dict[str, Any]:
     if isinstance(part.result, Refused):
         return {"name": part.name, "refused": part.result._asdict()}
     result = part.result
@@ -143,7 +143,7 @@ def _head(heading: Heading) -> str:
     )
 
 
-def _section(title: str, columns: dict[str, Callable[[Figures], str]], parts: Sequence[Part]) -> str:
+def _section(title: str, columns: dict[str, Callable[[Figures], str]], parts: Sequence[PlannedProgram]) -> str:
     rows = [
         [part.name, *(show(part.result) for show in columns.values())]
         for part in parts
@@ -152,7 +152,7 @@ def _section(title: str, columns: dict[str, Callable[[Figures], str]], parts: Se
     return f"## {title}\n\n{table(['program', *columns], rows)}"
 
 
-def _collectives(parts: Sequence[Part]) -> str:
+def _collectives(parts: Sequence[PlannedProgram]) -> str:
     rows = [
         [part.name, kind, str(moved.count), f"{moved.nbytes / 1e6:.3f}"]
         for part in parts
@@ -162,7 +162,7 @@ def _collectives(parts: Sequence[Part]) -> str:
     return table(["program", "collective", "calls", "MB sent"], rows) if rows else "None."
 
 
-def _time(plan: Plan, parts: Sequence[Part]) -> str:
+def _time(plan: Plan, parts: Sequence[PlannedProgram]) -> str:
     rows = [
         [
             part.name,
@@ -184,7 +184,7 @@ def _time(plan: Plan, parts: Sequence[Part]) -> str:
     )
 
 
-def _assumed(heading: Heading, parts: Sequence[Part]) -> str:
+def _assumed(heading: Heading, parts: Sequence[PlannedProgram]) -> str:
     lines = [f"- {line}" for line in ASSUMPTIONS]
     unknown = sum(part.result.unknown_loops for part in parts if isinstance(part.result, Figures))
     if unknown:

@@ -1,4 +1,4 @@
-"""How long a program would take at published peaks (Williams et al. 2009, Roofline)."""
+"""Estimate of a program's seconds at published peaks (Williams et al. 2009, Roofline)."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class Estimate(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """Name of the bottleneck."""
         parts = {name: part for name, part in zip(self._fields, self, strict=True) if part is not None}
         return max(parts, key=lambda name: parts[name]) if len(parts) == 3 else "-"
 
 
 def estimate(figures: Figures, chip: Chip, devices: int, turns: int = 1) -> Estimate:
-    """Of `turns` calls of a program."""
+    """Estimate for `turns` calls of a program."""
     work = max(figures.flops.traced / devices, figures.flops.device)
     sent = sum(moved.nbytes for moved in figures.moved.values())
     bandwidth = None if chip.bandwidth is None else chip.bandwidth * 1e9

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from sdjax.core.errors import UserError
-from sdjax.diffusion.samplers import Table, batched, network_calls, table_for
+from sdjax.diffusion.samplers import SamplerTable, batched, network_calls, table_for
 from sdjax.diffusion_model import sampling
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import DiffusionModel
@@ -28,7 +28,7 @@ TOKENS = 77
 
 
 class Wanted(NamedTuple):
-    """What is sampled: pixels of a side, pictures of a batch, steps, and the sampler, None for the model's own."""
+    """A sampling job: pixels of a side, images of a batch, steps, and the sampler, None for the model's own."""
 
     size: int
     batch_size: int
@@ -37,7 +37,7 @@ class Wanted(NamedTuple):
 
 
 def sampling_programs(model: Shaped, wanted: Wanted, mesh: Mesh) -> list[Program]:
-    """What `Pipeline` runs for one batch of prompts of one chunk, with guidance.
+    """Programs that `Pipeline` runs for one batch of prompts of one chunk, with guidance.
 
     Raises:
         UserError: the size is no multiple of the autoencoder's factor, or the mesh does not divide the batch.
@@ -77,11 +77,13 @@ def sampling_programs(model: Shaped, wanted: Wanted, mesh: Mesh) -> list[Program
     ]
 
 
-def sampler_rows(model: Shaped, wanted: Wanted) -> Table:
+def sampler_rows(model: Shaped, wanted: Wanted) -> SamplerTable:
     """The sampler's table without the rows that only fill it up: no network is called in these."""
     table = table_for(model.scheduler, wanted.sampler, wanted.steps)
     calls = network_calls(table)
-    return Table(*(values[:calls] if values.ndim and len(values) == len(table.active) else values for values in table))
+    return SamplerTable(
+        *(values[:calls] if values.ndim and len(values) == len(table.active) else values for values in table)
+    )
 
 
 def _stages(encoders: list[str]) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ class Candidate(NamedTuple):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """As `make_mesh` takes them."""
+        """Axes of the mesh, as `make_mesh` takes them."""
         return dict(zip(AXES, self.shape, strict=True))
 
 

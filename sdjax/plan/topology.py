@@ -26,7 +26,7 @@ INSTALL = "pip install -r requirements-tpu.txt"
 
 
 class Target(NamedTuple):
-    """What is compiled for.
+    """Target of a compilation.
 
     Attributes:
         name: as the user wrote it.

@@ -1,4 +1,4 @@
-"""What one device computes, and what it reads from and writes to its memory, in one call of a compiled program."""
+"""Traffic of one device, computation and memory, in one call of a compiled program."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _main(shapes: tuple[Shape, ...]) -> int:
 
 
 def _read(fused: Computation, index: int, operand: Instruction) -> int:
-    """Of one operand of a fusion."""
+    """Bytes of one operand of a fusion."""
     parameter = fused.parameter(index)
     if parameter is None or not _main(operand.shapes):
         return 0
@@ -64,7 +64,7 @@ def _read(fused: Computation, index: int, operand: Instruction) -> int:
 
 
 def _users(fused: Computation, name: str) -> list[tuple[Instruction, int]]:
-    """What uses a value, and as which operand; a value under another shape is the same value."""
+    """Users of a value, and the operand as which they take it; a value under another shape is the same value."""
     found = [(i, i.operands.index(name)) for i in fused.instructions.values() if name in i.operands]
     return [
         pair
@@ -82,7 +82,7 @@ def _written(fused: Computation, instruction: Instruction) -> int:
     return _main(instruction.shapes)
 
 
-class Work(NamedTuple):
+class Arithmetic(NamedTuple):
     """Arithmetic of one device in one call.
 
     Attributes:
@@ -94,7 +94,7 @@ class Work(NamedTuple):
     kernels: int
 
 
-def device_work(module: Module) -> Work:
+def device_work(module: Module) -> Arithmetic:
     """Counted in the compiled program, so with what is computed again and with what every device computes alike."""
     flops = kernels = 0
     for computation, instruction, times in module.executed():
@@ -106,7 +106,7 @@ def device_work(module: Module) -> Work:
             r"tpu_custom_call|\$(gemm|conv|cublas|cudnn|fmha)|__cu", instruction.attributes
         ):
             kernels += times
-    return Work(flops, kernels)
+    return Arithmetic(flops, kernels)
 
 
 def _dot(computation: Computation, instruction: Instruction) -> int:
@@ -130,7 +130,7 @@ def _convolution(computation: Computation, instruction: Instruction) -> int:
 
 
 def _windows(instruction: Instruction, dimensions: int) -> list[dict[str, list[int]]]:
-    """Of each spatial dimension: stride, pad, lhs_dilate and rhs_dilate."""
+    """Window of each spatial dimension: stride, pad, lhs_dilate and rhs_dilate."""
     found = _WINDOW.search(instruction.attributes)
     fields = dict(word.split("=") for word in found[1].split()) if found else {}
     columns = {
@@ -140,7 +140,7 @@ def _windows(instruction: Instruction, dimensions: int) -> list[dict[str, list[i
 
 
 def _pairs(window: dict[str, list[int]], length: int, taps: int, outputs: int) -> int:
-    """How many pairs of an output and a tap meet a value of the picture along one dimension."""
+    """Number of pairs of an output and a tap that meet a value of the image along one dimension."""
     stride, dilation, step = (window.get(name, [1])[0] for name in ("stride", "lhs_dilate", "rhs_dilate"))
     at = np.arange(outputs)[:, None] * stride + np.arange(taps) * step - window.get("pad", [0])[0]
     return int(((at >= 0) & (at <= (length - 1) * dilation) & (at % dilation == 0)).sum())

@@ -153,7 +153,7 @@ def _adversary(config: Config, values: int) -> tuple[PatchDiscriminator, Adversa
 
 
 def _perceives(weight: float) -> bool:
-    """Whether LPIPS takes part: it is wanted, and its weights are there."""
+    """True if LPIPS takes part: it is wanted, and its weights are there."""
     if weight and metric_weights.find("vgg16") is None:
         logging.warning("training goes on without the perceptual loss: %s", metric_weights.missing("vgg16"))
         return False

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
-from sdjax.data.loader import Loader, Reading, Shard, Transform, loader
+from sdjax.data.loader import Loader, Prefetch, Shard, Transform, loader
 from sdjax.data.sources import open as sources
 from sdjax.data.transforms import crops
 from sdjax.ops.partition import constrain
@@ -49,7 +49,7 @@ def batches(config: Config, images: sources.Source, transforms: Sequence[Transfo
     return loader(images, train.batch_size, train.seed, transforms, process_shard(mesh), loader_options(config))
 
 
-def loader_options(config: Config) -> Reading:
+def loader_options(config: Config) -> Prefetch:
     """Threads of a loader: `config.data.threads` of this process, or of each of `config.data.workers` more.
 
     Raises:
@@ -58,7 +58,7 @@ def loader_options(config: Config) -> Reading:
     threads, workers = config.data.threads, config.data.workers
     if threads < 1 or workers < 0:
         raise UserError(f"config.data.threads={threads} must be at least 1, config.data.workers={workers} at least 0")
-    return Reading(threads, workers=workers)
+    return Prefetch(threads, workers=workers)
 
 
 def gathered(x: Array) -> Array:

@@ -243,7 +243,7 @@ def checkpoint_of(config: Config, model: DiffusionModel, condition: TrainingCond
 
 
 def settings_of(config: Config, model: DiffusionModel, condition: TrainingCondition) -> dict[str, Any]:
-    """How a finished model is best sampled, and facts of its condition."""
+    """Settings for sampling a finished model, and facts of its condition."""
     if model.autoencoder is None:
         return {}
     if config.task.conditioning == TEXT:

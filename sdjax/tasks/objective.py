@@ -1,4 +1,4 @@
-"""What a latent diffusion model is trained to do: tell noise from latents (LDM, eq. 2)."""
+"""Objective of a latent diffusion model: predict the noise in latents (LDM, eq. 2)."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def _drawn(model: DiffusionModel, names: Iterable[str], put: DevicePut, seed: in
 
 
 def _same(found: Any, wanted: Any) -> bool:
-    """Whether sizes are the same; checkpoints name the end of text in two ways that mean the same."""
+    """True if sizes are the same; checkpoints name the end of text in two ways that mean the same."""
     if isinstance(wanted, CLIPTextConfig):
         found = dataclasses.replace(found, eos_token_id=wanted.eos_token_id)
     return found == wanted

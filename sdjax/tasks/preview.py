@@ -18,7 +18,7 @@ from sdjax.data.images import tile, to_uint8
 from sdjax.data.sources import open as sources
 from sdjax.data.transforms import crops
 from sdjax.data.transforms import images as transforms
-from sdjax.diffusion.samplers import Table, batched, first_noise, table_for
+from sdjax.diffusion.samplers import SamplerTable, batched, first_noise, table_for
 from sdjax.diffusion_model import sampling
 from sdjax.diffusion_model.conditioner import Columns, Host
 from sdjax.diffusion_model.model import DiffusionModel
@@ -89,7 +89,7 @@ def generate(
     model: DiffusionModel,
     params: Params,
     columns: Columns,
-    tables: Table,
+    tables: SamplerTable,
     guidance: Guidance,
     keys: Key[Array, " b"],
     size: tuple[int, int],

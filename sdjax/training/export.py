@@ -1,4 +1,4 @@
-"""What a finished run leaves for others to load: whole or not at all, written by the first process."""
+"""Export of a finished run, for others to load: whole or not at all, written by the first process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = 2**16  # bytes; less is not worth a file
 
 
 def exported(workdir: epath.Path, step: int) -> bool:
-    """Whether the export of `step` is there, all of it."""
+    """True if the export of `step` is there, all of it."""
     record = workdir / RECORD
     return record.exists() and json.loads(record.read_text()).get("step") == step and (workdir / EXPORT).exists()
 

@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar, TensorBoard files, and pictures in the workdir; by the first process alone."""
+"""Metrics of a run: a progress bar, TensorBoard files, and previews in the workdir; by the first process alone."""
 
 from __future__ import annotations
 

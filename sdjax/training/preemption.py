@@ -32,7 +32,7 @@ class Preemption:
         return self
 
     def reached(self) -> bool:
-        """Whether to stop after this step; to be asked by all processes, once a step."""
+        """True if the run shall stop after this step; to be called by all processes, once a step."""
         step = next(_STEPS)
         return multihost_utils.reached_preemption_sync_point(step) if self._together else self._asked
 

@@ -51,7 +51,7 @@ def init_state(
 
 
 def state_shapes(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """What `init_state` gives as shapes that say where they would live; no array is made, on whatever devices."""
+    """Shapes of `init_state` with their shardings; no array is made, on whatever devices."""
     shapes = jax.eval_shape(_builder(task, optimizer), jax.eval_shape(jax.random.key, 0), {})
     return shapes_on(shapes, tree_shardings(shapes, mesh))
 

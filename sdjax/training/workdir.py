@@ -46,7 +46,7 @@ def open_workdir(name: str | os.PathLike) -> epath.Path:
 
 
 def is_remote(folder: epath.Path) -> bool:
-    """Whether ordinary system calls cannot reach it."""
+    """True if ordinary system calls cannot reach it."""
     return "://" in os.fspath(folder)
 
 

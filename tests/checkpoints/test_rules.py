@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.mapping import SAME, Row, Table, export, places, read
+from sdjax.checkpoints.mapping import SAME, KeyMapping, KeyTable, export, places, read
 from sdjax.checkpoints.networks import autoencoder, clip, unet
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten, unflatten
@@ -102,9 +102,9 @@ def test_exporting_another_models_parameters_is_refused():
 
 def test_a_table_that_is_no_bijection_is_refused():
     with pytest.raises(UserError, match="no rule of conversion for 1 parameters: b/kernel"):
-        places(Table((Row("a/kernel", "a.weight", SAME),)), ["a/kernel", "b/kernel"])
+        places(KeyTable((KeyMapping("a/kernel", "a.weight", SAME),)), ["a/kernel", "b/kernel"])
     with pytest.raises(UserError, match=r"under one key: x\.weight"):
-        places(Table((Row("*_a", "x.weight", SAME),)), ["1_a", "2_a"])
+        places(KeyTable((KeyMapping("*_a", "x.weight", SAME),)), ["1_a", "2_a"])
 
 
 def test_older_names_and_declared_buffers_are_read():

@@ -9,7 +9,7 @@ import pytest
 
 from sdjax.core.errors import UserError
 from sdjax.data.bucketed import Order, bucketed
-from sdjax.data.loader import Reading, Shard
+from sdjax.data.loader import Prefetch, Shard
 from sdjax.data.sources.open import ArraySource
 from sdjax.data.transforms.images import Flip
 
@@ -84,8 +84,8 @@ def test_resumed_with_another_number_of_processes(step, shards):
 
 
 def test_threads_do_not_change_the_order():
-    plain = [b["id"].tolist() for b in batches(60, reading=Reading(threads=0, ahead=0))]
-    assert [b["id"].tolist() for b in batches(60, reading=Reading(threads=4, ahead=8))] == plain
+    plain = [b["id"].tolist() for b in batches(60, reading=Prefetch(threads=0, ahead=0))]
+    assert [b["id"].tolist() for b in batches(60, reading=Prefetch(threads=4, ahead=8))] == plain
 
 
 def test_random_transforms_differ_between_epochs():
@@ -142,4 +142,4 @@ def test_buckets_of_one_size_have_orders_of_their_own():
 @pytest.mark.slow
 def test_worker_processes_do_not_change_the_order():
     plain = [b["id"].tolist() for b in batches(20)]
-    assert [b["id"].tolist() for b in batches(20, reading=Reading(workers=2))] == plain
+    assert [b["id"].tolist() for b in batches(20, reading=Prefetch(workers=2))] == plain

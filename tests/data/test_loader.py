@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdjax.core.errors import UserError
-from sdjax.data.loader import Reading, Shard, in_order, loader
+from sdjax.data.loader import Prefetch, Shard, in_order, loader
 from sdjax.data.sources.open import ArraySource
 from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.data.transforms.images import Flip, Select, Square, ToFloat, Tokenize, square
@@ -84,8 +84,8 @@ def test_processes_partition_each_batch_of_one_process():
 
 
 def test_threads_do_not_change_the_order():
-    plain = ids(flipped(reading=Reading(threads=0, ahead=0)), 20)
-    np.testing.assert_array_equal(ids(flipped(reading=Reading(threads=4, ahead=8)), 20), plain)
+    plain = ids(flipped(reading=Prefetch(threads=0, ahead=0)), 20)
+    np.testing.assert_array_equal(ids(flipped(reading=Prefetch(threads=4, ahead=8)), 20), plain)
 
 
 def test_flips_about_half_and_only_mirrors():

@@ -18,7 +18,7 @@ from sdjax.core.errors import UserError
 from sdjax.data.bucketed import bucketed
 from sdjax.data.loader import Shard
 from sdjax.data.prepared.dataset import PreparedSource
-from sdjax.data.prepared.writer import PreparedWriter, Row
+from sdjax.data.prepared.writer import PreparedRow, PreparedWriter
 from sdjax.data.sources.record_files import write_records
 from sdjax.data.sources.tensors import pack
 from sdjax.data.transforms.buckets import Size
@@ -33,7 +33,7 @@ def row(index):
     bucket = (0, 2)[index % 2]
     height, width = TABLE[bucket]
     latents = rng.standard_normal((height // 8, width // 8, 8)).astype(jnp.bfloat16)
-    return Row(bucket, f"picture {index}", {"moments": latents, "index": np.array(index, np.int32)})
+    return PreparedRow(bucket, f"picture {index}", {"moments": latents, "index": np.array(index, np.int32)})
 
 
 def writer(folder, shard=Shard(), **other):  # noqa: B008

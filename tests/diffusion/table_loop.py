@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sdjax.diffusion.samplers import Table
+from sdjax.diffusion.samplers import SamplerTable
 
 
 def to_x0(kind: str, output: np.ndarray, x: np.ndarray, sigma: float) -> np.ndarray:
@@ -28,7 +28,7 @@ def limit(x0: np.ndarray, limits: np.ndarray) -> np.ndarray:
 
 
 def walk(
-    table: Table,
+    table: SamplerTable,
     model: Callable[[np.ndarray, float], np.ndarray],
     x: np.ndarray,
     prediction: str = "epsilon",

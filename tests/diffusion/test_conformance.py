@@ -15,7 +15,7 @@ import pytest
 import torch
 from table_loop import walk
 
-from sdjax.diffusion.samplers import SamplerOptions, Table, make_table
+from sdjax.diffusion.samplers import SamplerOptions, SamplerTable, make_table
 from sdjax.diffusion.schedule import Schedule
 
 STEPS = 10
@@ -108,7 +108,7 @@ def dummy(reverse: bool) -> np.ndarray:
     return (values[::-1] if reverse else values).reshape(3, 8, 8, 4).transpose(3, 0, 1, 2).astype(np.float64)
 
 
-def table_of(case: Case, schedule: Schedule, options: SamplerOptions) -> tuple[Table, int]:
+def table_of(case: Case, schedule: Schedule, options: SamplerOptions) -> tuple[SamplerTable, int]:
     """The table and its first row. diffusers begins LMS later with the coefficients of a full history of which the
     missing part counts as zero: the rows of the whole table, from a later one, do just that."""
     start = case.start or 0

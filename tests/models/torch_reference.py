@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import torch
 
-from sdjax.checkpoints.mapping import Table, read
+from sdjax.checkpoints.mapping import KeyTable, read
 from sdjax.core.tree import Tree
 
 # What writes into a residual stream. With a gain of 0.003 the streams' variance is near 1e-5, where a norm's epsilon
@@ -31,7 +31,7 @@ def randomised(module: torch.nn.Module, gain: float = 1.0) -> torch.nn.Module:
     return module.eval()
 
 
-def translated(module: torch.nn.Module, table: Table, shapes: Tree) -> dict[str, Any]:
+def translated(module: torch.nn.Module, table: KeyTable, shapes: Tree) -> dict[str, Any]:
     """The module's parameters as ours, float32."""
     return read(table, {name: tensor.numpy() for name, tensor in module.state_dict().items()}, shapes, np.float32, "")
 

@@ -18,7 +18,7 @@ from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.mesh_text import parse_mesh
 from sdjax.plan.__main__ import read_command_line
 from sdjax.plan.chips import CHIPS, GIB, Chip, chip_of
-from sdjax.plan.plans import Part, Plan
+from sdjax.plan.plans import Plan, PlannedProgram
 from sdjax.plan.programs import Figures, Flops, Memory, Refused
 from sdjax.plan.report import Heading, search_report, verdict
 from sdjax.plan.roofline import Estimate
@@ -123,12 +123,12 @@ CHIP = Chip(100.0, 16, 15, 1000, 400, 2)
 def planned(mesh: str, peak: float, seconds: float) -> Plan:
     memory = Memory(int(peak * GIB), 0, 0, 0, 0)
     figures = Figures(memory, Flops(10**12, 10**12, 10**12, 0, 0.0), 0.0, {}, 0, 1.0)
-    return Plan(CHIP, 4, mesh, 8, (Part("step", 1, figures, Estimate(seconds, 0.0, 0.0)),))
+    return Plan(CHIP, 4, mesh, 8, (PlannedProgram("step", 1, figures, Estimate(seconds, 0.0, 0.0)),))
 
 
 def lacking(mesh: str, needed: float | None) -> Plan:
     refusal = Refused(needed and needed * GIB, 15 * GIB, "RESOURCE_EXHAUSTED: no room")
-    return Plan(CHIP, 4, mesh, 8, (Part("step", 1, refusal, None),))
+    return Plan(CHIP, 4, mesh, 8, (PlannedProgram("step", 1, refusal, None),))
 
 
 def test_a_search_lists_the_fastest_first_and_a_refusal_is_a_row():

@@ -1,1 +1,1 @@
-"""Where a checkpoint's networks stand: diffusers' folders, and single files of the original naming."""
+"""Layouts of a checkpoint: diffusers' folders, and single files of the original naming."""

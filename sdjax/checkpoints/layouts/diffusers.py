@@ -22,7 +22,7 @@ from sdjax.checkpoints.checkpoint import (
     Checkpoint,
     Component,
     Dtypes,
-    Reading,
+    ReadOptions,
     check_text_encoders,
     find_tokenizer,
     pixel_conditioning,
@@ -160,7 +160,7 @@ def read_folder(
     """Reads a checkpoint that `write_checkpoint` or diffusers wrote.
 
     Args:
-        dtype, place: as in `Reading`.
+        dtype, place: as in `ReadOptions`.
         variant: e.g. "fp16": the weights of that name are taken where there are some, else the plain ones. Without it
             the half-precision ones are taken only where there are no others.
 
@@ -222,7 +222,7 @@ def read_component(
     """
     extra, config = read_json(Path(path) / "config.json"), read_config(path, name)
     tensors = find_weights(Path(path), ALL_FORMATS[name].weights, variant)
-    return Component(config, read_params(name, config, tensors, path, Reading(dtype, place)), extra)
+    return Component(config, read_params(name, config, tensors, path, ReadOptions(dtype, place)), extra)
 
 
 def _unscaled(autoencoder: Component) -> Component:

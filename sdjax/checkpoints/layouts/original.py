@@ -19,7 +19,7 @@ from sdjax.checkpoints.checkpoint import (
     Checkpoint,
     Component,
     Dtypes,
-    Reading,
+    ReadOptions,
     pixel_conditioning,
     read_params,
 )
@@ -38,7 +38,7 @@ from sdjax.checkpoints.families import (
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import Kind, Placer, Shapes, Writable, check_shapes, stored_shapes
 from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
-from sdjax.checkpoints.original_keys import SQUEEZED, Part, Piece, inward, outward, without_prefix
+from sdjax.checkpoints.original_keys import SQUEEZED, Piece, SplitTensor, inward, outward, without_prefix
 from sdjax.checkpoints.storage.weights import Source, read_file
 from sdjax.core.assets import ASSETS
 from sdjax.core.errors import UserError, unknown
@@ -126,7 +126,7 @@ def read_single_file(
     """
     stored = read_file(source)
     found, path = detect(stored, family=family, prediction=prediction), stored.path
-    row, how = FAMILIES[found.family], Reading(dtype, place)
+    row, how = FAMILIES[found.family], ReadOptions(dtype, place)
     kept = chosen_weights(stored.tensors, weights or (None if row.kind == LDM else "model"), path)
     averaged = any(kept[key] is not stored.tensors[key] for key in kept)
     logger.info("%s is taken for %s%s", path.name, found, "; averaged weights" if averaged else "")
@@ -272,10 +272,10 @@ def as_expected(tensors: Mapping[str, Writable], networks: list[Network]) -> dic
             unused = (layer, f"{network.prefix}text_projection")
     kept = {key: tensor for key, tensor in tensors.items() if not (unused and key.startswith(unused))}
     flat = {key for key, tensor in kept.items() if autoencoder.is_attention(key) and len(tensor.shape) == 2}
-    return {key: Part(tensor, UNSQUEEZED) if key in flat else tensor for key, tensor in kept.items()}
+    return {key: SplitTensor(tensor, UNSQUEEZED) if key in flat else tensor for key, tensor in kept.items()}
 
 
-def component_of(network: Network, tensors: Mapping[str, Writable], path: object, how: Reading) -> Component:
+def component_of(network: Network, tensors: Mapping[str, Writable], path: object, how: ReadOptions) -> Component:
     """A network, of tensors under their whole original keys.
 
     Raises:
@@ -285,7 +285,7 @@ def component_of(network: Network, tensors: Mapping[str, Writable], path: object
     return Component(network.config, read_params(network.name, network.config, parts, path, how), network.extra)
 
 
-def _read_alone(network: Network, tensors: Mapping[str, Writable], path: object, how: Reading) -> Component:
+def _read_alone(network: Network, tensors: Mapping[str, Writable], path: object, how: ReadOptions) -> Component:
     tensors = as_expected(tensors, [network])
     check_shapes(network.original_shapes(), shapes_of(tensors), path)
     return component_of(network, tensors, path, how)
@@ -312,7 +312,7 @@ def read_autoencoder_file(
     if any(key.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for key in tensors):
         raise UserError(f"{path} is an autoencoder in diffusers' naming; put it into a diffusers folder")
     network = vae_in(shapes_of(tensors), FAMILIES[family], "", path)
-    return _read_alone(network, tensors, path, Reading(dtype, place))
+    return _read_alone(network, tensors, path, ReadOptions(dtype, place))
 
 
 def read_adm_classifier(source: Source, dtype: Dtypes = "float32", place: Placer | None = None) -> Component:
@@ -328,4 +328,4 @@ def read_adm_classifier(source: Source, dtype: Dtypes = "float32", place: Placer
     if config is None:
         raise UserError(f"{path} is none of ADM's classifiers ({', '.join(VARIANTS)}): it has {len(blocks)} blocks")
     network = Network("classifier", "", config, {}, unet2d.classifier_pieces(config))
-    return _read_alone(network, tensors, path, Reading(dtype, place))
+    return _read_alone(network, tensors, path, ReadOptions(dtype, place))

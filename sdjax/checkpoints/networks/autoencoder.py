@@ -14,10 +14,10 @@ from sdjax.checkpoints import config_fields, mapping
 from sdjax.checkpoints.config_fields import Field
 from sdjax.checkpoints.mapping import (
     SAME,
+    KeyMapping,
+    KeyTable,
     Modules,
-    Row,
     Shapes,
-    Table,
     at,
     below,
     conv,
@@ -26,7 +26,7 @@ from sdjax.checkpoints.mapping import (
     renamed,
 )
 from sdjax.checkpoints.networks.blocks import ATTENTION_ALIASES, ATTENTION_BLOCK
-from sdjax.checkpoints.original_keys import GROUPS, SQUEEZED, Piece, Sizes
+from sdjax.checkpoints.original_keys import GROUPS, SQUEEZED, OriginalSizes, Piece
 from sdjax.models.autoencoder import AutoencoderConfig, VQConfig, autoencoder_of
 
 CLASS_NAME, VQ_CLASS_NAME = "AutoencoderKL", "VQModel"
@@ -58,7 +58,7 @@ RESBLOCK = (*norm("norm1"), *conv("conv1"), *norm("norm2"), *conv("conv2"), *con
 MID_BLOCK = (*at("resnets_*", "resnets.*", RESBLOCK), *at("attentions_*", "attentions.*", ATTENTION_BLOCK))
 
 
-def _half(blocks: str, resampler: str) -> tuple[Row, ...]:
+def _half(blocks: str, resampler: str) -> tuple[KeyMapping, ...]:
     return (
         *conv("conv_in"),
         *at(f"{blocks}_*_resnets_*", f"{blocks}.*.resnets.*", RESBLOCK),
@@ -70,7 +70,7 @@ def _half(blocks: str, resampler: str) -> tuple[Row, ...]:
     )
 
 
-TABLE = Table(
+TABLE = KeyTable(
     rows=(
         *at("encoder", "encoder", _half("down_blocks", "downsamplers")),
         *at("decoder", "decoder", _half("up_blocks", "upsamplers")),
@@ -176,7 +176,7 @@ def original_config(found: Shapes, scaling_factor: float, place: object) -> Auto
     Raises:
         UserError: a tensor that says a size is missing.
     """
-    sizes = Sizes(found, place)
+    sizes = OriginalSizes(found, place)
     levels = range(max(sizes.count("encoder.down"), 1))
     channels = tuple(sizes.axis(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in levels)
     config_fields.check_groups(GROUPS, channels, str(place))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdjax.checkpoints.mapping import Modules, Row, at, below, conv, layer, norm
+from sdjax.checkpoints.mapping import KeyMapping, Modules, at, below, conv, layer, norm
 
 RESBLOCK = (
     *norm("norm1"),
@@ -25,7 +25,10 @@ TRANSFORMER_BLOCK = (
     *layer("ff/proj_out", "ff.net.2"),
 )
 EMBEDDING_MLP = (*layer("linear_1"), *layer("linear_2"), *layer("cond_proj"))
-ATTENTION_BLOCK = (*norm("group_norm"), *(Row(f"attention/{row.ours}", row.theirs, row.kind) for row in ATTENTION))
+ATTENTION_BLOCK = (
+    *norm("group_norm"),
+    *(KeyMapping(f"attention/{row.ours}", row.theirs, row.kind) for row in ATTENTION),
+)
 # What diffusers called the attention's layers before 0.17; the published SD 1, SD 2 and LDM folders still say so.
 ATTENTION_ALIASES = tuple(
     (rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.")

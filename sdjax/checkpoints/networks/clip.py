@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from sdjax.checkpoints import config_fields, mapping
 from sdjax.checkpoints.config_fields import Field
-from sdjax.checkpoints.mapping import Shapes, Table, at, embedding, layer, norm, renamed
+from sdjax.checkpoints.mapping import KeyTable, Shapes, at, embedding, layer, norm, renamed
 from sdjax.checkpoints.networks.blocks import TRANSFORMER_LAYER
-from sdjax.checkpoints.original_keys import TRANSPOSED, Piece, Sizes
+from sdjax.checkpoints.original_keys import TRANSPOSED, OriginalSizes, Piece
 from sdjax.core.errors import UserError
 from sdjax.models.clip import ACTIVATIONS, CLIPText, CLIPTextConfig
 
@@ -38,7 +38,7 @@ FIELDS = (
 )
 VOCABULARY = 49408  # single files hold no tokenizer, so theirs is CLIP's own
 
-TABLE = Table(
+TABLE = KeyTable(
     rows=(
         *embedding("token_embedding", "text_model.embeddings.token_embedding"),
         *embedding("position_embedding", "text_model.embeddings.position_embedding"),
@@ -136,7 +136,7 @@ def original_config(found: Shapes, open_clip: bool, projected: bool, place: obje
     Raises:
         UserError: a tensor that says a size is missing, or the vocabulary is not CLIP's.
     """
-    sizes, stem = Sizes(found, place), "" if open_clip else "text_model.embeddings."
+    sizes, stem = OriginalSizes(found, place), "" if open_clip else "text_model.embeddings."
     tokens, positions = f"{stem}token_embedding.weight", f"{stem}position_embedding.weight"
     layers, feed_forward = "text_model.encoder.layers", "0.mlp.fc1.weight"
     if open_clip:

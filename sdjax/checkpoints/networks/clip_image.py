@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sdjax.checkpoints import config_fields, mapping
 from sdjax.checkpoints.config_fields import Field
-from sdjax.checkpoints.mapping import CONV, SAME, Row, Table, at, embedding, layer, norm
+from sdjax.checkpoints.mapping import CONV, SAME, KeyMapping, KeyTable, at, embedding, layer, norm
 from sdjax.checkpoints.networks.blocks import TRANSFORMER_LAYER
 from sdjax.models.clip_image import CLIPImage, CLIPImageConfig
 
@@ -29,10 +29,10 @@ FIELDS = (
     Field("activation", "hidden_act", "quick_gelu"),
     Field("projection_dim", "projection_dim", 512),
 )
-TABLE = Table(
+TABLE = KeyTable(
     rows=(
-        Row("class_embedding", "vision_model.embeddings.class_embedding", SAME),
-        Row("patch_embedding/kernel", "vision_model.embeddings.patch_embedding.weight", CONV),
+        KeyMapping("class_embedding", "vision_model.embeddings.class_embedding", SAME),
+        KeyMapping("patch_embedding/kernel", "vision_model.embeddings.patch_embedding.weight", CONV),
         *embedding("position_embedding", "vision_model.embeddings.position_embedding"),
         *norm("pre_layrnorm", "vision_model.pre_layrnorm"),
         *at("layers_*", "vision_model.encoder.layers.*", TRANSFORMER_LAYER),

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from sdjax.checkpoints import config_fields, mapping
 from sdjax.checkpoints.config_fields import Field
-from sdjax.checkpoints.mapping import POINTWISE, Row, Shapes, Table, at, embedding, layer, norm, renamed
-from sdjax.checkpoints.original_keys import Piece, Sizes
+from sdjax.checkpoints.mapping import POINTWISE, KeyMapping, KeyTable, Shapes, at, embedding, layer, norm, renamed
+from sdjax.checkpoints.original_keys import OriginalSizes, Piece
 from sdjax.models.bert import Bert, BertConfig
 from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig, Rescaler, RescalerConfig
 
@@ -49,7 +49,7 @@ BERT_LAYER = (
     *layer("fc1"),
     *layer("fc2"),
 )
-BERT_TABLE = Table(
+BERT_TABLE = KeyTable(
     rows=(
         *embedding("token_embedding", "model.embed_tokens"),
         *embedding("position_embedding", "model.embed_positions"),
@@ -58,8 +58,8 @@ BERT_TABLE = Table(
     ),
     ignored=(r"to_logits\..*",),  # of a language model, which nobody trained it as
 )
-CLASS_TABLE = Table(embedding("embedding", "embedding"))
-RESCALER_TABLE = Table((Row("channel_mapper/kernel", "channel_mapper.weight", POINTWISE),))
+CLASS_TABLE = KeyTable(embedding("embedding", "embedding"))
+RESCALER_TABLE = KeyTable((KeyMapping("channel_mapper/kernel", "channel_mapper.weight", POINTWISE),))
 
 
 @functools.cache
@@ -144,7 +144,7 @@ def original_bert(found: Shapes, place: object) -> BertConfig:
     Raises:
         UserError: a tensor that says a size is missing.
     """
-    sizes = Sizes(found, place)
+    sizes = OriginalSizes(found, place)
     return BertConfig(
         vocab_size=sizes.axis("token_emb.weight", 0),
         width=sizes.axis("token_emb.weight", 1),
@@ -157,11 +157,11 @@ def original_bert(found: Shapes, place: object) -> BertConfig:
 
 def original_class_embedder(found: Shapes, place: object) -> ClassEmbedderConfig:
     """The same of a class embedder."""
-    sizes = Sizes(found, place)
+    sizes = OriginalSizes(found, place)
     return ClassEmbedderConfig(sizes.axis("embedding.weight", 0), sizes.axis("embedding.weight", 1))
 
 
 def original_rescaler(found: Shapes, factor: int, place: object) -> RescalerConfig:
     """The same of a rescaler to latents that are `factor` times smaller than the image."""
-    sizes, key = Sizes(found, place), "channel_mapper.weight"
+    sizes, key = OriginalSizes(found, place), "channel_mapper.weight"
     return RescalerConfig(sizes.axis(key, 1), int(math.log2(factor)), sizes.axis(key, 0))

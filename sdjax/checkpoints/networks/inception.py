@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdjax.checkpoints.mapping import CONV, LINEAR, SAME, Row, Table
+from sdjax.checkpoints.mapping import CONV, LINEAR, SAME, KeyMapping, KeyTable
 from sdjax.core.tree import flatten
 from sdjax.models.inception import Inception
 
@@ -22,13 +22,13 @@ def shapes() -> dict[str, Any]:
 
 
 @functools.cache
-def table() -> Table:
+def table() -> KeyTable:
     """Its modules have the same names there."""
-    return Table(tuple(map(_row, flatten(shapes()))), ignored=(r".*\.num_batches_tracked", r"AuxLogits\..*"))
+    return KeyTable(tuple(map(_row, flatten(shapes()))), ignored=(r".*\.num_batches_tracked", r"AuxLogits\..*"))
 
 
-def _row(name: str) -> Row:
+def _row(name: str) -> KeyMapping:
     *modules, module, leaf = name.split("/")
     if leaf == "kernel":
-        return Row(name, ".".join((*modules, module, "weight")), LINEAR if module == "fc" else CONV)
-    return Row(name, ".".join((*modules, module, NORM[leaf])), SAME)
+        return KeyMapping(name, ".".join((*modules, module, "weight")), LINEAR if module == "fc" else CONV)
+    return KeyMapping(name, ".".join((*modules, module, NORM[leaf])), SAME)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdjax.checkpoints.mapping import Kind, Row, Table, conv, norm
+from sdjax.checkpoints.mapping import KeyMapping, KeyTable, Kind, conv, norm
 from sdjax.models.lpips import LPIPS
 from sdjax.models.patchgan import PatchDiscriminator
 from sdjax.models.vgg import STAGES
@@ -19,7 +19,7 @@ from sdjax.models.vgg import STAGES
 ONE_BY_ONE = Kind(lambda w: w[0, :, 0, 0], lambda w: w[None, :, None, None])
 
 
-def _vgg_rows() -> tuple[Row, ...]:
+def _vgg_rows() -> tuple[KeyMapping, ...]:
     """torchvision numbers convolutions, activations and poolings in one row."""
     rows, number = [], 0
     for i, stage in enumerate(STAGES):
@@ -30,8 +30,8 @@ def _vgg_rows() -> tuple[Row, ...]:
     return tuple(rows)
 
 
-LPIPS_TABLE = Table(
-    rows=(*_vgg_rows(), *(Row(f"linear_{i}", f"lin{i}.model.1.weight", ONE_BY_ONE) for i in range(len(STAGES)))),
+LPIPS_TABLE = KeyTable(
+    rows=(*_vgg_rows(), *(KeyMapping(f"linear_{i}", f"lin{i}.model.1.weight", ONE_BY_ONE) for i in range(len(STAGES)))),
     aliases=((r"^perceptual_loss\.", ""), (r"^features\.", "net."), (r"^net\.slice\d\.", "net.")),
     ignored=(r"classifier\..*", r"(perceptual_loss\.)?scaling_layer\..*"),
 )
@@ -44,13 +44,13 @@ def lpips_shapes() -> dict[str, Any]:
     return jax.eval_shape(LPIPS().init, jax.random.key(0), pictures, pictures)["params"]
 
 
-def discriminator_table(layers: int) -> Table:
+def discriminator_table(layers: int) -> KeyTable:
     """The rows of a discriminator with so many halvings; its running means are not used."""
     rows = list(conv("conv_0", "main.0"))
     for i in range(1, layers + 1):
         rows += [*conv(f"conv_{i}", f"main.{3 * i - 1}"), *norm(f"norm_{i}", f"main.{3 * i}")]
     rows += conv(f"conv_{layers + 1}", f"main.{3 * layers + 2}")
-    return Table(tuple(rows), ignored=(r"main\.\d+\.(running_mean|running_var|num_batches_tracked)",))
+    return KeyTable(tuple(rows), ignored=(r"main\.\d+\.(running_mean|running_var|num_batches_tracked)",))
 
 
 @functools.cache

@@ -11,9 +11,9 @@ from sdjax.checkpoints.config_fields import Field
 from sdjax.checkpoints.mapping import (
     LINEAR,
     POINTWISE,
-    Row,
+    KeyMapping,
+    KeyTable,
     Shapes,
-    Table,
     at,
     conv,
     embedding,
@@ -22,7 +22,7 @@ from sdjax.checkpoints.mapping import (
     renamed,
 )
 from sdjax.checkpoints.networks.blocks import EMBEDDING_MLP, RESBLOCK, TRANSFORMER_BLOCK, original_modules
-from sdjax.checkpoints.original_keys import GROUPS, Heads, Piece, Sizes
+from sdjax.checkpoints.original_keys import GROUPS, Heads, OriginalSizes, Piece
 from sdjax.core.errors import UserError
 from sdjax.models.unet import UNet, UNetConfig
 
@@ -70,7 +70,7 @@ FIELDS = (
 )
 
 
-def table(config: UNetConfig) -> Table:
+def table(config: UNetConfig) -> KeyTable:
     """Rows for this config: only the projections around the transformers depend on it."""
     projection = LINEAR if config.linear_projection else POINTWISE
     transformer = (
@@ -79,7 +79,7 @@ def table(config: UNetConfig) -> Table:
         *at("transformer_blocks_*", "transformer_blocks.*", TRANSFORMER_BLOCK),
         *layer("proj_out", kind=projection),
     )
-    blocks: tuple[Row, ...] = (
+    blocks: tuple[KeyMapping, ...] = (
         *at("mid_block_resnets_*", "mid_block.resnets.*", RESBLOCK),
         *at("mid_block_attentions_*", "mid_block.attentions.*", transformer),
         *conv("down_blocks_*_downsamplers_*/conv", "down_blocks.*.downsamplers.*.conv"),
@@ -88,7 +88,7 @@ def table(config: UNetConfig) -> Table:
     for side in ("down_blocks", "up_blocks"):
         blocks += at(f"{side}_*_resnets_*", f"{side}.*.resnets.*", RESBLOCK)
         blocks += at(f"{side}_*_attentions_*", f"{side}.*.attentions.*", transformer)
-    return Table(
+    return KeyTable(
         (
             *at("time_embedding", "time_embedding", EMBEDDING_MLP),
             *at("add_embedding", "add_embedding", EMBEDDING_MLP),
@@ -218,7 +218,7 @@ def original_config(found: Shapes, heads: Heads, place: object) -> UNetConfig:
     Raises:
         UserError: a tensor that says a size is missing, or the levels are not alike.
     """
-    sizes, levels = Sizes(found, place), [[]]
+    sizes, levels = OriginalSizes(found, place), [[]]
     for i in range(1, sizes.count("input_blocks")):  # of each level its residual blocks: (channels, depth)
         if f"input_blocks.{i}.0.op.weight" in sizes:
             levels.append([])

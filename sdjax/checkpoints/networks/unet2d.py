@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sdjax.checkpoints import config_fields, mapping
 from sdjax.checkpoints.config_fields import Field
-from sdjax.checkpoints.mapping import SAME, Row, Shapes, Table, at, conv, embedding, layer, norm, renamed
+from sdjax.checkpoints.mapping import SAME, KeyMapping, KeyTable, Shapes, at, conv, embedding, layer, norm, renamed
 from sdjax.checkpoints.networks.blocks import (
     ATTENTION_ALIASES,
     ATTENTION_BLOCK,
@@ -22,7 +22,7 @@ from sdjax.checkpoints.networks.blocks import (
     RESBLOCK,
     original_modules,
 )
-from sdjax.checkpoints.original_keys import CONV_1D, GROUPS, TRANSPOSED, Heads, Piece, Sizes
+from sdjax.checkpoints.original_keys import CONV_1D, GROUPS, TRANSPOSED, Heads, OriginalSizes, Piece
 from sdjax.core.errors import UserError
 from sdjax.models.adm_classifier import ClassifierConfig, classifier_of
 from sdjax.models.unet2d import UNet2D, UNet2DConfig
@@ -72,7 +72,7 @@ OWN_FIELDS = (
 )
 
 
-def _side(blocks: str, resampler: str) -> tuple[Row, ...]:
+def _side(blocks: str, resampler: str) -> tuple[KeyMapping, ...]:
     return (
         *at(f"{blocks}_*_resnets_*", f"{blocks}.*.resnets.*", RESBLOCK),
         *at(f"{blocks}_*_attentions_*", f"{blocks}.*.attentions.*", ATTENTION_BLOCK),
@@ -81,7 +81,7 @@ def _side(blocks: str, resampler: str) -> tuple[Row, ...]:
     )
 
 
-TABLE = Table(
+TABLE = KeyTable(
     rows=(
         *at("time_embedding", "time_embedding", EMBEDDING_MLP),
         *embedding("class_embedding", "class_embedding"),
@@ -96,10 +96,10 @@ TABLE = Table(
     aliases=ATTENTION_ALIASES,
 )
 POOL = (
-    Row("positional_embedding", "positional_embedding", TRANSPOSED),
+    KeyMapping("positional_embedding", "positional_embedding", TRANSPOSED),
     *(*layer("to_q"), *layer("to_k"), *layer("to_v"), *layer("to_out", "c_proj")),
 )
-CLASSIFIER_TABLE = Table((*TABLE.rows, *at("pool", "out.2", POOL)))
+CLASSIFIER_TABLE = KeyTable((*TABLE.rows, *at("pool", "out.2", POOL)))
 
 
 @functools.cache
@@ -286,7 +286,7 @@ def original_config(found: Shapes, heads: Heads, place: object) -> UNet2DConfig:
     Raises:
         UserError: a tensor that says a size is missing.
     """
-    sizes = Sizes(found, place)
+    sizes = OriginalSizes(found, place)
     blocks = sizes.count("output_blocks")
     samplers = [
         (f"output_blocks.{i}.{j}", kind) for i in range(blocks) for kind in ("in_layers.2", "conv") for j in (1, 2)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from sdjax.core.errors import UserError
-from sdjax.data.prepared.index import CONSTANTS, INDEX, VERSION, Fields, Plan, read_sidecar, shard_name
+from sdjax.data.prepared.index import CONSTANTS, INDEX, VERSION, Fields, PreparedPlan, read_sidecar, shard_name
 from sdjax.data.sources.base import read_json
 from sdjax.data.sources.record_files import RecordFiles, count_records
 from sdjax.data.sources.tensors import unpack
@@ -101,7 +101,7 @@ class PreparedSource:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What the writer said of where the rows come from."""
+        """The writer's record of where the rows come from."""
         return self._plan.identity
 
     @property
@@ -128,9 +128,9 @@ def _read_index(folder: Path) -> Mapping[str, Any]:
     return index
 
 
-def _plan(index: Mapping[str, Any], folder: Path) -> Plan:
+def _plan(index: Mapping[str, Any], folder: Path) -> PreparedPlan:
     try:
-        return Plan.from_json(index)
+        return PreparedPlan.from_json(index)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / INDEX} is damaged: {error!r}") from error
 

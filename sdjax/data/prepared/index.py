@@ -21,8 +21,8 @@ INDEX, PLAN, CONSTANTS = "index.json", "plan.json", "constants.safetensors"
 MAX_SHARDS = 1_000_000
 
 
-class Plan(NamedTuple):
-    """What all processes that write a set agree upon."""
+class PreparedPlan(NamedTuple):
+    """The plan that all processes agree upon that write a set."""
 
     identity: Mapping[str, Any]
     table: Table
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
     @property
     def shards(self) -> int:
-        """How many files of rows there are."""
+        """Number of files of rows."""
         return -(-self.total // self.rows_per_shard)
 
     def range(self, shard: int) -> tuple[int, int]:
@@ -39,11 +39,11 @@ class Plan(NamedTuple):
         return shard * self.rows_per_shard, min(self.total, (shard + 1) * self.rows_per_shard)
 
     def to_json(self) -> dict[str, Any]:
-        """As in `plan.json` and `index.json`."""
+        """Contents of `plan.json` and `index.json`."""
         return {"version": VERSION, **self._asdict(), "table": [list(size) for size in self.table]}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+    def from_json(cls, data: Mapping[str, Any]) -> PreparedPlan:
         """The inverse of `to_json`.
 
         Raises:
@@ -78,7 +78,7 @@ class Fields(dict[str, tuple[str, tuple[int, ...]]]):
 
 
 class Sidecar(NamedTuple):
-    """What stands beside a file of rows."""
+    """Sidecar of a file of rows."""
 
     size: int
     """Bytes of the file."""
@@ -88,7 +88,7 @@ class Sidecar(NamedTuple):
     """Of each bucket that has rows here."""
 
     def to_json(self) -> dict[str, Any]:
-        """As in the file."""
+        """Contents of the file."""
         return {**self._asdict(), "fields": {bucket: fields.to_json() for bucket, fields in self.fields.items()}}
 
 
@@ -97,7 +97,7 @@ def shard_name(shard: int, shards: int) -> str:
     return f"shard-{shard:05d}-of-{shards:05d}"
 
 
-def read_sidecar(folder: Path, plan: Plan, shard: int) -> Sidecar:
+def read_sidecar(folder: Path, plan: PreparedPlan, shard: int) -> Sidecar:
     """The list beside a file of rows.
 
     Raises:

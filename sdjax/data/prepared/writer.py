@@ -18,7 +18,7 @@ from sdjax.data.prepared.index import (
     MAX_SHARDS,
     PLAN,
     Fields,
-    Plan,
+    PreparedPlan,
     Sidecar,
     read_sidecar,
     shard_name,
@@ -31,7 +31,7 @@ from sdjax.data.sources.tensors import pack
 from sdjax.data.transforms.buckets import Table
 
 
-class Row(NamedTuple):
+class PreparedRow(NamedTuple):
     """A row to be written: its bucket, an index into the table, the id of its example, and its arrays."""
 
     bucket: int
@@ -51,7 +51,7 @@ class PreparedWriter:
     """Writes the folder that `prepared.PreparedSource` reads.
 
     for part in writer.pending():
-        writer.write(part, (Row(...) for index in range(part.start, part.stop)))
+        writer.write(part, (PreparedRow(...) for index in range(part.start, part.stop)))
     writer.finish(constants)  # in process 0, after all processes are here
 
     Shards are dealt to the processes in turn. A writer that was killed leaves only whole shards; the next one, of any
@@ -80,7 +80,7 @@ class PreparedWriter:
         Raises:
             UserError: the folder holds a set of another identity, table or number of rows, or cannot be written.
         """
-        plan = Plan(json.loads(json.dumps(dict(identity))), tuple(buckets), total, rows_per_shard)
+        plan = PreparedPlan(json.loads(json.dumps(dict(identity))), tuple(buckets), total, rows_per_shard)
         if total < 1 or rows_per_shard < 1 or plan.shards > MAX_SHARDS:
             raise UserError(f"{total} rows in shards of {rows_per_shard}: there must be 1 to {MAX_SHARDS} shards")
         self._folder, self._plan, self._process = Path(folder).expanduser(), plan, shard
@@ -92,7 +92,7 @@ class PreparedWriter:
             if not self._whole(shard):
                 yield Range(shard, *self._plan.range(shard))
 
-    def write(self, part: Range, rows: Iterable[Row]) -> None:
+    def write(self, part: Range, rows: Iterable[PreparedRow]) -> None:
         """Writes a shard; it appears under its name when all rows are in it.
 
         Args:
@@ -161,7 +161,7 @@ class PreparedWriter:
         except UserError:  # what is damaged is written again
             return False
 
-    def _check(self, row: Row, fields: dict[int, Fields]) -> None:
+    def _check(self, row: PreparedRow, fields: dict[int, Fields]) -> None:
         if not 0 <= row.bucket < len(self._plan.table):
             raise ValueError(f"{row.id} is of bucket {row.bucket}, and the table has {len(self._plan.table)}")
         found = Fields.of(row.arrays)
@@ -175,7 +175,7 @@ class PreparedWriter:
         return self._folder / f"{shard_name(shard, self._plan.shards)}.json"
 
 
-def _agree(folder: Path, plan: Plan) -> None:
+def _agree(folder: Path, plan: PreparedPlan) -> None:
     """Writes the plan, or compares it with the one that is there."""
     path, ours = folder / PLAN, json.loads(json.dumps(plan.to_json()))
     try:

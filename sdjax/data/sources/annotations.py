@@ -1,4 +1,4 @@
-"""What a metadata.jsonl may say of a picture besides its caption: a class, objects in boxes, a label map.
+"""Annotations of an image in a metadata.jsonl besides its caption: a class, objects in boxes, a label map.
 
     {"file_name": "0.png", "text": "a dog", "label": "dog",
      "objects": {"bbox": [[12, 30, 40, 50]], "categories": ["dog"]}, "label_map": "labels/0.png", "neighbours": "0.npy"}
@@ -22,7 +22,7 @@ Class = str | int
 
 
 class Annotations(NamedTuple):
-    """What a line says; None where it says nothing.
+    """Annotations of one line; None for those that it lacks.
 
     Attributes:
         label: the picture's class.

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdjax.core.errors import UserError
 from sdjax.data.images import picture_size, read_picture
-from sdjax.data.sources.base import Example, Row, bad_row
+from sdjax.data.sources.base import DatasetRow, Example, bad_row
 from sdjax.data.sources.record_files import RecordFiles, count_records, write_records
 from sdjax.data.sources.shard_globs import named
 from sdjax.data.sources.tensors import pack, unpack
@@ -66,7 +66,7 @@ class ArrayRecordSource:
         return fields
 
 
-def rows(pattern: str) -> Iterator[Row]:
+def rows(pattern: str) -> Iterator[DatasetRow]:
     """Every record of the files, good or bad."""
     for path in named(pattern):
         try:
@@ -75,7 +75,7 @@ def rows(pattern: str) -> Iterator[Row]:
             yield bad_row(str(path), str(error))
             continue
         for index in range(len(source)):
-            yield Row(f"{path} record {index}", _reader(source, index))
+            yield DatasetRow(f"{path} record {index}", _reader(source, index))
 
 
 def write_array_record(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> int:

@@ -1,4 +1,4 @@
-"""What every data set gives: captioned pictures by index, and what a check can ask about each of them."""
+"""The interface of every data set: captioned images by index, and rows for a check of each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Example(TypedDict):
 
 @runtime_checkable
 class Source(Protocol):
-    """What the loader reads: a length, and an example for each index below it."""
+    """Random access for the loader: a length, and an example for each index below it."""
 
     def __len__(self) -> int: ...
 
@@ -49,7 +49,7 @@ class Pictures(Source, Protocol):
     """A source that also knows a picture's name and size without decoding it."""
 
     def id(self, index: int) -> str:
-        """What `self[index]["id"]` is."""
+        """The same as `self[index]["id"]`, without reading the image."""
         ...
 
     def size(self, index: int) -> tuple[int, int]:
@@ -69,20 +69,20 @@ def classes_of(source: Any, name: str) -> tuple[str, ...]:
     return tuple(classes)
 
 
-class Row(NamedTuple):
+class DatasetRow(NamedTuple):
     """A row as a data set lists it, good or bad: where it stands, and how it is read (which raises if it is bad)."""
 
     place: str
     read: Callable[[], Example]
 
 
-def bad_row(place: str, reason: str) -> Row:
+def bad_row(place: str, reason: str) -> DatasetRow:
     """A row of which it is known already that it cannot be read."""
 
     def read() -> Example:
         raise UserError(f"{place} {reason}")
 
-    return Row(place, read)
+    return DatasetRow(place, read)
 
 
 def read_json(data: bytes, place: str) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from sdjax.core.errors import UserError
 from sdjax.data.image_inputs import read_embeddings
 from sdjax.data.images import picture_size, read_labels, read_picture
 from sdjax.data.sources.annotations import NOTHING, Annotations, arrays, names, parse_annotations
-from sdjax.data.sources.base import CAPTION_KEYS, Example, Row, caption_of, read_json
+from sdjax.data.sources.base import CAPTION_KEYS, DatasetRow, Example, caption_of, read_json
 
 METADATA = "metadata.jsonl"
 
@@ -28,7 +28,7 @@ class Line(NamedTuple):
     text: bytes
 
 
-class Entry(NamedTuple):
+class FolderEntry(NamedTuple):
     """A picture in the list."""
 
     file: str
@@ -82,7 +82,7 @@ class FolderSource:
         line, entry = self._entry(index)
         return picture_size(self._folder / entry.file, _short(line))
 
-    def _entry(self, index: int) -> tuple[Line, Entry]:
+    def _entry(self, index: int) -> tuple[Line, FolderEntry]:
         number, start = int(self._numbers[index]), int(self._starts[index])
         with _opened(self._folder / METADATA) as file:
             file.seek(start)
@@ -90,7 +90,7 @@ class FolderSource:
         return line, parse(line, _place(self._folder, line))
 
 
-def rows(folder: Path, split: str = "train") -> Iterator[Row]:
+def rows(folder: Path, split: str = "train") -> Iterator[DatasetRow]:
     """Every row of the list, good or bad."""
     folder = split_folder(folder, split)
     check = checker(folder)
@@ -99,7 +99,7 @@ def rows(folder: Path, split: str = "train") -> Iterator[Row]:
         return read_entry(folder, line, check(line))
 
     for line in lines(folder / METADATA):
-        yield Row(_place(folder, line), functools.partial(read, line))
+        yield DatasetRow(_place(folder, line), functools.partial(read, line))
 
 
 def split_folder(folder: Path, split: str) -> Path:
@@ -129,8 +129,8 @@ def lines(path: Path) -> Iterator[Line]:
             start += len(text)
 
 
-def parse(line: Line, place: str) -> Entry:
-    """What a line says.
+def parse(line: Line, place: str) -> FolderEntry:
+    """Contents of a line.
 
     Raises:
         UserError: it is not JSON, or lacks a key.
@@ -139,10 +139,10 @@ def parse(line: Line, place: str) -> Entry:
     file, caption = entry.get("file_name"), caption_of(entry)
     if not isinstance(file, str) or "\0" in file or caption is None:
         raise UserError(f"{place} needs the strings file_name and {' or '.join(CAPTION_KEYS)}")
-    return Entry(file, caption, parse_annotations(entry, place))
+    return FolderEntry(file, caption, parse_annotations(entry, place))
 
 
-def checker(folder: Path) -> Callable[[Line], Entry]:
+def checker(folder: Path) -> Callable[[Line], FolderEntry]:
     """`parse`, then whether the files exist, and within the folder, symbolic links followed."""
     root = os.path.realpath(folder)
     # A link to a folder is followed once, not for every picture in it.
@@ -158,7 +158,7 @@ def checker(folder: Path) -> Callable[[Line], Entry]:
         if not os.path.isfile(target):
             raise UserError(f"{place} names {path}, which does not exist")
 
-    def check(line: Line) -> Entry:
+    def check(line: Line) -> FolderEntry:
         place = _place(folder, line)
         entry = parse(line, place)
         for file in (entry.file, *entry.annotations.files()):
@@ -168,7 +168,7 @@ def checker(folder: Path) -> Callable[[Line], Entry]:
     return check
 
 
-def read_entry(folder: Path, line: Line, entry: Entry) -> Example:
+def read_entry(folder: Path, line: Line, entry: FolderEntry) -> Example:
     """The example of a line."""
     image = read_picture(folder / entry.file, _short(line))
     example = Example(image=image, caption=entry.caption, id=entry.file)

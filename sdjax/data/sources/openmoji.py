@@ -38,7 +38,7 @@ def captions() -> dict[str, str]:
 
 
 def is_held_out(caption: str) -> bool:
-    """Whether the caption is one of the tenth of skin-tone combinations that training never sees."""
+    """Membership of the tenth of skin-tone combinations that training never sees."""
     return "skin tone" in caption and int(hashlib.md5(caption.encode()).hexdigest(), 16) % 10 == 0
 
 

@@ -20,7 +20,7 @@ FAILURES = (RuntimeError, ValueError, IndexError, MemoryError)
 
 
 @dataclasses.dataclass
-class Part:
+class RecordFile:
     """A file and how many records it has; the names are those that ArrayRecordDataSource reads."""
 
     filename: str
@@ -35,7 +35,7 @@ class RecordFiles:
     def __init__(self, paths: Sequence[Path], counts: Sequence[int]):
         """The files and how many records each has."""
         self._paths, self._ends = list(paths), np.cumsum(np.array(counts, np.int64))
-        parts = [Part(os.fspath(path), 0, count, count) for path, count in zip(paths, counts, strict=True)]
+        parts = [RecordFile(os.fspath(path), 0, count, count) for path, count in zip(paths, counts, strict=True)]
         self._records = ArrayRecordDataSource(parts, READING)
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class RecordFiles:
             raise UserError(f"cannot read {self.place(index)}: {_first_line(error)}") from error
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Which file a record is in, and its place there."""
+        """File of a record, and its place there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         file = int(np.searchsorted(self._ends, index, side="right"))
@@ -66,7 +66,7 @@ class RecordFiles:
 
 
 def count_records(path: Path) -> int:
-    """How many records a file has.
+    """Number of records in a file.
 
     Raises:
         UserError: it is missing, truncated, or no ArrayRecord file.

@@ -36,7 +36,7 @@ def files(pattern: str) -> list[Path]:
 
 
 def named(pattern: str) -> list[Path]:
-    """What `files` would find, were nothing missing; a glob that matches nothing stands for itself.
+    """Every file that a pattern names, missing ones included; a glob that matches nothing stands for itself.
 
     Raises:
         UserError: a range cannot be understood, or nothing is named.

@@ -1,4 +1,4 @@
-"""Where the members of tar shards are, so that any example can be read without those before it.
+"""Offsets of the members of tar shards, so that any example can be read without those before it.
 
 WebDataset's rule (github.com/webdataset/webdataset): members whose paths agree up to the first dot of the last part are
 one example; what follows the dot is the kind. img2dataset writes such shards, as KEY.jpg, KEY.txt and KEY.json.

@@ -1,4 +1,4 @@
-"""What a TensorFlow dataset's features say of a picture besides a caption: a class, or objects in boxes."""
+"""Annotations among a TensorFlow dataset's features besides a caption: a class, or objects in boxes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdjax.core.errors import UserError
 
 
 class Annotated(NamedTuple):
-    """Where the features are.
+    """Names of the features.
 
     Attributes:
         classes: their names; () where there are none.

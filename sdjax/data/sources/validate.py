@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.sources import array_records, folder, webdataset
-from sdjax.data.sources.base import Example, Row, Source
+from sdjax.data.sources.base import DatasetRow, Example, Source
 from sdjax.data.sources.open import KINDS, source
 from sdjax.data.sources.shard_globs import split_pattern
 
@@ -87,7 +87,7 @@ def report(
 
 
 def _judged(name: str, split: str, data_dir: str | os.PathLike | None, minimum_side: int) -> Iterator[Bad | None]:
-    """What is wrong with each row, None where nothing is."""
+    """Fault of each row, None where there is none."""
     judge, rows = _Judge(minimum_side), _rows(name, split, data_dir)
     with ThreadPoolExecutor() as pool:
         while chunk := list(itertools.islice(rows, CHUNK)):
@@ -103,7 +103,7 @@ class _Judge:
         # Hashes, for the ids of many millions of rows would fill the memory.
         self._seen: set[bytes] = set()
 
-    def read(self, row: Row) -> tuple[str | None, list[str]]:
+    def read(self, row: DatasetRow) -> tuple[str | None, list[str]]:
         """The row's id, None if it cannot be read, and reasons against it."""
         try:
             example = row.read()
@@ -118,7 +118,7 @@ class _Judge:
         if not example["caption"].strip():
             yield "the caption is empty"
 
-    def with_id(self, row: Row, key: str | None, reasons: list[str]) -> Bad | None:
+    def with_id(self, row: DatasetRow, key: str | None, reasons: list[str]) -> Bad | None:
         """The verdict, when the rows before are known."""
         if key is not None:
             digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
@@ -128,7 +128,7 @@ class _Judge:
         return Bad(row.place, "; ".join(reasons)) if reasons else None
 
 
-def _rows(name: str, split: str, data_dir: str | os.PathLike | None) -> Iterator[Row]:
+def _rows(name: str, split: str, data_dir: str | os.PathLike | None) -> Iterator[DatasetRow]:
     kind, _, rest = name.partition(":")
     if kind == "folder" and rest:
         return folder.rows(Path(rest).expanduser(), split)
@@ -141,6 +141,6 @@ def _rows(name: str, split: str, data_dir: str | os.PathLike | None) -> Iterator
     raise unknown("data source", name, KINDS)
 
 
-def _by_index(name: str, split: str, examples: Source) -> Iterator[Row]:
+def _by_index(name: str, split: str, examples: Source) -> Iterator[DatasetRow]:
     for index in range(len(examples)):
-        yield Row(f"{name} {split} record {index}", lambda index=index: examples[index])
+        yield DatasetRow(f"{name} {split} record {index}", lambda index=index: examples[index])

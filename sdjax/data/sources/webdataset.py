@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sdjax.core.errors import UserError
 from sdjax.data.images import picture_size, read_picture
-from sdjax.data.sources.base import CAPTION_KEYS, Example, Row, bad_row, caption_of, read_json
+from sdjax.data.sources.base import CAPTION_KEYS, DatasetRow, Example, bad_row, caption_of, read_json
 from sdjax.data.sources.shard_globs import named
 from sdjax.data.sources.tar_index import PICTURES, TarIndex, tar_index
 
@@ -75,7 +75,7 @@ class WebDatasetSource:
         return shard, index - int(self._ends[shard - 1] if shard else 0)
 
 
-def rows(pattern: str) -> Iterator[Row]:
+def rows(pattern: str) -> Iterator[DatasetRow]:
     """Every example of the shards, good or bad."""
     paths = named(pattern)
     for path, name in zip(paths, names(paths), strict=True):
@@ -87,11 +87,11 @@ def rows(pattern: str) -> Iterator[Row]:
         for member, reason in index.problems:
             yield bad_row(_place(path, member), reason)
         for row in range(len(index.is_json)):
-            yield Row(_place(path, index.key(row)), _reader(path, index, row, name))
+            yield DatasetRow(_place(path, index.key(row)), _reader(path, index, row, name))
 
 
 def names(paths: list[Path]) -> list[str]:
-    """What the shards are called in ids: their file names without the suffix, or the whole paths where two agree."""
+    """Names of the shards in ids: their file names without the suffix, or the whole paths where two agree."""
     stems = [path.name.split(".")[0] for path in paths]
     twice = max(Counter(stems).values()) > 1
     return [str(path) for path in paths] if twice else stems

@@ -22,7 +22,7 @@ WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class LayoutTokens:
-    """How objects become tokens.
+    """Tokens of objects.
 
     Attributes:
         classes: how many there are.

@@ -64,7 +64,7 @@ def train_word_pieces(texts: Iterable[str], folder: Path, vocab_size: int) -> No
 
 
 def _units() -> list[str]:
-    """What every text is made of: a printable character for each byte (GPT-2's table), then the same ending a word.
+    """The alphabet of every text: a printable character for each byte (GPT-2's table), then the same ending a word.
 
     In the order of CLIP's vocabulary: the bytes that are printable themselves come first.
     """

@@ -112,7 +112,7 @@ def with_placeholders(tokenizer: Tokenizer, counts: Mapping[str, int], first: in
 
 
 def _placed(text: str, placeholders: Sequence[Placeholder]) -> Iterator[tuple[re.Match[str], tuple[int, ...]]]:
-    """Where placeholders stand in a text, the longest word first."""
+    """Pattern of the placeholders in a text, the longest word first."""
     if placeholders:
         words = sorted(placeholders, key=lambda known: -len(known.word))
         for match in re.finditer("|".join(f"({_whole(known.word)})" for known in words), text, re.IGNORECASE):

@@ -26,7 +26,7 @@ class WordPieces:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens."""
         return self.backend.get_vocab_size()
 
     def encode(self, texts: Sequence[str]) -> Int[np.ndarray, "b l"]:

@@ -85,7 +85,7 @@ def still(pictures: Source, size: int, rule: str) -> grain.MapDataset:
 
 
 def _meet(boxes: Float[np.ndarray, "n 4"], crop: Float[np.ndarray, " 4"]) -> Bool[np.ndarray, " n"]:
-    """Which boxes have a part inside the crop."""
+    """Indices of the boxes that have a part inside the crop."""
     first = np.maximum(boxes[:, :2], crop[:2])
     last = np.minimum(boxes[:, :2] + boxes[:, 2:], crop[:2] + crop[2:])
     return np.all(last > first, axis=1)

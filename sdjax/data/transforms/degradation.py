@@ -1,4 +1,4 @@
-"""What makes low resolution of high: a clean resampling, or BSR-light's blur, noise and JPEG in a random order.
+"""Degradations from high to low resolution: a clean resampling, or BSR-light's blur, noise and JPEG in a random order.
 
 Zhang et al. 2021, "Designing a practical degradation model for deep blind image super-resolution", with the reduced
 strengths of CompVis/latent-diffusion, ldm/modules/image_degradation/bsrgan_light.py. OpenCV interpolates there, SciPy

@@ -17,7 +17,7 @@ from sdjax.diffusion.samplers.options import TIMESTEP_SPACINGS, SamplerOptions, 
 from sdjax.diffusion.samplers.plms import plms
 from sdjax.diffusion.samplers.scan import first_noise, sample
 from sdjax.diffusion.samplers.second_order import dpm2, dpm2_a, dpmpp_2s_a, dpmpp_sde, heun
-from sdjax.diffusion.samplers.table import Plan, Table, batched, network_calls, stack
+from sdjax.diffusion.samplers.table import SamplerPlan, SamplerTable, batched, network_calls, stack
 from sdjax.diffusion.samplers.unipc import unipc
 from sdjax.diffusion.schedule import Schedule
 
@@ -25,7 +25,7 @@ __all__ = [
     "SAMPLERS",
     "SPACINGS",
     "SamplerOptions",
-    "Table",
+    "SamplerTable",
     "batched",
     "first_noise",
     "make_table",
@@ -37,7 +37,7 @@ __all__ = [
     "table_for",
 ]
 
-SAMPLERS: dict[str, Callable[[Schedule, int, SamplerOptions, int], Plan]] = {
+SAMPLERS: dict[str, Callable[[Schedule, int, SamplerOptions, int], SamplerPlan]] = {
     sampler.__name__: sampler
     for sampler in (
         *(ddpm, ddim, plms, euler, euler_a, heun, dpm2, dpm2_a, lms, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde),
@@ -65,7 +65,7 @@ def make_table(
     spacing: str | None = None,
     start: int = 0,
     **changes: object,
-) -> Table:
+) -> SamplerTable:
     """The table of a sampler, float64 on the host.
 
     Args:
@@ -110,7 +110,7 @@ def table_for(
     start: int = 0,
     latents: bool = True,
     **changes: object,
-) -> Table:
+) -> SamplerTable:
     """The table of a model's sampler, by its scheduler_config.json.
 
     Args:

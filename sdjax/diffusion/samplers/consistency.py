@@ -7,13 +7,13 @@ import numpy as np
 from sdjax.core.errors import UserError
 from sdjax.diffusion.samplers.ddpm import abar_at
 from sdjax.diffusion.samplers.options import SamplerOptions
-from sdjax.diffusion.samplers.table import Plan, Row, weights
+from sdjax.diffusion.samplers.table import SamplerPlan, SamplerStep, weights
 from sdjax.diffusion.schedule import Schedule, abar_to_sigma
 
 SIGMA_DATA = 0.5
 
 
-def lcm(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def lcm(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """Multistep consistency sampling (Luo et al. 2023, algorithm 3; diffusers' LCMScheduler): x0, then fresh noise."""
     timesteps = distilled_timesteps(schedule, steps, options)[start:]
     abar = abar_at(schedule, timesteps)
@@ -25,11 +25,11 @@ def lcm(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> 
         skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         out = scaled / np.sqrt(scaled**2 + SIGMA_DATA**2)
         next_x = weights(x=skip * np.sqrt(share), predictions=[out], noise=target)
-        rows.append(Row(float(sigma), float(t), next_x))
-    return Plan(rows, float(np.sqrt(1.0 / abar[0])))
+        rows.append(SamplerStep(float(sigma), float(t), next_x))
+    return SamplerPlan(rows, float(np.sqrt(1.0 / abar[0])))
 
 
-def tcd(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def tcd(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """Strategic stochastic sampling (Zheng et al. 2024, algorithm 4; diffusers' TCDScheduler), eta its gamma.
 
     Down to s = (1 - gamma) times the next timestep, then noise back up; the last step ends at timestep 0's own level.
@@ -49,8 +49,8 @@ def tcd(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> 
         noise = 0.0 if last else float(np.sqrt(max(sigmas[i + 1] ** 2 - end**2, 0.0)))
         scale = 1.0 / np.sqrt(1.0 + end**2) if last else 1.0  # the result is in the network's coordinates
         next_x = scale * weights(x=end / sigma, predictions=[1.0 - end / sigma], noise=noise)
-        rows.append(Row(float(sigma), float(t), next_x))
-    return Plan(rows, float(np.sqrt(1.0 + sigmas[0] ** 2)))
+        rows.append(SamplerStep(float(sigma), float(t), next_x))
+    return SamplerPlan(rows, float(np.sqrt(1.0 + sigmas[0] ** 2)))
 
 
 def distilled_timesteps(schedule: Schedule, steps: int, options: SamplerOptions) -> np.ndarray:

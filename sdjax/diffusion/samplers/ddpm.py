@@ -6,7 +6,7 @@ import numpy as np
 
 from sdjax.diffusion.samplers.options import SamplerOptions
 from sdjax.diffusion.samplers.spacing import integer_timesteps
-from sdjax.diffusion.samplers.table import Plan, Row, weights
+from sdjax.diffusion.samplers.table import SamplerPlan, SamplerStep, weights
 from sdjax.diffusion.schedule import Schedule, abar_to_sigma
 
 LEAST_ABAR = 2.0**-40
@@ -18,7 +18,7 @@ def abar_at(schedule: Schedule, timesteps: np.ndarray | list[int]) -> np.ndarray
     return np.maximum(schedule.alphas_cumprod[timesteps], LEAST_ABAR)
 
 
-def ddpm(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def ddpm(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """DDPM (algorithm 2, eq. 7), also between timesteps that are not neighbours (iDDPM, section 4)."""
     timesteps = integer_timesteps(schedule, steps, options)[start:]
     abar = abar_at(schedule, timesteps)
@@ -29,8 +29,8 @@ def ddpm(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
         deviation, bounds = _noise(least, 1.0 - now / then, then, options.variance_type)
         next_x = weights(x=shrink, predictions=[1.0 - shrink], noise=deviation if t > 0 else 0.0)
         drift = float(deviation**2 * np.sqrt(then))
-        rows.append(Row(float(abar_to_sigma(now)), float(t), next_x, log_variance=bounds, drift=drift))
-    return Plan(rows, float(np.sqrt(1.0 / abar[0])))
+        rows.append(SamplerStep(float(abar_to_sigma(now)), float(t), next_x, log_variance=bounds, drift=drift))
+    return SamplerPlan(rows, float(np.sqrt(1.0 / abar[0])))
 
 
 def _variances(timesteps: np.ndarray, abar: np.ndarray, before: np.ndarray) -> np.ndarray:
@@ -49,7 +49,7 @@ def _noise(variance: float, beta: float, then: float, kind: str) -> tuple[float,
     return float(np.sqrt(chosen / then)), (0.0, 0.0)
 
 
-def ddim(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def ddim(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """DDIM (eq. 12 and 16), any eta.
 
     As in diffusers the previous level is the one num_timesteps // steps earlier, which with linspace and trailing
@@ -67,8 +67,8 @@ def ddim(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
         direction = np.sqrt(max(1.0 - then - deviation**2, 0.0)) / sigma
         next_x = weights(x=direction / np.sqrt(end), predictions=[np.sqrt(then / end)], noise=deviation / np.sqrt(end))
         record = (0.0, 1.0, -float(direction / np.sqrt(then)))
-        rows.append(Row(sigma, float(t), next_x, record=record))
-    return Plan(rows, float(np.sqrt(1.0 / abar[0])))
+        rows.append(SamplerStep(sigma, float(t), next_x, record=record))
+    return SamplerPlan(rows, float(np.sqrt(1.0 / abar[0])))
 
 
 def previous_abar(schedule: Schedule, timestep: int, options: SamplerOptions) -> float:

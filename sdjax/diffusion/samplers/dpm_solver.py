@@ -17,8 +17,8 @@ from sdjax.diffusion.samplers.table import (
     KEEP_X,
     RECORD_X0,
     UNCHANGED,
-    Plan,
-    Row,
+    SamplerPlan,
+    SamplerStep,
     network_coordinates,
     record_epsilon,
     weights,
@@ -62,7 +62,7 @@ def _step(sigma: float, target: float, options: SamplerOptions) -> _Step:
     return _Step(h, decay, value, value / 2.0, heun, second, noise)
 
 
-def dpmpp_2m(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def dpmpp_2m(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """DPM-Solver++ (2M), algorithm 2 of Lu et al. 2022, at any solver_order up to 3 (diffusers' DPMSolverMultistep).
 
     Lower order at both ends. What is published as the third order takes half of the second difference for the second
@@ -79,17 +79,17 @@ def dpmpp_2m(schedule: Schedule, steps: int, options: SamplerOptions, start: int
         predictions = _multistep(step, earlier, options.solver_type)
         next_x = weights(x=step.x, predictions=predictions, noise=step.noise)
         rows.append(_row(levels.sigmas[i], levels.timesteps[i], next_x, options))
-    return Plan(network_coordinates(rows, levels.sigmas[-1]), variance_preserving_scale(levels.sigmas[start]))
+    return SamplerPlan(network_coordinates(rows, levels.sigmas[-1]), variance_preserving_scale(levels.sigmas[start]))
 
 
-def dpmpp_2m_sde(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def dpmpp_2m_sde(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """SDE-DPM-Solver++ (2M): k-diffusion's sample_dpmpp_2m_sde; diffusers' sde-dpmsolver++ at eta 1."""
     order = min(options.solver_order, 2)
     options = dataclasses.replace(options, algorithm_type="sde-dpmsolver++", solver_order=order)
     return dpmpp_2m(schedule, steps, options, start)
 
 
-def dpmpp_3m_sde(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def dpmpp_3m_sde(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """SDE-DPM-Solver++ (3M): k-diffusion's sample_dpmpp_3m_sde.
 
     diffusers' third order of sde-dpmsolver++ subtracts 1/2 in its last coefficient where the expansion adds it, so that
@@ -123,7 +123,7 @@ def _multistep(step: _Step, lambdas: np.ndarray, solver_type: str) -> list[float
     return (np.array([step.value, 0.0, 0.0]) + step.heun * first + step.second * second).tolist()
 
 
-def dpmpp_2s(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def dpmpp_2s(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """Single-step DPM-Solver++ (2S or 3S), its inner points levels of the schedule (diffusers' DPMSolverSinglestep).
 
     A block of orders 1, 2 (, 3) starts from the x at its beginning, the anchor; `steps` counts network calls.
@@ -142,7 +142,7 @@ def dpmpp_2s(schedule: Schedule, steps: int, options: SamplerOptions, start: int
         else:
             next_x, anchor = weights(anchor=step.x, predictions=predictions, noise=step.noise), UNCHANGED
         rows.append(_row(levels.sigmas[i], levels.timesteps[i], next_x, options, anchor))
-    return Plan(network_coordinates(rows, levels.sigmas[-1]), variance_preserving_scale(levels.sigmas[start]))
+    return SamplerPlan(network_coordinates(rows, levels.sigmas[-1]), variance_preserving_scale(levels.sigmas[start]))
 
 
 def block_orders(steps: int, options: SamplerOptions) -> list[int]:
@@ -178,6 +178,6 @@ def _single_step(step: _Step, lambdas: np.ndarray, solver_type: str) -> list[flo
 
 def _row(
     sigma: float, timestep: float, next_x: np.ndarray, options: SamplerOptions, anchor: np.ndarray = UNCHANGED
-) -> Row:
+) -> SamplerStep:
     record = record_epsilon(float(sigma)) if options.algorithm_type == "dpmsolver" else RECORD_X0
-    return Row(float(sigma), float(timestep), next_x, anchor, record)
+    return SamplerStep(float(sigma), float(timestep), next_x, anchor, record)

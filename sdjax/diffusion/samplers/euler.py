@@ -8,22 +8,22 @@ import numpy as np
 
 from sdjax.diffusion.samplers.options import SamplerOptions
 from sdjax.diffusion.samplers.spacing import Levels, first_noise_scale, sigma_levels
-from sdjax.diffusion.samplers.table import Plan, Row, weights
+from sdjax.diffusion.samplers.table import SamplerPlan, SamplerStep, weights
 from sdjax.diffusion.schedule import Schedule, sigma_to_timestep
 
 
-def euler(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def euler(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """Euler (Karras et al. 2022, algorithm 2 without its correction; k-diffusion's sample_euler)."""
     churned = churn(schedule, sigma_levels(schedule, steps, options), options, start)
     rows = []
     for i, (sigma, t) in enumerate(zip(churned.sigmas, churned.timesteps, strict=True)):
         ratio = churned.targets[i] / sigma
         next_x = weights(x=ratio, predictions=[1.0 - ratio], noise=churned.noise[i])
-        rows.append(Row(sigma, t, next_x))
-    return Plan(rows, churned.first_scale)
+        rows.append(SamplerStep(sigma, t, next_x))
+    return SamplerPlan(rows, churned.first_scale)
 
 
-def euler_a(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def euler_a(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """Ancestral Euler: down to sigma_down, then fresh noise back up (k-diffusion's sample_euler_ancestral)."""
     levels = sigma_levels(schedule, steps, options)
     sigmas, timesteps = levels.sigmas[start:], levels.timesteps[start:]
@@ -31,8 +31,8 @@ def euler_a(schedule: Schedule, steps: int, options: SamplerOptions, start: int)
     for sigma, target, t in zip(sigmas[:-1], sigmas[1:], timesteps, strict=True):
         down, up = ancestral_split(sigma, target, options.eta)
         next_x = weights(x=down / sigma, predictions=[1.0 - down / sigma], noise=up * options.s_noise)
-        rows.append(Row(float(sigma), float(t), next_x))
-    return Plan(rows, first_noise_scale(sigmas[0], options))
+        rows.append(SamplerStep(float(sigma), float(t), next_x))
+    return SamplerPlan(rows, first_noise_scale(sigmas[0], options))
 
 
 def ancestral_split(sigma: float, target: float, eta: float) -> tuple[float, float]:

@@ -8,11 +8,18 @@ from numpy.polynomial import polynomial
 from sdjax.diffusion.samplers.dpm_solver import FEW_STEPS
 from sdjax.diffusion.samplers.options import SamplerOptions
 from sdjax.diffusion.samplers.spacing import first_noise_scale, sigma_levels, solver_levels, variance_preserving_scale
-from sdjax.diffusion.samplers.table import HISTORY, Plan, Row, network_coordinates, record_epsilon, weights
+from sdjax.diffusion.samplers.table import (
+    HISTORY,
+    SamplerPlan,
+    SamplerStep,
+    network_coordinates,
+    record_epsilon,
+    weights,
+)
 from sdjax.diffusion.schedule import Schedule
 
 
-def lms(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def lms(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """Adams-Bashforth in sigma with exact coefficients, up to order 4 (k-diffusion's sample_lms)."""
     levels = sigma_levels(schedule, steps, options)
     sigmas, timesteps = levels.sigmas[start:], levels.timesteps[start:]
@@ -20,8 +27,8 @@ def lms(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> 
     for i, t in enumerate(timesteps):
         nodes = sigmas[max(i - HISTORY + 1, 0) : i + 1][::-1]
         next_x = weights(x=1.0, predictions=lagrange_integrals(nodes, sigmas[i], sigmas[i + 1]))
-        rows.append(Row(float(sigmas[i]), float(t), next_x, record=record_epsilon(float(sigmas[i]))))
-    return Plan(rows, first_noise_scale(sigmas[0], options))
+        rows.append(SamplerStep(float(sigmas[i]), float(t), next_x, record=record_epsilon(float(sigmas[i]))))
+    return SamplerPlan(rows, first_noise_scale(sigmas[0], options))
 
 
 def lagrange_integrals(nodes: np.ndarray, lower: float, upper: float) -> list[float]:
@@ -37,7 +44,7 @@ def lagrange_integrals(nodes: np.ndarray, lower: float, upper: float) -> list[fl
     return integrals
 
 
-def deis(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def deis(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """DEIS of order up to 3, lower at both ends; ends at the schedule's least level (Zhang & Chen 2023, log-rho
     AB-DEIS; diffusers' DEISMultistep)."""
     levels = solver_levels(schedule, steps, options, repeat_last=True)
@@ -50,8 +57,8 @@ def deis(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
         nodes = levels.sigmas[i + 1 - order : i + 1][::-1]
         next_x = weights(x=1.0, predictions=log_lagrange_integrals(nodes, float(levels.sigmas[i + 1])))
         sigma = float(levels.sigmas[i])
-        rows.append(Row(sigma, float(levels.timesteps[i]), next_x, record=record_epsilon(sigma)))
-    return Plan(network_coordinates(rows, levels.sigmas[-1]), variance_preserving_scale(levels.sigmas[start]))
+        rows.append(SamplerStep(sigma, float(levels.timesteps[i]), next_x, record=record_epsilon(sigma)))
+    return SamplerPlan(network_coordinates(rows, levels.sigmas[-1]), variance_preserving_scale(levels.sigmas[start]))
 
 
 def log_lagrange_integrals(nodes: np.ndarray, target: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a scheduler_config.json says about sampling, under its own field names."""
+"""Sampling options of a scheduler_config.json, under its own field names."""
 
 from __future__ import annotations
 

@@ -10,7 +10,15 @@ from sdjax.core.errors import UserError
 from sdjax.diffusion.samplers.ddpm import abar_at, previous_abar
 from sdjax.diffusion.samplers.options import SamplerOptions
 from sdjax.diffusion.samplers.spacing import integer_timesteps
-from sdjax.diffusion.samplers.table import KEEP_X, UNCHANGED, Plan, Row, record_epsilon, record_velocity, weights
+from sdjax.diffusion.samplers.table import (
+    KEEP_X,
+    UNCHANGED,
+    SamplerPlan,
+    SamplerStep,
+    record_epsilon,
+    record_velocity,
+    weights,
+)
 from sdjax.diffusion.schedule import Schedule, abar_to_sigma
 
 # Adams-Bashforth by the number of predictions at hand (PNDM, eq. 12; the lower orders are PLMS's warm-up).
@@ -26,7 +34,7 @@ class _Call(NamedTuple):
     keep: bool = False
 
 
-def plms(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def plms(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """PLMS as latent diffusion uses it (skip_prk_steps: the second call repeats the first step), or PNDM's F-PNDM with
     three steps of its Runge-Kutta method first (PNDM, algorithm 2).
 
@@ -44,7 +52,7 @@ def plms(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
     return _plan(schedule, calls, options)
 
 
-def _plan(schedule: Schedule, calls: list[_Call], options: SamplerOptions) -> Plan:
+def _plan(schedule: Schedule, calls: list[_Call], options: SamplerOptions) -> SamplerPlan:
     """Rows in variance-exploding coordinates; the result stays in the network's."""
     abar = abar_at(schedule, [call.timestep for call in calls])
     ends = np.append(abar[1:], 1.0)
@@ -54,8 +62,8 @@ def _plan(schedule: Schedule, calls: list[_Call], options: SamplerOptions) -> Pl
         into = np.concatenate([[np.sqrt(now)], np.ones(len(UNCHANGED) - 1)])
         sigma = float(abar_to_sigma(now))
         next_x, next_anchor = call.next_x * into / np.sqrt(end), call.next_anchor * into
-        rows.append(Row(sigma, float(call.timestep), next_x, next_anchor, record(sigma), call.keep))
-    return Plan(rows, float(np.sqrt(1.0 / abar[0])))
+        rows.append(SamplerStep(sigma, float(call.timestep), next_x, next_anchor, record(sigma), call.keep))
+    return SamplerPlan(rows, float(np.sqrt(1.0 / abar[0])))
 
 
 def _transfer(schedule: Schedule, now: int, then: int, options: SamplerOptions) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from sdjax.diffusion.denoise import Denoise, parts, per_image
 from sdjax.diffusion.guidance import dynamic_threshold, static_threshold
-from sdjax.diffusion.samplers.table import HISTORY, Table
+from sdjax.diffusion.samplers.table import HISTORY, SamplerTable
 
 Between = Callable[[Float[Array, "b *space c"], Float[Array, " b"]], Float[Array, "b *space c"]]
 """between(x, sigma_next) -> x: applied after every row, e.g. to blend in the known part of an image."""
@@ -48,7 +48,7 @@ def init_state(x: Float[Array, "b *space c"]) -> State:
 
 def advance(
     denoise: Denoise,
-    tables: Table,
+    tables: SamplerTable,
     state: State,
     keys: Key[Array, " b"],
     rows: tuple[Int[Array, ""] | int, Int[Array, ""] | int],
@@ -85,7 +85,7 @@ def advance(
 
 def sample(
     denoise: Denoise,
-    table: Table,
+    table: SamplerTable,
     x_init: Float[Array, "b *space c"],
     keys: Key[Array, " b"],
     between: Between | None = None,
@@ -108,7 +108,7 @@ def sample(
     return advance(denoise, tables, init_state(x_init), keys, (0, jnp.sum(table.active)), between, given).x
 
 
-def _step(denoise: Denoise, state: State, row: Table, limits: Array | np.ndarray, noise: Array) -> State:
+def _step(denoise: Denoise, state: State, row: SamplerTable, limits: Array | np.ndarray, noise: Array) -> State:
     # Each array of `row` holds one value an image: images at different levels share a network call.
     raw, v, gradient = parts(denoise(state.x, row.sigma, row.timestep))
     x0 = _limit(raw, limits)

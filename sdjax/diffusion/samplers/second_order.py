@@ -14,14 +14,14 @@ from sdjax.core.errors import UserError
 from sdjax.diffusion.samplers.euler import ancestral_split, churn
 from sdjax.diffusion.samplers.options import SamplerOptions
 from sdjax.diffusion.samplers.spacing import Levels, first_noise_scale, sigma_levels
-from sdjax.diffusion.samplers.table import KEEP_X, Plan, Row, weights
+from sdjax.diffusion.samplers.table import KEEP_X, SamplerPlan, SamplerStep, weights
 from sdjax.diffusion.schedule import Schedule, sigma_to_timestep
 
 Pair = tuple[np.ndarray, float, np.ndarray, np.ndarray]
 """A step's weights: x after the first call, the level of the second, the anchor after the first, x after the second."""
 
 
-def heun(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def heun(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """Heun's method (Karras et al. 2022, algorithm 2; k-diffusion's sample_heun)."""
     levels = sigma_levels(schedule, steps, options)
     churned = churn(schedule, levels, options, start)
@@ -36,11 +36,11 @@ def heun(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
         corrected = weights(x=near, anchor=1.0 + far, predictions=[-near, -far], noise=churned.noise[i])
         rows.append(_euler_row(sigma, churned.timesteps[i], target))
         told = levels.timesteps[start + i + 1] if start + i + 1 < len(levels.timesteps) else 0.0
-        rows.append(Row(target, float(told), corrected))
-    return Plan(rows, churned.first_scale)
+        rows.append(SamplerStep(target, float(told), corrected))
+    return SamplerPlan(rows, churned.first_scale)
 
 
-def dpm2(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def dpm2(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """DPM-Solver-2 with its midpoint in log sigma (k-diffusion's sample_dpm_2)."""
     levels = sigma_levels(schedule, steps, options, round_karras=True)
     churned = churn(schedule, levels, options, start)
@@ -53,17 +53,17 @@ def dpm2(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
         slope = (target - sigma) / middle
         full = weights(x=slope, anchor=1.0, predictions=[-slope], noise=churned.noise[i])
         rows.append(_euler_row(sigma, churned.timesteps[i], middle))
-        rows.append(Row(middle, float(sigma_to_timestep(np.array(middle), schedule.sigmas)), full))
-    return Plan(rows, churned.first_scale)
+        rows.append(SamplerStep(middle, float(sigma_to_timestep(np.array(middle), schedule.sigmas)), full))
+    return SamplerPlan(rows, churned.first_scale)
 
 
-def _euler_row(sigma: float, timestep: float, target: float, noise: float = 0.0) -> Row:
+def _euler_row(sigma: float, timestep: float, target: float, noise: float = 0.0) -> SamplerStep:
     """An Euler step to `target` that leaves x in the anchor."""
     ratio = target / sigma
-    return Row(sigma, timestep, weights(x=ratio, predictions=[1.0 - ratio], noise=noise), KEEP_X)
+    return SamplerStep(sigma, timestep, weights(x=ratio, predictions=[1.0 - ratio], noise=noise), KEEP_X)
 
 
-def dpm2_a(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def dpm2_a(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """Ancestral DPM-Solver-2 (k-diffusion's sample_dpm_2_ancestral; diffusers' KDPM2AncestralDiscrete)."""
 
     def pair(sigma: float, target: float) -> Pair:
@@ -77,7 +77,7 @@ def dpm2_a(schedule: Schedule, steps: int, options: SamplerOptions, start: int) 
     return _plan(schedule, levels, options, start, pair)
 
 
-def dpmpp_2s_a(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def dpmpp_2s_a(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """Ancestral DPM-Solver++ (2S) (k-diffusion's sample_dpmpp_2s_ancestral)."""
 
     def pair(sigma: float, target: float) -> Pair:
@@ -90,7 +90,7 @@ def dpmpp_2s_a(schedule: Schedule, steps: int, options: SamplerOptions, start: i
     return _plan(schedule, sigma_levels(schedule, steps, options), options, start, pair)
 
 
-def dpmpp_sde(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def dpmpp_sde(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """DPM-Solver++ (stochastic) with r = 1/2 (k-diffusion's sample_dpmpp_sde; diffusers' DPMSolverSDE).
 
     The whole step's noise is the Brownian increment from sigma to its target, the half step's the first part of the
@@ -122,7 +122,7 @@ def _toward(sigma: float, target: float) -> np.ndarray:
 
 def _plan(
     schedule: Schedule, levels: Levels, options: SamplerOptions, start: int, pair: Callable[[float, float], Pair]
-) -> Plan:
+) -> SamplerPlan:
     sigmas, timesteps = levels.sigmas[start:].tolist(), levels.timesteps[start:].tolist()
     rows = []
     for sigma, target, timestep in zip(sigmas[:-1], sigmas[1:], timesteps, strict=True):
@@ -130,6 +130,6 @@ def _plan(
             rows.append(_euler_row(sigma, timestep, target))
             continue
         toward, middle, anchor, full = pair(sigma, target)
-        rows.append(Row(sigma, timestep, toward, anchor))
-        rows.append(Row(middle, float(sigma_to_timestep(np.array(middle), schedule.sigmas)), full))
-    return Plan(rows, first_noise_scale(sigmas[0], options))
+        rows.append(SamplerStep(sigma, timestep, toward, anchor))
+        rows.append(SamplerStep(middle, float(sigma_to_timestep(np.array(middle), schedule.sigmas)), full))
+    return SamplerPlan(rows, first_noise_scale(sigmas[0], options))

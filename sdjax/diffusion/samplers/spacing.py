@@ -109,7 +109,7 @@ def solver_levels(schedule: Schedule, steps: int, options: SamplerOptions, repea
 
 
 def _told(schedule: Schedule, sigmas: np.ndarray, options: SamplerOptions) -> np.ndarray:
-    """What the DPM-Solver family tells the network at levels of a sigma schedule."""
+    """Timesteps that the DPM-Solver family conditions the network on, at levels of a sigma schedule."""
     timesteps = sigma_to_timestep(sigmas, schedule.sigmas)
     if options.sigma_schedule == "karras" and options.beta_schedule != "squaredcos_cap_v2":
         timesteps = np.round(timesteps)
@@ -118,7 +118,7 @@ def _told(schedule: Schedule, sigmas: np.ndarray, options: SamplerOptions) -> np
 
 
 def final_sigma(schedule: Schedule, options: SamplerOptions) -> float:
-    """Where sampling ends: 0, or the schedule's least level."""
+    """Final sigma: 0, or the schedule's least level."""
     return float(schedule.sigmas[0]) if options.final_sigmas_type == "sigma_min" else 0.0
 
 

@@ -20,7 +20,7 @@ UNCHANGED = np.array([0.0, 1.0] + [0.0] * (HISTORY + 1))
 """Weights that leave the anchor as it is."""
 
 
-class Row(NamedTuple):
+class SamplerStep(NamedTuple):
     """One network call, in float64.
 
     Attributes:
@@ -45,14 +45,14 @@ class Row(NamedTuple):
     drift: float = 0.0
 
 
-class Plan(NamedTuple):
-    """What a sampler returns: its rows, and what standard normal noise is multiplied by to begin at the first."""
+class SamplerPlan(NamedTuple):
+    """Rows of a sampler, and the factor of standard normal noise at the first."""
 
-    rows: list[Row]
+    rows: list[SamplerStep]
     first_scale: float
 
 
-class Table(NamedTuple):
+class SamplerTable(NamedTuple):
     """Stacked rows, an argument of the compiled scan. n is one of LENGTHS; rows that are not active do nothing.
 
     Attributes:
@@ -105,17 +105,17 @@ def record_velocity(sigma: float) -> tuple[float, float, float]:
     return (1.0 / (sigma * root), -root / sigma, 0.0)
 
 
-def network_coordinates(rows: list[Row], sigma: float) -> list[Row]:
+def network_coordinates(rows: list[SamplerStep], sigma: float) -> list[SamplerStep]:
     """The rows with their result in the network's coordinates, which differ from x's where sampling ends above 0."""
     last = rows[-1]
     return [*rows[:-1], last._replace(next_x=last.next_x / np.sqrt(1.0 + sigma**2))]
 
 
-def stack(plan: Plan, limits: tuple[float, float, float], rows_without_start: int) -> Table:
+def stack(plan: SamplerPlan, limits: tuple[float, float, float], rows_without_start: int) -> SamplerTable:
     """Stacks and pads a plan's rows.
 
     Args:
-        plan, limits: at least one row, and what `Table` says of limits.
+        plan, limits: at least one row, and what `SamplerTable` says of limits.
         rows_without_start: number of rows had the plan begun at its first step: it decides the padded length, so that
             beginning later compiles nothing.
 
@@ -130,7 +130,7 @@ def stack(plan: Plan, limits: tuple[float, float, float], rows_without_start: in
         array = np.asarray(values, dtype)
         return np.concatenate([array, np.zeros((length - len(rows), *array.shape[1:]), dtype)])
 
-    return Table(
+    return SamplerTable(
         sigma=pad(sigma),
         timestep=pad([row.timestep for row in rows]),
         sigma_next=pad([*sigma[1:], 0.0]),
@@ -154,12 +154,12 @@ def padded_length(rows: int) -> int:
     raise UserError(f"too many sampling steps: {rows} network calls, the limit is {LENGTHS[-1]}")
 
 
-def network_calls(table: Table) -> int:
+def network_calls(table: SamplerTable) -> int:
     """The number of network calls that a table makes."""
     return int(np.sum(table.active))
 
 
-def batched(tables: Sequence[Table]) -> Table:
+def batched(tables: Sequence[SamplerTable]) -> SamplerTable:
     """One table an image, [b n ...] in float32 on the host, padded to the longest of them.
 
     Images with different samplers, schedules and numbers of steps go through one loop: those that are done wait.
@@ -172,4 +172,6 @@ def batched(tables: Sequence[Table]) -> Table:
         array = np.stack(padded)
         return array.astype(np.float32) if array.dtype == np.float64 else array
 
-    return Table(*(stacked(name, *columns) for name, *columns in zip(Table._fields, *tables, strict=True)))
+    return SamplerTable(
+        *(stacked(name, *columns) for name, *columns in zip(SamplerTable._fields, *tables, strict=True))
+    )

@@ -8,11 +8,19 @@ import numpy as np
 
 from sdjax.diffusion.samplers.options import SamplerOptions
 from sdjax.diffusion.samplers.spacing import solver_levels, variance_preserving_scale
-from sdjax.diffusion.samplers.table import KEEP_X, RECORD_X0, Plan, Row, network_coordinates, record_epsilon, weights
+from sdjax.diffusion.samplers.table import (
+    KEEP_X,
+    RECORD_X0,
+    SamplerPlan,
+    SamplerStep,
+    network_coordinates,
+    record_epsilon,
+    weights,
+)
 from sdjax.diffusion.schedule import Schedule
 
 
-def unipc(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> Plan:
+def unipc(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """UniPC of order up to 3, B(h) by solver_type bh1 or bh2 (algorithms 5 to 8; diffusers' UniPCMultistep).
 
     The anchor is the last corrected x. A row first corrects its x from the anchor with its own prediction, which stays
@@ -30,8 +38,8 @@ def unipc(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -
         of_x, predictions = _predictor(levels.sigmas, i, order, options)
         next_x = of_x * corrected + weights(predictions=predictions)
         record = RECORD_X0 if options.predict_x0 else record_epsilon(float(levels.sigmas[i]))
-        rows.append(Row(float(levels.sigmas[i]), float(levels.timesteps[i]), next_x, corrected, record))
-    return Plan(network_coordinates(rows, levels.sigmas[-1]), variance_preserving_scale(levels.sigmas[start]))
+        rows.append(SamplerStep(float(levels.sigmas[i]), float(levels.timesteps[i]), next_x, corrected, record))
+    return SamplerPlan(network_coordinates(rows, levels.sigmas[-1]), variance_preserving_scale(levels.sigmas[start]))
 
 
 def _predictor(sigmas: np.ndarray, i: int, order: int, options: SamplerOptions) -> tuple[float, list[float]]:

@@ -1,1 +1,1 @@
-"""What first stages share: the objective of LDM's autoencoders, and the critics that judge reconstructions."""
+"""First stages: the objective of LDM's autoencoders, and the critics that judge reconstructions."""

@@ -26,7 +26,7 @@ Judge = Callable[[Any, Pictures], Float[Array, "b h2 w2 1"]]
 
 
 def hinge(real: Array, fake: Array) -> Float[Array, ""]:
-    """Of logits: real ones shall be above 1, false ones below -1."""
+    """Hinge loss of logits: real ones above 1, false ones below -1."""
     return 0.5 * (jax.nn.relu(1.0 - real).mean() + jax.nn.relu(1.0 + fake).mean())
 
 
@@ -39,7 +39,7 @@ CRITERIA = {"hinge": hinge, "vanilla": vanilla}
 
 
 class Adversary(NamedTuple):
-    """How the discriminator takes part.
+    """Settings of the discriminator.
 
     Attributes:
         judge: the discriminator.
