@@ -44,7 +44,7 @@ import sdjax
 from sdjax.cli.grids import Axis, cells, contact_sheet, parse_grid, sheet
 from sdjax.cli.jobs import ImageJob, expand_jobs, prepare_jobs
 from sdjax.cli.prompt_files import PromptLine, read_prompt_file
-from sdjax.cli.records import check_free, fresh_folder, read_parameters, write_grid, write_picture
+from sdjax.cli.records import check_free, fresh_folder, read_parameters, write_grid, write_image
 from sdjax.core.compilation import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
@@ -185,7 +185,7 @@ def generate_all(request: Request, pipe: sdjax.Pipeline, sources: Mapping[str, A
             made[job.number] = to_uint8(image)
             if is_mine(job.number):
                 record = {**rows[place].settings, **sources, "index": job.index}
-                write_picture(outdir / f"{job.number:05d}.png", made[job.number], record)
+                write_image(outdir / f"{job.number:05d}.png", made[job.number], record)
     assert outdir is not None, "there is at least one job"
     if len(made) > 1 and is_first():
         images = [made[number] for number in sorted(made)]

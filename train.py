@@ -28,7 +28,7 @@ from sdjax.data.sources import validate
 from sdjax.parallel.batches import put_batch
 from sdjax.parallel.distributed import initialise, run_together
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import check_batch, placer
+from sdjax.parallel.sharding import check_batch, sharded_put
 from sdjax.tasks.make import make_task
 from sdjax.training.checkpoint import Checkpoints
 from sdjax.training.export import exported, local_folder, write_export
@@ -106,7 +106,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
         start = checkpoints.latest or 0
         if start >= options.steps and exported(root, start):
             return root / EXPORT
-        frozen, initial = split_frozen(task, task.pretrained(placer(mesh)))
+        frozen, initial = split_frozen(task, task.pretrained(sharded_put(mesh)))
         state = init_state(task, optimizer, options.seed, mesh, initial)
         batches = task.batch(merge(frozen, state.params))
         claim(root, config.to_dict())
@@ -130,7 +130,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
                 if stop:
                     raise SystemExit(0)
                 if last or step % options.sample_every == 0:
-                    log.picture(step, "samples", task.preview(merge(frozen, state.ema)))
+                    log.image(step, "samples", task.preview(merge(frozen, state.ema)))
 
         # ---- what others can load ----
         write_export(task.export, merge(frozen, state.ema), root, int(state.step), mesh)

@@ -1,6 +1,6 @@
 """The same work in PyTorch diffusers, from the same weights; only this file knows torch, and only when it is asked.
 
-On a GPU the UNet and the decoder are compiled and their pictures kept channels last, which is how diffusers is run
+On a GPU the UNet and the decoder are compiled and their images kept channels last, which is how diffusers is run
 fast there; on a CPU torch runs eagerly, with as many threads as this process has cores.
 """
 

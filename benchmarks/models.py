@@ -17,7 +17,7 @@ from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree, flatten, unflatten
 from sdjax.diffusion_model.model import build_model
 from sdjax.models import autoencoder
-from sdjax.parallel.sharding import placer
+from sdjax.parallel.sharding import sharded_put
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.plan import variants
 from sdjax.training.task import DevicePut
@@ -49,7 +49,7 @@ def random_pipeline(name: str, dtype: str, mesh: Mesh | None = None) -> Pipeline
     """
     if name not in VARIANTS:
         raise unknown("variant", name, VARIANTS, "--variant")
-    variant, place = VARIANTS[name], _alone if mesh is None else placer(mesh)
+    variant, place = VARIANTS[name], _alone if mesh is None else sharded_put(mesh)
 
     def component(part: str, config: Any, kind: str, extra: dict[str, Any] | None = None) -> Component:
         shapes = FORMATS[part].shapes(config)

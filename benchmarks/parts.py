@@ -39,7 +39,7 @@ class TimedModel(NamedTuple):
     theirs: Callable[[str], Call]
     compiled: tuple[str, ...]
     flops: int
-    pictures: int
+    images: int
     network_seconds: Callable[[float], float | None]
     programs: Callable[[Mesh], list[Program]]
 
@@ -65,7 +65,7 @@ def unet_subject(pipe: Pipeline, work: Work) -> TimedModel:
         theirs=theirs,
         compiled=("unet",),
         flops=unet_flops(pipe, work.size, work.batch),
-        pictures=0,
+        images=0,
         network_seconds=lambda seconds: seconds,
         programs=lambda mesh: [Program("UNet", unet, (pipe.params["unet"], *inputs))],
     )
@@ -93,14 +93,14 @@ def decoder_subject(pipe: Pipeline, work: Work) -> TimedModel:
         theirs=theirs,
         compiled=("decode",),
         flops=decoder_flops(pipe, work.size, work.batch),
-        pictures=work.batch,
+        images=work.batch,
         network_seconds=lambda seconds: None,
         programs=lambda mesh: [Program("decoder", decode, (pipe.params["vae"], z))],
     )
 
 
 def pipeline_subject(pipe: Pipeline, work: Work) -> TimedModel:
-    """A call of the pipeline: prompts with guidance to pictures on the host."""
+    """A call of the pipeline: prompts with guidance to images on the host."""
     clock = Clock()
     given: dict[str, Any] = {
         "steps": work.steps,
@@ -128,7 +128,7 @@ def pipeline_subject(pipe: Pipeline, work: Work) -> TimedModel:
         theirs=theirs,
         compiled=("condition", "sample", "decode"),
         flops=text + network + decoder_flops(pipe, work.size, work.batch),
-        pictures=work.batch,
+        images=work.batch,
         network_seconds=lambda seconds: clock.interval(),
         programs=lambda mesh: sampling_programs(_shaped(pipe), Wanted(*work[:4]), mesh),
     )

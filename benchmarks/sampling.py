@@ -5,7 +5,7 @@
         [--against diffusers] [--mesh data=4,fsdp=2] [--scaling weak|strong] [--devices N]
 
 A --variant has random weights in its published configuration. --batch is the number of latents for the UNet, of
-pictures elsewhere. --against runs ours, theirs, ours, theirs ...; the ratio is the median over those pairs of our
+images elsewhere. --against runs ours, theirs, ours, theirs ...; the ratio is the median over those pairs of our
 seconds by theirs, so below 1 ours is faster. --append writes rows to benchmarks/RESULTS.md.
 
 --mesh spreads the model and the batch over devices, and counts what each of them sends. --scaling measures on 1, 2, 4
@@ -112,7 +112,7 @@ def measure_on(mesh: Mesh | None, batch: int, flag: dict[str, Any]) -> scaling.M
     seconds, figures = measure(subject, flag, mesh)
     nbytes = {} if mesh is None else sent(subject.programs(mesh), mesh)
     row = {"what": what, **figures, "each device sends": sent_text(nbytes) if mesh else "-"}
-    return scaling.Measured(seconds, subject.pictures or batch, nbytes, row)
+    return scaling.Measured(seconds, subject.images or batch, nbytes, row)
 
 
 def measure(subject: TimedModel, flag: dict[str, Any], mesh: Mesh | None) -> tuple[float, dict[str, str]]:
@@ -131,7 +131,7 @@ def measure(subject: TimedModel, flag: dict[str, Any], mesh: Mesh | None) -> tup
         "seconds": f"{seconds:.3g}",
         "compile s": ", ".join(f"{name.removesuffix('_stage')} {compiling[name]:.1f}" for name in subject.compiled),
         "s a network call": "-" if call is None else f"{call:.3g}",
-        "images/s": f"{subject.pictures / seconds:.3g}" if subject.pictures else "-",
+        "images/s": f"{subject.images / seconds:.3g}" if subject.images else "-",
         "peak memory": f"{memory:.2f} GiB of the {owner}",
         "TFLOP/s (of peak)": utilisation(subject.flops / seconds, flag["dtype"], devices),
         "ours / diffusers": beside(times) if times.theirs else "-",

@@ -74,7 +74,7 @@ def points(sizes: Mapping[str, int], batch: int, kind: str, devices: Sequence[An
 
 def check_rows(rows: int, mesh: Mesh) -> None:
     """Raises a UserError unless every device of the mesh gets as many rows as the others."""
-    if rows != Devices(mesh).min_batch:  # with guidance a picture has two
+    if rows != Devices(mesh).min_batch:  # with guidance an image has two
         check_batch(rows, mesh, f"on {mesh_text(mesh)}, --batch")
 
 

@@ -44,7 +44,7 @@ from sdjax.parallel.batches import put_batch, rows_of_process
 from sdjax.parallel.distributed import initialise, is_first, run_together
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.mesh_text import parse_mesh
-from sdjax.parallel.sharding import check_batch, placer
+from sdjax.parallel.sharding import check_batch, sharded_put
 from sdjax.plan.programs import count_flops
 from sdjax.plan.training import check_config, training_programs
 from sdjax.tasks.make import make_task
@@ -168,10 +168,10 @@ def begin(config: Config, mesh: Mesh, data: str) -> Run:
     task, optimizer, options = make_task(config, mesh), make_optimizer(config.optim, config.train.steps), config.train
     step = make_step(task, optimizer, options.seed, decay=config.optim.ema_decay, accumulate=options.accumulate)
     if data == "synthetic":
-        frozen = random_params(task.frozen, placer(mesh))
+        frozen = random_params(task.frozen, sharded_put(mesh))
         state = init_state(task, optimizer, options.seed, mesh)
         return Run(step, state, frozen, synthetic(task, options.batch_size, mesh))
-    frozen, initial = split_frozen(task, task.pretrained(placer(mesh)))
+    frozen, initial = split_frozen(task, task.pretrained(sharded_put(mesh)))
     state = init_state(task, optimizer, options.seed, mesh, initial)
     return Run(step, state, frozen, task.batch(merge(frozen, state.params)))
 

@@ -20,7 +20,7 @@ goes on without. What the paper trained on is OpenImages; shorter sides of 384 p
 | vq_f16 | 16384 x 8 | 14 | 1,101,166 | 5.15 | 20.83 | 1.73 | 0.54 |
 
 (CompVis/latent-diffusion, models/first_stage_models and README; figures: LDM, table 8, on ImageNet-val at 256 px.) The
-learning rate is 4.5e-6 a picture of the batch for both networks, Adam's betas are 0.5 and 0.9. `kl_f2` and `vq_f2`
+learning rate is 4.5e-6 an image of the batch for both networks, Adam's betas are 0.5 and 0.9. `kl_f2` and `vq_f2`
 were not released; their recipes here are those of f4. `_tiny` after a name is for the tests.
 
 `openmoji_kl` and `openmoji_vq` are first stages of 64 px for two CPU cores; `configs/openmoji_ldm.py` trains over one.
@@ -36,7 +36,7 @@ class FirstStageRecipe(NamedTuple):
     """Recipe of a first stage.
 
     Attributes:
-        batch: pictures.
+        batch: images.
         steps: of the optimiser.
         start: the step at which the discriminator begins to count.
         weight: of the discriminator.

@@ -1,9 +1,9 @@
-"""ADM's classifiers of noisy pictures, whose gradient guides diffusion (Dhariwal & Nichol 2021).
+"""ADM's classifiers of noisy images, whose gradient guides diffusion (Dhariwal & Nichol 2021).
 
     python train.py --config configs/classifiers.py:adm_256 --workdir RUN --config.data.source=tfds:imagenet2012
 
-300,000 steps of 256 pictures, the learning rate falling to nothing (512 px: 150,000 steps). `openmoji` knows the ten
-groups of OpenMoji's pictures at 32 px and is sized for two CPU cores. `_tiny` after a name is for the tests.
+300,000 steps of 256 images, the learning rate falling to nothing (512 px: 150,000 steps). `openmoji` knows the ten
+groups of OpenMoji's images at 32 px and is sized for two CPU cores. `_tiny` after a name is for the tests.
 """
 
 from configs.common import base, locked

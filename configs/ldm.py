@@ -4,7 +4,7 @@
         --config.data.source=pictures:PATH
 
 FOLDER holds the first stage that the table names, in FOLDER/vae: a finished run of `configs/autoencoders.py`, or a
-published one through `python -m sdjax.convert`. The learning rates are those of all pictures of a batch together.
+published one through `python -m sdjax.convert`. The learning rates are those of all images of a batch together.
 
 | variant | condition | first stage | batch, steps | published (FID unless said) |
 |---|---|---|---|---|
@@ -17,8 +17,8 @@ published one through `python -m sdjax.convert`. The learning rates are those of
 | text | captions, BERT of 582M | kl_f8 | 680, 390k | 12.63 on COCO, guided by 1.5 (250) |
 | text_f4 | captions | vq_f4 | 680, 390k | 16.79 on Conceptual Captions |
 | layout | boxes of OpenImages | vq_f4 | 24, 4.4M | 32.02 on OpenImages |
-| super_resolution | small pictures, BSR-light | vq_f4 | 64, 860k | 2.8 on ImageNet-val, bicubic, PSNR 24.4 |
-| inpainting | pictures with holes | vq_f4_noattn | 64, 50k | 1.50 (all holes), fine-tuned at 512 px |
+| super_resolution | small images, BSR-light | vq_f4 | 64, 860k | 2.8 on ImageNet-val, bicubic, PSNR 24.4 |
+| inpainting | images with holes | vq_f4_noattn | 64, 50k | 1.50 (all holes), fine-tuned at 512 px |
 | semantic | label maps | vq_f4 | 48, 360k | |
 | rdm | CLIP's embeddings of 20 neighbours, 768 px | kl_f16 | 680, 390k | |
 
@@ -39,7 +39,7 @@ class Recipe(NamedTuple):
         conditioning: of the model.
         unet: its variant.
         betas: the first and the last of the noise schedule.
-        batch: pictures.
+        batch: images.
         steps: of the optimiser.
         rate: of learning.
         autoencoder: whose tiny variant the tests train over.

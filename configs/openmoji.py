@@ -1,4 +1,4 @@
-"""A small Stable Diffusion on OpenMoji: 3,743 captioned pictures of 128 px, sized for two CPU cores.
+"""A small Stable Diffusion on OpenMoji: 3,743 captioned images of 128 px, sized for two CPU cores.
 
     python train.py --config configs/openmoji.py --workdir runs/openmoji
 
@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> Config:
 
 
 def autoencoder() -> Config:
-    """128 px pictures to 16x16 latents of 16 channels."""
+    """128 px images to 16x16 latents of 16 channels."""
     config = base()
     config.model.autoencoder = {
         "variant": "kl_f8",

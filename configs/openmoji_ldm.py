@@ -12,8 +12,8 @@ trains the first stage first (in WORKDIR/first_stage, from `configs/autoencoders
 | captions | words, through a small BERT | 64 |
 | layout | boxes of coloured shapes | 32 |
 | regions | which colour of the palette fills each pixel | 64 |
-| super_resolution | the picture at 32 px | 128 |
-| inpainting | the picture with holes | 64 |
+| super_resolution | the image at 32 px | 128 |
+| inpainting | the image with holes | 64 |
 
 `_tiny` after a name is for the tests.
 """
@@ -79,7 +79,7 @@ def small(name: str) -> Config:
     elif name == "layout":  # places are told from near by
         config.model.unet.depths = (1, 1, 1)
         config.model.bert.max_length = 11  # three objects and the crop: of 32 tokens most would say nothing
-        config.task.timesteps = "late"  # in little noise the picture itself says where things are
+        config.task.timesteps = "late"  # in little noise the image itself says where things are
         config.train.steps = 4000
     config.sample.update(count=16, columns=8, steps=25)
     return config

@@ -1,4 +1,4 @@
-"""DDPM and ADM on pictures themselves: noise to pixels, without a first stage.
+"""DDPM and ADM on images themselves: noise to pixels, without a first stage.
 
     python train.py --config configs/pixels.py:adm_256_uncond --workdir RUN --config.data.source=pictures:PATH
 

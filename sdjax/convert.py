@@ -137,7 +137,7 @@ def write(target: Path, checkpoint: Checkpoint) -> None:
     if checkpoint.conditioning != "text":
         write_checkpoint(fresh(target, "such a model"), checkpoint, None)
         size = checkpoint.components["unet"].extra.get("sample_size")
-        kind = checkpoint.conditioning if "vae" in checkpoint.components else f"pictures of {size} pixels"
+        kind = checkpoint.conditioning if "vae" in checkpoint.components else f"images of {size} pixels"
         print(f"{target}: a folder of a model of {kind}")
     elif target.suffix == SINGLE:
         write_single_file(target, checkpoint, None)

@@ -5,7 +5,7 @@
 SOURCE is what `--config.data.source` takes everywhere: openmoji, tfds:NAME, folder:PATH, webdataset:PATTERN or
 array_record:PATTERN. Run it again after an interruption and it computes what is missing; run it on several hosts, with
 the flags or the environment of a cluster (docs/cluster.md), and each computes its part.
-    --batch_size 16                pictures encoded at a time, on each device
+    --batch_size 16                images encoded at a time, on each device
     --coordinator HOST:PORT --processes N --process_id I       by hand, where the environment does not say
 """
 
@@ -38,7 +38,7 @@ from sdjax.data.sources import open as sources
 from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.data.transforms import buckets
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
-from sdjax.parallel.batches import local_mesh, put_batch, whole_placer
+from sdjax.parallel.batches import local_mesh, put_batch, replicated_put
 from sdjax.parallel.distributed import end_by_signals, initialise, run_together, sync
 from sdjax.tasks.diffusion import make_model
 from sdjax.tasks.precompute import (
@@ -55,7 +55,7 @@ TABLES: dict[str, Callable[[int, int], buckets.Table]] = {
     "square": lambda size, step: (buckets.Size(size, size),),
     "aspect": lambda size, step: buckets.SDXL if (size, step) == (1024, 64) else buckets.table(size, step),
 }
-"""What `data.buckets` may be: of `data.size` and `data.bucket_step` the sizes of pictures."""
+"""What `data.buckets` may be: of `data.size` and `data.bucket_step` the sizes of images."""
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
     flags.DEFINE_string("outdir", None, "the folder to write", flag_values=values)
-    flags.DEFINE_integer("batch_size", 16, "pictures a device encodes at a time", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("batch_size", 16, "images a device encodes at a time", lower_bound=1, flag_values=values)
     define_processes(values)
     parse_flags(values, sys.argv, __doc__)
     config, folder = require(values, "config"), Path(require(values, "outdir"))
@@ -77,22 +77,22 @@ def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
     """Writes what `sdjax.data.prepared.dataset.PreparedSource` reads.
 
     Args:
-        config: of prepared latents; its `data` says of which pictures, and how they are cut.
+        config: of prepared latents; its `data` says of which images, and how they are cut.
         folder: where to.
-        batch_size: pictures a device encodes at a time.
+        batch_size: images a device encodes at a time.
 
     Raises:
-        UserError: the config, the pictures or the folder are not what they should be, or a row is not finite.
+        UserError: the config, the images or the folder are not what they should be, or a row is not finite.
     """
     config = config.copy_and_resolve_references()
     if config.task.get("latents") != "prepared":
         raise UserError(f"config.task.latents is {config.task.get('latents')!r}; data is made for 'prepared'")
     if config.data.buckets not in TABLES:
         raise unknown("buckets", config.data.buckets, TABLES, "config.data.buckets")
-    pictures = sources.source(config.data.source, "train")
+    images = sources.source(config.data.source, "train")
     table = TABLES[config.data.buckets](config.data.size, config.data.bucket_step)
     if len(table) > 1:  # a batch is of one bucket, so a bucket has a batch at least
-        table = buckets.occupied(pictures, table, config.train.batch_size)
+        table = buckets.occupied(images, table, config.train.batch_size)
     encoder = make_encoder(config, batch_size)
     identity = {
         **identity_of(config, encoder.model),
@@ -100,10 +100,8 @@ def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
         "seed": config.train.seed,
     }
     shard = Shard(jax.process_index(), jax.process_count())
-    writer = PreparedWriter(folder, identity, table, len(pictures), config.data.rows_per_shard, shard)
-    cut = (
-        grain.MapDataset.source(pictures).seed(config.train.seed).random_map(buckets.ToBucket(table, config.data.crop))
-    )
+    writer = PreparedWriter(folder, identity, table, len(images), config.data.rows_per_shard, shard)
+    cut = grain.MapDataset.source(images).seed(config.train.seed).random_map(buckets.ToBucket(table, config.data.crop))
     parts = list(writer.pending())
     with tqdm(total=sum(part.stop - part.start for part in parts), unit="picture", dynamic_ncols=True) as bar:
         for part in parts:
@@ -113,12 +111,12 @@ def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
 
 
 class BatchEncoder(NamedTuple):
-    """The networks, on this process's devices, and what they make of pictures.
+    """The networks, on this process's devices, and what they make of images.
 
     Attributes:
         model, params, tokenizers: the networks.
         text: "prepared" where embeddings are stored, else tokens.
-        batch: pictures at a time.
+        batch: images at a time.
         mesh: of this process's devices.
     """
 
@@ -192,7 +190,7 @@ def make_encoder(config: Config, batch_size: int) -> BatchEncoder:
     (model, condition), mesh = make_model(config), local_mesh()
     prepared = config.task.text == "prepared"
     names = [AUTOENCODER, *(condition.tokenizers if prepared else ())]
-    put, key = whole_placer(mesh), "config.task.components"
+    put, key = replicated_put(mesh), "config.task.components"
     params = read_components(config.task.components, model, names, put, key, config.train.seed)
     tokenizers = tuple(condition.loaded[name] for name in condition.tokenizers)
     text = "prepared" if prepared else "tokens"

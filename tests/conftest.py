@@ -1,4 +1,4 @@
-"""What all tests share: programs that are compiled once, for all runs and their child processes, and some pictures."""
+"""What all tests share: programs that are compiled once, for all runs and their child processes, and some images."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """Sixteen captioned pictures of one colour with a darker corner."""
+    """Sixteen captioned images of one colour with a darker corner."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     lines = []

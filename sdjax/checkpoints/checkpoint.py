@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
-from sdjax.checkpoints.mapping import KeyTable, Placer, Stored, read
+from sdjax.checkpoints.mapping import KeyTable, Put, Stored, read
 from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
@@ -165,7 +165,7 @@ class ReadOptions(NamedTuple):
     """
 
     dtype: Dtypes = "float32"
-    place: Placer | None = None
+    place: Put | None = None
 
 
 def read_params(
@@ -190,7 +190,7 @@ def pixel_conditioning(config: Any, place: object) -> str:
         UserError: it has cross-attention, or other channels than 3 in, and 3 or 6 out.
     """
     if not isinstance(config, UNet2DConfig) or config.in_channels != 3 or config.out_channels not in (3, 6):
-        raise UserError(f"{place} is no UNet of pictures without cross-attention, of 3 channels in and 3 or 6 out")
+        raise UserError(f"{place} is no UNet of images without cross-attention, of 3 channels in and 3 or 6 out")
     return "unconditional" if config.classes is None else "class_conditional"
 
 

@@ -208,34 +208,34 @@ def kind_of_shapes(shapes: Shapes) -> str:
     return LDM if (marked or not crossed) and not any(CLIP.match(key) for key in shapes) else STABLE_DIFFUSION
 
 
-def find_family(shapes: Shapes, asked: str | None, place: object) -> str:
+def find_family(shapes: Shapes, requested: str | None, place: object) -> str:
     """The family of a file.
 
     Args:
         shapes: of its tensors, by key.
-        asked: the family that the user names, which wins over others of the file's kind.
+        requested: the family that the user names, which wins over others of the file's kind.
 
     Raises:
-        UserError: it is of none, and the message says what it looks like; or `asked` is none of its kind's families.
+        UserError: it is of none, and the message says what it looks like; or `requested` is none of its kind's.
     """
     kind = kind_of_shapes(shapes)
     names = [name for name, row in FAMILIES.items() if row.kind == kind]
-    if asked is not None and asked not in names:
-        raise unknown("family", asked, names)
+    if requested is not None and requested not in names:
+        raise unknown("family", requested, names)
     if kind == STABLE_DIFFUSION:
-        return _stable_diffusion(shapes, names, asked, place)
-    return asked or (_ldm_family if kind == LDM else _adm_family)(shapes, names, place)
+        return _stable_diffusion(shapes, names, requested, place)
+    return requested or (_ldm_family if kind == LDM else _adm_family)(shapes, names, place)
 
 
-def _stable_diffusion(shapes: Shapes, names: Collection[str], asked: str | None, place: object) -> str:
+def _stable_diffusion(shapes: Shapes, names: Collection[str], requested: str | None, place: object) -> str:
     looks = (title for sign, title in SIGNS for key in shapes if re.fullmatch(sign, key))
-    foreign = None if asked else next(looks, None)
+    foreign = None if requested else next(looks, None)
     first = shapes.get(UNET + FIRST, ())
     if foreign is not None or len(first) < 2 or not any(key.startswith(VAE) for key in shapes):
         what = f"it looks like {foreign}" if foreign else "it lacks a UNet, or an autoencoder, under their names"
         raise UserError(f"{place} is no checkpoint of a family that is read ({', '.join(names)}); {what}")
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     if first[1] not in (4, 5, 7, 9):
         raise UserError(f"{place}: a UNet with {first[1]} input channels (instruct-pix2pix has 8) is not supported")
     for name in ("sdxl", "sdxl_refiner", "x4_upscaler", "sd2", "sd1"):
@@ -288,7 +288,7 @@ def _adm_family(shapes: Shapes, names: Iterable[str], place: object) -> str:
 
 
 def find_prediction(
-    family: str, keys: Iterable[str], facts: Mapping[str, str], in_channels: int, asked: str | None
+    family: str, keys: Iterable[str], facts: Mapping[str, str], in_channels: int, requested: str | None
 ) -> tuple[str, str]:
     """The network's prediction, and why that is believed.
 
@@ -296,12 +296,12 @@ def find_prediction(
     first base model (875000), and without it v is assumed, as in diffusers.
 
     Raises:
-        UserError: `asked` is no prediction type.
+        UserError: `requested` is no prediction type.
     """
-    if asked is not None:
-        if asked not in PREDICTIONS:
-            raise unknown("prediction", asked, PREDICTIONS)
-        return PREDICTIONS[asked], "as asked"
+    if requested is not None:
+        if requested not in PREDICTIONS:
+            raise unknown("prediction", requested, PREDICTIONS)
+        return PREDICTIONS[requested], "as requested"
     said = facts.get("modelspec.prediction_type", "").lower()
     if said in PREDICTIONS:
         return PREDICTIONS[said], "the file's metadata say so"

@@ -74,7 +74,7 @@ class Writable(Stored, Protocol):
 
 Shapes = Mapping[str, tuple[int, ...]]
 Modules = dict[str, str]
-Placer = Callable[[np.ndarray, str], Any]
+Put = Callable[[np.ndarray, str], Any]
 
 
 def at(ours: str, theirs: str, rows: Iterable[KeyMapping]) -> tuple[KeyMapping, ...]:
@@ -150,7 +150,7 @@ def read(
     shapes: Tree,
     dtype: DTypeLike | None,
     source: object,
-    placer: Placer | None = None,
+    sharded_put: Put | None = None,
 ) -> dict[str, Any]:
     """Parameters as a nested dictionary of NumPy arrays of type `dtype`; nothing is read before all keys fit.
 
@@ -172,7 +172,7 @@ def read(
     leaves: dict[str, Any] = {}
     for name, place in places(table, flatten(shapes)).items():
         array = finite(place.kind.inward(np.asarray(tensors[place.key])), dtype, f"{place.key} in {source}")
-        leaves[name] = array if placer is None else placer(array, name)
+        leaves[name] = array if sharded_put is None else sharded_put(array, name)
     return unflatten(leaves)
 
 

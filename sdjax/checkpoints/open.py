@@ -33,7 +33,7 @@ from sdjax.checkpoints.checkpoint import (
 from sdjax.checkpoints.families import PREDICTIONS, kind_of_shapes
 from sdjax.checkpoints.layouts.diffusers import FIRST_STAGE, INDEX, class_of_index, present, read_component, read_folder
 from sdjax.checkpoints.layouts.original import read_autoencoder_file, read_single_file, shapes_of
-from sdjax.checkpoints.mapping import Placer
+from sdjax.checkpoints.mapping import Put
 from sdjax.checkpoints.storage.safetensors import read_json, read_weight_map
 from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, candidates, read_file, read_pickle
 from sdjax.core.errors import UserError, unknown
@@ -193,7 +193,7 @@ def read_checkpoint(
     prediction: str | None = None,
     variant: str | None = None,
     tokenizer: str | Path | None = None,
-    place: Placer | None = None,
+    place: Put | None = None,
     weights: str | None = None,
 ) -> Checkpoint:
     """Reads a folder, a file, or a file's content that was read already.
@@ -225,7 +225,7 @@ def read_checkpoint(
     return checkpoint if tokenizer is None else with_word_pieces(checkpoint, tokenizer)
 
 
-def replace_vae(source: str | Path, place: Placer | None = None) -> Patch:
+def replace_vae(source: str | Path, place: Put | None = None) -> Patch:
     """Another autoencoder, in float32: of a file, or of a folder with its config.json, local or of the Hub.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Grids of settings, "steps=10,20;sampler=euler,dpmpp_2m", and the labelled sheet of their pictures."""
+"""Grids of settings, "steps=10,20;sampler=euler,dpmpp_2m", and the labelled sheet of their images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sdjax.pipeline.options import check_value, parse_number, parse_value
 
 Value = int | float | str
 OPTIONS = {name: option for name, option in TABLE.items() if option.is_axis}
-MAX_AXES, MAX_PICTURES, MAX_PIXELS = 3, 1000, 2**25
+MAX_AXES, MAX_IMAGES, MAX_PIXELS = 3, 1000, 2**25
 # 0-3, 10-30:10, 2.5-7.5:0.5; numbers with exponents are written one by one.
 RANGE = re.compile(r"([\d.]+)-([\d.]+)(?::([\d.]+))?")
 WHITE, BLACK = 255, 0
@@ -39,7 +39,7 @@ def parse_grid(text: str, place: str = "--grid") -> tuple[Axis, ...]:
     `steps=10-30:10`. Blanks around names and values do not count.
 
     Raises:
-        UserError: a name or a value is not known, or the grid has too many axes or pictures; it names the token, at
+        UserError: a name or a value is not known, or the grid has too many axes or images; it names the token, at
             which character it begins (from 1), and the choices.
     """
     axes: list[Axis] = []
@@ -57,13 +57,13 @@ def parse_grid(text: str, place: str = "--grid") -> tuple[Axis, ...]:
         if len(axes) == MAX_AXES:
             raise UserError(f"{name!r} in {where} is one too many; a grid has at most {MAX_AXES} settings")
         axes.append(_axis(name, values, at + part.index("=") + 1, place))
-    if math.prod(len(axis.values) for axis in axes) > MAX_PICTURES:
-        raise UserError(f"{text!r} in {place} asks for more than {MAX_PICTURES} pictures of each prompt")
+    if math.prod(len(axis.values) for axis in axes) > MAX_IMAGES:
+        raise UserError(f"{text!r} in {place} asks for more than {MAX_IMAGES} images of each prompt")
     return tuple(axes)
 
 
 def cells(axes: Sequence[Axis]) -> list[dict[str, Value]]:
-    """The settings of every picture in reading order: the last axis goes across, those before it go down."""
+    """The settings of every image in reading order: the last axis goes across, those before it go down."""
     return [
         {axis.name: value for axis, value in zip(axes, values, strict=True)}
         for values in itertools.product(*(axis.values for axis in axes))
@@ -71,7 +71,7 @@ def cells(axes: Sequence[Axis]) -> list[dict[str, Value]]:
 
 
 def contact_sheet(images: Sequence[UInt8[np.ndarray, "h w 3"]], axes: Sequence[Axis]) -> UInt8[np.ndarray, "H W 3"]:
-    """All pictures of a grid on white: a column for each value of the last axis, and labels above and at the left.
+    """All images of a grid on white: a column for each value of the last axis, and labels above and at the left.
 
     Args:
         images: in the order of `cells`; they may differ in size. Many or large ones are made smaller, all alike, by a
@@ -129,8 +129,8 @@ def _axis(name: str, text: str, at: int, place: str) -> Axis:
         where = f"{place} at character {begin}"
         between = RANGE.fullmatch(piece) if OPTIONS[name].is_number else None
         values += _between(name, piece, between, where) if between else [parse_value(name, piece, where)]
-        if len(values) > MAX_PICTURES:
-            raise UserError(f"{name} {piece!r} in {where} asks for more than {MAX_PICTURES} pictures")
+        if len(values) > MAX_IMAGES:
+            raise UserError(f"{name} {piece!r} in {where} asks for more than {MAX_IMAGES} images")
     return Axis(name, tuple(values))
 
 
@@ -141,7 +141,7 @@ def _between(name: str, piece: str, match: re.Match[str], where: str) -> list[Va
     if not 0 < step < math.inf or last < first:
         raise UserError(f"{name} {piece!r} in {where}: choose a range first-last:step that grows")
     # Decimal steps are not exact in binary: 0.1 + 0.2 shall be 0.3.
-    count = min(math.floor((last - first) / step + 1e-9), MAX_PICTURES) + 1
+    count = min(math.floor((last - first) / step + 1e-9), MAX_IMAGES) + 1
     return [check_value(name, kind(round(first + i * step, 10)), where) for i in range(count)]
 
 

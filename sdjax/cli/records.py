@@ -1,4 +1,4 @@
-"""Pictures as files that say how they were made: A1111's `parameters` and an exact record in the PNG, a JSON beside it.
+"""Images as files that say how they were made: A1111's `parameters` and an exact record in the PNG, a JSON beside it.
 
 A1111's text is that of modules/processing.py (create_infotext) and modules/infotext_utils.py of
 AUTOMATIC1111/stable-diffusion-webui.
@@ -117,13 +117,13 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     """Settings stored in a PNG: the exact record of an image of ours, else A1111's text in our names.
 
     Every value comes from the file and is as trustworthy as it: numbers may be out of range, a checkpoint or a given
-    picture may be any path. The picture itself is not decoded.
+    image may be any path. The image itself is not decoded.
 
     Args:
         path: a PNG; its text chunks may hold a megabyte each (Pillow's limit).
 
     Returns:
-        Of a picture of ours, the record that was written. Else prompt, negative_prompt and whatever is there of steps,
+        Of an image of ours, the record that was written. Else prompt, negative_prompt and whatever is there of steps,
         sampler, schedule, guidance_scale, guidance_rescale, eta, seed, index, width, height, model, strength, clip_skip
         (layers left out, one less than there) and rng ("torch" for CPU).
 
@@ -180,7 +180,7 @@ def parse_parameters(text: str, place: str) -> dict[str, Any]:
     return record
 
 
-def write_picture(path: Path, image: UInt8[np.ndarray, "h w 3"], record: Mapping[str, Any]) -> None:
+def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"], record: Mapping[str, Any]) -> None:
     """Write a PNG with the record inside, and the record as JSON; a UserError where one exists or cannot be written."""
     text = PngInfo()
     text.add_text("parameters", parameters(record))
@@ -313,7 +313,7 @@ def _parsed_json(text: str, path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"the {CHUNK} text of {path} is damaged: it is not JSON") from error
     if not isinstance(record, dict) or "prompt" not in record:
-        raise UserError(f"the {CHUNK} text of {path} is damaged: it is no record of a picture")
+        raise UserError(f"the {CHUNK} text of {path} is damaged: it is no record of an image")
     # As version 0.1 called them.
     return {"embeddings" if name == "embedding" else name: value for name, value in record.items()}
 

@@ -2,7 +2,7 @@
 
 Proves of a data set, a batch size and a number of processes that each epoch holds each example exactly once.
 
---source NAME       as in config.data.source; pictures are not decoded
+--source NAME       as in config.data.source; images are not decoded
 --split NAME        default train
 --processes N       how many processes read; default 1
 --resume_with M     so many go on after half of the steps, from the saved position; default N
@@ -29,7 +29,7 @@ from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
 from sdjax.data.bucketed import bucketed
 from sdjax.data.loader import Loader, Shard, loader
-from sdjax.data.sources.base import Pictures
+from sdjax.data.sources.base import Images
 from sdjax.data.sources.open import source
 from sdjax.data.transforms.buckets import assign, table, without_small
 
@@ -49,14 +49,14 @@ class Counts(NamedTuple):
 class Ids:
     """The ids of a source, as the loaders read examples."""
 
-    def __init__(self, pictures: Pictures):
-        self._pictures = pictures
+    def __init__(self, images: Images):
+        self._images = images
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> dict[str, str]:
-        return {"id": self._pictures.id(index)}
+        return {"id": self._images.id(index)}
 
 
 NAMES = ("source", "split", "processes", "resume_with", "epochs", "batch_size", "buckets", "seed")
@@ -76,25 +76,25 @@ def main() -> None:
     given: dict[str, Any] = {name: values[name].value for name in NAMES}
     if given["source"] is None:
         raise UserError("--source is required")
-    pictures = source(given["source"], given["split"])
-    groups, make = _prepare(pictures, given["batch_size"], given["seed"], given["buckets"])
+    images = source(given["source"], given["split"])
+    groups, make = _prepare(images, given["batch_size"], given["seed"], given["buckets"])
     processes = (given["processes"], given["resume_with"] or given["processes"])
-    counts = count(make, [pictures.id(i) for i in range(len(pictures))], groups, processes, given["epochs"])
-    print(f"{given['source']}: {len(pictures)} ids, {given['epochs']} epochs in {counts.steps} steps")
+    counts = count(make, [images.id(i) for i in range(len(images))], groups, processes, given["epochs"])
+    print(f"{given['source']}: {len(images)} ids, {given['epochs']} epochs in {counts.steps} steps")
     print("\n".join(_table(counts, processes)))
     if counts.repeated or counts.lost:
         raise UserError(f"{counts.repeated} ids were repeated within an epoch and {counts.lost} were lost")
 
 
-def _prepare(pictures: Pictures, batch_size: int, seed: int, buckets: int) -> tuple[Int64[np.ndarray, " n"], Make]:
-    """The group of each picture within which an epoch is counted (-1: not read), and the loader of a process."""
+def _prepare(images: Images, batch_size: int, seed: int, buckets: int) -> tuple[Int64[np.ndarray, " n"], Make]:
+    """The group of each image within which an epoch is counted (-1: not read), and the loader of a process."""
     if not buckets:
-        make = functools.partial(loader, Ids(pictures), batch_size, seed, ())
-        return np.zeros(len(pictures), np.int64), make
-    assigned = without_small(assign(pictures, table(buckets)), batch_size)
+        make = functools.partial(loader, Ids(images), batch_size, seed, ())
+        return np.zeros(len(images), np.int64), make
+    assigned = without_small(assign(images, table(buckets)), batch_size)
     if left := int((assigned < 0).sum()):
         print(f"{left} ids are in buckets that do not fill a batch, and are left out")
-    return assigned, functools.partial(bucketed, Ids(pictures), assigned, batch_size, seed, ())
+    return assigned, functools.partial(bucketed, Ids(images), assigned, batch_size, seed, ())
 
 
 def count(

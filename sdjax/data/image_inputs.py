@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
 from sdjax.core.errors import UserError
-from sdjax.data.images import FORMATS, MAX_PIXELS, UNREADABLE, on_white, picture_size, read_picture
+from sdjax.data.images import FORMATS, MAX_PIXELS, UNREADABLE, image_size, on_white, read_image
 
 ImageInput = str | Path | Image.Image | np.ndarray
 """A file, or an image in memory."""
@@ -102,7 +102,7 @@ def check_mask_size(init_image: ImageInput, mask: ImageInput) -> None:
 def size_of(given: ImageInput, name: str = "init_image") -> tuple[int, int]:
     """Height and width of an image."""
     if isinstance(given, str | Path):
-        return picture_size(given, name)
+        return image_size(given, name)
     height, width, _ = rgb(given, name).shape
     return height, width
 
@@ -116,7 +116,7 @@ def listed(given: Any) -> list[Any]:
 def rgb(given: ImageInput, name: str) -> Float[np.ndarray, "h w 3"]:
     """An image in [0, 1] of any of the forms that `load_image` takes, at its own size; errors as there."""
     if isinstance(given, str | Path):
-        given = read_picture(given, name)
+        given = read_image(given, name)
     elif isinstance(given, Image.Image):
         given = np.asarray(on_white(given))
     pixels = np.asarray(given)
@@ -167,15 +167,15 @@ def centred(pixels: Float[np.ndarray, "h w c"], size: tuple[int, int]) -> Float[
     return pixels[top : top + rows, left : left + columns]
 
 
-def _depth(picture: Any) -> Float[np.ndarray, "h w 1"]:
-    if isinstance(picture, str | Path):
-        picture = _read_array(picture) if Path(picture).suffix == ".npy" else _read_grey(picture)
-    elif isinstance(picture, Image.Image):
-        picture = np.asarray(picture) if picture.mode[0] in "IF" else np.asarray(picture.convert("RGB")) @ LUMA
-    values = np.asarray(picture)
+def _depth(image: Any) -> Float[np.ndarray, "h w 1"]:
+    if isinstance(image, str | Path):
+        image = _read_array(image) if Path(image).suffix == ".npy" else _read_grey(image)
+    elif isinstance(image, Image.Image):
+        image = np.asarray(image) if image.mode[0] in "IF" else np.asarray(image.convert("RGB")) @ LUMA
+    values = np.asarray(image)
     values = values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
     if values.ndim != 2 or 0 in values.shape:
-        raise UserError(f"depth has the shape {list(np.shape(picture))}; a depth map is [height, width]")
+        raise UserError(f"depth has the shape {list(np.shape(image))}; a depth map is [height, width]")
     if values.dtype.kind not in "uif" or not np.isfinite(values).all():
         raise UserError(f"depth holds {values.dtype} values that are not all finite numbers")
     return values.astype(np.float32)[..., None]
@@ -197,7 +197,7 @@ def _read_grey(path: str | Path) -> np.ndarray:
                 return np.asarray(image)
     except UNREADABLE:
         pass  # which is said better below
-    return read_picture(path, "depth") @ LUMA
+    return read_image(path, "depth") @ LUMA
 
 
 def _fade(mask: np.ndarray, feather: float) -> Float[np.ndarray, "h w"]:

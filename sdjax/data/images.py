@@ -1,4 +1,4 @@
-"""Pictures from untrusted files or bytes to uint8 RGB arrays; what cannot be read is an error that names its place."""
+"""Images from untrusted files or bytes to uint8 RGB arrays; what cannot be read is an error that names its place."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ ORIENTATION = 0x0112
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-def read_picture(file: str | Path | bytes, place: str = "") -> UInt8[np.ndarray, "h w 3"]:
-    """The picture in a file, or in a file's bytes, upright (EXIF) and on white where it is transparent.
+def read_image(file: str | Path | bytes, place: str = "") -> UInt8[np.ndarray, "h w 3"]:
+    """The image in a file, or in a file's bytes, upright (EXIF) and on white where it is transparent.
 
     Args:
         file: PNG, JPEG, WebP, BMP or GIF (its first frame), of at most 67 million pixels.
         place: what an error shall name besides the file, e.g. "metadata.jsonl line 3".
 
     Raises:
-        UserError: the file is missing, truncated, too large or no picture.
+        UserError: the file is missing, truncated, too large or no image.
     """
     with _opened(file, place) as image:
         return np.asarray(on_white(ImageOps.exif_transpose(image)))
 
 
 def read_labels(file: str | Path | bytes, size: tuple[int, int], place: str = "") -> UInt8[np.ndarray, "h w"]:
-    """A label map: a picture of one channel or with a palette, whose values are classes; see `read_picture`.
+    """A label map: an image of one channel or with a palette, whose values are classes; see `read_picture`.
 
     Raises:
         UserError: it cannot be read, has several channels, or another size.
@@ -43,21 +43,19 @@ def read_labels(file: str | Path | bytes, size: tuple[int, int], place: str = ""
     with _opened(file, place) as image:
         name = file if isinstance(file, str | Path) else "a record"
         if image.mode not in ("L", "P", "1"):
-            raise UserError(
-                f"label map {name} is a picture of mode {image.mode}; it needs one channel of 8 bits (L, P)"
-            )
+            raise UserError(f"label map {name} is an image of mode {image.mode}; it needs one channel of 8 bits (L, P)")
         labels = np.asarray(image).astype(np.uint8)
     if labels.shape != tuple(size):
         raise UserError(
-            f"label map {name} has {labels.shape[0]}x{labels.shape[1]} pixels, its picture {size[0]}x{size[1]}"
+            f"label map {name} has {labels.shape[0]}x{labels.shape[1]} pixels, its image {size[0]}x{size[1]}"
         )
     return labels
 
 
-def picture_size(file: str | Path | bytes, place: str = "") -> tuple[int, int]:
-    """Height and width of the picture that `read_picture` gives, from the header; same arguments, same errors."""
+def image_size(file: str | Path | bytes, place: str = "") -> tuple[int, int]:
+    """Height and width of the image that `read_picture` gives, from the header; same arguments, same errors."""
     with _opened(file, place) as image:
-        # Orientations 5 to 8 of EXIF turn the picture by a quarter (EXIF 2.32, tag 0x0112).
+        # Orientations 5 to 8 of EXIF turn the image by a quarter (EXIF 2.32, tag 0x0112).
         turned = image.getexif().get(ORIENTATION, 1) in range(5, 9)
         return (image.width, image.height) if turned else (image.height, image.width)
 
@@ -68,13 +66,11 @@ def _opened(file: str | Path | bytes, place: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise UserError(
-                    f"picture {name} has {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read"
-                )
+                raise UserError(f"image {name} has {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read")
             yield image
     except UNREADABLE as error:
-        reason = "not a picture in " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"cannot read picture {name}: {reason}") from error
+        reason = "not an image in " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"cannot read image {name}: {reason}") from error
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -25,7 +25,7 @@ class Bits(NamedTuple):
 
     Attributes:
         prior: of its noisiest version, KL(q(x_T | x0) || N(0, 1)).
-        terms: of every step, the first is that of the picture itself.
+        terms: of every step, the first is that of the image itself.
     """
 
     prior: Float[Array, " b"]
@@ -59,15 +59,15 @@ def bits_per_dimension(
     variances: Sequence[str] = ("learned",),
     prediction: str = "epsilon",
 ) -> dict[str, Bits]:
-    """The bound of 8-bit pictures with each of the variances, with one draw of noise a step; traceable.
+    """The bound of 8-bit images with each of the variances, with one draw of noise a step; traceable.
 
-    What the network takes for the picture is clipped to [-1, 1] (openai/guided-diffusion, calc_bpd_loop): at the
-    noisiest steps of a cosine schedule an error of the picture is twenty thousand times that of the noise.
+    What the network takes for the image is clipped to [-1, 1] (openai/guided-diffusion, calc_bpd_loop): at the
+    noisiest steps of a cosine schedule an error of the image is twenty thousand times that of the noise.
 
     Args:
         network: (x_vp, timesteps of training) -> the raw prediction, and v on further channels, which are left out
             where the variance is fixed; called once a step.
-        x0: pictures in [-1, 1].
+        x0: images in [-1, 1].
         key: of the noise.
         schedule: of training.
         steps: how many of its timesteps the process has.

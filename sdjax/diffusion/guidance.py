@@ -26,10 +26,10 @@ Scalar = float | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, " b"]
 
 
 def classifier_free(
-    cond: Float[Array, "b h w c"], uncond: Float[Array, "b h w c"], scale: Scalar
+    cond: Float[Array, "b h w c"], null: Float[Array, "b h w c"], scale: Scalar
 ) -> Float[Array, "b h w c"]:
-    """uncond + scale (cond - uncond): scale 1 is no guidance (Ho & Salimans 2022, eq. 6 with w = scale - 1)."""
-    return uncond + per_image(scale, cond) * (cond - uncond)
+    """null + scale (cond - null): scale 1 is no guidance (Ho & Salimans 2022, eq. 6 with w = scale - 1)."""
+    return null + per_image(scale, cond) * (cond - null)
 
 
 def rescale_guidance(
@@ -54,9 +54,9 @@ def guided(pair: NetworkPair, scale: Scalar, rescale: Scalar = 0.0) -> Network:
     """
 
     def network(x: Float[Array, "b h w c"], timestep: Float[Array, " b"]) -> Float[Array, "b h w d"]:
-        cond, uncond = (output.astype(x.dtype) for output in pair(x, timestep))
+        cond, null = (output.astype(x.dtype) for output in pair(x, timestep))
         channels = x.shape[-1]
-        mean = classifier_free(cond[..., :channels], uncond[..., :channels], scale)
+        mean = classifier_free(cond[..., :channels], null[..., :channels], scale)
         mean = rescale_guidance(mean, cond[..., :channels], rescale)
         return jnp.concatenate([mean, cond[..., channels:]], axis=-1)
 
@@ -96,9 +96,9 @@ Likelihood = Callable[[Float[Array, "b h w c"]], Float[Array, " b"]]
 
 
 def image_guided(denoise: Denoise, likelihood: Likelihood, scale: Scalar) -> Denoise:
-    """A denoiser that is drawn to what a given picture makes likely (LDM, appendix C, eq. 15 and 16).
+    """A denoiser that is drawn to what a given image makes likely (LDM, appendix C, eq. 15 and 16).
 
-    The classifier of noisy pictures is here the likelihood of the clean ones that the network itself estimates, so
+    The classifier of noisy images is here the likelihood of the clean ones that the network itself estimates, so
     the gradient goes through the network.
 
     Args:

@@ -1,7 +1,7 @@
 """An autoencoder over more than fits in memory: overlapping tiles of one shape, blended so that no seam is seen.
 
 The blending of overlapping tiles is that of diffusers' AutoencoderKL.tiled_decode; unlike there, what lies at a tile's
-very edge, where the network saw padding in place of the picture, is left out.
+very edge, where the network saw padding in place of the image, is left out.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def decode_tiled(
     """Decode latents tile by tile, in float32.
 
     The same as without tiles where a pixel depends on latents no further than a quarter of the overlap away. Every tile
-    has the same shape, so a compiled `decode` is compiled once for pictures of all sizes that are larger than a tile
+    has the same shape, so a compiled `decode` is compiled once for images of all sizes that are larger than a tile
     both ways; call this outside of `jit`.
 
     Args:
-        decode: latents of any size to pictures `factor` times as large; compiled.
+        decode: latents of any size to images `factor` times as large; compiled.
         latents: unscaled. Those that fit in one tile are decoded as they are.
-        tile: side of a tile in latents; a narrower picture has narrower tiles.
-        overlap: of neighbouring tiles, in latents, at most half a tile; the last tiles overlap more where the picture's
+        tile: side of a tile in latents; a narrower image has narrower tiles.
+        overlap: of neighbouring tiles, in latents, at most half a tile; the last tiles overlap more where the image's
             size asks for it.
         factor: pixels a latent stands for along each side.
 

@@ -1,4 +1,4 @@
-"""Metrics of pictures, autoencoders and checkpoints. Figures are printed, and written as JSON with --output FILE.
+"""Metrics of images, autoencoders and checkpoints. Figures are printed, and written as JSON with --output FILE.
 
     python -m sdjax.eval --fake SAMPLES --real SOURCE [--metrics fid,kid] [--size 256]
     python -m sdjax.eval --fake SAMPLES --metrics clip_score [--clip FOLDER]
@@ -6,15 +6,15 @@
     python -m sdjax.eval --pixels FOLDER --real SOURCE [--steps 50]
     python -m sdjax.eval --config configs/openmoji.py [--checkpoint FOLDER]
 
-SAMPLES is a folder of pictures. SOURCE is a folder of pictures, a data source as configs name it (openmoji:held_out,
+SAMPLES is a folder of images. SOURCE is a folder of images, a data source as configs name it (openmoji:held_out,
 tfds:NAME, webdataset:PATTERN ...), or an .npz file of statistics (pytorch-fid's, guided-diffusion's). Metrics: fid,
 sfid, kid, inception_score, precision_recall; in pairs, by order of names: psnr, ssim, lpips; and clip_score, of the
-prompts in the JSON files that sample.py writes beside pictures, by a CLIP of the Hub's layout. An autoencoder is judged
+prompts in the JSON files that sample.py writes beside images, by a CLIP of the Hub's layout. An autoencoder is judged
 by all pairs and its reconstructions' FID; one with a codebook also by how much of it is used; a model of pixels by bits
 per dimension over --steps of its timesteps, with its learned variance, where it has one, and with the fixed ones.
 Networks that judge need their published weights; what a missing file is called, and where it was looked for, is said,
 and the rest is computed. --batch_size is a device's, --kid_subset and --splits are KID's and the Inception Score's,
---limit takes some pictures.
+--limit takes some images.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sdjax.core.compilation import keep_compiled
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
 from sdjax.core.scripts import require
-from sdjax.data.sources.base import Pictures
+from sdjax.data.sources.base import Images
 from sdjax.data.sources.open import source
 from sdjax.data.sources.plain_folder import PlainFolder
 from sdjax.eval.bits import bits
@@ -81,14 +81,14 @@ def _figures(values: flags.FlagValues) -> dict[str, Any]:
     if flag["autoencoder"]:
         return judge(Path(flag["autoencoder"]), real, options, _say)
     if flag["pixels"]:
-        if real.pictures is None:
-            raise UserError(f"{real.name} holds statistics; bits are those of pictures")
-        return bits(Path(flag["pixels"]), real.pictures, flag["steps"], flag["batch_size"])
+        if real.images is None:
+            raise UserError(f"{real.name} holds statistics; bits are those of images")
+        return bits(Path(flag["pixels"]), real.images, flag["steps"], flag["batch_size"])
     return compare(_sampled(flag["fake"]), real, metrics, options, _say)
 
 
 def _sampled(folder: str) -> PlainFolder:
-    """A folder of pictures, without the sheet of all of them that sample.py puts beside."""
+    """A folder of images, without the sheet of all of them that sample.py puts beside."""
     return PlainFolder(Path(folder).expanduser(), without=("grid.png",))
 
 
@@ -97,12 +97,12 @@ def _real(name: str, limit: int | None) -> Real:
     if path.suffix == ".npz":
         return Real(name, None, read_statistics(path))
     if path.is_dir():
-        pictures: Pictures = PlainFolder(path)
+        images: Images = PlainFolder(path)
     elif name.startswith("openmoji:"):
-        pictures = source("openmoji", name.partition(":")[2])
+        images = source("openmoji", name.partition(":")[2])
     else:
-        pictures = source(name)
-    return Real(f"{name} {limit}", pictures if limit is None else Evenly(pictures, limit), {})
+        images = source(name)
+    return Real(f"{name} {limit}", images if limit is None else Evenly(images, limit), {})
 
 
 def _say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Bits per dimension of pictures under a model of pixels, with its learned variance and with the fixed ones."""
+"""Bits per dimension of images under a model of pixels, with its learned variance and with the fixed ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdjax.checkpoints.layouts.diffusers import read_component
 from sdjax.checkpoints.storage.safetensors import read_json
 from sdjax.core.errors import UserError
 from sdjax.core.prng import stream
-from sdjax.data.sources.base import Pictures
+from sdjax.data.sources.base import Images
 from sdjax.data.transforms.images import adm_square
 from sdjax.diffusion.bound import VARIANCES, bits_per_dimension
 from sdjax.diffusion.samplers import schedule_of
@@ -24,14 +24,14 @@ from sdjax.models.conditioning import apply
 from sdjax.models.unet2d import UNet2D, UNet2DConfig
 
 
-def bits(folder: Path, pictures: Pictures, steps: int, batch_size: int) -> dict[str, float]:
-    """Means over all pictures, one for each variance that the model has.
+def bits(folder: Path, images: Images, steps: int, batch_size: int) -> dict[str, float]:
+    """Means over all images, one for each variance that the model has.
 
     Args:
         folder: what a run of the task "pixels" exports.
         pictures: of any size; they are made as large as the model's.
         steps: of the respaced process.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
 
     Raises:
         UserError: the model cannot be read, or is told classes.
@@ -43,11 +43,11 @@ def bits(folder: Path, pictures: Pictures, steps: int, batch_size: int) -> dict[
     side, variances = int(unet.extra["sample_size"]), VARIANCES if learned else VARIANCES[1:]
     fixed = (UNet2D(unet.config), steps, variances, scheduler["prediction_type"], _hashable(scheduler))
     made = []
-    for start in tqdm(range(0, len(pictures), batch_size), "bits", leave=False):
-        rows = range(start, min(start + batch_size, len(pictures)))
-        images = np.stack([adm_square(pictures[i]["image"], side) for i in rows])
-        padded = np.pad(images, [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)])
-        made.append(np.stack(_totals(fixed, unet.params, padded, start))[:, : len(images)])
+    for start in tqdm(range(0, len(images), batch_size), "bits", leave=False):
+        rows = range(start, min(start + batch_size, len(images)))
+        batch = np.stack([adm_square(images[i]["image"], side) for i in rows])
+        padded = np.pad(batch, [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)])
+        made.append(np.stack(_totals(fixed, unet.params, padded, start))[:, : len(batch)])
     means = np.concatenate(made, axis=1).mean(axis=1)
     return {f"bits_per_dimension_{name}_{steps}": float(value) for name, value in zip(variances, means, strict=True)}
 

@@ -1,7 +1,7 @@
 """Figures of a text-to-image checkpoint on the data set of its config.
 
-The autoencoder's PSNR on held-out pictures, and retrieval: the share of sampled pictures whose nearest neighbour among
-all pictures of the data set is the prompt's own, for `config.eval.captions` training captions and for all held-out
+The autoencoder's PSNR on held-out images, and retrieval: the share of sampled images whose nearest neighbour among
+all images of the data set is the prompt's own, for `config.eval.captions` training captions and for all held-out
 ones. Seeds are fixed.
 """
 
@@ -40,15 +40,15 @@ def evaluate(config: Config, checkpoint: str) -> dict[str, Any]:
 
 
 def _gallery(train: Source, held_out: Source) -> tuple[np.ndarray, list[str]]:
-    """Features and captions of all pictures, the held-out ones last."""
-    examples = [pictures[i] for pictures in (train, held_out) for i in range(len(pictures))]
+    """Features and captions of all images, the held-out ones last."""
+    examples = [images[i] for images in (train, held_out) for i in range(len(images))]
     return np.concatenate([features(example["image"][None]) for example in examples]), [
         example["caption"] for example in examples
     ]
 
 
 def _sample(pipe: Any, prompts: list[str], config: Config, name: str) -> np.ndarray:
-    """Features of one picture for each prompt; each has the noise of its own place in the list."""
+    """Features of one image for each prompt; each has the noise of its own place in the list."""
     with tqdm(desc=name, unit="call") as bar:
 
         def progress(done: int, total: int) -> None:

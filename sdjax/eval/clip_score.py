@@ -19,28 +19,28 @@ from tqdm import tqdm
 
 from sdjax.checkpoints.clip_pair import CLIPPair
 from sdjax.core.errors import UserError
-from sdjax.data.sources.base import Pictures
+from sdjax.data.sources.base import Images
 from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.models.clip import CLIPText
 from sdjax.models.clip_image import MEAN, STD, CLIPImage
 from sdjax.models.conditioning import apply
 
 
-def clip_score(pair: CLIPPair, pictures: Pictures, captions: Sequence[str], batch_size: int) -> float:
-    """The mean over all pictures.
+def clip_score(pair: CLIPPair, images: Images, captions: Sequence[str], batch_size: int) -> float:
+    """The mean over all images.
 
     Args:
-        captions: one a picture, in their order; what is longer than CLIP's 77 tokens is cut.
-        batch_size: pictures at a time.
+        captions: one an image, in their order; what is longer than CLIP's 77 tokens is cut.
+        batch_size: images at a time.
     """
     tokenizer = load_tokenizer(pair.folder, pair.text.max_length)
     modules, cosines = (CLIPText(pair.text), CLIPImage(pair.image)), []
     params = jax.device_put((pair.text_params, pair.image_params))
     with tqdm(total=len(captions), desc="CLIP", unit="picture") as bar:
         for rows in _rows(len(captions), batch_size):
-            images = np.stack([prepared(pictures[i]["image"], pair.image.size) for i in rows])
+            batch = np.stack([prepared(images[i]["image"], pair.image.size) for i in rows])
             ids = tokenizer.encode([captions[i] for i in rows])
-            cosines.append(np.asarray(_cosines(modules, params, ids, images)))
+            cosines.append(np.asarray(_cosines(modules, params, ids, batch)))
             bar.update(len(set(rows)))
     return max(100.0 * float(np.concatenate(cosines)[: len(captions)].mean()), 0.0)
 
@@ -52,7 +52,7 @@ def _rows(count: int, size: int) -> Iterator[list[int]]:
 
 
 def prepared(image: UInt8[np.ndarray, "h w 3"], side: int) -> Float[np.ndarray, "s s 3"]:
-    """The middle square of a picture, as CLIP was shown them (transformers' CLIPImageProcessor)."""
+    """The middle square of an image, as CLIP was shown them (transformers' CLIPImageProcessor)."""
     height, width = image.shape[:2]
     size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
     small = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
@@ -71,13 +71,13 @@ def _cosines(
     return (text * image).sum(-1)
 
 
-def captions_of(folder: Path, pictures: Pictures) -> list[str]:
+def captions_of(folder: Path, images: Images) -> list[str]:
     """Prompt of each image of a folder: `prompt` in the JSON file beside it, as sample.py writes it.
 
     Raises:
-        UserError: a picture has none.
+        UserError: an image has none.
     """
-    return [_caption(folder / pictures.id(i)) for i in range(len(pictures))]
+    return [_caption(folder / images.id(i)) for i in range(len(images))]
 
 
 def _caption(path: Path) -> str:

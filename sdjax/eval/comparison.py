@@ -1,4 +1,4 @@
-"""Sampled pictures beside real ones: which metrics there are, what each needs, and all that can be computed."""
+"""Sampled images beside real ones: which metrics there are, what each needs, and all that can be computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from sdjax.checkpoints import metric_weights
 from sdjax.checkpoints.clip_pair import find_clip, missing_clip, read_clip
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.sources.base import Pictures
+from sdjax.data.sources.base import Images
 from sdjax.data.sources.plain_folder import PlainFolder
 from sdjax.data.transforms.images import square
 from sdjax.eval.clip_score import captions_of, clip_score
@@ -38,13 +38,13 @@ class Real(NamedTuple):
     """Reference of a comparison.
 
     Attributes:
-        name: of the pictures, or of a file of statistics.
+        name: of the images, or of a file of statistics.
         pictures: None where there are only statistics.
-        statistics: by metric; {} where there are pictures.
+        statistics: by metric; {} where there are images.
     """
 
     name: str
-    pictures: Pictures | None
+    images: Images | None
     statistics: dict[str, Gaussian]
 
 
@@ -64,59 +64,59 @@ class MetricOptions(NamedTuple):
 
 
 class Comparison:
-    """Two sets of pictures; what several metrics need of them is computed once, and of the real ones kept on disk."""
+    """Two sets of images; what several metrics need of them is computed once, and of the real ones kept on disk."""
 
-    def __init__(self, fake: Pictures, real: Real, options: MetricOptions):
+    def __init__(self, fake: Images, real: Real, options: MetricOptions):
         self.fake, self.real, self.options = fake, real, options
 
     @functools.cached_property
     def sampled(self) -> Arrays:
-        """Inception's features of the sampled pictures."""
+        """Inception's features of the sampled images."""
         return inception_features(self.fake, "sampled", self.options.size, self.options.batch_size)
 
     @functools.cached_property
     def reference(self) -> Arrays:
-        """Inception's features of the real pictures."""
-        pictures, options = self.originals, self.options
-        key = identity(pictures, self.real.name, options.size)
-        return kept(key, lambda: inception_features(pictures, "real", options.size, options.batch_size))
+        """Inception's features of the real images."""
+        images, options = self.originals, self.options
+        key = identity(images, self.real.name, options.size)
+        return kept(key, lambda: inception_features(images, "real", options.size, options.batch_size))
 
     @property
-    def originals(self) -> Pictures:
-        """The real pictures.
+    def originals(self) -> Images:
+        """The real images.
 
         Raises:
             UserError: there are only statistics.
         """
-        if self.real.pictures is None:
-            raise UserError(f"{self.real.name} holds statistics, and this metric needs the pictures themselves")
-        return self.real.pictures
+        if self.real.images is None:
+            raise UserError(f"{self.real.name} holds statistics, and this metric needs the images themselves")
+        return self.real.images
 
     def gaussian_of(self, metric: str, feature: str) -> Gaussian:
-        """Mean and covariance of a feature of the real pictures, or those that a file holds."""
-        if self.real.pictures is not None:
-            return gaussian(self.reference[feature], "real pictures")
+        """Mean and covariance of a feature of the real images, or those that a file holds."""
+        if self.real.images is not None:
+            return gaussian(self.reference[feature], "real images")
         if metric not in self.real.statistics:
             raise UserError(f"{self.real.name} holds no statistics for {metric} ({', '.join(STORED[metric])})")
         return self.real.statistics[metric]
 
     def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Sampled and real pictures of the same place in their order, in [0, 1], some at a time.
+        """Sampled and real images of the same place in their order, in [0, 1], some at a time.
 
         Raises:
             UserError: there are not as many of the one as of the other, or two have different sizes.
         """
         real, rows = self.originals, self.options.batch_size
         if len(self.fake) != len(real):
-            raise UserError(f"pairs are compared, and there are {len(self.fake)} sampled and {len(real)} real pictures")
+            raise UserError(f"pairs are compared, and there are {len(self.fake)} sampled and {len(real)} real images")
         for start in range(0, len(real), rows):
             chosen = range(start, min(start + rows, len(real)))
-            yield tuple(np.stack([self._picture(source, i) for i in chosen]) / 255.0 for source in (self.fake, real))  # pyright: ignore[reportReturnType]
+            yield tuple(np.stack([self._image(source, i) for i in chosen]) / 255.0 for source in (self.fake, real))  # pyright: ignore[reportReturnType]
 
-    def _picture(self, source: Pictures, index: int) -> np.ndarray:
+    def _image(self, source: Images, index: int) -> np.ndarray:
         image = source[index]["image"]
         image = image if self.options.size is None else square(image, self.options.size)
-        if source is not self.fake and image.shape != (own := self._picture(self.fake, index).shape):
+        if source is not self.fake and image.shape != (own := self._image(self.fake, index).shape):
             raise UserError(
                 f"{source.id(index)} is {image.shape[1]}x{image.shape[0]}, and its pair {self.fake.id(index)} is "
                 f"{own[1]}x{own[0]}; --size makes them alike"
@@ -125,12 +125,12 @@ class Comparison:
 
 
 def _fid(given: Comparison) -> Figures:
-    own = gaussian(given.sampled["pooled"], "sampled pictures")
+    own = gaussian(given.sampled["pooled"], "sampled images")
     return {"fid": frechet_distance(own, given.gaussian_of("fid", "pooled"))}
 
 
 def _sfid(given: Comparison) -> Figures:
-    own = gaussian(given.sampled["spatial"], "sampled pictures")
+    own = gaussian(given.sampled["spatial"], "sampled images")
     return {"sfid": frechet_distance(own, given.gaussian_of("sfid", "spatial"))}
 
 
@@ -155,7 +155,7 @@ def _clip_score(given: Comparison) -> Figures:
     if folder is None:
         raise UserError(missing_clip())
     if not isinstance(given.fake, PlainFolder):
-        raise UserError("clip_score is of a folder of pictures with their prompts beside them")
+        raise UserError("clip_score is of a folder of images with their prompts beside them")
     captions = captions_of(given.fake.folder, given.fake)
     return {"clip_score": clip_score(read_clip(folder), given.fake, captions, given.options.batch_size)}
 
@@ -180,8 +180,8 @@ class Metric(NamedTuple):
     Attributes:
         figures: of a comparison.
         needs: a key of `metric_weights.PUBLISHED`, or `CLIP`; "" where no network judges.
-        paired: whether sampled and real pictures are compared one by one.
-        alone: whether the sampled pictures suffice.
+        paired: whether sampled and real images are compared one by one.
+        alone: whether the sampled images suffice.
     """
 
     figures: Callable[[Comparison], Figures]
@@ -218,7 +218,7 @@ def chosen(names: str) -> list[str]:
 
 
 def compare(
-    fake: Pictures, real: Real, metrics: Iterable[str], options: MetricOptions, say: Callable[[str], None]
+    fake: Images, real: Real, metrics: Iterable[str], options: MetricOptions, say: Callable[[str], None]
 ) -> Figures:
     """All figures that can be had.
 
@@ -227,7 +227,7 @@ def compare(
         say: is told which metrics are left out, and which file they want.
 
     Raises:
-        UserError: a metric cannot be taken of these pictures.
+        UserError: a metric cannot be taken of these images.
     """
     given, figures = Comparison(fake, real, options), {}
     for name in metrics:

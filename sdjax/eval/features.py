@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from sdjax.checkpoints import metric_weights
-from sdjax.data.sources.base import Pictures
+from sdjax.data.sources.base import Images
 from sdjax.data.transforms.images import square
 from sdjax.models.conditioning import apply
 from sdjax.models.inception import Inception
@@ -30,19 +30,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdjax" / "features"
 
 
-def inception_features(pictures: Pictures, what: str, size: int | None, batch_size: int) -> Arrays:
-    """`pooled`, `spatial` and `logits` of all pictures.
+def inception_features(images: Images, what: str, size: int | None, batch_size: int) -> Arrays:
+    """`pooled`, `spatial` and `logits` of all images.
 
     Args:
         what: they are called on the progress bar.
-        size: pictures are cut and resampled to this square first; None leaves each as it is.
-        batch_size: pictures on each device at a time.
+        size: images are cut and resampled to this square first; None leaves each as it is.
+        batch_size: images on each device at a time.
 
     Raises:
-        UserError: Inception's weights are nowhere, or a picture cannot be read.
+        UserError: Inception's weights are nowhere, or an image cannot be read.
     """
     params = metric_weights.load("inception")
-    return _over(batches(pictures, size, batch_size * jax.local_device_count()), what, len(pictures), _seen, params)
+    return _over(batches(images, size, batch_size * jax.local_device_count()), what, len(images), _seen, params)
 
 
 def kept(key: str, make: Callable[[], Arrays], folder: Path | None = None) -> Arrays:
@@ -64,19 +64,19 @@ def kept(key: str, make: Callable[[], Arrays], folder: Path | None = None) -> Ar
     return made
 
 
-def identity(pictures: Pictures, name: str, size: int | None) -> str:
+def identity(images: Images, name: str, size: int | None) -> str:
     """Cache key of image features: names, number and size, and the file of the weights."""
-    names = hashlib.sha256("\n".join(map(pictures.id, range(len(pictures)))).encode()).hexdigest()
+    names = hashlib.sha256("\n".join(map(images.id, range(len(images)))).encode()).hexdigest()
     path = metric_weights.find("inception")
     weights = "" if path is None else f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
-    return f"{name} {len(pictures)} {names} {size} {weights}"
+    return f"{name} {len(images)} {names} {size} {weights}"
 
 
-def batches(pictures: Pictures, size: int | None, rows: int) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
-    """Pictures of one shape together, at most `rows`, in their order."""
+def batches(images: Images, size: int | None, rows: int) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
+    """Images of one shape together, at most `rows`, in their order."""
     held: list[np.ndarray] = []
-    for index in range(len(pictures)):
-        image = pictures[index]["image"]
+    for index in range(len(images)):
+        image = images[index]["image"]
         image = image if size is None else square(image, size)
         if held and (len(held) == rows or held[0].shape != image.shape):
             yield np.stack(held)

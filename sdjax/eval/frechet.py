@@ -24,15 +24,15 @@ def gaussian(features: Float[np.ndarray, "n f"], what: str) -> Gaussian:
         what: whose they are, for messages.
 
     Raises:
-        UserError: fewer than two pictures, all alike, or features that are not finite.
+        UserError: fewer than two images, all alike, or features that are not finite.
     """
     if len(features) < 2:
-        raise UserError(f"{what}: a covariance needs 2 pictures or more, and there is {len(features)}")
+        raise UserError(f"{what}: a covariance needs 2 images or more, and there is {len(features)}")
     x = np.asarray(features, np.float64)
     if not np.isfinite(x).all():
-        raise UserError(f"{what}: the features of {(~np.isfinite(x).all(1)).sum()} pictures are not finite")
+        raise UserError(f"{what}: the features of {(~np.isfinite(x).all(1)).sum()} images are not finite")
     if np.ptp(x, axis=0).max() == 0.0:
-        raise UserError(f"{what}: all {len(x)} pictures are alike, so their covariance is zero")
+        raise UserError(f"{what}: all {len(x)} images are alike, so their covariance is zero")
     return Gaussian(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
 
 
@@ -40,7 +40,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mean difference|^2 + tr(A + B - 2 (A B)^1/2).
 
     The trace of the root is the sum of the roots of the eigenvalues of A^1/2 B A^1/2, which is symmetric: unlike a
-    root of A B it needs no small multiple of the identity where there are fewer pictures than features.
+    root of A B it needs no small multiple of the identity where there are fewer images than features.
     """
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T

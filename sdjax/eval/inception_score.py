@@ -19,18 +19,18 @@ class Score(NamedTuple):
 
 
 def inception_score(logits: Float[np.ndarray, "n c"], *, splits: int = 10, seed: int | None = 2020) -> Score:
-    """exp of the mean KL between what each picture is taken for and what all of its split are.
+    """exp of the mean KL between what each image is taken for and what all of its split are.
 
     Args:
         logits: of Inception, without the classifier's bias.
-        splits: the pictures are divided into so many parts; ADM takes parts of 5000.
+        splits: the images are divided into so many parts; ADM takes parts of 5000.
         seed: of the shuffle before; None leaves the order.
 
     Raises:
-        UserError: there are more splits than pictures.
+        UserError: there are more splits than images.
     """
     if len(logits) < splits:
-        raise UserError(f"the Inception Score takes {splits} splits, and there are {len(logits)} pictures")
+        raise UserError(f"the Inception Score takes {splits} splits, and there are {len(logits)} images")
     order = np.arange(len(logits)) if seed is None else np.random.RandomState(seed).permutation(len(logits))
     logs = log_softmax(np.asarray(logits, np.float64)[order], axis=1)
     found = []

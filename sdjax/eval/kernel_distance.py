@@ -33,11 +33,11 @@ def kernel_distance(
         size: of a subset. With torch-fidelity's default `seed` the subsets are its own.
 
     Raises:
-        UserError: a set has fewer pictures than a subset.
+        UserError: a set has fewer images than a subset.
     """
     if min(len(fake), len(real)) < size:
         raise UserError(
-            f"KID takes subsets of {size} pictures, and there are {len(fake)} and {len(real)}; choose a smaller subset"
+            f"KID takes subsets of {size} images, and there are {len(fake)} and {len(real)}; choose a smaller subset"
         )
     rng = np.random.RandomState(seed)
     found = []

@@ -18,8 +18,8 @@ class Coverage(NamedTuple):
     """Shares.
 
     Attributes:
-        precision: of the sampled pictures that lie within a real one's neighbourhood.
-        recall: of the real pictures that lie within a sampled one's.
+        precision: of the sampled images that lie within a real one's neighbourhood.
+        recall: of the real images that lie within a sampled one's.
     """
 
     precision: float
@@ -29,15 +29,15 @@ class Coverage(NamedTuple):
 def precision_recall(
     fake: Float[np.ndarray, "n f"], real: Float[np.ndarray, "m f"], *, neighbours: int = 3
 ) -> Coverage:
-    """A picture's neighbourhood is the ball that reaches its k-th nearest neighbour in its own set.
+    """An image's neighbourhood is the ball that reaches its k-th nearest neighbour in its own set.
 
     Raises:
-        UserError: a set has not more pictures than neighbours.
+        UserError: a set has not more images than neighbours.
     """
     if min(len(fake), len(real)) <= neighbours:
         raise UserError(
             f"precision and recall look at {neighbours} neighbours, and there are {len(fake)} sampled and {len(real)} "
-            f"real pictures; each needs {neighbours + 1} or more"
+            f"real images; each needs {neighbours + 1} or more"
         )
     centre = real.mean(0)  # distances are those of differences; near zero they keep their digits
     a, b = (jnp.asarray(x - centre, jnp.float32) for x in (fake, real))

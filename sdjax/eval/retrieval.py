@@ -1,4 +1,4 @@
-"""Does a sampled picture look more like its own prompt's picture than like any other of the data set?"""
+"""Does a sampled image look more like its own prompt's image than like any other of the data set?"""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ SIDE = 32
 
 
 class Retrieval(NamedTuple):
-    """The share of pictures whose prompt's own picture is the nearest, and among the five nearest."""
+    """The share of images whose prompt's own image is the nearest, and among the five nearest."""
 
     top1: float
     top5: float
 
 
 def features(images: Shaped[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n f"]:
-    """Means of the red, green and blue of a 32x32 grid of cells; pictures are in [0, 1] or bytes.
+    """Means of the red, green and blue of a 32x32 grid of cells; images are in [0, 1] or bytes.
 
     Sides must be multiples of 32.
     """
@@ -35,9 +35,9 @@ def retrieval(
     """Ranks the gallery by L2 distance to each sample.
 
     Args:
-        sampled: features of the sampled pictures.
+        sampled: features of the sampled images.
         own: for each, the row of the gallery that its prompt describes.
-        gallery: features of all pictures of the data set.
+        gallery: features of all images of the data set.
     """
     squared = np.square(sampled).sum(1)[:, None] - 2.0 * sampled @ gallery.T + np.square(gallery).sum(1)
     distance = np.take_along_axis(squared, np.asarray(own)[:, None], axis=1)

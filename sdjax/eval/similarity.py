@@ -14,21 +14,21 @@ K1, K2 = 0.01, 0.03
 
 
 def psnr(a: Shaped[np.ndarray, "b h w c"], b: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, " b"]:
-    """Peak signal-to-noise ratio of each picture in decibels; pictures are in [0, 1]."""
+    """Peak signal-to-noise ratio of each image in decibels; images are in [0, 1]."""
     error = np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean(axis=(1, 2, 3))
     return -10.0 * np.log10(error)
 
 
 def ssim(a: Shaped[np.ndarray, "b h w c"], b: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, " b"]:
-    """Structural similarity of each picture, the mean over channels and places (Wang et al. 2004).
+    """Structural similarity of each image, the mean over channels and places (Wang et al. 2004).
 
-    Gaussian windows of 11x11 with a deviation of 1.5, whole ones only; pictures are in [0, 1].
+    Gaussian windows of 11x11 with a deviation of 1.5, whole ones only; images are in [0, 1].
 
     Raises:
         UserError: a side is smaller than the window.
     """
     if min(a.shape[1:3]) < WINDOW:
-        raise UserError(f"SSIM needs sides of {WINDOW} pixels or more, and the pictures are {a.shape[2]}x{a.shape[1]}")
+        raise UserError(f"SSIM needs sides of {WINDOW} pixels or more, and the images are {a.shape[2]}x{a.shape[1]}")
     return np.asarray(_ssim(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)))
 
 

@@ -1,30 +1,30 @@
-"""Some pictures of many."""
+"""Some images of many."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from sdjax.data.sources.base import Example, Pictures
+from sdjax.data.sources.base import Example, Images
 
 
 class Evenly:
-    """At most `count` pictures, evenly chosen in their order."""
+    """At most `count` images, evenly chosen in their order."""
 
-    def __init__(self, pictures: Pictures, count: int):
+    def __init__(self, images: Images, count: int):
         """Chooses them."""
-        self._pictures = pictures
-        self._chosen = np.linspace(0, len(pictures) - 1, min(count, len(pictures))).astype(int)
+        self._images = images
+        self._chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     def __getitem__(self, index: int) -> Example:
-        return self._pictures[int(self._chosen[index])]
+        return self._images[int(self._chosen[index])]
 
     def id(self, index: int) -> str:
-        """The picture's name among all."""
-        return self._pictures.id(int(self._chosen[index]))
+        """The image's name among all."""
+        return self._images.id(int(self._chosen[index]))
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of the picture."""
-        return self._pictures.size(int(self._chosen[index]))
+        """Height and width of the image."""
+        return self._images.size(int(self._chosen[index]))

@@ -1,4 +1,4 @@
-"""ADM's classifier of noisy pictures, for guidance (openai/guided-diffusion unet.py EncoderUNetModel)."""
+"""ADM's classifier of noisy images, for guidance (openai/guided-diffusion unet.py EncoderUNetModel)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ClassifierConfig:
 
     Attributes:
         encoder: of the half UNet; its output channels and classes have no meaning.
-        size: of the pictures, which the pooling's places are counted for.
+        size: of the images, which the pooling's places are counted for.
         classes: that it knows.
     """
 
@@ -79,7 +79,7 @@ class AttentionPool(nn.Module):
 
 
 class Classifier(Encoder2D):
-    """Logits of the class of a noisy picture."""
+    """Logits of the class of a noisy image."""
 
     size: int = 64
     classes: int = 1000

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from sdjax.models.layers import GroupNorm
 from sdjax.models.remat import is_scanned, recomputed, scan_blocks
 from sdjax.ops.attention import dot_product_attention
-from sdjax.ops.partition import BATCH, SPATIAL, TENSOR, constrain, constrain_picture
+from sdjax.ops.partition import BATCH, SPATIAL, TENSOR, constrain, constrain_image
 
 
 class Attention(nn.Module):
@@ -62,7 +62,7 @@ class SelfAttention(nn.Module):
         b, h, w, c = x.shape
         tokens = GroupNorm(self.groups, self.eps, self.dtype, name="group_norm")(x).reshape(b, h * w, c)
         tokens = Attention(heads=self.heads, qkv_bias=True, dtype=self.dtype, name="attention")(tokens)
-        return constrain_picture(x + tokens.reshape(b, h, w, c))
+        return constrain_image(x + tokens.reshape(b, h, w, c))
 
 
 class GEGLU(nn.Module):
@@ -105,7 +105,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A picture's pixels as tokens, through `depth` transformer blocks, added back to the picture (LDM).
+    """An image's pixels as tokens, through `depth` transformer blocks, added back to the image (LDM).
 
     SD1's 1x1 convolutions and SD2's linear layers around the blocks are the same map: one Dense serves both,
     and the difference lives in the conversion table.

@@ -1,4 +1,4 @@
-"""The autoencoders of latent diffusion (LDM, section 3.1): pictures to latents and back.
+"""The autoencoders of latent diffusion (LDM, section 3.1): images to latents and back.
 
 `Autoencoder` is regularised by a KL term: its latents are Gaussians. `VQAutoencoder`'s are rounded to a codebook by its
 decoder; between the two a diffusion model works on latents that are not rounded (CompVis/latent-diffusion,
@@ -91,12 +91,12 @@ class Posterior(NamedTuple):
     logvar: Float[Array, "b h w z"]
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "b h w z"]:
-        """One draw; with the key of a batch all pictures draw together."""
+        """One draw; with the key of a batch all images draw together."""
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Float[Array, " b"]:
-        """KL to a standard normal in nats, summed over a picture (LDM, appendix G)."""
+        """KL to a standard normal in nats, summed over an image (LDM, appendix G)."""
         terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
         return 0.5 * terms.sum(axis=(1, 2, 3))
 
@@ -135,7 +135,7 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to what says their latents.
+    """Images to what says their latents.
 
     Attributes:
         config: the sizes.
@@ -164,7 +164,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pictures.
+    """Latents to images.
 
     What the last convolution is given is sown as "last/features": the adversarial loss is weighed by gradients there.
     """
@@ -205,11 +205,11 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = Conv(self.config.latent_channels, kernel=1, dtype=self.dtype)
 
     def encode(self, x: Float[Array, "b H W 3"]) -> Posterior:
-        """The posterior over latents of pictures in [-1, 1]; sides must be multiples of `config.factor`."""
+        """The posterior over latents of images in [-1, 1]; sides must be multiples of `config.factor`."""
         return posterior(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
-        """Pictures, nominally in [-1, 1], of unscaled latents."""
+        """Images, nominally in [-1, 1], of unscaled latents."""
         return self.decoder(self.post_quant_conv(z))
 
     def __call__(self, x: Float[Array, "b H W 3"], key: PRNGKeyArray) -> tuple[Float[Array, "b H W 3"], Posterior]:
@@ -279,11 +279,11 @@ class VQAutoencoder(nn.Module):
         self.quantize = VectorQuantizer(self.config.codes, width)
 
     def encode(self, x: Float[Array, "b H W 3"]) -> Point:
-        """Latents of pictures in [-1, 1], before rounding; sides must be multiples of `config.factor`."""
+        """Latents of images in [-1, 1], before rounding; sides must be multiples of `config.factor`."""
         return Point(self.quant_conv(self.encoder(x)).astype(jnp.float32))
 
     def decode(self, z: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
-        """Pictures, nominally in [-1, 1], of latents that need not be in the codebook."""
+        """Images, nominally in [-1, 1], of latents that need not be in the codebook."""
         return self._decode(self.round(z).z)
 
     def round(self, z: Float[Array, "b h w z"]) -> Quantized:

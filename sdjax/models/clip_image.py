@@ -1,4 +1,4 @@
-"""CLIP's image tower, a vision transformer (Radford et al. 2021), for scores of pictures beside captions."""
+"""CLIP's image tower, a vision transformer (Radford et al. 2021), for scores of images beside captions."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ VARIANTS = {
 
 
 class CLIPImage(nn.Module):
-    """Pictures to their embeddings, beside those of captions."""
+    """Images to their embeddings, beside those of captions."""
 
     config: CLIPImageConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s s 3"]) -> Float[Array, "b p"]:
-        """Args: x, pictures of `config.size`, normalised by MEAN and STD."""
+        """Args: x, images of `config.size`, normalised by MEAN and STD."""
         c, normal = self.config, nn.initializers.normal(0.02)
         patch = (c.patch, c.patch)
         x = nn.Conv(c.width, patch, patch, "VALID", use_bias=False, dtype=self.dtype, name="patch_embedding")(x)

@@ -1,4 +1,4 @@
-"""Calls of networks: with their parameters, and what a diffusion network may be told besides the noisy picture."""
+"""Calls of networks: with their parameters, and what a diffusion network may be told besides the noisy image."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Cond(NamedTuple):
     Attributes:
         context: tokens for cross-attention ("crossattn").
         mask: which tokens may be attended to; None means all.
-        vector: one vector a picture, added to the timestep embedding ("adm").
+        vector: one vector an image, added to the timestep embedding ("adm").
         concat: maps joined to the noisy latents on channels ("concat").
         control: residuals for the skip connections and the middle block (ControlNet), deepest last.
-        label: one class a picture, e.g. the noise level of an upscaler's low-resolution input.
+        label: one class an image, e.g. the noise level of an upscaler's low-resolution input.
         guidance: an embedding of the guidance scale that a distilled network imitates (LCM), as
             `sdjax.models.layers.guidance_embedding` makes it.
     """

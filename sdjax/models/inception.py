@@ -128,7 +128,7 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Features of pictures of any size, as bytes."""
+    """Features of images of any size, as bytes."""
 
     @nn.compact
     def __call__(self, images: UInt8[Array, "b h w 3"]) -> Features:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from sdjax.ops.convolution import convolve
 from sdjax.ops.doubling import convolve_doubled
 from sdjax.ops.normalisation import group_norm
-from sdjax.ops.partition import TENSOR, constrain_picture
+from sdjax.ops.partition import TENSOR, constrain_image
 
 # torch pads a strided convolution on both sides; XLA's SAME would pad only right and bottom.
 SYMMETRIC = ((1, 1), (1, 1))
@@ -152,13 +152,13 @@ class ResBlock(nn.Module):
                 scale, shift = jnp.split(made, 2, axis=-1)
             else:
                 h = h + made
-        h = norm(name="norm2")(constrain_picture(h, TENSOR))
+        h = norm(name="norm2")(constrain_image(h, TENSOR))
         h = h * (1 + scale) + shift if self.scale_shift else h
         h = Conv(self.features, zero=self.zero, dtype=self.dtype, name="conv2")(nn.silu(h))
         x = resampled(x, self.size)
         if x.shape[-1] != self.features:
             x = Conv(self.features, kernel=1, dtype=self.dtype, name="conv_shortcut")(x)
-        return constrain_picture(x + h)
+        return constrain_image(x + h)
 
 
 def timestep_embedding(

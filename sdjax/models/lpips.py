@@ -1,4 +1,4 @@
-"""LPIPS: how different two pictures look, by the activations of VGG16 (Zhang et al. 2018; richzhang's lpips 0.1)."""
+"""LPIPS: how different two images look, by the activations of VGG16 (Zhang et al. 2018; richzhang's lpips 0.1)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from jaxtyping import Array, Float
 
 from sdjax.models.vgg import TAPS, VGG16
 
-# ImageNet's mean and deviation for pictures in [-1, 1].
+# ImageNet's mean and deviation for images in [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 EPS = 1e-10
 
 
 class LPIPS(nn.Module):
-    """The distance of pictures in [-1, 1]: weighted squared differences of activations of unit length, over all taps.
+    """The distance of images in [-1, 1]: weighted squared differences of activations of unit length, over all taps.
 
     The weights, "linear_<tap>", are not negative; they are part of this package (`sdjax/assets/lpips`).
     """

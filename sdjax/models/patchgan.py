@@ -31,7 +31,7 @@ def _around_one(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits, high where a patch of a picture looks real.
+    """Logits, high where a patch of an image looks real.
 
     Attributes:
         layers: halvings of the resolution: 3 judges patches of 70 pixels.

@@ -16,7 +16,7 @@ from sdjax.models.attention import SpatialTransformer
 from sdjax.models.conditioning import Cond
 from sdjax.models.layers import Conv, Downsample, EmbeddingMLP, GroupNorm, ResBlock, Upsample, timestep_embedding
 from sdjax.models.remat import recomputed
-from sdjax.ops.partition import BATCH, constrain, constrain_picture
+from sdjax.ops.partition import BATCH, constrain, constrain_image
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class UNet(nn.Module):
         """
         c = self.config
         x = x if cond.concat is None else jnp.concatenate([x, cond.concat], axis=-1)
-        x = constrain_picture(x)
+        x = constrain_image(x)
         temb = constrain(self._embedding(t, cond), BATCH, None)
         skips = self._down(x.astype(self.dtype), temb, cond)
         x = self._res("mid_block_resnets_0", c.channels[-1], skips[-1], temb)

@@ -26,7 +26,7 @@ from sdjax.models.layers import (
     timestep_embedding,
 )
 from sdjax.models.remat import recomputed
-from sdjax.ops.partition import BATCH, constrain, constrain_picture
+from sdjax.ops.partition import BATCH, constrain, constrain_image
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _adm(
     )
 
 
-# Of ADM's width, by the pictures' size.
+# Of ADM's width, by the images' size.
 MULTIPLIERS = {
     64: (1, 2, 3, 4),
     128: (1, 1, 2, 3, 4),
@@ -162,7 +162,7 @@ class Encoder2D(nn.Module):
     def _encoded(self, x: Array, temb: Array) -> tuple[Array, list[Array]]:
         """The middle's output, and what the way up is given besides."""
         c = self.config
-        x = Conv(c.channels[0], dtype=self.dtype, name="conv_in")(constrain_picture(x).astype(self.dtype))
+        x = Conv(c.channels[0], dtype=self.dtype, name="conv_in")(constrain_image(x).astype(self.dtype))
         x, skips = self._down(x, temb)
         x = self._res("mid_block_resnets_0", c.channels[-1])(x, temb)
         x = self._attend("mid_block_attentions_0", -1)(x)
@@ -216,7 +216,7 @@ class Encoder2D(nn.Module):
 
 
 class UNet2D(Encoder2D):
-    """Predicts noise, velocity or clean pictures, and log-variances where it has the channels, from noisy ones."""
+    """Predicts noise, velocity or clean images, and log-variances where it has the channels, from noisy ones."""
 
     @nn.compact
     def __call__(
@@ -228,7 +228,7 @@ class UNet2D(Encoder2D):
         """The raw output of the network, in float32.
 
         Args:
-            x: noisy latents or pictures of unit variance.
+            x: noisy latents or images of unit variance.
             t: timesteps in [0, 999]; fractional ones are allowed.
             cond: `label` where the config has classes; `concat` is joined to x on channels.
         """

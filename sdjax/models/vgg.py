@@ -14,7 +14,7 @@ TAPS = tuple(stage[-1] for stage in STAGES)
 
 
 class VGG16(nn.Module):
-    """The activations relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of pictures that are normalised already."""
+    """The activations relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of images that are normalised already."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"]) -> list[Float[Array, "b h2 w2 c"]]:

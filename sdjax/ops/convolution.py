@@ -21,7 +21,7 @@ from sdjax.ops import winograd
 from sdjax.ops.partition import SPATIAL, mesh_sizes
 
 Edges: TypeAlias = tuple[int, int]
-"""How many rows above and below a picture, or a part of it, are seen with it."""
+"""How many rows above and below an image, or a part of it, are seen with it."""
 PLAIN: dict[str, Any] = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1, "precision": None}
 """The further arguments of a convolution that does nothing else."""
 
@@ -44,7 +44,7 @@ def convolve(
     def part(x: Array, kernel: Array, edges: Edges) -> Array:
         return jax.lax.conv_general_dilated(x, kernel, strides, (edges, columns), **options)
 
-    # Parts fit together where each `stride` rows make one: those of a whole picture of `stride` rows do.
+    # Parts fit together where each `stride` rows make one: those of a whole image of `stride` rows do.
     stride = strides[0]
     fits = 0 <= stride + sum(rows) - kernel.shape[0] < stride
     return over_rows(part, x, kernel, rows, stride if fits else None)
@@ -57,13 +57,13 @@ def over_rows(
     edges: Edges,
     stride: int | None = 1,
 ) -> Array:
-    """`part` of a picture, by every device of its own rows where the mesh splits them.
+    """`part` of an image, by every device of its own rows where the mesh splits them.
 
     Args:
         part: (rows of x, kernel, how many rows of zeros to add above and below) -> the rows that they make.
         kernel: whole on every device along the spatial axis.
-        edges: the rows above and below that `part` needs. Beyond the picture they are zeros.
-        stride: a device's rows are a multiple of it; None where parts do not fit together. A picture that cannot be
+        edges: the rows above and below that `part` needs. Beyond the image they are zeros.
+        stride: a device's rows are a multiple of it; None where parts do not fit together. An image that cannot be
             split so is gathered.
     """
     devices = mesh_sizes().get(SPATIAL, 1)

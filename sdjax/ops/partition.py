@@ -44,8 +44,8 @@ def constrain(x: Array, *wishes: Axes) -> Array:
     return x if not sizes else jax.lax.with_sharding_constraint(x, fitting(sizes, x.shape, wishes))
 
 
-def constrain_picture(x: Array, channels: Axes = None) -> Array:
-    """Pictures [b h w c], split by examples, rows, and channels as wished."""
+def constrain_image(x: Array, channels: Axes = None) -> Array:
+    """Images [b h w c], split by examples, rows, and channels as wished."""
     return constrain(x, BATCH, SPATIAL, None, channels)
 
 

@@ -41,7 +41,7 @@ def suits(
 
 @jax.custom_vjp
 def convolve(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c f"]) -> Float[Array, "b h w f"]:
-    """A 3x3 convolution of pictures with even sides and a row or column of zeros around them.
+    """A 3x3 convolution of images with even sides and a row or column of zeros around them.
 
     By 16 products where the program is compiled for a CPU and is not differentiated; else by XLA's convolution.
     """

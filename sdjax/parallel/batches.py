@@ -16,7 +16,7 @@ from sdjax.parallel.mesh import AXES
 from sdjax.parallel.sharding import replicated
 
 
-def whole_placer(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:
+def replicated_put(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:
     """A function that gives every device all of an array."""
 
     def place(array: np.ndarray, name: str) -> jax.Array:

@@ -146,8 +146,8 @@ def _listen(me: str) -> None:
 def _deadline(seconds: int, cluster: Cluster) -> Iterator[None]:
     def expire() -> None:
         place = f" at {cluster.coordinator}" if cluster.coordinator else ""
-        silent = cluster.process_id and cluster.coordinator and not _answers(cluster.coordinator)
-        what = "no coordinator answers" if silent else "not all processes came together"
+        is_unanswered = cluster.process_id and cluster.coordinator and not _answers(cluster.coordinator)
+        what = "no coordinator answers" if is_unanswered else "not all processes came together"
         print(f"error: {what}{place} within {seconds} s (--coordinator_timeout)", file=sys.stderr)
         _end(2)
 

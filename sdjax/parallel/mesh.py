@@ -56,10 +56,10 @@ def shapes_of(devices: int, axes: int = len(AXES)) -> list[tuple[int, ...]]:
 
 
 def nearest_shapes(sizes: Mapping[str, int], devices: int, count: int = 3) -> list[tuple[int, ...]]:
-    """The mesh shapes of `devices` that differ least from the asked one, in doublings along all axes together."""
-    asked = [sizes.get(axis, 1) for axis in AXES]
+    """The mesh shapes of `devices` that differ least from the wished one, in doublings along all axes together."""
+    wished = [sizes.get(axis, 1) for axis in AXES]
 
     def distance(shape: tuple[int, ...]) -> float:
-        return sum(abs(math.log2(size / max(wish, 1))) for size, wish in zip(shape, asked, strict=True) if wish != -1)
+        return sum(abs(math.log2(size / max(wish, 1))) for size, wish in zip(shape, wished, strict=True) if wish != -1)
 
     return sorted(shapes_of(devices), key=distance)[:count]

@@ -56,7 +56,7 @@ def spec_of(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
     return P(*axes) if any(axes) else P()
 
 
-def placer(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:
+def sharded_put(mesh: Mesh) -> Callable[[np.ndarray, str], jax.Array]:
     """A function that gives every device of all processes its part of an array, which each process holds whole."""
 
     def place(array: np.ndarray, name: str) -> jax.Array:

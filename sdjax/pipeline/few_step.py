@@ -34,7 +34,7 @@ STEPS = re.compile(r"(\d{1,2})[ _-]?steps?\b")
 
 
 def few_step_defaults(
-    name: str, scheduler_config: Mapping[str, Any], told_guidance: bool, single_file: bool
+    name: str, scheduler_config: Mapping[str, Any], guidance_condition: bool, single_file: bool
 ) -> dict[str, Any]:
     """Steps, guidance_scale, and of a single file sampler and schedule; {} for a model that is not distilled.
 
@@ -45,12 +45,12 @@ def few_step_defaults(
     """
     lower = name.lower()
     word = next((word for word in NAMED if word in lower), "few-step")
-    found = NAMED.get(word) or SAMPLED.get("lcm" if told_guidance else sampler_of(scheduler_config))
+    found = NAMED.get(word) or SAMPLED.get("lcm" if guidance_condition else sampler_of(scheduler_config))
     if found is None:
         return {}
     steps = STEPS.search(lower)
     # An LCM that is not told a scale is one by LoRA, which has learned to do without guidance.
-    plain = found.sampler == "lcm" and not told_guidance
+    plain = found.sampler == "lcm" and not guidance_condition
     chosen: dict[str, Any] = {"steps": int(steps[1]) if steps and int(steps[1]) else found.steps}
     chosen["guidance_scale"] = 1.0 if plain else found.guidance_scale
     if single_file:

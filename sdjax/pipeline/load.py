@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from sdjax.checkpoints.checkpoint import CLASSIFIERS, TOKENIZERS, Checkpoint, Component, tokenizers_of
 from sdjax.checkpoints.layouts.diffusers import INDEX, read_component
 from sdjax.checkpoints.layouts.original import read_adm_classifier
-from sdjax.checkpoints.mapping import Placer
+from sdjax.checkpoints.mapping import Put
 from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae, resolve
 from sdjax.core.config import EXPORT
 from sdjax.core.errors import UserError, unknown
@@ -25,7 +25,7 @@ from sdjax.diffusion_model.conditioners import TEXT
 from sdjax.diffusion_model.conditioners.guides import CLASSIFIER
 from sdjax.diffusion_model.conditioners.tokens import BERT
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, build_model
-from sdjax.parallel.sharding import placer
+from sdjax.parallel.sharding import sharded_put
 from sdjax.pipeline.few_step import few_step_defaults
 from sdjax.pipeline.options import LOAD_OPTIONS, LoadOptions
 from sdjax.pipeline.pipeline import Pipeline
@@ -56,7 +56,7 @@ def load(source: Source, dtype: str = "float32", mesh: Mesh | None = None, **opt
         if name not in LOAD_OPTIONS:
             raise unknown("option", name, LOAD_OPTIONS, "load")
     path = find(source, cast(Any, given.get("variant")))
-    place: Placer = (lambda array, name: jax.device_put(array)) if mesh is None else placer(mesh)
+    place: Put = (lambda array, name: jax.device_put(array)) if mesh is None else sharded_put(mesh)
     checkpoint = _read(path, dtype, given, place)
     name = _name(source, path)
     if given.get("classifier"):
@@ -81,7 +81,7 @@ def load_conditional(source: Source, *args: Any, **options: Any) -> Pipeline:
     return load(source, *args, **options)
 
 
-def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Placer) -> Checkpoint:
+def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Put) -> Checkpoint:
     dtypes = dict.fromkeys((BACKBONE, *TOKENIZERS), dtype) | {AUTOENCODER: "float32"}
     dtypes |= dict.fromkeys((BERT, "class_embedder", "rescaler"), "float32")
     chosen = {name: given.get(name) for name in ("family", "prediction", "variant", "tokenizer")}
@@ -91,7 +91,7 @@ def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Placer) -> Ch
     return add_embeddings(given["embeddings"])(checkpoint) if "embeddings" in given else checkpoint
 
 
-def _with_classifier(checkpoint: Checkpoint, path: Path, name: str, place: Placer) -> Checkpoint:
+def _with_classifier(checkpoint: Checkpoint, path: Path, name: str, place: Put) -> Checkpoint:
     """The checkpoint with a classifier of noisy images that guides it."""
     if AUTOENCODER in checkpoint.components:
         raise UserError(f"classifier {str(path)!r}: classifiers guide models of pixels, which {name} is not")
@@ -102,7 +102,7 @@ def _with_classifier(checkpoint: Checkpoint, path: Path, name: str, place: Place
     return dataclasses.replace(checkpoint, components={**checkpoint.components, CLASSIFIER: guide})
 
 
-def read_classifier(path: Path, place: Placer | None = None) -> Component:
+def read_classifier(path: Path, place: Put | None = None) -> Component:
     """A classifier of noisy images: the workdir or export of its training, or ADM's file; a UserError without one."""
     (name,) = CLASSIFIERS
     if path.is_file():

@@ -195,18 +195,18 @@ def _check_used(pipe: Pipeline, given: Mapping[str, Any]) -> None:
 def _size(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], total: int) -> tuple[int, int]:
     """Height and width of a call's images."""
     model = pipe.model
-    asked = model.conditioner.image_size(entry, model.factor)
+    decided = model.conditioner.image_size(entry, model.factor)
     width, height = given.get("width"), given.get("height")
-    fixed = asked if model.conditioner.traits.keeps_size else None
+    fixed = decided if model.conditioner.traits.keeps_size else None
     if fixed is not None and (height not in (None, fixed[0]) or width not in (None, fixed[1])):
         raise UserError(f"width and height have no effect: the condition of {pipe.name} asks for {fixed[1]}x{fixed[0]}")
-    if asked is None and entry.get("init_image") is not None and (width, height) == (None, None):
+    if decided is None and entry.get("init_image") is not None and (width, height) == (None, None):
         # The largest part of the given image that the model can make.
-        asked = tuple(max(side // model.multiple, 1) * model.multiple for side in size_of(entry["init_image"]))
+        decided = tuple(max(side // model.multiple, 1) * model.multiple for side in size_of(entry["init_image"]))
     latents = given.get("latents")
     if latents is not None and np.ndim(latents) == 4:
-        asked = np.shape(latents)[1] * model.factor, np.shape(latents)[2] * model.factor
-    default = asked or pipe.default_size
+        decided = np.shape(latents)[1] * model.factor, np.shape(latents)[2] * model.factor
+    default = decided or pipe.default_size
     size = height or default[0], width or default[1]
     for name, side in zip(("height", "width"), size, strict=True):
         if side % model.multiple:

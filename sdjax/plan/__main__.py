@@ -8,7 +8,7 @@
 --topology is a TPU slice (v4, v5e, v5p, v6e; its compiler comes with: pip install -r requirements-tpu.txt), cpu:N for N
 virtual CPU devices, or local for this machine's own. Without --mesh it is the config's, or data=-1. --output FILE.md or
 FILE.json writes the report, too. --search tries mesh shapes and --batch_sizes 64,128,256, at most --limit 16 of them,
-and lists those that fit, best first; --spatial 4 lets it split rows of pictures over up to 4 devices.
+and lists those that fit, best first; --spatial 4 lets it split rows of images over up to 4 devices.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Subject(NamedTuple):
 
     Attributes:
         title: of the report.
-        programs: of a mesh and a number of pictures.
+        programs: of a mesh and a number of images.
         mesh: unless the user says another.
         batch_size: likewise.
         accumulate: parts of a batch that are worked through in turn.

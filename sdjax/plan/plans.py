@@ -77,7 +77,7 @@ class Plan(NamedTuple):
 
     @property
     def speed(self) -> float | None:
-        """Pictures a second."""
+        """Images a second."""
         return self.images / self.seconds if self.seconds else None
 
     @property

@@ -38,7 +38,7 @@ class Program(NamedTuple):
         donated: the arguments whose memory it may use for its results.
         args: shapes with shardings.
         beside: shapes, with shardings, of what else is in the devices' memory while it runs.
-        turns: how often it runs for the pictures of one batch.
+        turns: how often it runs for the images of one batch.
         plain: the same without what is computed twice to save memory; None where nothing is.
     """
 

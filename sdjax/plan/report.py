@@ -39,7 +39,7 @@ def table(head: Row, rows: Sequence[Row]) -> str:
 def plan_report(heading: Heading, plan: Plan) -> str:
     """All that is known of one plan, in Markdown."""
     known = [part for part in plan.parts if isinstance(part.result, Figures)]
-    sections = [_head(heading), f"Mesh {plan.mesh}, {plan.images} pictures a batch. **{verdict(plan)}.**"]
+    sections = [_head(heading), f"Mesh {plan.mesh}, {plan.images} images a batch. **{verdict(plan)}.**"]
     if plan.refused:
         refusal: Any = plan.refused.result
         sections.append(f"The compiler refused {plan.refused.name}:\n\n    {refusal.message}")
@@ -180,7 +180,7 @@ def _time(plan: Plan, parts: Sequence[PlannedProgram]) -> str:
         return text
     return (
         f"{text}\n\n{plan.seconds:.4g} s a batch ({plan.least:.4g} s were everything overlapped), "
-        f"{plan.speed:.4g} pictures/s, {plan.utilisation:.1%} of the peak of all devices (model flops)."
+        f"{plan.speed:.4g} images/s, {plan.utilisation:.1%} of the peak of all devices (model flops)."
     )
 
 

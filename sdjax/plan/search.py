@@ -39,7 +39,7 @@ def candidates(devices: int, batch_sizes: Sequence[int], accumulate: int = 1, mo
 
     Args:
         accumulate: parts of a batch that are worked through in turn.
-        most_spatial: devices that rows of a picture may be split over.
+        most_spatial: devices that rows of an image may be split over.
 
     Raises:
         UserError: no mesh divides any of the batches.

@@ -117,7 +117,7 @@ def _dot(computation: Computation, instruction: Instruction) -> int:
 
 
 def _convolution(computation: Computation, instruction: Instruction) -> int:
-    """Multiplications with what is really there: neither with padding nor with the zeros of a dilated picture."""
+    """Multiplications with what is really there: neither with padding nor with the zeros of a dilated image."""
     labels = _LABELS.search(instruction.attributes)
     assert labels is not None, instruction.attributes
     lhs, rhs, out = (o.shapes[0].dims for o in (*computation.operands(instruction), instruction))

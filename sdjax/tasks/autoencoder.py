@@ -1,4 +1,4 @@
-"""The first stage: an autoencoder, with a KL term or a codebook, learns to reconstruct pictures (LDM, section 3.1).
+"""The first stage: an autoencoder, with a KL term or a codebook, learns to reconstruct images (LDM, section 3.1).
 
 Reads config.model.autoencoder (a variant, and what differs from it), config.data, and of config.task: reconstruction
 ("l1" or "l2"), kl_weight, codebook_weight, learn_logvar, crop, noiseless_start, perceptual_weight (0: without LPIPS)
@@ -63,7 +63,7 @@ def make(config: Config, mesh: Mesh) -> Task:
     model = autoencoder_of(sizes, dtype_named(config.train.dtype, "config.train.dtype"))
     critic, adversary = _adversary(config, options.crop**2 * 3 if isinstance(model, Autoencoder) else 1)
     perceives = _perceives(options.perceptual_weight)
-    pictures = _pictures(config, "train")
+    images = _images(config, "train")
 
     def init(key: PRNGKeyArray) -> Params:
         dummy = jnp.zeros((1, options.crop, options.crop, 3))
@@ -105,16 +105,16 @@ def make(config: Config, mesh: Mesh) -> Task:
         return value + regular, metrics | judged
 
     def preview(params: Params) -> UInt8[np.ndarray, "h w 3"]:
-        x = np.stack([pictures[i * len(pictures) // SHOWN]["image"] for i in range(SHOWN)])
+        x = np.stack([images[i * len(images) // SHOWN]["image"] for i in range(SHOWN)])
         return tile(np.concatenate([x, to_uint8(reconstruct(model, params[VAE], x))]), SHOWN)
 
     def batch(params: Params) -> Loader:
         del params
         select = transforms.Select(("image",))
-        return batches(config, pictures, [select], mesh)
+        return batches(config, images, [select], mesh)
 
     def export(params: Params, folder: Path) -> None:
-        scaling_factor = 1.0 / latent_std(model, params[VAE], pictures) if isinstance(model, Autoencoder) else 1.0
+        scaling_factor = 1.0 / latent_std(model, params[VAE], images) if isinstance(model, Autoencoder) else 1.0
         measured = dataclasses.replace(sizes, scaling_factor=scaling_factor)
         write_component(folder / VAE, VAE, Component(measured, params[VAE]))
 
@@ -132,7 +132,7 @@ def make(config: Config, mesh: Mesh) -> Task:
 
 
 def _adversary(config: Config, values: int) -> tuple[PatchDiscriminator, Adversary | None]:
-    """Args: `values`, what the reconstruction loss is divided by, which the original sums over a picture."""
+    """Args: `values`, what the reconstruction loss is divided by, which the original sums over an image."""
     options = config.task.discriminator
     if options.criterion not in CRITERIA:
         raise unknown("criterion", options.criterion, CRITERIA, "config.task.discriminator.criterion")
@@ -165,7 +165,7 @@ def _regularisation(config: Config, sizes: Any, latent: Posterior | Quantized, v
         share, perplexity = quantize.usage(quantize.counts(latent.codes, sizes.codes))
         metrics = {"codebook": latent.loss, "codes_used": share, "perplexity": perplexity, "latent_std": latent.z.std()}
         return config.task.codebook_weight * latent.loss, metrics
-    # LDM sums over a picture and weighs the KL by 1e-6; the mean over its values keeps that proportion.
+    # LDM sums over an image and weighs the KL by 1e-6; the mean over its values keeps that proportion.
     kl = latent.kl().mean() / values
     return config.task.kl_weight * kl, {"kl": kl, "latent_std": latent.mean.std()}
 
@@ -179,9 +179,9 @@ def _last_layer(model: AnyAutoencoder, params: Params, features: Array) -> Calla
     return lambda gradient: pull(gradient.astype(model.dtype))[0]
 
 
-def _pictures(config: Config, split: str) -> sources.Source:
-    pictures = grain.MapDataset.source(sources.source(config.data.source, split))
-    return sources.CachedSource(pictures.map(transforms.Square(config.data.size, config.data.crop)))
+def _images(config: Config, split: str) -> sources.Source:
+    images = grain.MapDataset.source(sources.source(config.data.source, split))
+    return sources.CachedSource(images.map(transforms.Square(config.data.size, config.data.crop)))
 
 
 def _nearly_noiseless(params: Params) -> Params:
@@ -193,7 +193,7 @@ def _nearly_noiseless(params: Params) -> Params:
 
 
 def random_crops(key: PRNGKeyArray, images: Array, size: int, grid: int) -> Array:
-    """A square of each picture, [b size size c], its corner on a grid of that many pixels."""
+    """A square of each image, [b size size c], its corner on a grid of that many pixels."""
     if images.shape[1] == size:
         return images
     corners = grid * jax.random.randint(key, (len(images), 2), 0, (images.shape[1] - size) // grid + 1)
@@ -207,7 +207,7 @@ def random_crops(key: PRNGKeyArray, images: Array, size: int, grid: int) -> Arra
 def reconstruct(
     model: AnyAutoencoder, params: Tree, images: UInt8[np.ndarray, "b h w 3"]
 ) -> Float[np.ndarray, "b h w 3"]:
-    """Pictures through the mean of their posterior and back, in [0, 1]."""
+    """Images through the mean of their posterior and back, in [0, 1]."""
     return np.clip(np.asarray(_reconstruct(model, params, images)) / 2.0 + 0.5, 0.0, 1.0)
 
 
@@ -218,13 +218,13 @@ def _reconstruct(model: AnyAutoencoder, params: Params, images: Array) -> Array:
     return gathered(apply(model, params, mean, method="decode").astype(jnp.float32))
 
 
-def latent_std(model: Autoencoder, params: Params, pictures: sources.Source, most: int = 1024) -> float:
-    """The standard deviation of sampled latents over up to `most` pictures, evenly chosen (LDM's scale_by_std)."""
-    chosen = np.linspace(0, len(pictures) - 1, min(most, len(pictures))).astype(int)
+def latent_std(model: Autoencoder, params: Params, images: sources.Source, most: int = 1024) -> float:
+    """The standard deviation of sampled latents over up to `most` images, evenly chosen (LDM's scale_by_std)."""
+    chosen = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
     moments = np.zeros(3)
     for start in range(0, len(chosen), 32):
-        images = np.stack([pictures[i]["image"] for i in chosen[start : start + 32]])
-        latents = np.asarray(_sample_latents(model, params, images, stream(0, "latent_std", start)), np.float64)
+        batch = np.stack([images[i]["image"] for i in chosen[start : start + 32]])
+        latents = np.asarray(_sample_latents(model, params, batch, stream(0, "latent_std", start)), np.float64)
         moments += latents.size, latents.sum(), np.square(latents).sum()
     count, total, squares = moments
     return float(np.sqrt(squares / count - (total / count) ** 2))

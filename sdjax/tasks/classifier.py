@@ -1,4 +1,4 @@
-"""ADM's classifier of noisy pictures, whose gradient guides diffusion (Dhariwal & Nichol 2021, section 4).
+"""ADM's classifier of noisy images, whose gradient guides diffusion (Dhariwal & Nichol 2021, section 4).
 
 Reads config.model.classifier (a variant of `adm_classifier`, and what differs from it: size, classes, and any size of
 its encoder), config.data, config.sample (count, columns), and of config.task: scheduler and export_dtype. Timesteps are
@@ -52,7 +52,7 @@ def make(config: Config, mesh: Mesh) -> Task:
     model = classifier_of(sizes, dtype_named(config.train.dtype, "config.train.dtype"))
     side, schedule = config.data.size, schedule_of(config.task.scheduler.to_dict())
     if side != sizes.size:
-        raise UserError(f"config.data.size={side}; the classifier is made for pictures of {sizes.size}")
+        raise UserError(f"config.data.size={side}; the classifier is made for images of {sizes.size}")
 
     def init(key: PRNGKeyArray) -> Params:
         return {NAME: dict(model.init(key, jnp.zeros((1, side, side, 3)), jnp.zeros(1))["params"])}
@@ -71,12 +71,12 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     def batch(params: Params) -> Loader:
         del params
-        pictures, cuts = square_crops(config)
+        images, cuts = square_crops(config)
         flips = [transforms.Flip()] if config.data.flip else []
-        return batches(config, pictures, [*cuts, *flips, known, transforms.Select((IMAGE, LABEL))], mesh)
+        return batches(config, images, [*cuts, *flips, known, transforms.Select((IMAGE, LABEL))], mesh)
 
     def preview(params: Params) -> UInt8[np.ndarray, "h w 3"]:
-        """Pictures, evenly chosen; what is taken for another class is dark."""
+        """Images, evenly chosen; what is taken for another class is dark."""
         found = crops.still(sources.source(config.data.source, "train"), side, config.data.crop).map(known)
         rows: Any = [found[i * len(found) // config.sample.count] for i in range(config.sample.count)]
         images = np.stack([row[IMAGE] for row in rows])
@@ -109,7 +109,7 @@ def sizes_of_classifier(config: Config) -> ClassifierConfig:
 
 
 def classify(model: Classifier, params: Params, images: UInt8[np.ndarray, "b h w 3"]) -> np.ndarray:
-    """The logits of pictures without noise, float32 [b classes]."""
+    """The logits of images without noise, float32 [b classes]."""
     return np.asarray(_classify(model, params, images))
 
 

@@ -20,7 +20,7 @@ Timesteps = Callable[[PRNGKeyArray, int, int], Int[Array, " b"]]
 
 
 def late_timesteps(key: PRNGKeyArray, batch: int, steps: int) -> Int[Array, " b"]:
-    """The density rises with t^2: where the prompt decides what the picture is, there is most to learn."""
+    """The density rises with t^2: where the prompt decides what the image is, there is most to learn."""
     return (jnp.cbrt(jax.random.uniform(key, (batch,))) * steps).astype(jnp.int32)
 
 

@@ -99,8 +99,8 @@ class Metrics:
         self._sums, self._summed = {}, 0
         return means
 
-    def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Writes a picture to TensorBoard and to workdir/samples."""
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Writes an image to TensorBoard and to workdir/samples."""
         if not self._shows:
             return
         folder = self._workdir / "samples"

@@ -16,7 +16,7 @@ from sdjax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sdjax.models.conditioning import apply
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.mesh_text import parse_mesh
-from sdjax.parallel.sharding import placer
+from sdjax.parallel.sharding import sharded_put
 from sdjax.pipeline.devices import Devices
 from sdjax.plan.programs import Program
 
@@ -29,7 +29,7 @@ def decoder() -> dict:
     sizes = parse_mesh("fsdp=2")
     mesh = make_mesh(sizes, take(sizes))
     config = AutoencoderConfig(channels=(32,), latent_channels=4, layers_per_block=1, groups=4)
-    params = random_params(FORMATS["vae"].shapes(config), placer(mesh))
+    params = random_params(FORMATS["vae"].shapes(config), sharded_put(mesh))
     used = {name: params[name] for name in ("decoder", "post_quant_conv")}
     z = Devices(mesh).shard_batch(jnp.ones((2, 4, 4, 4)))
 

@@ -275,7 +275,7 @@ def test_a_unet_that_is_none_of_adms_is_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             read_single_file(path)
         if "in_channels" in changes:
-            with pytest.raises(UserError, match="no UNet of pictures without cross-attention, of 3 channels in"):
+            with pytest.raises(UserError, match="no UNet of images without cross-attention, of 3 channels in"):
                 read_single_file(path, family="adm_256")
         else:
             assert read_single_file(path, family="adm_256").components["unet"].config == config

@@ -1,4 +1,4 @@
-"""Grids: what they ask for, in which order, where a mistake is, and where pictures lie on the sheet."""
+"""Grids: what they ask for, in which order, where a mistake is, and where images lie on the sheet."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ BAD = {
     "steps=1-3:0": "steps '1-3:0' in --grid at character 7: choose a range",
     "steps=1-3:x": "steps '1-3:x' in --grid at character 7: choose an integer",
     "seed=0-99999999999999999999": "seed 9+ in --grid at character 6: choose an integer of 0 to 4294967295",
-    "seed=0-4294967295": "seed '0-4294967295' in --grid at character 6 asks for more than 1000 pictures",
-    "seed=0-99;steps=1-99": "asks for more than 1000 pictures of each prompt",
+    "seed=0-4294967295": "seed '0-4294967295' in --grid at character 6 asks for more than 1000 images",
+    "seed=0-99;steps=1-99": "asks for more than 1000 images of each prompt",
     "guidance_scale=nan": "guidance_scale nan in --grid at character 16",
     "guidance_scale=1..2-3": r"guidance_scale '1\.\.2' in --grid at character 16",
 }
@@ -80,7 +80,7 @@ def test_mistakes_are_one_line_with_the_place_and_the_choices(text):
 
 
 def solid(count: int, height: int = 40, width: int = 60) -> list[np.ndarray]:
-    """Pictures of one colour each, none of it a grey."""
+    """Images of one colour each, none of it a grey."""
     return [np.full((height, width, 3), (i + 1, 128, 255 - i), np.uint8) for i in range(count)]
 
 
@@ -110,11 +110,11 @@ def test_every_picture_is_whole_and_in_its_place(text):
 
 
 def test_labels_are_not_cut():
-    """A long label on small pictures ends in white."""
+    """A long label on small images ends in white."""
     axes = parse_grid("guidance_rescale=0.123456789,0.2;schedule=sgm_uniform,kl_optimal")
     sheet = contact_sheet(solid(4, 8, 8), axes)
     assert (sheet[:, -1] == 255).all()
-    # The same label next to a much larger picture has as much ink.
+    # The same label next to a much larger image has as much ink.
     small, large = ((sheet[:20] < 100).all(-1).sum() for sheet in (sheet, contact_sheet(solid(4, 190, 190), axes)))
     assert small == large > 0
 

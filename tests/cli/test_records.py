@@ -1,4 +1,4 @@
-"""A picture's settings come back from its PNG: our own exactly, A1111's in our names, garbage as one clear line."""
+"""An image's settings come back from its PNG: our own exactly, A1111's in our names, garbage as one clear line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdjax.cli.records import (
     parameters,
     parse_parameters,
     read_parameters,
-    write_picture,
+    write_image,
 )
 from sdjax.core.errors import UserError
 from sdjax.diffusion.samplers import SAMPLERS, SPACINGS
@@ -75,7 +75,7 @@ def test_every_sampler_and_schedule_has_a_label_of_its_own():
 
 
 def test_our_own_record_comes_back_exactly(tmp_path):
-    write_picture(tmp_path / "x.png", PICTURE, RECORD)
+    write_image(tmp_path / "x.png", PICTURE, RECORD)
     assert read_parameters(tmp_path / "x.png") == RECORD
     assert json.loads((tmp_path / "x.json").read_text()) == RECORD
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x.png")), PICTURE)
@@ -139,7 +139,7 @@ BAD = {
     "nested": ({"sdjax": "[" * 100_000}, "not JSON"),
     "nan": ({"sdjax": '{"prompt": "x", "eta": NaN}'}, "not JSON"),
     "infinite": ({"sdjax": '{"prompt": "x", "eta": 1e999}'}, "eta inf in .* is not a number"),
-    "no record": ({"sdjax": "[1]"}, "no record of a picture"),
+    "no record": ({"sdjax": "[1]"}, "no record of an image"),
     "type": ({"sdjax": '{"prompt": "x", "steps": "3"}'}, "steps '3' in .* is not of type int"),
     "truth": ({"sdjax": '{"prompt": "x", "seed": true}'}, "seed 'True' in .* is not of type int"),
 }
@@ -178,7 +178,7 @@ def test_long_texts_take_linear_time(text):
 
 def test_garbage_is_an_answer_or_one_line(tmp_path):
     """Bytes changed, cut and put in, in whole files and in well-formed chunks: 300 cases."""
-    write_picture(tmp_path / "x.png", PICTURE, RECORD)
+    write_image(tmp_path / "x.png", PICTURE, RECORD)
     whole, answers = (tmp_path / "x.png").read_bytes(), 0
     texts = [parameters(RECORD), json.dumps(RECORD), OLD, NEW]
     for case in range(300):

@@ -25,7 +25,7 @@ LINES = [
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures of 32 x 16 pixels with all annotations; the map's class is the column's number."""
+    """Two images of 32 x 16 pixels with all annotations; the map's class is the column's number."""
     for i in range(2):
         Image.fromarray(np.full((16, 32, 3), 50 * i, np.uint8)).save(tmp_path / f"{i}.png")
         Image.fromarray(np.tile(np.arange(32, dtype=np.uint8), (16, 1))).save(tmp_path / f"{i}.map.png")
@@ -91,9 +91,9 @@ def test_maps_of_another_kind_or_size_are_one_line(folder):
     Image.fromarray(np.zeros((16, 32, 3), np.uint8)).save(folder / "0.map.png")
     Image.fromarray(np.zeros((8, 32), np.uint8)).save(folder / "1.map.png")
     pictures = source(f"folder:{folder}")
-    with pytest.raises(UserError, match="is a picture of mode RGB; it needs one channel of 8 bits"):
+    with pytest.raises(UserError, match="is an image of mode RGB; it needs one channel of 8 bits"):
         pictures[0]
-    with pytest.raises(UserError, match="has 8x32 pixels, its picture 16x32"):
+    with pytest.raises(UserError, match="has 8x32 pixels, its image 16x32"):
         pictures[1]
 
 
@@ -121,7 +121,7 @@ def test_folders_in_a_folder_are_classes(tmp_path):
 
 
 class Pairs(tfds.core.GeneratorBasedBuilder):
-    """One picture with two objects, as COCO has them: a box is (top, left, bottom, right)."""
+    """One image with two objects, as COCO has them: a box is (top, left, bottom, right)."""
 
     VERSION = tfds.core.Version("1.0.0")
 

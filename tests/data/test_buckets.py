@@ -1,4 +1,4 @@
-"""Buckets: the published table, the nearest by ratio, and pictures whose crop is where `sizes` says."""
+"""Buckets: the published table, the nearest by ratio, and images whose crop is where `sizes` says."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_crop_is_what_resizing_everything_and_cropping_gives(shape):
 
 
 def located(height, width):
-    """A picture whose red says the row, and whose green says the column, of a pixel."""
+    """An image whose red says the row, and whose green says the column, of a pixel."""
     image = np.zeros((height, width, 3), np.float64)
     image[..., 0] = np.linspace(0, 255, height)[:, None]
     image[..., 1] = np.linspace(0, 255, width)
@@ -163,7 +163,7 @@ def test_assigned_buckets_are_those_that_the_transform_finds():
     assert counts.min() >= 8
     assert counts.sum() == 60
     assert 1 < len(used) < len(buckets)
-    with pytest.raises(UserError, match="60 pictures cannot fill a bucket of 61"):
+    with pytest.raises(UserError, match="60 images cannot fill a bucket of 61"):
         occupied(source, buckets, 61)
 
 

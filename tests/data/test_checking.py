@@ -56,13 +56,13 @@ def test_folder_names_every_bad_line(tmp_path):
     (tmp_path / "metadata.jsonl").write_bytes(text.encode(errors="surrogateescape"))
     found = {int(bad.place.rsplit(" ", 1)[1]): bad.reason for bad in check(f"folder:{tmp_path}", minimum_side=4)}
     expected = {
-        2: "cannot read picture",
+        2: "cannot read image",
         3: "is not JSON",
         5: "which does not exist",
         6: "needs the strings file_name and text or caption",
         7: "the caption is empty",
-        8: "the picture has 9x3 pixels, and 4 are the least",
-        9: "not a picture",
+        8: "the image has 9x3 pixels, and 4 are the least",
+        9: "not an image",
         10: "outside the folder",
         11: "an earlier row has its id, 'a.png'",
         12: "is not JSON",
@@ -99,8 +99,8 @@ def test_tars_name_every_bad_member_and_go_on_after_a_bad_shard(tmp_path):
     found = [(bad.place.rpartition("/")[2], bad.reason) for bad in check(f"webdataset:{tmp_path}/{{0..3}}.tar")]
     expected = [
         ("0.tar member b", "has no caption"),
-        ("0.tar member c", "has no picture"),
-        ("0.tar member d", "not a picture"),
+        ("0.tar member c", "has no image"),
+        ("0.tar member d", "not an image"),
         ("1.tar", "truncated or no tar file"),
         ("1.tar member a", "has no caption"),
         ("2.tar", "No such file"),
@@ -125,7 +125,7 @@ def test_records_are_named_by_file_and_number(tmp_path):
     assert [place for place, _ in found] == ["0 record 1", "0 record 2", "0 record 3", "1", "2 record 0", "2 record 1"]
     for (_, said), reason in zip(
         found,
-        ["cannot read", "empty", "id, 'a'", "no ArrayRecord file", "not a picture", "has no caption"],
+        ["cannot read", "empty", "id, 'a'", "no ArrayRecord file", "not an image", "has no caption"],
         strict=True,
     ):
         assert reason in said

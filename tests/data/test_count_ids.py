@@ -17,7 +17,7 @@ from sdjax.data.count_ids import count
 from sdjax.data.loader import loader
 from sdjax.data.sources.open import ArraySource
 
-NAMES = np.array([f"picture {i}" for i in range(37)])
+NAMES = np.array([f"image {i}" for i in range(37)])
 SOURCE = ArraySource({"id": NAMES})
 BUCKETS = np.random.default_rng(0).permutation(np.repeat([0, 1, 4], [9, 12, 16]))
 LOADERS = {

@@ -1,4 +1,4 @@
-"""Squares drawn anew each time that a picture is read."""
+"""Squares drawn anew each time that an image is read."""
 
 import subprocess
 import sys

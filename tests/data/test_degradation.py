@@ -25,7 +25,7 @@ def test_bicubic_is_an_antialiased_resampling():
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_bsr_light_keeps_the_picture_where_it_is(factor):
-    """The result is near the means of the picture's blocks; nearer than if it is shifted by a pixel, and a shift to one
+    """The result is near the means of the image's blocks; nearer than if it is shifted by a pixel, and a shift to one
     side is as bad as one to the other: nothing has moved."""
     rng = np.random.default_rng(0)
     near, shifted = [], []
@@ -53,5 +53,5 @@ def test_bsr_light_is_random_and_of_a_seed():
 def test_wrong_ones_are_one_line():
     with pytest.raises(UserError, match=r"unknown degradation 'blur' in config.data.degradation"):
         LowResolution(4, "blur")
-    with pytest.raises(UserError, match=r"a picture of 30x30 pixels cannot be made 4 times smaller"):
+    with pytest.raises(UserError, match=r"an image of 30x30 pixels cannot be made 4 times smaller"):
         LowResolution(4).random_map({"image": np.zeros((30, 30, 3), np.uint8)}, np.random.default_rng(0))

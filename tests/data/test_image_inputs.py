@@ -43,7 +43,7 @@ def test_masks_take_the_nearest_pixel_as_torch_does(latents):
 
 
 def test_a_mask_is_cut_like_its_image():
-    """A white square in the picture's middle is in the middle of the latents, whatever the proportions."""
+    """A white square in the image's middle is in the middle of the latents, whatever the proportions."""
     mask = np.zeros((48, 60), np.uint8)
     mask[12:36, 18:42] = 255
     kept = load_mask(mask, (32, 32))[::4, ::4, 0]

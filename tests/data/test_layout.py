@@ -14,7 +14,7 @@ TOKENS = LayoutTokens(classes=601)
 
 def test_an_object_is_its_class_and_two_corners():
     """90 points a side: (0.5, 0.25) is round(0.25 * 89) * 90 + round(0.5 * 89) = 22 * 90 + 44 (Python rounds 44.5 to
-    44), (1, 0.75) is 67 * 90 + 89; then 29 times the last token three times, then the picture's own corners."""
+    44), (1, 0.75) is 67 * 90 + 89; then 29 times the last token three times, then the image's own corners."""
     found = TOKENS.encode([7], np.array([[0.5, 0.25, 0.5, 0.5]]))
     assert found.shape == (92,)
     assert found.dtype == np.int32
@@ -41,10 +41,10 @@ def test_objects_come_in_a_random_order_with_their_own_boxes():
     [
         ([601], [0, 0, 1, 1], "class 601 of a layout is not one of 0 to 600"),
         ([-1], [0, 0, 1, 1], "class -1 of a layout"),
-        ([0], [0.5, 0.5, 0.6, 0.1], "the box x=0.5, y=0.5, width=0.6, height=0.1 is not inside the picture"),
-        ([0], [-0.1, 0.5, 0.6, 0.1], "is not inside the picture"),
-        ([0], [0.1, 0.5, 0.0, 0.1], "is not inside the picture"),
-        ([0], [float("nan"), 0.5, 0.1, 0.1], "is not inside the picture"),
+        ([0], [0.5, 0.5, 0.6, 0.1], "the box x=0.5, y=0.5, width=0.6, height=0.1 is not inside the image"),
+        ([0], [-0.1, 0.5, 0.6, 0.1], "is not inside the image"),
+        ([0], [0.1, 0.5, 0.0, 0.1], "is not inside the image"),
+        ([0], [float("nan"), 0.5, 0.1, 0.1], "is not inside the image"),
     ],
 )
 def test_what_is_outside_is_one_line(kinds, box, message):

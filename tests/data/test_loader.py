@@ -14,8 +14,8 @@ from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.data.transforms.images import Flip, Select, Square, ToFloat, Tokenize, square
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints/openmoji/tokenizer"
-PICTURES = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
-SOURCE = ArraySource({"id": np.arange(12), "image": PICTURES})
+IMAGE_SUFFIXES = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
+SOURCE = ArraySource({"id": np.arange(12), "image": IMAGE_SUFFIXES})
 
 
 def ids(batches, count):
@@ -93,8 +93,8 @@ def test_flips_about_half_and_only_mirrors():
     for _ in range(20):
         batch = next(data)
         for key, image in zip(batch["id"], batch["image"], strict=True):
-            is_mirror = (image == PICTURES[key][:, ::-1]).all()
-            assert is_mirror or (image == PICTURES[key]).all()
+            is_mirror = (image == IMAGE_SUFFIXES[key][:, ::-1]).all()
+            assert is_mirror or (image == IMAGE_SUFFIXES[key]).all()
             mirrored += is_mirror
     assert 80 < mirrored < 160  # 240 coins: 120, standard deviation 8
 
@@ -103,7 +103,7 @@ def test_square_takes_the_middle_and_keeps_flat_colours():
     image = np.zeros((20, 60, 3), np.uint8)
     image[:, 20:40] = (200, 100, 50)
     np.testing.assert_array_equal(square(image, 10), np.full((10, 10, 3), (200, 100, 50), np.uint8))
-    np.testing.assert_array_equal(square(PICTURES[0], 4), PICTURES[0])
+    np.testing.assert_array_equal(square(IMAGE_SUFFIXES[0], 4), IMAGE_SUFFIXES[0])
 
 
 def test_transforms_in_a_row():
@@ -125,7 +125,7 @@ def test_in_order_gives_all_once():
 def test_error_in_a_picture_reaches_the_user_as_it_is():
     class Broken(grain.transforms.Map):
         def map(self, element):
-            raise UserError("cannot read picture x.png")
+            raise UserError("cannot read image x.png")
 
     with pytest.raises(UserError, match=r"x\.png"):
         next(loader(SOURCE, 4, 0, [Broken()]))

@@ -20,7 +20,7 @@ STEMS = {caption: stem for stem, caption in openmoji.captions().items()}
 
 
 def test_every_picture_has_the_group_that_unicode_gives_it():
-    """The totals of all 3,953 pictures, and some of them by name; those of multi-person emoji go by their first."""
+    """The totals of all 3,953 images, and some of them by name; those of multi-person emoji go by their first."""
     counts = collections.Counter(GROUPS[group(stem)] for stem in STEMS.values())
     assert counts["Flags"] == 269
     assert counts["Food & Drink"] == 135
@@ -37,7 +37,7 @@ def test_every_picture_has_the_group_that_unicode_gives_it():
 
 def test_regions_are_the_colours_of_the_drawing():
     """A grinning face: white around, black lines, a yellow face, a red mouth; and the map, painted in its colours, is
-    the picture, but for the edges."""
+    the image, but for the edges."""
     labels = label_map(STEMS["grinning face"])
     assert {PALETTE[i] for i in np.unique(labels)} == {"ffffff", "000000", "fcea2b", "ea5a47"}
     pictures = source("openmoji_regions", "held_out")

@@ -33,7 +33,7 @@ def row(index):
     bucket = (0, 2)[index % 2]
     height, width = TABLE[bucket]
     latents = rng.standard_normal((height // 8, width // 8, 8)).astype(jnp.bfloat16)
-    return PreparedRow(bucket, f"picture {index}", {"moments": latents, "index": np.array(index, np.int32)})
+    return PreparedRow(bucket, f"image {index}", {"moments": latents, "index": np.array(index, np.int32)})
 
 
 def writer(folder, shard=Shard(), **other):  # noqa: B008

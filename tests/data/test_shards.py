@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data.images import picture_size
+from sdjax.data.images import image_size
 from sdjax.data.sources import tar_index
 from sdjax.data.sources.array_records import encode, write_array_record
 from sdjax.data.sources.open import source
@@ -144,7 +144,7 @@ def cut(at):
     ("write", "said"),
     [
         (lambda path: write_tar(path, [("a.png", picture(1))]), r"a\.tar member a has no caption"),
-        (lambda path: write_tar(path, [("a.txt", b"x")]), r"a\.tar member a has no picture"),
+        (lambda path: write_tar(path, [("a.txt", b"x")]), r"a\.tar member a has no image"),
         (lambda path: write_tar(path, [("a.txt", b"x")] * 2 + [("a.png", picture(1))]), r"a\.txt is in the file twice"),
         (lambda path: write_tar(path, []), r"holds no examples"),
         (link, r"member a\.png is a link"),
@@ -167,7 +167,7 @@ def test_what_is_wrong_with_a_tar_is_named(tmp_path, write, said):
 @pytest.mark.parametrize(
     ("members", "said"),
     [
-        ([("a.png", picture(1)[:40]), ("a.txt", b"x")], r"cannot read picture .*a\.tar member a"),
+        ([("a.png", picture(1)[:40]), ("a.txt", b"x")], r"cannot read image .*a\.tar member a"),
         ([("a.png", picture(1)), ("a.txt", b"\xff\xfe")], r"a\.tar member a\.txt is not UTF-8"),
         ([("a.png", picture(1)), ("a.json", b'{"caption": 3}')], r"member a\.json needs the string text or caption"),
         ([("a.png", picture(1)), ("a.json", b"[" * 100_000)], r"member a\.json is not JSON"),
@@ -225,7 +225,7 @@ def test_array_records_give_back_what_was_written(tmp_path):
     [
         (b"x" * 50, r"cannot read .*a\.array_record record 1: Error while deserializing"),
         (pack({"image": np.zeros(3, np.uint8)}), r"record 1 has no caption, but image"),
-        (pack({"image": np.zeros(3, np.uint8), "caption": np.full(1, 255, np.uint8)}), "not a picture|not UTF-8"),
+        (pack({"image": np.zeros(3, np.uint8), "caption": np.full(1, 255, np.uint8)}), "not an image|not UTF-8"),
         (pack({"image": np.frombuffer(picture(1), np.uint8), "caption": np.full(1, 255, np.uint8)}), "is not UTF-8"),
     ],
 )
@@ -272,4 +272,4 @@ def test_sizes_are_those_of_upright_pictures(tmp_path):
         exif[0x0112] = orientation
         for kind in ("jpg", "png", "webp"):
             image.save(tmp_path / f"a.{kind}", exif=exif)
-            assert picture_size(tmp_path / f"a.{kind}") == ((4, 2) if orientation >= 5 else (2, 4)), (kind, orientation)
+            assert image_size(tmp_path / f"a.{kind}") == ((4, 2) if orientation >= 5 else (2, 4)), (kind, orientation)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data.images import read_picture
+from sdjax.data.images import read_image
 from sdjax.data.sources import openmoji
 from sdjax.data.sources.open import ArraySource, CachedSource, FolderSource, source
 
@@ -62,7 +62,7 @@ def test_bad_line_is_named(tmp_path, row, said):
 def test_missing_and_empty_lists_are_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*nowhere/metadata\.jsonl"):
         source(f"folder:{tmp_path}/nowhere")
-    with pytest.raises(UserError, match="lists no pictures"):
+    with pytest.raises(UserError, match="lists no images"):
         source(folder_of(tmp_path, []))
 
 
@@ -77,12 +77,12 @@ def bomb(width, height):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (lambda png: png[: len(png) // 2], "cannot read picture .*bad.png"),
-        (lambda png: b"not a picture", "not a picture in PNG, JPEG"),
-        (lambda png: b"", "not a picture in PNG, JPEG"),
-        (lambda png: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture in PNG, JPEG"),
+        (lambda png: png[: len(png) // 2], "cannot read image .*bad.png"),
+        (lambda png: b"not an image", "not an image in PNG, JPEG"),
+        (lambda png: b"", "not an image in PNG, JPEG"),
+        (lambda png: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in PNG, JPEG"),
         (lambda png: bomb(9000, 9000), "9000x9000 pixels; at most"),
-        (lambda png: bomb(60000, 60000), "cannot read picture .*bad.png"),
+        (lambda png: bomb(60000, 60000), "cannot read image .*bad.png"),
     ],
 )
 def test_unreadable_picture_is_named_with_its_line(tmp_path, content, said):
@@ -108,7 +108,7 @@ def test_transparency_becomes_white_and_modes_become_rgb(tmp_path):
         ("bits", Image.new("1", (1, 1), 1), (255, 255, 255)),
     ]:
         image.save(tmp_path / f"{name}.png")
-        assert tuple(read_picture(tmp_path / f"{name}.png")[0, 0]) == expected, name
+        assert tuple(read_image(tmp_path / f"{name}.png")[0, 0]) == expected, name
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -116,7 +116,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6  # the camera was turned: width and height change places
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_picture(tmp_path / "turned.jpg").shape == (4, 2, 3)
+    assert read_image(tmp_path / "turned.jpg").shape == (4, 2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_unknown_source_names_the_choices():
 def test_cache_reads_once_up_to_its_limit(tmp_path):
     rows = [{"file_name": "a.png", "text": "x"}, {"file_name": "b.png", "text": "y"}]
     folder_of(tmp_path, rows, ("a.png", "b.png"))
-    cached = CachedSource(FolderSource(tmp_path), limit=40)  # one picture has 36 bytes
+    cached = CachedSource(FolderSource(tmp_path), limit=40)  # one image has 36 bytes
     first = [cached[i] for i in range(2)]
     for name in ("a.png", "b.png"):
         (tmp_path / name).unlink()

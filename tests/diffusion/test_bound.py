@@ -1,4 +1,4 @@
-"""Bits per dimension where they are known: of a network that knows the picture, and by the entropy of a Gaussian."""
+"""Bits per dimension where they are known: of a network that knows the image, and by the entropy of a Gaussian."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_respacing_keeps_the_noise_levels():
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
 def test_a_network_that_knows_the_picture_pays_for_its_variance_alone(variance):
     """With the lower variance the steps cost nothing; with the upper one 0.5 (log r - 1 + 1/r) nats, r being the ratio
-    of the variances; and the picture what a bin of 2/255 around it has, to 1e-3 bits. "learned" answers v = -1."""
+    of the variances; and the image what a bin of 2/255 around it has, to 1e-3 bits. "learned" answers v = -1."""
     _, few = respaced(SCHEDULE, 20)
     abar = jnp.asarray(SCHEDULE.alphas_cumprod, jnp.float32)
 

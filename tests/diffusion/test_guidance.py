@@ -154,7 +154,7 @@ def test_ancestral_steps_move_their_mean_as_adm_does(variance):
 
 
 def test_guides_add_up():
-    """Two classifiers, and a picture over one: nothing of the inner one is lost."""
+    """Two classifiers, and an image over one: nothing of the inner one is lost."""
     x, sigma, t = jnp.asarray(X), jnp.float32(1.7), jnp.float32(9.0)
     denoise = lambda x, sigma, t: x / (1.0 + sigma**2)  # noqa: E731
     towards = lambda y: lambda x, t: -0.5 * jnp.square(y - x).sum((1, 2, 3))  # noqa: E731

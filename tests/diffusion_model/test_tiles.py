@@ -11,7 +11,7 @@ import pytest
 
 from sdjax.checkpoints.layouts.diffusers import read_component
 from sdjax.core.errors import UserError
-from sdjax.data.images import read_picture
+from sdjax.data.images import read_image
 from sdjax.data.sources.openmoji import render
 from sdjax.diffusion_model.tiles import decode_tiled, encode_tiled
 from sdjax.models.autoencoder import Autoencoder
@@ -83,7 +83,7 @@ def shipped():
     """Decoder and encoder of the model in the repository, and nine drawings in [-1, 1], [9 128 128 3]."""
     component = read_component(SHIPPED / "vae", "vae")
     model, params = Autoencoder(component.config), {"params": component.params}
-    pictures = np.stack([read_picture(render(stem)) for stem in DRAWINGS]) / np.float32(127.5) - 1.0
+    pictures = np.stack([read_image(render(stem)) for stem in DRAWINGS]) / np.float32(127.5) - 1.0
     return (
         jax.jit(lambda z: model.apply(params, z, method="decode")),
         jax.jit(lambda x: model.apply(params, x, method="encode").mean),
@@ -124,7 +124,7 @@ def test_no_seam_is_seen_in_the_shipped_models_pictures(shipped):
 
 
 def test_latents_in_tiles_decode_to_the_picture(shipped):
-    """What comes back of a picture encoded in tiles is as near to it as without tiles, to a decibel."""
+    """What comes back of an image encoded in tiles is as near to it as without tiles, to a decibel."""
     decode, encode, pictures = shipped
     mosaic = pictures.reshape(3, 3, 128, 128, 3).swapaxes(1, 2).reshape(1, 384, 384, 3)
     whole, tiled = encode(mosaic), encode_tiled(encode, mosaic, 24, 12, 8)

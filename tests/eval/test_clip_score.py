@@ -1,4 +1,4 @@
-"""CLIP's score beside transformers' own model and picture processor, from sample.py's records."""
+"""CLIP's score beside transformers' own model and image processor, from sample.py's records."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def pictures(tmp_path_factory):
 
 
 def test_the_score_is_that_of_transformers(folder, pictures):
-    """To 1e-3 of 100, pictures of several shapes, five of them two at a time."""
+    """To 1e-3 of 100, images of several shapes, five of them two at a time."""
     model = transformers.CLIPModel.from_pretrained(folder)
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
@@ -61,7 +61,7 @@ def test_the_score_is_that_of_transformers(folder, pictures):
     cosines = (100 * output.image_embeds @ output.text_embeds.T).numpy()
     source = PlainFolder(pictures, without=("grid.png",))
     assert captions_of(pictures, source) == PROMPTS
-    best = cosines.argmax(1)  # each picture's own best prompt: scores that are surely above zero
+    best = cosines.argmax(1)  # each image's own best prompt: scores that are surely above zero
     assert cosines.max(1).mean() > 5
     found = clip_score(read_clip(folder), source, [PROMPTS[i] for i in best], 2)
     assert found == pytest.approx(float(cosines.max(1).mean()), abs=1e-3)

@@ -26,7 +26,7 @@ def test_features_are_adaptive_means():
 
 
 def test_retrieval_counts_ranks():
-    """A gallery on a line: each sample's rank of its own picture can be read off."""
+    """A gallery on a line: each sample's rank of its own image can be read off."""
     gallery = np.arange(10.0)[:, None]
     sampled = np.array([[3.1], [3.1], [3.1], [0.2]])
     own = [3, 5, 9, 0]  # ranks 0, 3 (behind 3, 4, 2), 8, 0

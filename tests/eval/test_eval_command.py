@@ -1,4 +1,4 @@
-"""python -m sdjax.eval on folders of pictures, with networks drawn at random under their published names."""
+"""python -m sdjax.eval on folders of images, with networks drawn at random under their published names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COUNT = 6
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Real pictures, and sampled ones that are near their pairs."""
+    """Real images, and sampled ones that are near their pairs."""
     root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for name in ("real", "fake"):
         (root / name).mkdir()
@@ -92,15 +92,15 @@ def test_all_metrics_of_two_folders(run, folders, networks, tmp_path):
     assert figures["psnr"] == pytest.approx(float(-10.0 * error.log10().mean()), rel=1e-5)
     assert 0.3 < figures["ssim"] < 1.0
     assert {"sfid", "precision", "recall"} <= set(figures)
-    # The real pictures' features are kept.
+    # The real images' features are kept.
     again, said = run(f"--fake={folders}/fake", f"--real={folders}/real", "--metrics=kid", *sizes)
     assert again["kid"] == figures["kid"]
     assert "real:" not in said
-    # Statistics of others take the pictures' place.
+    # Statistics of others take the images' place.
     np.savez(tmp_path / "stats.npz", mu=real.mean(0).double(), sigma=rows[1].T @ rows[1])
     again, _ = run(f"--fake={folders}/fake", f"--real={tmp_path}/stats.npz", "--metrics=fid", "--batch_size=4")
     assert again["fid"] == pytest.approx(figures["fid"], rel=1e-3)
-    with pytest.raises(UserError, match=r"stats\.npz holds statistics, and this metric needs the pictures"):
+    with pytest.raises(UserError, match=r"stats\.npz holds statistics, and this metric needs the images"):
         run(f"--fake={folders}/fake", f"--real={tmp_path}/stats.npz", "--metrics=kid")
 
 
@@ -120,7 +120,7 @@ def test_an_autoencoder_with_a_codebook(run, folders, networks, tmp_path):
     config.task.crop = config.data.size = 64
     other = make(config, make_mesh({"data": -1}))
     other.export(drawn(jax.eval_shape(other.init, jax.random.key(0))), tmp_path / "other")
-    with pytest.raises(UserError, match="pictures of 48x48 do not suit"):
+    with pytest.raises(UserError, match="images of 48x48 do not suit"):
         run(f"--autoencoder={tmp_path}/other", f"--real={folders}/real")
 
 
@@ -141,7 +141,7 @@ def test_a_missing_network_is_named_and_the_rest_computed(run, folders, monkeypa
         (["--fake={0}/fake"], "--real is required"),
         (["--fake={0}/fake", "--real={0}/real", "--metrics=fidd"], "unknown metric 'fidd' in --metrics; choose"),
         (["--fake={0}/nowhere", "--real={0}/real"], "there is no folder"),
-        (["--fake={0}/fake", "--real={0}/real", "--limit=3", "--metrics=psnr"], "6 sampled and 3 real pictures"),
+        (["--fake={0}/fake", "--real={0}/real", "--limit=3", "--metrics=psnr"], "6 sampled and 3 real images"),
         (["--fake={0}/fake", "--real={0}/none.npz"], "cannot read"),
     ],
 )

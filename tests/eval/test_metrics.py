@@ -1,4 +1,4 @@
-"""Metrics beside torch-fidelity's, scikit-image's and transformers', on the same features, pictures and weights."""
+"""Metrics beside torch-fidelity's, scikit-image's and transformers', on the same features, images and weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REAL = (RNG.standard_normal((260, 24)) @ MIX * 1.1 + 1.2).astype("f")
 
 
 def test_frechet_distance_is_torch_fidelitys():
-    """1e-6; also with fewer pictures than features, where their eigenvalues have noise below zero (1e-3)."""
+    """1e-6; also with fewer images than features, where their eigenvalues have noise below zero (1e-3)."""
     theirs = fidelity("metric_fid")
     for rows, tolerance in ((300, 1e-6), (20, 1e-3)):
         a, b = FAKE[:rows].astype(np.float64), REAL[:rows].astype(np.float64)
@@ -64,7 +64,7 @@ def test_inception_score_is_torch_fidelitys():
 
 
 def test_precision_and_recall_are_torch_fidelitys():
-    """Both count pictures; theirs are divided in float32."""
+    """Both count images; theirs are divided in float32."""
     theirs = fidelity("metric_prc").prc_features_to_metric
     narrow = FAKE[:150] * np.float32(0.97)
     expected = theirs(torch.from_numpy(narrow), torch.from_numpy(REAL), verbose=False, save_cpu_ram=False)
@@ -84,7 +84,7 @@ def test_ssim_is_scikit_images():
 
 
 def test_inceptions_features_are_torch_fidelitys(networks):
-    """1e-3 of the largest, for pictures smaller and larger than the network's."""
+    """1e-3 of the largest, for images smaller and larger than the network's."""
     theirs, params = networks
     ours = jax.jit(lambda images: Inception().apply({"params": params}, images))
     for shape in ((2, 32, 32, 3), (2, 320, 310, 3)):
@@ -154,15 +154,15 @@ def test_published_sizes():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: gaussian(FAKE[:1], "sampled"), "sampled: a covariance needs 2 pictures or more, and there is 1"),
-        (lambda: gaussian(np.ones((4, 3)), "real"), "real: all 4 pictures are alike, so their covariance is zero"),
+        (lambda: gaussian(FAKE[:1], "sampled"), "sampled: a covariance needs 2 images or more, and there is 1"),
+        (lambda: gaussian(np.ones((4, 3)), "real"), "real: all 4 images are alike, so their covariance is zero"),
         (
             lambda: gaussian(np.array([[0, np.nan], [1, 2.0]]), "real"),
-            "real: the features of 1 pictures are not",
+            "real: the features of 1 images are not",
         ),
         (lambda: precision_recall(FAKE[:3], REAL), "look at 3 neighbours, and there are 3 sampled and 260 real"),
-        (lambda: kernel_distance(FAKE[:9], REAL), "KID takes subsets of 1000 pictures, and there are 9 and 260"),
-        (lambda: inception_score(FAKE[:9]), "takes 10 splits, and there are 9 pictures"),
+        (lambda: kernel_distance(FAKE[:9], REAL), "KID takes subsets of 1000 images, and there are 9 and 260"),
+        (lambda: inception_score(FAKE[:9]), "takes 10 splits, and there are 9 images"),
         (lambda: ssim(np.zeros((1, 8, 20, 3)), np.zeros((1, 8, 20, 3))), "sides of 11 pixels or more"),
     ],
 )

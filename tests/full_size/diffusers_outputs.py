@@ -1,6 +1,6 @@
 """Runs the UNet and the decoder of a diffusers FOLDER in diffusers, in a process of its own, whose memory then is free.
 
-Inputs are arrays of INPUTS.npz, channels last; OUTPUTS.npz gets "unet" and "picture", channels last too.
+Inputs are arrays of INPUTS.npz, channels last; OUTPUTS.npz gets "unet" and "image", channels last too.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ TOTALS = {
 
 
 RNG = np.random.default_rng(0)
-PICTURES = RNG.uniform(-1, 1, (2, 32, 48, 3)).astype(np.float32)
+IMAGE_SUFFIXES = RNG.uniform(-1, 1, (2, 32, 48, 3)).astype(np.float32)
 LATENTS = RNG.standard_normal((2, 8, 12, 3), np.float32)
 SIZES = {"block_out_channels": (16, 32, 32), "layers_per_block": 2, "latent_channels": 3, "norm_num_groups": 8}
 PLAIN = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
@@ -65,9 +65,9 @@ def test_moments_and_pictures_agree_with_diffusers_to_1e_4(structure):
     for gain in GAINS:
         params = translated(randomised(torch_vae, gain), conversion.TABLE, shapes)
         with torch.no_grad():
-            expected = torch_vae.encode(channels_first(PICTURES)).latent_dist
+            expected = torch_vae.encode(channels_first(IMAGE_SUFFIXES)).latent_dist
             decoded = channels_last(torch_vae.decode(channels_first(LATENTS)).sample)
-        found = encode(params, PICTURES)
+        found = encode(params, IMAGE_SUFFIXES)
         np.testing.assert_allclose(found.mean, channels_last(expected.mean), atol=1e-4, rtol=0)
         np.testing.assert_allclose(found.logvar, channels_last(expected.logvar), atol=1e-4, rtol=0)
         assert decoded.std() > 0.1
@@ -82,10 +82,10 @@ def test_rounded_latents_agree_with_diffusers_to_1e_4(structure):
     assert config.codes == 40
     params = translated(randomised(torch_vae), conversion.TABLE, conversion.shapes(config))
     model = autoencoder_of(config)
-    found = jax.jit(lambda x: model.apply({"params": params}, x, method="encode"))(PICTURES)
+    found = jax.jit(lambda x: model.apply({"params": params}, x, method="encode"))(IMAGE_SUFFIXES)
     pictures = jax.jit(lambda z: model.apply({"params": params}, z, method="decode"))(LATENTS)
     with torch.no_grad():
-        expected = torch_vae.encode(channels_first(PICTURES)).latents
+        expected = torch_vae.encode(channels_first(IMAGE_SUFFIXES)).latents
         decoded = torch_vae.decode(channels_first(LATENTS)).sample
         unrounded = torch_vae.decode(channels_first(LATENTS), force_not_quantize=True).sample
     np.testing.assert_allclose(found.mean, channels_last(expected), atol=1e-4, rtol=0)

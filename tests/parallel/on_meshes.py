@@ -2,7 +2,7 @@
 
     python tests/parallel/on_meshes.py --config=NAME [--config.section.key=value] --output=FILE.npz --mesh=data=2,fsdp=4
 
-What came out is written as arrays: `losses` [meshes, 3, 2] with norms of gradients, `pictures` [meshes, h, w, 3] by the
+What came out is written as arrays: `losses` [meshes, 3, 2] with norms of gradients, `images` [meshes, h, w, 3] by the
 first state, and `bytes`, those of the training state that the first device holds.
 """
 
@@ -25,7 +25,7 @@ from sdjax.parallel.batches import put_batch, rows_of_process
 from sdjax.parallel.distributed import initialise, is_first
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.mesh_text import parse_mesh
-from sdjax.parallel.sharding import placer
+from sdjax.parallel.sharding import sharded_put
 from sdjax.parallel.trees import tree_shardings
 from sdjax.tasks.make import make_task
 from sdjax.training.optim import make_optimizer
@@ -50,7 +50,7 @@ def main() -> None:
         config.task.text = "tokens"  # of captions that need no prepared data
     first = make_mesh({"data": -1})
     task, optimizer = make_task(config, first), make_optimizer(config.optim, STEPS)
-    frozen, initial = split_frozen(task, task.pretrained(placer(first)))
+    frozen, initial = split_frozen(task, task.pretrained(sharded_put(first)))
     state = init_state(task, optimizer, 0, first, initial)
     made = [run(task, optimizer, state, frozen, parse_mesh(mesh)) for mesh in values["mesh"].value]
     losses, pictures, held = zip(*made, strict=True)
@@ -61,7 +61,7 @@ def main() -> None:
 def run(
     task: Task, optimizer: optax.GradientTransformation, state: TrainState, frozen: Params, sizes: dict[str, int]
 ) -> tuple[list[tuple[float, float]], np.ndarray, int]:
-    """Losses with norms of gradients, a picture by the first state, and the bytes of state on one device."""
+    """Losses with norms of gradients, an image by the first state, and the bytes of state on one device."""
     started = time.perf_counter()
     mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):

@@ -69,7 +69,7 @@ def finish(*running: subprocess.Popen) -> None:
 
 
 def compare(case: str, tmp_path: Path, meshes: list[str], names: list[str]) -> None:
-    """Losses and norms of gradients to 1e-4 of themselves, pictures to 2 levels of 255, bytes as the meshes divide."""
+    """Losses and norms of gradients to 1e-4 of themselves, images to 2 levels of 255, bytes as the meshes divide."""
     one, *others = (np.load(tmp_path / f"{name}.npz") for name in names)
     assert len(np.unique(one["losses"][0])) == 6
     assert one["pictures"][0].std() > 1.0
@@ -130,7 +130,7 @@ def quantised(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def annotated(pictures, tmp_path_factory) -> Path:
-    """Pictures with classes, boxes and label maps."""
+    """Images with classes, boxes and label maps."""
     folder, lines = tmp_path_factory.mktemp("annotated"), []
     for i in range(16):
         shutil.copy(pictures / f"{i}.png", folder)

@@ -175,9 +175,9 @@ def test_given_images_are_read_once(script, run, ours, tmp_path, monkeypatch):
     """A job's rows are prepared once: what checks a request is what is run."""
     Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "given.png")
     read, prepared = [], []
-    read_picture, prepare = image_inputs.read_picture, ours.prepare
+    read_image, prepare = image_inputs.read_image, ours.prepare
     monkeypatch.setattr(
-        image_inputs, "read_picture", lambda file, place="": read.append(str(file)) or read_picture(file, place)
+        image_inputs, "read_picture", lambda file, place="": read.append(str(file)) or read_image(file, place)
     )
     monkeypatch.setattr(ours, "prepare", lambda prompts, *a, **k: prepared.append(prompts) or prepare(prompts, *a, **k))
     code, _, err = run(*TWO, *FAST, "--init_image=given.png", "--outdir=o")
@@ -214,14 +214,14 @@ BAD = {
     "strength of nothing": ([P, "--strength=0.5"], "strength 0.5 changes nothing without an init_image"),
     "feather of nothing": ([P, "--feather=2"], "feather 2.0 changes nothing without a mask"),
     "hires of nothing": ([P, "--hires_strength=0.3"], "hires_strength 0.3 changes nothing without hires"),
-    "hires of a picture": ([P, "--hires=2", "--init_image=fine.png"], "hires 2 is for images from a prompt alone"),
+    "hires of an image": ([P, "--hires=2", "--init_image=fine.png"], "hires 2 is for images from a prompt alone"),
     "size of an SDXL": ([P, "--crop=3,4"], r"crop \(3, 4\) changes nothing: sd1 is conditioned on prompt; "),
     "empty name": (["--from_image="], "cannot read the settings of "),
     "index": ([P, "--first_index=3000000000"], "first_index 3000000000 in --first_index: choose an integer of 0 to"),
     "huge": ([P, "--width=100000000"], "width 100000000 in --width: choose an integer of 1 to 16384"),
     "second line": (["--from_file=two.txt"], "nowhere.png"),
-    "picture": ([P, "--init_image=broken.png"], "cannot read picture broken.png"),
-    "no picture": ([P, "--init_image=nowhere.png"], "nowhere.png"),
+    "picture": ([P, "--init_image=broken.png"], "cannot read image broken.png"),
+    "no image": ([P, "--init_image=nowhere.png"], "nowhere.png"),
     "mask": ([P, "--mask=fine.png"], "mask changes nothing without an init_image"),
     "mask of another size": (
         [P, "--mask=small.png", "--init_image=fine.png"],

@@ -68,7 +68,7 @@ def donated(known: Known) -> dict:
 
 
 def convolution(known: Known) -> dict:
-    """3x3, 8 to 16 channels, over 4 pictures of 10x10 without padding, one a device; and the kernel's gradient."""
+    """3x3, 8 to 16 channels, over 4 images of 10x10 without padding, one a device; and the kernel's gradient."""
     x, kernel = known.on((4, 10, 10, 8), "fsdp"), known.on((3, 3, 8, 16))
 
     def apply(x, kernel):

@@ -84,6 +84,6 @@ def test_the_command_plans_a_config(found: dict[str, Any]):
     assert step["memory"]["arguments"] + step["memory"]["beside"] == found["command"]["specs"]
     assert step["unknown_loops"] == 0
     assert step["flops"]["device"] > 0.1 * step["flops"]["model"] / 4
-    assert "all-reduce" in step["moved"], "gradients of devices that see other pictures are summed"
+    assert "all-reduce" in step["moved"], "gradients of devices that see other images are summed"
     assert "| training step |" in found["printed"]
     assert found["command"]["told"].startswith("python -m sdjax.plan --config=")

@@ -12,13 +12,13 @@ SIZES = ((48, 48), (40, 80), (96, 48))  # height, width
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """Twenty-four captioned pictures of noise, a third of them square, a third wide, a third tall."""
+    """Twenty-four captioned images of noise, a third of them square, a third wide, a third tall."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     lines = []
     for i in range(24):
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
         coarse.resize(SIZES[i % 3][::-1], Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a picture of the number {i}"}))
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"an image of the number {i}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder

@@ -36,7 +36,7 @@ def classifier():
 
 
 def test_the_loss_is_the_cross_entropy_of_noisy_pictures(classifier, tmp_path):
-    """Beside torch's, of the logits of pictures that are noised by hand: to 1e-5. And a stored one says the same."""
+    """Beside torch's, of the logits of images that are noised by hand: to 1e-5. And a stored one says the same."""
     config, task, params = classifier
     batch = next(task.batch(params))
     key = jax.random.key(2)
@@ -106,7 +106,7 @@ def test_the_loss_depends_on_the_class():
     ("change", "message"),
     [
         ({"variant": "adm_32"}, "unknown variant 'adm_32' in config.model.classifier.variant"),
-        ({"size": 32}, "config.data.size=16; the classifier is made for pictures of 32"),
+        ({"size": 32}, "config.data.size=16; the classifier is made for images of 32"),
         ({"colour": 3}, "unknown size 'colour' in config.model.classifier"),
     ],
 )

@@ -22,7 +22,7 @@ from sdjax.checkpoints.storage.safetensors import read_safetensors
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import placer
+from sdjax.parallel.sharding import sharded_put
 from sdjax.tasks.autoencoder import make
 from sdjax.training.optim import make_optimizer
 
@@ -57,7 +57,7 @@ def case(request, weights, pictures, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SDJAX_WEIGHTS", str(weights))
         task = make(config_of(name, pictures, start=3, **changes), make_mesh({"data": -1}))
-        stored = task.pretrained(placer(make_mesh({"data": -1})))
+        stored = task.pretrained(sharded_put(make_mesh({"data": -1})))
     params = drawn(jax.eval_shape(task.init, jax.random.key(0))) | stored
     if "logvar" in params:
         params["logvar"] = {"value": np.float32(-0.3)}
@@ -128,7 +128,7 @@ def test_the_objective_and_its_gradients_are_those_of_the_original(case, step):
     x = channels_first(image.astype(np.float32) / 127.5 - 1.0)
     logvar = torch.tensor(float(params.get("logvar", {"value": 0.0})["value"]), requires_grad=True)
     own, judged, log = reference(modules, changes, x, channels_first(noise), logvar, step >= 3)
-    # What the original sums over a picture is a mean here.
+    # What the original sums over an image is a mean here.
     scale = x[0].numel() if isinstance(vae, diffusers.AutoencoderKL) else 1
     for module in (vae, critic):
         module.zero_grad()

@@ -32,7 +32,7 @@ from sdjax.diffusion_model.conditioners.tokens import LayoutConditioner
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig, Rescaler, RescalerConfig
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import placer
+from sdjax.parallel.sharding import sharded_put
 from sdjax.tasks.diffusion import drop_condition, make_model
 from sdjax.tasks.make import make_task
 
@@ -75,7 +75,7 @@ def ready(config):
     """A task with all of its parameters, every one of them random: zeros would hide mistakes."""
     mesh = make_mesh({"data": -1})
     task = make_task(config, mesh)
-    return task, drawn(jax.eval_shape(task.init, jax.random.key(0))) | task.pretrained(placer(mesh))
+    return task, drawn(jax.eval_shape(task.init, jax.random.key(0))) | task.pretrained(sharded_put(mesh))
 
 
 def exported(config, folder):

@@ -85,7 +85,7 @@ def pipeline(trained, first_stage):
 
 
 def quality(folder) -> float:
-    """Mean PSNR of the held-out pictures, in dB."""
+    """Mean PSNR of the held-out images, in dB."""
     vae = read_component(folder / "vae", "vae")
     images = np.stack([row["image"] for row in held_out(64)])
     parts = [reconstruct(autoencoder_of(vae.config), vae.params, images[i : i + 30]) for i in range(0, len(images), 30)]
@@ -105,7 +105,7 @@ def test_a_vq_first_stage_passes_22_db(trained):
 
 
 def test_holes_are_filled_better_than_by_the_mean_colour(pipeline):
-    """Less squared error in the hole than the mean of what is around it; all around it is the given picture."""
+    """Less squared error in the hole than the mean of what is around it; all around it is the given image."""
     pipe, rng = pipeline("inpainting"), np.random.default_rng(0)
     ours, plain = [], []
     for row in held_out(64)[:48]:
@@ -163,7 +163,7 @@ def test_a_label_map_decides_the_colours(pipeline):
 
 
 def test_samples_of_a_class_are_taken_for_it(pipeline, classifier):
-    """By a classifier of real pictures, three times as often as chance."""
+    """By a classifier of real images, three times as often as chance."""
     pipe, (model, params), right = pipeline("classes"), classifier, []
     for label in range(len(GROUPS)):
         images = pipe(class_label=label, num_images=16, guidance_scale=2.0)
@@ -186,7 +186,7 @@ def test_guidance_makes_the_classifier_surer(pixel_model, classifier_folder, cla
 
 
 def test_a_learned_variance_costs_fewer_bits_in_50_steps(pixel_model):
-    """iDDPM's claim, on held-out pictures."""
+    """iDDPM's claim, on held-out images."""
     found = bits(pixel_model, sources.source("openmoji", "held_out"), 50, 30)
     print(found)
     learned = found.pop("bits_per_dimension_learned_50")

@@ -28,7 +28,7 @@ from sdjax.data.prepared.dataset import PreparedSource
 from sdjax.data.transforms.buckets import cover, resize_crop
 from sdjax.parallel.batches import put_batch
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import placer
+from sdjax.parallel.sharding import sharded_put
 from sdjax.prepare import prepare
 from sdjax.tasks.diffusion import checkpoint_of, drop_condition, make, make_model
 from sdjax.tasks.make import make_task
@@ -71,7 +71,7 @@ def case(request, pictures, tmp_path_factory):
     config.task.update(components=str(theirs), initial=str(theirs), dropout=0.5)
     prepare(config, folder / "data", batch_size=8)
     task = make(config, mesh)
-    return Case(config, task, task.pretrained(placer(mesh)), theirs, PreparedSource(folder / "data"))
+    return Case(config, task, task.pretrained(sharded_put(mesh)), theirs, PreparedSource(folder / "data"))
 
 
 def written(config: ConfigDict, folder: Path) -> Path:
@@ -98,7 +98,7 @@ def texts(folder: Path, captions: list[str]) -> dict[str, torch.Tensor]:
 
 
 def test_prepared_rows_are_what_pytorch_says(case):
-    """Moments and embeddings of every picture, stored in half precision: 2e-3 of their largest value."""
+    """Moments and embeddings of every image, stored in half precision: 2e-3 of their largest value."""
     config, theirs, source = case.config, case.theirs, case.source
     assert len(source) == 24
     vae = diffusers.AutoencoderKL.from_pretrained(theirs / "vae").eval()
@@ -112,7 +112,7 @@ def test_prepared_rows_are_what_pytorch_says(case):
         with torch.no_grad():
             moments = vae.encode(torch.tensor(cut).permute(2, 0, 1)[None]).latent_dist.parameters
         expected = {"moments": moments[0].permute(1, 2, 0)}
-        expected |= {k: v[0] for k, v in texts(theirs, [f"a picture of the number {index}"]).items()}
+        expected |= {k: v[0] for k, v in texts(theirs, [f"an image of the number {index}"]).items()}
         for key, value in expected.items():
             np.testing.assert_allclose(row[key], value, atol=2e-3 * float(np.abs(value).max()), err_msg=key)
         if "sizes" in row:
@@ -178,7 +178,7 @@ def test_tokens_give_the_prepared_embeddings(case):
     config.task.text = "tokens"
     model, condition = make_model(config)
     rows = [case.source[i] for i in range(4)]
-    captions = [f"a picture of the number {i}" for i in range(4)]
+    captions = [f"an image of the number {i}" for i in range(4)]
     tokens = np.stack([condition.loaded[name].encode(captions) for name in condition.tokenizers], axis=1)
     stored = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "moments"}
     told = {"tokens": tokens} | {name: stored[name] for name in ("sizes",) if name in stored}
@@ -240,7 +240,7 @@ def trained(config: ConfigDict, batch: dict, folder: Path, steps: int) -> tuple[
     mesh, optimizer = make_mesh({"data": -1}), optax.adam(1e-3)
     config.task.update(components=str(written(config, folder / "before")), initial=str(folder / "before"))
     task = make_task(config, mesh)
-    frozen, initial = split_frozen(task, task.pretrained(placer(mesh)))
+    frozen, initial = split_frozen(task, task.pretrained(sharded_put(mesh)))
     start = jax.tree.map(np.array, merge(frozen, initial))
     state, step = init_state(task, optimizer, 0, mesh, initial), make_step(task, optimizer, 0, decay=0.9)
     for _ in range(steps):

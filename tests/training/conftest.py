@@ -8,7 +8,7 @@ from configs import openmoji
 
 @pytest.fixture(scope="session")
 def make_config(pictures):
-    """make_config(variant, steps): a tiny config over the sixteen pictures whose rate does not depend on `steps`."""
+    """make_config(variant, steps): a tiny config over the sixteen images whose rate does not depend on `steps`."""
 
     def make(variant: str, steps: int = 4) -> ConfigDict:
         config = openmoji.get_config(variant)

@@ -17,7 +17,7 @@ from torch_reference import drawn
 import train
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.parallel.mesh import make_mesh
-from sdjax.parallel.sharding import placer
+from sdjax.parallel.sharding import sharded_put
 from sdjax.tasks.make import make_task
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import init_state
@@ -75,14 +75,14 @@ def test_a_run_begins_from_a_given_model(make_config, first_stage, whole):
     config.task.first_stage, config.task.initial = str(first_stage), str(whole / "export")
     mesh = make_mesh(config.mesh)
     task = make_task(config, mesh)
-    _, initial = split_frozen(task, task.pretrained(placer(mesh)))
+    _, initial = split_frozen(task, task.pretrained(sharded_put(mesh)))
     state = init_state(task, make_optimizer(config.optim, 2), config.train.seed, mesh, initial)
     before = state_of(whole, 4)
     for found in (state.params, state.ema):
         jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.float32(np.float16(y))), found, before["ema"])
     config.model.unet.channels = (32, 96)
     with pytest.raises(UserError, match=r"task\.initial"):
-        make_task(config, mesh).pretrained(placer(mesh))
+        make_task(config, mesh).pretrained(sharded_put(mesh))
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, caps
 
 
 def test_check_data_reports_every_bad_row(pictures, tmp_path, monkeypatch, capsys):
-    """Exit code 2 and a line for each of two broken pictures; 0 for a sound folder; no workdir is asked for."""
+    """Exit code 2 and a line for each of two broken images; 0 for a sound folder; no workdir is asked for."""
     broken = tmp_path / "pictures"
     shutil.copytree(pictures, broken)
     for name in ("3.png", "7.png"):

@@ -30,7 +30,7 @@ from sdjax.checkpoints.checkpoint import (
     write_tokenizer,
 )
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
-from sdjax.checkpoints.mapping import Placer, export
+from sdjax.checkpoints.mapping import Put, export
 from sdjax.checkpoints.networks import autoencoder, clip, unet, unet2d
 from sdjax.checkpoints.storage.safetensors import read_json, write_json, write_safetensors
 from sdjax.checkpoints.storage.weights import find_weights
@@ -155,7 +155,7 @@ def components_in(index: Mapping[str, Any], place: object) -> list[str]:
 
 
 def read_folder(
-    path: str | Path, dtype: Dtypes = "float32", *, variant: str | None = None, place: Placer | None = None
+    path: str | Path, dtype: Dtypes = "float32", *, variant: str | None = None, place: Put | None = None
 ) -> Checkpoint:
     """Reads a checkpoint that `write_checkpoint` or diffusers wrote.
 
@@ -213,7 +213,7 @@ def read_component(
     dtype: Dtypes = "float32",
     *,
     variant: str | None = None,
-    place: Placer | None = None,
+    place: Put | None = None,
 ) -> Component:
     """Reads one network of the kind `name`, a key of `ALL_FORMATS`, from its own folder.
 

@@ -36,7 +36,7 @@ from sdjax.checkpoints.families import (
     scheduler_config,
 )
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
-from sdjax.checkpoints.mapping import Kind, Placer, Shapes, Writable, check_shapes, stored_shapes
+from sdjax.checkpoints.mapping import Kind, Put, Shapes, Writable, check_shapes, stored_shapes
 from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
 from sdjax.checkpoints.original_keys import SQUEEZED, Piece, SplitTensor, inward, outward, without_prefix
 from sdjax.checkpoints.storage.weights import Source, read_file
@@ -109,7 +109,7 @@ def read_single_file(
     family: str | None = None,
     prediction: str | None = None,
     weights: str | None = None,
-    place: Placer | None = None,
+    place: Put | None = None,
 ) -> Checkpoint:
     """Reads a `.safetensors` file, or a pickle through torch's restricted loader; `detect` says what it is taken for.
 
@@ -292,7 +292,7 @@ def _read_alone(network: Network, tensors: Mapping[str, Writable], path: object,
 
 
 def read_autoencoder_file(
-    source: Source, dtype: Dtypes = "float32", *, family: str = "sd1", place: Placer | None = None
+    source: Source, dtype: Dtypes = "float32", *, family: str = "sd1", place: Put | None = None
 ) -> Component:
     """Reads an autoencoder alone, in the original naming or in diffusers' own.
 
@@ -315,7 +315,7 @@ def read_autoencoder_file(
     return _read_alone(network, tensors, path, ReadOptions(dtype, place))
 
 
-def read_adm_classifier(source: Source, dtype: Dtypes = "float32", place: Placer | None = None) -> Component:
+def read_adm_classifier(source: Source, dtype: Dtypes = "float32", place: Put | None = None) -> Component:
     """Reads one of the four published classifiers, known by the number of its blocks.
 
     Raises:

@@ -40,8 +40,8 @@ LPIPS_TABLE = KeyTable(
 @functools.cache
 def lpips_shapes() -> dict[str, Any]:
     """The parameters as a tree of `jax.ShapeDtypeStruct`; shared: not to be changed."""
-    pictures = jnp.zeros((1, 16, 16, 3))
-    return jax.eval_shape(LPIPS().init, jax.random.key(0), pictures, pictures)["params"]
+    images = jnp.zeros((1, 16, 16, 3))
+    return jax.eval_shape(LPIPS().init, jax.random.key(0), images, images)["params"]
 
 
 def discriminator_table(layers: int) -> KeyTable:

@@ -96,7 +96,7 @@ class PreparedSource:
 
     @property
     def table(self) -> Table:
-        """The buckets' sizes, in pixels of the pictures."""
+        """The buckets' sizes, in pixels of the images."""
         return self._plan.table
 
     @property

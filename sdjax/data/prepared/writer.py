@@ -72,7 +72,7 @@ class PreparedWriter:
         Args:
             folder: where the set shall be.
             identity: what the rows depend on, as JSON: the source, the fingerprint of the autoencoder, sizes ...
-            buckets: the sizes of pictures.
+            buckets: the sizes of images.
             total: rows of all processes together.
             rows_per_shard: how much is lost at most when a writer is killed.
             shard: this process among all.

@@ -4,7 +4,7 @@
      "objects": {"bbox": [[12, 30, 40, 50]], "categories": ["dog"]}, "label_map": "labels/0.png", "neighbours": "0.npy"}
 
 `objects` is Hugging Face's form of object detection (datasets documentation, "image_dataset"): x, y of the upper left
-corner, width and height, in pixels. Classes are names, or numbers from 0. A label map is a picture of one channel.
+corner, width and height, in pixels. Classes are names, or numbers from 0. A label map is an image of one channel.
 Neighbours are a NumPy file of their embeddings, [k, d].
 """
 
@@ -25,7 +25,7 @@ class Annotations(NamedTuple):
     """Annotations of one line; None for those that it lacks.
 
     Attributes:
-        label: the picture's class.
+        label: the image's class.
         objects: the classes of what is in it; `boxes` are theirs, in pixels.
         label_map: a file below the folder; `neighbours` likewise.
     """
@@ -89,9 +89,9 @@ def arrays(annotations: Annotations, numbers: Mapping[str, int], size: tuple[int
     """`label`, and `objects` with `boxes` in shares of the sides, as arrays.
 
     Args:
-        annotations: of one picture.
+        annotations: of one image.
         numbers: of each class by its name.
-        size: the picture's height and width.
+        size: the image's height and width.
     """
     made: dict[str, Any] = {}
     if annotations.label is not None:

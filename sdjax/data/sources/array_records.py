@@ -1,4 +1,4 @@
-"""Captioned pictures in ArrayRecord shards.
+"""Captioned images in ArrayRecord shards.
 
 A record is a safetensors file (github.com/huggingface/safetensors) of uint8 vectors: `image`, the bytes of a PNG, JPEG,
 WebP, BMP or GIF file; `caption` and, if there is one, `id`, in UTF-8. Nothing in it can be run, and no protocol buffer
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data.images import picture_size, read_picture
+from sdjax.data.images import image_size, read_image
 from sdjax.data.sources.base import DatasetRow, Example, bad_row
 from sdjax.data.sources.record_files import RecordFiles, count_records, write_records
 from sdjax.data.sources.shard_globs import named
@@ -40,7 +40,7 @@ class ArrayRecordSource:
 
     def __getitem__(self, index: int) -> Example:
         fields, place = self._fields(index), self._records.place(index)
-        image = read_picture(fields["image"].tobytes(), place)
+        image = read_image(fields["image"].tobytes(), place)
         return Example(image=image, caption=_text(fields, "caption", place), id=self._id(index, fields))
 
     def id(self, index: int) -> str:
@@ -48,8 +48,8 @@ class ArrayRecordSource:
         return self._id(index, self._fields(index))
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of the picture."""
-        return picture_size(self._fields(index)["image"].tobytes(), self._records.place(index))
+        """Height and width of the image."""
+        return image_size(self._fields(index)["image"].tobytes(), self._records.place(index))
 
     def _id(self, index: int, fields: Mapping[str, np.ndarray]) -> str:
         if "id" in fields:
@@ -83,7 +83,7 @@ def write_array_record(path: str | Path, examples: Iterable[Mapping[str, Any]]) 
 
     Args:
         path: the file; several files make a data set.
-        examples: `image`, the bytes of a picture file, kept as they are, or uint8 [h, w, 3], kept as PNG; `caption`;
+        examples: `image`, the bytes of an image file, kept as they are, or uint8 [h, w, 3], kept as PNG; `caption`;
             `id` if there is one.
 
     Returns:

@@ -15,14 +15,14 @@ CAPTION_KEYS = ("text", "caption")
 
 
 class Example(TypedDict):
-    """One captioned picture; `id` names it within its data set. Some data sets say more.
+    """One captioned image; `id` names it within its data set. Some data sets say more.
 
     Attributes:
-        label: the picture's class, a place in the source's `classes`.
+        label: the image's class, a place in the source's `classes`.
         objects: the classes of what is in it; `boxes` are theirs: x, y of the upper left corner, width and height, in
-            shares of the picture's sides.
+            shares of the image's sides.
         label_map: the class of every pixel.
-        neighbours: embeddings of what is near the picture.
+        neighbours: embeddings of what is near the image.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -45,8 +45,8 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class Pictures(Source, Protocol):
-    """A source that also knows a picture's name and size without decoding it."""
+class Images(Source, Protocol):
+    """A source that also knows an image's name and size without decoding it."""
 
     def id(self, index: int) -> str:
         """The same as `self[index]["id"]`, without reading the image."""

@@ -1,4 +1,4 @@
-"""A folder of pictures with `metadata.jsonl`, Hugging Face's imagefolder (datasets documentation, "image_dataset")."""
+"""A folder of images with `metadata.jsonl`, Hugging Face's imagefolder (datasets documentation, "image_dataset")."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from sdjax.core.errors import UserError
 from sdjax.data.image_inputs import read_embeddings
-from sdjax.data.images import picture_size, read_labels, read_picture
+from sdjax.data.images import image_size, read_image, read_labels
 from sdjax.data.sources.annotations import NOTHING, Annotations, arrays, names, parse_annotations
 from sdjax.data.sources.base import CAPTION_KEYS, DatasetRow, Example, caption_of, read_json
 
@@ -29,7 +29,7 @@ class Line(NamedTuple):
 
 
 class FolderEntry(NamedTuple):
-    """A picture in the list."""
+    """An image in the list."""
 
     file: str
     caption: str
@@ -37,7 +37,7 @@ class FolderEntry(NamedTuple):
 
 
 class FolderSource:
-    """The pictures that a folder's `metadata.jsonl` lists, in its order; `id` is the file's name there.
+    """The images that a folder's `metadata.jsonl` lists, in its order; `id` is the file's name there.
 
     Of a row only its line's number and place are kept, 16 bytes.
 
@@ -46,7 +46,7 @@ class FolderSource:
     """
 
     def __init__(self, folder: Path, split: str = "train"):
-        """Reads and checks the list; the pictures are opened when they are asked for.
+        """Reads and checks the list; the images are opened when they are asked for.
 
         Raises:
             UserError: no list, a line that is not JSON or lacks a key, a missing file, or one outside the folder.
@@ -59,7 +59,7 @@ class FolderSource:
             numbers.append(line.number)
             starts.append(line.start)
         if not numbers:
-            raise UserError(f"{self._folder / METADATA} lists no pictures")
+            raise UserError(f"{self._folder / METADATA} lists no images")
         self._numbers, self._starts = np.array(numbers), np.array(starts)
         self.classes = names(classes, str(self._folder / METADATA))
         self._places = {name: i for i, name in enumerate(self.classes)}
@@ -74,13 +74,13 @@ class FolderSource:
         return example
 
     def id(self, index: int) -> str:
-        """The picture's file name, as the list has it."""
+        """The image's file name, as the list has it."""
         return self._entry(index)[1].file
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of the picture."""
+        """Height and width of the image."""
         line, entry = self._entry(index)
-        return picture_size(self._folder / entry.file, _short(line))
+        return image_size(self._folder / entry.file, _short(line))
 
     def _entry(self, index: int) -> tuple[Line, FolderEntry]:
         number, start = int(self._numbers[index]), int(self._starts[index])
@@ -145,7 +145,7 @@ def parse(line: Line, place: str) -> FolderEntry:
 def checker(folder: Path) -> Callable[[Line], FolderEntry]:
     """`parse`, then whether the files exist, and within the folder, symbolic links followed."""
     root = os.path.realpath(folder)
-    # A link to a folder is followed once, not for every picture in it.
+    # A link to a folder is followed once, not for every image in it.
     real = functools.lru_cache(maxsize=1024)(os.path.realpath)
 
     def check_file(place: str, file: str) -> None:
@@ -170,7 +170,7 @@ def checker(folder: Path) -> Callable[[Line], FolderEntry]:
 
 def read_entry(folder: Path, line: Line, entry: FolderEntry) -> Example:
     """The example of a line."""
-    image = read_picture(folder / entry.file, _short(line))
+    image = read_image(folder / entry.file, _short(line))
     example = Example(image=image, caption=entry.caption, id=entry.file)
     if (file := entry.annotations.label_map) is not None:
         example["label_map"] = read_labels(folder / file, image.shape[:2], _short(line))

@@ -1,4 +1,4 @@
-"""Captioned pictures by index, by the name that a config gives them; and sources that are made of others."""
+"""Captioned images by index, by the name that a config gives them; and sources that are made of others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 from sdjax.core.errors import unknown
 from sdjax.data.sources import openmoji, openmoji_parts
 from sdjax.data.sources.array_records import ArrayRecordSource
-from sdjax.data.sources.base import Example, Pictures, Source
+from sdjax.data.sources.base import Example, Images, Source
 from sdjax.data.sources.folder import FolderSource
 from sdjax.data.sources.plain_folder import PlainFolder
 from sdjax.data.sources.shard_globs import files, split_pattern
@@ -32,14 +32,14 @@ KINDS = (
 )
 
 
-def source(name: str, split: str = "train", data_dir: str | os.PathLike | None = None) -> Pictures:
+def source(name: str, split: str = "train", data_dir: str | os.PathLike | None = None) -> Images:
     """The examples called `name`, prepared on first use.
 
     Args:
         name: `openmoji` (splits `train`, `held_out`), with the groups of emoji as classes; `openmoji_regions`, with
             label maps; `openmoji_scenes`, with boxes; `tfds:NAME`, e.g. `tfds:oxford_flowers102`; `folder:PATH`,
-            Hugging Face's imagefolder: pictures and a `metadata.jsonl` whose lines hold `file_name` and `text` (or
-            `caption`), in PATH/split or in PATH; `pictures:PATH`, all pictures below a folder, without captions, whose
+            Hugging Face's imagefolder: images and a `metadata.jsonl` whose lines hold `file_name` and `text` (or
+            `caption`), in PATH/split or in PATH; `pictures:PATH`, all images below a folder, without captions, whose
             only split is `train`; `webdataset:PATTERN`, tar shards as img2dataset writes them;
             `array_record:PATTERN`, what `array_records.write_array_record` writes. A PATTERN is what `patterns.files`
             understands, e.g. `shards/{000..127}.tar`; `{split}` in it stands for the split, and without it there is
@@ -92,7 +92,7 @@ class ArraySource:
 
 
 class CachedSource:
-    """Keeps decoded examples, up to `limit` bytes of pictures, so that a small data set is decoded once.
+    """Keeps decoded examples, up to `limit` bytes of images, so that a small data set is decoded once.
 
     `CachedSource(grain.MapDataset.source(examples).map(Square(64)))` keeps them resampled.
     """

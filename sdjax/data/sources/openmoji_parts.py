@@ -1,6 +1,6 @@
 """OpenMoji for every conditioning: the groups of its emoji, the colours of its regions, and scenes made of several.
 
-A group is the class of a picture; a label map says of each pixel which colour of OpenMoji's palette fills it; a scene
+A group is the class of an image; a label map says of each pixel which colour of OpenMoji's palette fills it; a scene
 holds one to three shapes of one colour each, on white, with their boxes; most scenes hold one.
 """
 
@@ -72,7 +72,7 @@ def group(stem: str) -> int:
 
 
 class GroupedSource(TfdsSource):
-    """OpenMoji's pictures, each with its group as `label`."""
+    """OpenMoji's images, each with its group as `label`."""
 
     def __init__(self, builder: Any, split: str):
         super().__init__(builder, split)
@@ -84,7 +84,7 @@ class GroupedSource(TfdsSource):
 
 
 class RegionSource(TfdsSource):
-    """OpenMoji's pictures, each with `label_map`: of every pixel the place in PALETTE of the colour that fills it."""
+    """OpenMoji's images, each with `label_map`: of every pixel the place in PALETTE of the colour that fills it."""
 
     def __getitem__(self, index: int) -> Any:
         example = super().__getitem__(index)

@@ -22,7 +22,7 @@ from jaxtyping import Int64, UInt8
 
 from sdjax.core.errors import UserError
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
 VERSION = 1
 # What tarfile raises for headers that are wrong; a chain of extended headers is read by recursion.
@@ -39,7 +39,7 @@ class TarIndex(NamedTuple):
     """All keys in UTF-8, one after the other."""
     key_ends: Int64[np.ndarray, " n"]
     spans: Int64[np.ndarray, "n 4"]
-    """Start and size of the picture, start and size of the caption, in bytes."""
+    """Start and size of the image, start and size of the caption, in bytes."""
     is_json: UInt8[np.ndarray, " n"]
     """Whether the caption is JSON, rather than text."""
     problems: tuple[tuple[str, str], ...]
@@ -100,13 +100,13 @@ def build(path: Path) -> TarIndex:
         problems.append(("", _reason(path, error)))
     keys, spans, is_json = [], [], []
     for key, kinds in examples.items():
-        picture, caption = (next((k for k in wanted if k in kinds), None) for wanted in (PICTURES, CAPTIONS))
-        if picture is None or caption is None:
-            lacks = f"picture ({', '.join(PICTURES)})" if picture is None else f"caption ({', '.join(CAPTIONS)})"
+        image, caption = (next((k for k in wanted if k in kinds), None) for wanted in (IMAGE_SUFFIXES, CAPTIONS))
+        if image is None or caption is None:
+            lacks = f"image ({', '.join(IMAGE_SUFFIXES)})" if image is None else f"caption ({', '.join(CAPTIONS)})"
             problems.append((key, f"has no {lacks}"))
             continue
         keys.append(key.encode())
-        spans.append((*kinds[picture][2:], *kinds[caption][2:]))
+        spans.append((*kinds[image][2:], *kinds[caption][2:]))
         is_json.append(caption == "json")
     return TarIndex(
         keys=np.frombuffer(b"".join(keys), np.uint8),
@@ -118,7 +118,7 @@ def build(path: Path) -> TarIndex:
 
 
 def _members(path: Path) -> Iterator[Member | tuple[str, str]]:
-    """The pictures and captions of a tar file, and (name, reason) of members that cannot be read as they are."""
+    """The images and captions of a tar file, and (name, reason) of members that cannot be read as they are."""
     # A map answers no read with more than the file has, whatever size a header claims.
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         with tarfile.open(fileobj=content, mode="r:") as tar:  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ def _members(path: Path) -> Iterator[Member | tuple[str, str]]:
 def _member(info: tarfile.TarInfo, total: int) -> Iterator[Member | tuple[str, str]]:
     folder, slash, name = info.name.rpartition("/")
     stem, _, kind = name.partition(".")
-    if info.isdir() or kind.lower() not in (*PICTURES, *CAPTIONS) or not stem:
+    if info.isdir() or kind.lower() not in (*IMAGE_SUFFIXES, *CAPTIONS) or not stem:
         return
     if info.type not in PLAIN or info.sparse:
         yield info.name, "is a link or a special file"

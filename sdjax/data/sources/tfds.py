@@ -1,4 +1,4 @@
-"""Any TensorFlow dataset that has pictures and texts, or names of classes."""
+"""Any TensorFlow dataset that has images and texts, or names of classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from sdjax.core.errors import UserError
-from sdjax.data.images import picture_size, read_picture
+from sdjax.data.images import image_size, read_image
 from sdjax.data.sources import openmoji
 from sdjax.data.sources.base import CAPTION_KEYS, Example
 from sdjax.data.sources.tfds_annotations import annotated
@@ -21,7 +21,7 @@ class TfdsSource:
         """Opens `split`.
 
         Raises:
-            UserError: no such split, no picture or no caption among the features, or records without random access.
+            UserError: no such split, no image or no caption among the features, or records without random access.
         """
         features: Any = builder.info.features
         self._image = _first(features, tfds.features.Image, "image", builder.name)
@@ -46,7 +46,7 @@ class TfdsSource:
         record = self._records[index]
         caption = record[self._caption]
         text = self._class_name(caption).replace("_", " ") if self._class_name else _text(caption)
-        image = read_picture(record[self._image], f"index {index}")
+        image = read_image(record[self._image], f"index {index}")
         return Example(image=image, caption=text, id=_id(record, index), **self._annotated.read(record))
 
     def id(self, index: int) -> str:
@@ -54,8 +54,8 @@ class TfdsSource:
         return _id(self._records[index], index)
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of the picture."""
-        return picture_size(self._records[index][self._image], f"index {index}")
+        """Height and width of the image."""
+        return image_size(self._records[index][self._image], f"index {index}")
 
 
 def tfds_builder(name: str, data_dir: str | os.PathLike | None) -> tfds.core.DatasetBuilder:

@@ -15,9 +15,9 @@ class Annotated(NamedTuple):
 
     Attributes:
         classes: their names; () where there are none.
-        label: the key of the picture's class.
+        label: the key of the image's class.
         objects: the keys of a sequence of objects, and in each of its box and its class.
-        label_map: the key of a picture of one channel that is not the picture itself.
+        label_map: the key of an image of one channel that is not the image itself.
     """
 
     classes: tuple[str, ...] = ()
@@ -41,9 +41,9 @@ class Annotated(NamedTuple):
 
 
 def annotated(features: Any, image: str) -> Annotated:
-    """Finds a ClassLabel, a sequence with a BBoxFeature and a ClassLabel, and a second picture, of one channel.
+    """Finds a ClassLabel, a sequence with a BBoxFeature and a ClassLabel, and a second image, of one channel.
 
-    Objects win over a class of the whole picture. `image` is the key of the picture itself.
+    Objects win over a class of the whole image. `image` is the key of the image itself.
     """
     objects = next(filter(None, (_objects(key, feature) for key, feature in features.items())), None)
     maps = (key for key, f in features.items() if key != image and isinstance(f, tfds.features.Image))

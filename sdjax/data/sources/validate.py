@@ -41,7 +41,7 @@ def check(
     """Reads and decodes the whole data set; yields what is bad, in the data set's order.
 
     Bad are: what cannot be read or decoded, a missing file, a line that is not JSON, no caption or an empty one, an id
-    that an earlier row has, and a picture that is too small. Of each row a hash of its id is kept.
+    that an earlier row has, and an image that is too small. Of each row a hash of its id is kept.
 
     Args:
         name: as `sources.source` takes it.
@@ -114,7 +114,7 @@ class _Judge:
     def _reasons(self, example: Example) -> Iterator[str]:
         height, width, _ = example["image"].shape
         if min(height, width) < self._minimum_side:
-            yield f"the picture has {width}x{height} pixels, and {self._minimum_side} are the least for a side"
+            yield f"the image has {width}x{height} pixels, and {self._minimum_side} are the least for a side"
         if not example["caption"].strip():
             yield "the caption is empty"
 

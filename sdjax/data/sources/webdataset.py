@@ -1,4 +1,4 @@
-"""Captioned pictures in tar shards (WebDataset), by index: nothing is extracted, no shard is read from its start."""
+"""Captioned images in tar shards (WebDataset), by index: nothing is extracted, no shard is read from its start."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 from tqdm import tqdm
 
 from sdjax.core.errors import UserError
-from sdjax.data.images import picture_size, read_picture
+from sdjax.data.images import image_size, read_image
 from sdjax.data.sources.base import CAPTION_KEYS, DatasetRow, Example, bad_row, caption_of, read_json
 from sdjax.data.sources.shard_globs import named
-from sdjax.data.sources.tar_index import PICTURES, TarIndex, tar_index
+from sdjax.data.sources.tar_index import IMAGE_SUFFIXES, TarIndex, tar_index
 
 
 class WebDatasetSource:
     """The examples of tar shards, in the shards' order; `id` is SHARD/KEY, e.g. "00012/000120345".
 
-    An example is a picture (jpg, jpeg, png, webp) and a caption: a txt, else a json with `text` or `caption`. About 50
+    An example is an image (jpg, jpeg, png, webp) and a caption: a txt, else a json with `text` or `caption`. About 50
     bytes of memory are needed for each; each is read with two calls of pread.
     """
 
@@ -29,7 +29,7 @@ class WebDatasetSource:
         """Indexes the shards, or reads their indices from the user's cache.
 
         Raises:
-            UserError: a shard is missing or damaged, or an example lacks its picture or its caption.
+            UserError: a shard is missing or damaged, or an example lacks its image or its caption.
         """
         self._paths = list(paths)
         with ThreadPoolExecutor() as pool:
@@ -38,7 +38,7 @@ class WebDatasetSource:
         self._refuse_problems()
         self._ends = np.cumsum([len(index.is_json) for index in self._indices])
         if not len(self):
-            raise UserError(f"{paths[0]} holds no examples (a picture in {', '.join(PICTURES)} and its caption)")
+            raise UserError(f"{paths[0]} holds no examples (an image in {', '.join(IMAGE_SUFFIXES)} and its caption)")
         self._names = names(self._paths)
 
     def _refuse_problems(self) -> None:
@@ -62,11 +62,11 @@ class WebDatasetSource:
         return f"{self._names[shard]}/{self._indices[shard].key(row)}"
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of the picture."""
+        """Height and width of the image."""
         shard, row = self._locate(index)
         path, found = self._paths[shard], self._indices[shard]
-        (picture,) = _contents(path, found, row, slice(0, 1))
-        return picture_size(picture, _place(path, found.key(row)))
+        (image,) = _contents(path, found, row, slice(0, 1))
+        return image_size(image, _place(path, found.key(row)))
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -100,8 +100,8 @@ def names(paths: list[Path]) -> list[str]:
 def _read(path: Path, index: TarIndex, row: int, name: str) -> Example:
     key = index.key(row)
     place = _place(path, key)
-    picture, caption = _contents(path, index, row, slice(0, 2))
-    image = read_picture(picture, place)
+    content, caption = _contents(path, index, row, slice(0, 2))
+    image = read_image(content, place)
     return Example(image=image, caption=_caption(caption, bool(index.is_json[row]), place), id=f"{name}/{key}")
 
 
@@ -118,7 +118,7 @@ def _caption(data: bytes, is_json: bool, place: str) -> str:
 
 
 def _contents(path: Path, index: TarIndex, row: int, which: slice) -> list[bytes]:
-    """The bytes of the picture, of the caption, or of both."""
+    """The bytes of the image, of the caption, or of both."""
     spans = index.spans[row].reshape(2, 2)[which].tolist()
     try:
         file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))

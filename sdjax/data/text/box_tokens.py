@@ -2,7 +2,7 @@
 
 The rules are those of CompVis/taming-transformers, taming/data/conditional_builder/objects_bbox.py: as many points
 along each side as the root of the vocabulary's size, a token for each point, triples of tokens for the objects in a
-random order, filled up with the last token, and at the end the corners of the part that is seen: the whole picture,
+random order, filled up with the last token, and at the end the corners of the part that is seen: the whole image,
 or what `crops.RandomSquare` took of it.
 """
 
@@ -27,7 +27,7 @@ class LayoutTokens:
     Attributes:
         classes: how many there are.
         vocabulary: how many tokens there are; the last one fills up.
-        objects: the most that a picture may have.
+        objects: the most that an image may have.
     """
 
     classes: int
@@ -53,11 +53,11 @@ class LayoutTokens:
 
         Args:
             classes: of the objects, from 0.
-            boxes: x, y of the upper left corner, width, height, each a share of the whole picture's side.
-            crop: the part of the picture that is seen, as a box.
+            boxes: x, y of the upper left corner, width, height, each a share of the whole image's side.
+            crop: the part of the image that is seen, as a box.
 
         Raises:
-            UserError: a class that there is not, a box that leaves the picture, or too many objects.
+            UserError: a class that there is not, a box that leaves the image, or too many objects.
         """
         if len(classes) > self.objects:
             raise UserError(f"a layout of {len(classes)} objects; the model takes at most {self.objects}")
@@ -76,7 +76,7 @@ class LayoutTokens:
         inside = x >= -margin and y >= -margin and right <= 1 + margin and low <= 1 + margin
         if not inside or not (width > 0 and height > 0):
             raise UserError(
-                f"the box x={x:g}, y={y:g}, width={width:g}, height={height:g} is not inside the picture, whose sides "
+                f"the box x={x:g}, y={y:g}, width={width:g}, height={height:g} is not inside the image, whose sides "
                 "are 1"
             )
         points = int(math.sqrt(self.vocabulary))

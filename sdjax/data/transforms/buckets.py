@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: a fixed table of picture sizes, and the resizing and cropping of a picture to its own.
+"""Aspect-ratio buckets: a fixed table of image sizes, and the resizing and cropping of an image to its own.
 
 A batch is of one bucket, so that the networks are compiled for as many shapes as the table has and no more.
 """
@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.sources.base import Pictures
+from sdjax.data.sources.base import Images
 
 
 class Size(NamedTuple):
@@ -72,7 +72,7 @@ def nearest(
 
     Args:
         buckets: at least one.
-        height: of a picture, or of many.
+        height: of an image, or of many.
         width: likewise.
 
     Returns:
@@ -86,7 +86,7 @@ def nearest(
 
 
 def cover(height: int, width: int, target: Size) -> Size:
-    """The smallest size of a picture's own proportions that covers `target`; one side is the target's."""
+    """The smallest size of an image's own proportions that covers `target`; one side is the target's."""
     if target.height * width >= target.width * height:
         return Size(target.height, max(target.width, _rounded(width * target.height, height)))
     return Size(max(target.height, _rounded(height * target.width, width)), target.width)
@@ -99,9 +99,9 @@ def _rounded(numerator: int, denominator: int) -> int:
 def resize_crop(
     image: UInt8[np.ndarray, "h w 3"], target: Size, top: int, left: int
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The picture resized to `cover` the target (Lanczos, antialiased), then cropped at (top, left) of what results.
+    """The image resized to `cover` the target (Lanczos, antialiased), then cropped at (top, left) of what results.
 
-    Only what is kept is computed: a strip of 1 x 60,000 pixels costs no more than any other picture.
+    Only what is kept is computed: a strip of 1 x 60,000 pixels costs no more than any other image.
     """
     height, width, _ = image.shape
     covered = cover(height, width, target)
@@ -118,7 +118,7 @@ class ToBucket(grain.transforms.RandomMap):
     """Brings the image to the size of its nearest bucket; adds `bucket`, int32, and `sizes`, float32 [6].
 
     `sizes` is what SDXL is told (Podell et al. 2023, section 2.2): the original height and width, the top and left of
-    the crop in the picture after it was resized, the bucket's height and width. Without buckets, a table of one size
+    the crop in the image after it was resized, the bucket's height and width. Without buckets, a table of one size
     gives the size and crop conditioning of SDXL's first stages.
     """
 
@@ -143,30 +143,30 @@ class ToBucket(grain.transforms.RandomMap):
 
 
 def mirrored_sizes(sizes: np.ndarray) -> np.ndarray:
-    """The `sizes` of a picture that was mirrored after its crop: as if it had been mirrored first, then cropped."""
+    """The `sizes` of an image that was mirrored after its crop: as if it had been mirrored first, then cropped."""
     height, width, top, left, *target = (int(size) for size in sizes)
     covered = cover(height, width, Size(*target))
     return np.array([height, width, top, covered.width - target[1] - left, *target], np.float32)
 
 
-def assign(source: Pictures, buckets: Table, threads: int = 8) -> Int64[np.ndarray, " n"]:
-    """The bucket of every picture of a source, from the files' headers: what `ToBucket` will find."""
+def assign(source: Images, buckets: Table, threads: int = 8) -> Int64[np.ndarray, " n"]:
+    """The bucket of every image of a source, from the files' headers: what `ToBucket` will find."""
     found = np.empty(len(source), np.int64)
     for start, sizes in _sizes(source, threads):
         found[start : start + len(sizes)] = nearest(buckets, *sizes.T)
     return found
 
 
-def occupied(source: Pictures, buckets: Table, least: int, threads: int = 8) -> Table:
-    """The table without the buckets that fewer than `least` pictures would be in; theirs go to the nearest ones left.
+def occupied(source: Images, buckets: Table, least: int, threads: int = 8) -> Table:
+    """The table without the buckets that fewer than `least` images would be in; theirs go to the nearest ones left.
 
-    The emptiest bucket is removed first, as its pictures may fill another.
+    The emptiest bucket is removed first, as its images may fill another.
 
     Raises:
-        UserError: there are fewer than `least` pictures.
+        UserError: there are fewer than `least` images.
     """
     if len(source) < least:
-        raise UserError(f"{len(source)} pictures cannot fill a bucket of {least}")
+        raise UserError(f"{len(source)} images cannot fill a bucket of {least}")
     sizes = np.concatenate([part for _, part in _sizes(source, threads)])
     while True:
         counts = np.bincount(nearest(buckets, *sizes.T), minlength=len(buckets))
@@ -182,12 +182,12 @@ def without_small(assigned: Int64[np.ndarray, " n"], least: int) -> Int64[np.nda
     return np.where((assigned >= 0) & (counts[assigned] >= least), assigned, -1)
 
 
-def _sizes(source: Pictures, threads: int) -> Iterator[tuple[int, Int64[np.ndarray, "m 2"]]]:
-    """(start, sizes int64 [m, 2]) of runs of pictures."""
+def _sizes(source: Images, threads: int) -> Iterator[tuple[int, Int64[np.ndarray, "m 2"]]]:
+    """(start, sizes int64 [m, 2]) of runs of images."""
     chunk = 4096
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=len(source), desc="picture sizes", leave=False, delay=2) as bar,
+        tqdm(total=len(source), desc="image sizes", leave=False, delay=2) as bar,
     ):
         for start in itertools.count(0, chunk):
             indices = range(start, min(start + chunk, len(source)))

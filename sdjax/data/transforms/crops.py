@@ -1,4 +1,4 @@
-"""Squares of pictures: always the same one, or another one each time that a picture is read."""
+"""Squares of pictures: always the same one, or another one each time that an image is read."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ RANDOM = "random"
 class RandomSquare(grain.transforms.RandomMap):
     """A square of a random side at a random place, resampled by means (LDM's ImageNetSR, cv2's INTER_AREA).
 
-    Boxes stay shares of the whole picture, and `crop`, float32 [4], says which part of it is seen; objects of which
+    Boxes stay shares of the whole image, and `crop`, float32 [4], says which part of it is seen; objects of which
     nothing is seen are left out (CompVis/taming-transformers, annotated_objects_dataset.py with `encode_crop`).
 
     Attributes:
         size: of the square that comes out, in pixels.
-        shares: the smallest and the largest side, as shares of the picture's shorter one; 0 is as small as `size`
+        shares: the smallest and the largest side, as shares of the image's shorter one; 0 is as small as `size`
             (taming's Random2dCrop).
 
     Raises:
@@ -61,8 +61,8 @@ class RandomSquare(grain.transforms.RandomMap):
         return {**element, **changed}
 
 
-def squares(pictures: Source, size: int, rule: str, shares: tuple[float, float]) -> tuple[Source, list[RandomSquare]]:
-    """Pictures as squares: what is always the same, kept in memory, and what is drawn anew each time.
+def squares(images: Source, size: int, rule: str, shares: tuple[float, float]) -> tuple[Source, list[RandomSquare]]:
+    """Images as squares: what is always the same, kept in memory, and what is drawn anew each time.
 
     Args:
         size: in pixels.
@@ -73,15 +73,15 @@ def squares(pictures: Source, size: int, rule: str, shares: tuple[float, float])
         UserError: there is no such rule, or the shares are none.
     """
     if rule == RANDOM:
-        return CachedSource(pictures), [RandomSquare(size, (shares[0], shares[1]))]
+        return CachedSource(images), [RandomSquare(size, (shares[0], shares[1]))]
     if rule not in SQUARES:
         raise unknown("crop", rule, (*SQUARES, RANDOM), "config.data.crop")
-    return CachedSource(grain.MapDataset.source(pictures).map(Square(size, rule))), []
+    return CachedSource(grain.MapDataset.source(images).map(Square(size, rule))), []
 
 
-def still(pictures: Source, size: int, rule: str) -> grain.MapDataset:
-    """Pictures as squares that are always the same, to be looked at: from the middle where `rule` is `RANDOM`."""
-    return grain.MapDataset.source(pictures).map(Square(size, "centre" if rule == RANDOM else rule))
+def still(images: Source, size: int, rule: str) -> grain.MapDataset:
+    """Images as squares that are always the same, to be looked at: from the middle where `rule` is `RANDOM`."""
+    return grain.MapDataset.source(images).map(Square(size, "centre" if rule == RANDOM else rule))
 
 
 def _meet(boxes: Float[np.ndarray, "n 4"], crop: Float[np.ndarray, " 4"]) -> Bool[np.ndarray, " n"]:

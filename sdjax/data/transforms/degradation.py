@@ -3,7 +3,7 @@
 Zhang et al. 2021, "Designing a practical degradation model for deep blind image super-resolution", with the reduced
 strengths of CompVis/latent-diffusion, ldm/modules/image_degradation/bsrgan_light.py. OpenCV interpolates there, SciPy
 here (cubic splines in place of cubic convolution), and Pillow takes means over areas; kernels have odd sides,
-since even ones move a picture by half a pixel.
+since even ones move an image by half a pixel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scipy import linalg, ndimage
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.transforms.images import Example
 
-Picture = Float[np.ndarray, "h w 3"]
+ImageArray = Float[np.ndarray, "h w 3"]
 """In [0, 1]."""
 
 HALVED_FIRST = 0.25  # how often a factor of 4 begins with a halving
@@ -46,7 +46,7 @@ def bsr_light(image: UInt8[np.ndarray, "h w 3"], factor: int, rng: np.random.Gen
         factor = 2
         x = _resized(x, (x.shape[0] // 2, x.shape[1] // 2), rng)
 
-    def shrink(x: Picture) -> Picture:
+    def shrink(x: ImageArray) -> ImageArray:
         if rng.random() < SHRUNK:
             by = rng.uniform(1, 2 * factor)
             return _resized(x, (max(int(x.shape[0] / by), 1), max(int(x.shape[1] / by), 1)), rng)
@@ -54,11 +54,11 @@ def bsr_light(image: UInt8[np.ndarray, "h w 3"], factor: int, rng: np.random.Gen
         at = (factor - 1) / 2.0
         return _blurred(x, _gaussian(25, rng.uniform(0.1, 0.6 * factor), at))[::factor, ::factor]
 
-    def compress(x: Picture) -> Picture:
+    def compress(x: ImageArray) -> ImageArray:
         return _compressed(x, rng) if rng.random() < COMPRESSED else x
 
     # The resampling to the final size comes after the random one.
-    steps: list[Callable[[Picture], Picture]] = [
+    steps: list[Callable[[ImageArray], ImageArray]] = [
         lambda x: _blurred(x, _kernel(factor, rng)),
         shrink,
         lambda x: _noisy(x, rng),
@@ -92,16 +92,16 @@ class LowResolution(grain.transforms.RandomMap):
     def random_map(self, element: Example, rng: np.random.Generator) -> Example:
         height, width, _ = element["image"].shape
         if height % self.factor or width % self.factor:
-            raise UserError(f"a picture of {height}x{width} pixels cannot be made {self.factor} times smaller")
+            raise UserError(f"an image of {height}x{width} pixels cannot be made {self.factor} times smaller")
         small = DEGRADATIONS[self.degradation](element["image"], self.factor, rng)
         return {**element, "low_res": small}
 
 
-def _bytes(x: Picture) -> UInt8[np.ndarray, "h w 3"]:
+def _bytes(x: ImageArray) -> UInt8[np.ndarray, "h w 3"]:
     return (x * 255.0).round().astype(np.uint8)
 
 
-def _resized(x: Picture, size: tuple[int, int], rng: np.random.Generator) -> Picture:
+def _resized(x: ImageArray, size: tuple[int, int], rng: np.random.Generator) -> ImageArray:
     """To `size`, by lines, by cubic splines (neither antialiased), or by means over areas."""
     kind = rng.integers(3)
     if kind == 2:
@@ -114,7 +114,7 @@ def _resized(x: Picture, size: tuple[int, int], rng: np.random.Generator) -> Pic
     return np.stack(made, axis=-1)
 
 
-def _blurred(x: Picture, kernel: Float[np.ndarray, "k k"]) -> Picture:
+def _blurred(x: ImageArray, kernel: Float[np.ndarray, "k k"]) -> ImageArray:
     return ndimage.convolve(x, kernel[..., None].astype(np.float32), mode="mirror")
 
 
@@ -141,7 +141,7 @@ def _kernel(factor: int, rng: np.random.Generator) -> Float[np.ndarray, "k k"]:
     return kernel / kernel.sum()
 
 
-def _noisy(x: Picture, rng: np.random.Generator) -> Picture:
+def _noisy(x: ImageArray, rng: np.random.Generator) -> ImageArray:
     """Noise of each value, of each pixel's brightness, or with correlated colours."""
     level, kind = rng.integers(LEVELS[0], LEVELS[1] + 1) / 255.0, rng.random()
     if kind > 0.6:
@@ -155,7 +155,7 @@ def _noisy(x: Picture, rng: np.random.Generator) -> Picture:
     return x + noise.astype(np.float32)
 
 
-def _compressed(x: Picture, rng: np.random.Generator) -> Picture:
+def _compressed(x: ImageArray, rng: np.random.Generator) -> ImageArray:
     file = io.BytesIO()
     quality = int(rng.integers(QUALITIES[0], QUALITIES[1] + 1))
     Image.fromarray(_bytes(x)).save(file, "JPEG", quality=quality)

@@ -46,7 +46,7 @@ SQUARES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"centre": square,
 
 
 def in_square(boxes: Float[np.ndarray, "n 4"], height: int, width: int) -> Float[np.ndarray, "n 4"]:
-    """Boxes in shares of a picture's sides, as shares of its largest centred square; they may leave it."""
+    """Boxes in shares of an image's sides, as shares of its largest centred square; they may leave it."""
     side = min(height, width)
     scale = np.array([width, height], np.float32) / side
     corner = np.array([(width - side) // 2, (height - side) // 2], np.float32) / side
@@ -54,7 +54,7 @@ def in_square(boxes: Float[np.ndarray, "n 4"], height: int, width: int) -> Float
 
 
 def seen(boxes: Float[np.ndarray, "n 4"]) -> tuple[Float[np.ndarray, "m 4"], np.ndarray]:
-    """The parts of boxes that are inside the picture, and of which boxes: those that have such a part."""
+    """The parts of boxes that are inside the image, and of which boxes: those that have such a part."""
     first = np.clip(boxes[:, :2], 0.0, 1.0)
     sizes = np.clip(boxes[:, :2] + boxes[:, 2:], 0.0, 1.0) - first
     kept = np.all(sizes > 0, axis=1)
@@ -107,7 +107,7 @@ class ToFloat(grain.transforms.Map):
 class Flip(grain.transforms.RandomMap):
     """Mirrors left and right with the given probability. Captions that speak of left and right do not survive it.
 
-    Where a crop was recorded (`buckets.ToBucket`, `crops.RandomSquare`), it becomes that in the mirrored picture; boxes
+    Where a crop was recorded (`buckets.ToBucket`, `crops.RandomSquare`), it becomes that in the mirrored image; boxes
     and label maps are mirrored, too.
     """
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from sdjax.core.errors import UserError
 from sdjax.data.transforms.images import Example
 
-# All lengths are of a picture's shorter side.
+# All lengths are of an image's shorter side.
 STROKES, CORNERS, LENGTH, THICKNESS = (1, 5), (1, 5), (0.1, 0.8), (0.05, 0.4)
 BOXES, SIDE = (1, 4), (0.1, 0.6)
 ATTEMPTS = 100
@@ -20,7 +20,7 @@ ATTEMPTS = 100
 
 @dataclasses.dataclass(frozen=True)
 class RandomMask(grain.transforms.RandomMap):
-    """Adds `mask`, uint8 [h w 1], 1 in the hole, which covers at least `least` and at most `most` of the picture.
+    """Adds `mask`, uint8 [h w 1], 1 in the hole, which covers at least `least` and at most `most` of the image.
 
     Raises:
         UserError: the limits are not 0 < least < most < 1.

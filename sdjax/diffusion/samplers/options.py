@@ -112,10 +112,10 @@ class SamplerOptions:
             known["disable_corrector"] = tuple(known["disable_corrector"])
         if known.get("algorithm_type") in scheduler.other_algorithms:
             del known["algorithm_type"]
-        asked = [name for name in _SIGMAS if known.pop(name, False)]
-        if len(asked) > 1:
-            raise UserError(f"scheduler_config.json: only one of {', '.join(asked)} can be true")
-        chosen = {"sigma_schedule": _SIGMAS[asked[0]]} if asked else {}
+        named = [name for name in _SIGMAS if known.pop(name, False)]
+        if len(named) > 1:
+            raise UserError(f"scheduler_config.json: only one of {', '.join(named)} can be true")
+        chosen = {"sigma_schedule": _SIGMAS[named[0]]} if named else {}
         return cls(**{**scheduler.defaults, **known, **chosen})
 
     @property
@@ -190,7 +190,7 @@ _CLASSES: dict[str, _Class] = {
     "tcd": _Class("TCDScheduler", {**_LEADING, "eta": 0.3}, (*_SPACED, "original_inference_steps")),
 }
 
-# Settings whose other values change the picture and which no sampler here follows.
+# Settings whose other values change the image and which no sampler here follows.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),

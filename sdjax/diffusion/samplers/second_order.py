@@ -35,8 +35,8 @@ def heun(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
         near, far = half / target, half / sigma
         corrected = weights(x=near, anchor=1.0 + far, predictions=[-near, -far], noise=churned.noise[i])
         rows.append(_euler_row(sigma, churned.timesteps[i], target))
-        told = levels.timesteps[start + i + 1] if start + i + 1 < len(levels.timesteps) else 0.0
-        rows.append(SamplerStep(target, float(told), corrected))
+        timestep = levels.timesteps[start + i + 1] if start + i + 1 < len(levels.timesteps) else 0.0
+        rows.append(SamplerStep(target, float(timestep), corrected))
     return SamplerPlan(rows, churned.first_scale)
 
 

@@ -100,7 +100,9 @@ def solver_levels(schedule: Schedule, steps: int, options: SamplerOptions, repea
         ends = (options.sigma_min or float(schedule.sigmas[0]), options.sigma_max or float(schedule.sigmas[-1]))
         sigmas = sigma_schedule(options.sigma_schedule, schedule.sigmas, steps, ends)
         final = float(sigmas[-1]) if repeat_last and final else final
-        return Levels(np.append(sigmas, min(final, float(sigmas[-1]))), _told(schedule, sigmas, options))
+        return Levels(
+            np.append(sigmas, min(final, float(sigmas[-1]))), conditioned_timesteps(schedule, sigmas, options)
+        )
     if options.timestep_spacing == "trailing":
         timesteps = np.round(np.arange(last, 0, -schedule.num_timesteps / steps)) - 1.0
     else:
@@ -108,7 +110,7 @@ def solver_levels(schedule: Schedule, steps: int, options: SamplerOptions, repea
     return Levels(np.append(timestep_to_sigma(timesteps, schedule.sigmas), final), timesteps)
 
 
-def _told(schedule: Schedule, sigmas: np.ndarray, options: SamplerOptions) -> np.ndarray:
+def conditioned_timesteps(schedule: Schedule, sigmas: np.ndarray, options: SamplerOptions) -> np.ndarray:
     """Timesteps that the DPM-Solver family conditions the network on, at levels of a sigma schedule."""
     timesteps = sigma_to_timestep(sigmas, schedule.sigmas)
     if options.sigma_schedule == "karras" and options.beta_schedule != "squaredcos_cap_v2":

@@ -14,7 +14,7 @@ from jaxtyping import Array, Key, PRNGKeyArray
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
 from sdjax.data.image_inputs import load_depth
-from sdjax.data.images import picture_size, read_labels
+from sdjax.data.images import image_size, read_labels
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.models.conditioning import Cond, apply
 from sdjax.models.embedders import Rescaler, RescalerConfig
@@ -48,7 +48,7 @@ class LabelMapConditioner(Conditioner):
         given = inputs.get(LABEL_MAP)
         if given is None:
             return None
-        height, width = picture_size(given) if isinstance(given, str | Path) else np.shape(given)[:2]
+        height, width = image_size(given) if isinstance(given, str | Path) else np.shape(given)[:2]
         return height, width
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The objective of LDM's autoencoders: reconstruction, regularisation, and a discriminator that is trained beside them.
 
 CompVis/latent-diffusion, ldm/modules/losses/contperceptual.py and vqperceptual.py. Two networks learn by one gradient
-of one sum: the autoencoder's terms hold the discriminator fixed, and the discriminator's hold the picture fixed. Both
+of one sum: the autoencoder's terms hold the discriminator fixed, and the discriminator's hold the image fixed. Both
 take their step from the same state, where the original's discriminator sees the autoencoder after its step.
 """
 
@@ -20,9 +20,9 @@ MOST = 1e4  # of the adversarial weight, before `Adversary.weight`
 EPS = 1e-4
 LOGGED = ("g_loss", "d_loss", "d_weight", "logits_real", "logits_fake")
 
-Pictures = Float[Array, "b h w 3"]
-Judge = Callable[[Any, Pictures], Float[Array, "b h2 w2 1"]]
-"""(the discriminator's parameters, pictures) -> logits."""
+Images = Float[Array, "b h w 3"]
+Judge = Callable[[Any, Images], Float[Array, "b h2 w2 1"]]
+"""(the discriminator's parameters, images) -> logits."""
 
 
 def hinge(real: Array, fake: Array) -> Float[Array, ""]:
@@ -63,7 +63,7 @@ def reconstruction(
 
     Args:
         error: |x - x̂|, or its square.
-        perceptual: of each picture, weighted; joins the error of all of its values.
+        perceptual: of each image, weighted; joins the error of all of its values.
         logvar: of the observation; 0 where it is not learned.
     """
     if perceptual is not None:
@@ -74,22 +74,22 @@ def reconstruction(
 def adversarial(
     adversary: Adversary,
     params: Any,
-    x: Pictures,
-    made: Pictures,
-    likelihood: Callable[[Pictures], Float[Array, ""]],
-    at_last_layer: Callable[[Pictures], Array],
+    x: Images,
+    made: Images,
+    likelihood: Callable[[Images], Float[Array, ""]],
+    at_last_layer: Callable[[Images], Array],
     step: Int[Array, ""],
 ) -> tuple[Float[Array, ""], Metrics]:
     """The reconstruction loss with both networks' adversarial terms, and what to log.
 
-    Each term's gradient with respect to the picture is computed once, for its weight and for the descent. Until the
+    Each term's gradient with respect to the image is computed once, for its weight and for the descent. Until the
     discriminator's start it costs nothing, and zeros are logged of it.
 
     Args:
         params: the discriminator's.
-        x: pictures.
+        x: images.
         made: their reconstructions.
-        likelihood: `reconstruction`, of the reconstructed picture.
+        likelihood: `reconstruction`, of the reconstructed image.
         at_last_layer: a gradient with respect to the reconstruction -> that of the decoder's last kernel.
         step: optimiser steps taken so far.
     """
