@@ -22,7 +22,7 @@ from sdjax.core.errors import UserError, unknown
 from sdjax.models.conditioning import Cond
 from sdjax.pipeline.pipeline import Pipeline
 
-LOADING = {"low_cpu_mem_usage": False}  # what diffusers does without accelerate, and warns of unless it is told
+LOADING = {"low_cpu_mem_usage": False}  # what diffusers does without accelerate, and warns of otherwise
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",

@@ -5,7 +5,7 @@
 trains the first stage first (in WORKDIR/first_stage, from `configs/autoencoders.py:openmoji_kl`; give a finished one by
 --config.task.first_stage=FOLDER), then the model. What they reach, and with which commands, stands in docs/results.md.
 
-| variant | told | pixels |
+| variant | condition | pixels |
 |---|---|---|
 | unconditional | nothing | 64 |
 | classes | one of ten groups of emoji | 64 |
@@ -76,7 +76,7 @@ def small(name: str) -> Config:
     if name == "super_resolution":  # four times as many latents
         config.model.unet.update(channels=(32, 64, 128), heads=(1, 2, 4))
         config.train.update(steps=1200, batch_size=8)
-    elif name == "layout":  # places are told from near by
+    elif name == "layout":  # places are seen from near by
         config.model.unet.depths = (1, 1, 1)
         config.model.bert.max_length = 11  # three objects and the crop: of 32 tokens most would say nothing
         config.task.timesteps = "late"  # in little noise the image itself says where things are

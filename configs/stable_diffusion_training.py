@@ -14,7 +14,7 @@ The first writes latents and text embeddings once, the second trains; both may r
 | sd2_256, sd2 | 2.0-base: 550,000 steps at 256 px, then 850,000 at 512 |
 | sd2_v | 2.0: 150,000 steps at 512 px and 140,000 at 768 with v-prediction |
 | sd2_zero | as sd2_v with a terminal SNR of zero (Lin et al. 2024) and min-SNR weights (Hang et al. 2023) |
-| sdxl_256, sdxl_512 | 600,000 and 200,000 steps, batch 2048, told of size and crop |
+| sdxl_256, sdxl_512 | 600,000 and 200,000 steps, batch 2048, conditioned on size and crop |
 | sdxl | then about 1024 x 1024 px in buckets of aspect, offset noise 0.05 |
 | sd1_tune, sd2_tune, sdxl_tune | all of the UNet from the published weights, batch 64, learning rate 1e-5 |
 

@@ -128,7 +128,7 @@ class BatchEncoder(NamedTuple):
     mesh: Mesh
 
     def rows(self, examples: grain.MapDataset, part: Range, done: Callable[[int], Any]) -> Iterator[PreparedRow]:
-        """The rows of a range in its order; `done` is told how many were encoded."""
+        """The rows of a range in its order; `done` is called with the number encoded."""
         reading = grain.ReadOptions(num_threads=4, prefetch_buffer_size=2 * self.batch)
         made: dict[int, PreparedRow] = {}
         waiting: dict[int, list[tuple[int, Mapping[str, Any]]]] = defaultdict(list)

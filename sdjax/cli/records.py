@@ -145,7 +145,7 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
 
 
 def parse_parameters(text: str, place: str) -> dict[str, Any]:
-    """A1111's text in our names; see `read_parameters`. Settings that have none here are told to the log.
+    """A1111's text in our names; see `read_parameters`. Settings that have none here are logged.
 
     Args:
         text: the prompt, "Negative prompt:" and it, and a line of settings, each of which may be missing.

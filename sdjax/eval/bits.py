@@ -34,7 +34,7 @@ def bits(folder: Path, images: Images, steps: int, batch_size: int) -> dict[str,
         batch_size: images at a time.
 
     Raises:
-        UserError: the model cannot be read, or is told classes.
+        UserError: the model cannot be read, or is conditioned on classes.
     """
     unet, scheduler = read_component(folder / "unet", "unet"), read_json(folder / "scheduler" / "scheduler_config.json")
     if not isinstance(unet.config, UNet2DConfig) or unet.config.classes is not None:

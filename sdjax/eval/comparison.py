@@ -224,7 +224,7 @@ def compare(
 
     Args:
         metrics: names of `METRICS`.
-        say: is told which metrics are left out, and which file they want.
+        say: called with the metrics that are left out, and the file that they want.
 
     Raises:
         UserError: a metric cannot be taken of these images.

@@ -1,4 +1,4 @@
-"""Calls of networks: with their parameters, and what a diffusion network may be told besides the noisy image."""
+"""Calls of networks: with their parameters, and the condition of a diffusion network."""
 
 from __future__ import annotations
 

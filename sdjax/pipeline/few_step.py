@@ -40,7 +40,7 @@ def few_step_defaults(
 
     Args:
         name, scheduler_config: of the checkpoint.
-        told_guidance: whether the UNet is told the guidance scale, as LCMs are.
+        guidance_condition: whether the UNet is conditioned on the guidance scale, as LCMs are.
         single_file: whether `scheduler_config` is not the checkpoint's own.
     """
     lower = name.lower()
@@ -49,7 +49,7 @@ def few_step_defaults(
     if found is None:
         return {}
     steps = STEPS.search(lower)
-    # An LCM that is not told a scale is one by LoRA, which has learned to do without guidance.
+    # An LCM without that condition is one by LoRA, which has learned to do without guidance.
     plain = found.sampler == "lcm" and not guidance_condition
     chosen: dict[str, Any] = {"steps": int(steps[1]) if steps and int(steps[1]) else found.steps}
     chosen["guidance_scale"] = 1.0 if plain else found.guidance_scale

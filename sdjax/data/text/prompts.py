@@ -35,7 +35,7 @@ Weighted = tuple[Token, float]
 
 
 class Report(NamedTuple):
-    """Something that the user should be told about a prompt.
+    """A warning about a prompt.
 
     Attributes:
         kind: "cut" for text that no longer fits, "not understood" for syntax that has no effect here.

@@ -49,7 +49,7 @@ class Churned(NamedTuple):
     of the first noise's scale.
 
     Attributes:
-        sigmas, timesteps: [n] raised levels and what the network is told there.
+        sigmas, timesteps: [n] raised levels and the timesteps there.
         targets: [n] where each step ends, before the next one's noise.
         noise: [n] deviation of the noise that each step adds at its end.
         first_scale: of the noise at the beginning.

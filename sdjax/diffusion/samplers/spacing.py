@@ -68,7 +68,7 @@ def sigma_levels(schedule: Schedule, steps: int, options: SamplerOptions, round_
         UserError: see `spaced_timesteps` and `sigma_schedule`.
     """
     timesteps = spaced_timesteps(options.timestep_spacing, steps, schedule.num_timesteps, options.steps_offset)
-    # The network is told timesteps in float32: the levels that belong to them are those of the rounded values.
+    # Timesteps condition the network in float32: the levels that belong to them are those of the rounded values.
     timesteps = timesteps.astype(np.float32).astype(np.float64)
     sigmas = timestep_to_sigma(timesteps, schedule.sigmas)
     if options.sigma_schedule is not None:

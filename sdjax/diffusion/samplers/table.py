@@ -25,7 +25,7 @@ class SamplerStep(NamedTuple):
 
     Attributes:
         sigma: noise level of x, in variance-exploding coordinates, when the network is called.
-        timestep: what the network is told.
+        timestep: that the network is conditioned on.
         next_x: [2 + K + 1] weights on (x, anchor, prediction, the last K - 1 kept predictions newest first, noise).
         next_anchor: the same, for the anchor.
         record: weights on (x, x0, x0 before clipping) that make this call's prediction.
