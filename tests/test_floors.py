@@ -133,6 +133,17 @@ def test_no_circles():
         visit(name, ())
 
 
+def test_checkpoints_are_five_import_levels_deep():
+    """From what imports nothing of the room to what opens a checkpoint."""
+    files = {module_name(path): path for path in MODULES if "checkpoints" in path.parts and path.name != "__init__.py"}
+    edges = {name: imported(path) - type_checking_only(path) for name, path in files.items()}
+
+    def level(name: str) -> int:
+        return max((1 + level(other) for other in edges[name] if other in files and other != name), default=0)
+
+    assert {name: level(name) for name in files if level(name) > 5} == {}
+
+
 def test_no_function_has_too_many_arguments():
     """Twelve; the options of a call are rows of a table."""
     found = [

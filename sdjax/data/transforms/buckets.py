@@ -117,9 +117,9 @@ def resize_crop(
 class ToBucket(grain.transforms.RandomMap):
     """Brings the image to the size of its nearest bucket; adds `bucket`, int32, and `sizes`, float32 [6].
 
-    `sizes` is the size condition of SDXL (Podell et al. 2023, section 2.2): the original height and width, the top and left of
-    the crop in the image after it was resized, the bucket's height and width. Without buckets, a table of one size
-    gives the size and crop conditioning of SDXL's first stages.
+    `sizes` is the size condition of SDXL (Podell et al. 2023, section 2.2): the original height and width, the top and
+    left of the crop in the image after it was resized, the bucket's height and width. Without buckets, a table of one
+    size gives the size and crop conditioning of SDXL's first stages.
     """
 
     buckets: Table
