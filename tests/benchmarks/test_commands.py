@@ -54,7 +54,7 @@ def test_training_refuses(monkeypatch, words, message):
     assert "\n" not in str(refused.value)
 
 
-def test_utilisation_is_of_the_published_peak_of_all_devices():
+def test_utilisation_is_of_published_peak():
     """Two H100 have 2 x 989.4 TFLOP/s in bfloat16; of what is not published nothing is said."""
     cards: Any = [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * 2
     assert utilisation(989.4e12, "bfloat16", cards) == "989 (50.0%)"
@@ -90,7 +90,7 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_mesh_shards_and_its_bytes_are_those_counted_by_hand(found):
+def test_shards_and_bytes_by_hand(found):
     """Each of two devices holds half of every large array, and sends that half once for the other to gather."""
     assert found["on_one_device"] == found["whole"] + found["split"] // 2
     assert found["split"] > 0.8 * (found["whole"] + found["split"])
@@ -107,7 +107,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(found):
     assert "on fsdp=2, --batch=3 is not divisible by the 2 devices" in found["uneven"]
 
 
-def test_efficiency_is_the_speed_of_a_device_by_that_of_one_alone(found):
+def test_scaling_efficiency(found):
     """4 images in 2 s by one device, 8 in 5 s by two: 2 and 0.8 images/s a device."""
     assert [row["efficiency"] for row in found["rows"]] == ["100.0%", "40.0%"]
     assert [row["images/s"] for row in found["rows"]] == ["2", "1.6"]

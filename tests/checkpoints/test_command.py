@@ -56,7 +56,7 @@ def test_a_round_trip_is_bit_identical(family: str, dtype: str, convert, tmp_pat
 
 
 @pytest.mark.parametrize("family", PIPELINES)
-def test_diffusers_loads_the_folder_and_the_tensors_are_the_files(family: str, convert, tmp_path: Path):
+def test_diffusers_loads_the_files_tensors(family: str, convert, tmp_path: Path):
     first = original(tmp_path / "first.safetensors", family, "float16")
     convert(first, tmp_path / "folder")
     pipe = getattr(diffusers, PIPELINES[family]).from_pretrained(tmp_path / "folder", local_files_only=True)

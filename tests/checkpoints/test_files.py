@@ -31,7 +31,7 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_written_files_are_read_by_the_reference_reader_and_by_ours(tmp_path: Path, dtype: str):
+def test_written_files_are_read_by_safetensors(tmp_path: Path, dtype: str):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, WEIGHTS, jnp.dtype(dtype))
     with safe_open(path, "pt") as file:
@@ -48,7 +48,7 @@ def test_written_files_are_read_by_the_reference_reader_and_by_ours(tmp_path: Pa
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_files_of_the_reference_writer_are_read_in_every_type(tmp_path: Path):
+def test_every_dtype_of_safetensors_is_read(tmp_path: Path):
     names = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
     tensors = {name: (torch.arange(-3, 9).reshape(3, 4) > 2).to(getattr(torch, name)) for name in names}
     tensors |= {name: torch.tensor([1.5, -6.0]).to(getattr(torch, name)) for name in ("float8_e4m3fn", "float8_e5m2")}

@@ -76,7 +76,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_diffusers_loads_the_folder_and_its_networks_agree_to_1e_4(checkpoint: Checkpoint, folder: Path):
+def test_diffusers_loads_the_folder(checkpoint: Checkpoint, folder: Path):
     pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     assert isinstance(pipe.scheduler, DDIMScheduler)
     assert pipe.scheduler.config.prediction_type == "v_prediction"
@@ -115,9 +115,7 @@ def test_diffusers_loads_the_folder_and_its_networks_agree_to_1e_4(checkpoint: C
     assert pipe("red heart", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
-def test_what_diffusers_writes_again_is_read_as_the_same_checkpoint(
-    checkpoint: Checkpoint, folder: Path, tmp_path: Path
-):
+def test_diffusers_round_trip(checkpoint: Checkpoint, folder: Path, tmp_path: Path):
     StableDiffusionPipeline.from_pretrained(folder, local_files_only=True).save_pretrained(tmp_path / "theirs")
     found = read_folder(tmp_path / "theirs")
     for name in ("unet", "vae", "text_encoder"):

@@ -33,7 +33,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_diffusers_loads_each_family_and_writes_it_back_the_same(family: str, tokenizer, tmp_path: Path):
+def test_diffusers_round_trip_of_each_family(family: str, tokenizer, tmp_path: Path):
     checkpoint = tiny_checkpoint(family, *tokenizer)
     write_checkpoint(tmp_path / "ours", checkpoint)
     # the depth estimator and its processor are no part of the model here; diffusers insists on hearing of them

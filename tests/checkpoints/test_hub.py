@@ -133,7 +133,7 @@ def weights(names: list[str]) -> set[str]:
     return {name for name in names if not name.endswith((".json", ".txt"))}
 
 
-def test_a_model_is_downloaded_once_and_found_again_without_a_network(checkpoint, hub: Hub, tmp_path: Path):
+def test_hub_download_is_cached(checkpoint, hub: Hub, tmp_path: Path):
     cache = tmp_path / "cache"
     first = resolve("acme/xl", cache_dir=cache, endpoint=hub.url)
     assert_same(checkpoint, read_folder(first))

@@ -135,7 +135,7 @@ def test_every_tensor_of_a_file_is_where_it_was(name, tmp_path):
     assert found.settings == {"size": 256, **row.settings, **({"none": 1000} if name == "cin256" else {})}
 
 
-def test_averages_are_chosen_and_the_scale_of_a_file_is_its_own(tmp_path):
+def test_ema_choice_and_file_scale(tmp_path):
     """LitEma's names; they are the default, as the paper samples with them."""
     tensors, params = original("lsun_churches")
     averages = {"model_ema." + key[6:].replace(".", ""): v + 1 for key, v in tensors.items() if key.startswith(UNET)}
@@ -154,7 +154,7 @@ def test_averages_are_chosen_and_the_scale_of_a_file_is_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_the_command_writes_a_folder_that_makes_the_same_pictures(suffix, tmp_path, monkeypatch, capsys):
+def test_converted_folder_gives_the_same_images(suffix, tmp_path, monkeypatch, capsys):
     path = save(tmp_path / f"model{suffix}", original("cin256")[0])
     convert(monkeypatch, path, tmp_path / "folder")
     assert capsys.readouterr().out.strip() == f"{tmp_path / 'folder'}: a folder of a model of class_conditional"
@@ -196,7 +196,7 @@ def test_words_need_berts_vocabulary(tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
-def test_keys_that_are_missing_or_belong_to_nothing_are_named(tmp_path):
+def test_missing_and_unexpected_keys_are_named(tmp_path):
     tensors, _ = original("semantic")
     for changed, message in (
         ({**tensors, "unknown.weight": np.zeros(3)}, "1 unexpected: unknown.weight"),

@@ -47,7 +47,7 @@ def sdxl(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_full_size_sdxl_unet_is_loaded_within_1_3_times_its_weights(sdxl: Path):
+def test_peak_memory_of_loading_full_sdxl_unet(sdxl: Path):
     for dtype in ("float16", "bfloat16"):
         command = [sys.executable, str(SCRIPT), str(sdxl), dtype]
         environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}

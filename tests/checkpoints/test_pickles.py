@@ -36,7 +36,7 @@ def test_the_format_before_archives(tmp_path: Path):
     np.testing.assert_array_equal(np.asarray(read_pickle(tmp_path / "x.pt")[0]["a"]), np.ones(3, np.float32))
 
 
-def test_what_the_first_published_files_hold_beside_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_old_published_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A callback's class as a key, and NumPy's numbers (CompVis/stable-diffusion-v-1-4-original)."""
     name = "pytorch_lightning.callbacks.model_checkpoint"
     module = types.ModuleType(name)
@@ -69,7 +69,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path, archive: bool):
     assert "\n" not in str(error.value)
 
 
-def test_files_that_hold_no_weights_are_refused_in_one_line(tmp_path: Path):
+def test_files_without_weights_are_refused(tmp_path: Path):
     path = tmp_path / "x.bin"
     torch.save({"a": torch.ones(1000)}, path)
     whole = path.read_bytes()

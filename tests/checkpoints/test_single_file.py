@@ -75,7 +75,7 @@ def converted(family: str, checkpoint: Checkpoint, name: str, file: Tensors) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_diffusers_converters_make_of_our_file_what_we_wrote(family: str, made, tensors):
+def test_diffusers_converters_read_our_file(family: str, made, tensors):
     checkpoint, _ = made[family]
     for name in checkpoint.components:
         expected = in_diffusers_names(checkpoint, name)
@@ -295,7 +295,7 @@ def test_what_the_layout_cannot_say_is_not_written(made, tmp_path: Path):
     assert unet.from_diffusers_config({}).heads == (8, 8, 8, 8), "the family's own"
 
 
-def test_channels_that_the_layouts_32_groups_do_not_divide(tmp_path):
+def test_channels_not_divisible_by_32(tmp_path):
     """In the shipped model, which has 8; diffusers' layout says how many there are."""
     checkpoint = read_folder(Path(__file__).parents[2] / "checkpoints" / "openmoji")
     with pytest.raises(UserError, match=r"norm_num_groups = 32 in .* must be a divisor of each of \[8, 16, 32, 64\]"):

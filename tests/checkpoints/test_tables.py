@@ -94,7 +94,7 @@ def test_every_key_of_a_text_encoder_and_its_shape(name: str):
         (clip, CLIPS["clip_l"], "vocab_size", -1),
     ],
 )
-def test_a_structure_that_is_not_here_is_refused_by_key_value_and_file(convert, config: dict, key: str, value: object):
+def test_unsupported_structure_names_key_value_file(convert, config: dict, key: str, value: object):
     with pytest.raises(UserError) as error:
         convert.from_diffusers_config(config | {key: value}, "X/config.json")
     message = str(error.value)
@@ -104,6 +104,6 @@ def test_a_structure_that_is_not_here_is_refused_by_key_value_and_file(convert, 
     assert "\n" not in message
 
 
-def test_a_unet_that_diffusers_cannot_express_is_not_exported():
+def test_unet_beyond_diffusers_is_not_exported():
     with pytest.raises(UserError, match="mid_depth 2"):
         unet.to_diffusers_config(UNetConfig(depths=(1, 1, 1, 1), mid_depth=2))

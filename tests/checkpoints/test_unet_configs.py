@@ -78,7 +78,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", CIRCULATING)
-def test_every_key_and_shape_is_that_of_diffusers_and_so_is_the_exported_config_s(name: str):
+def test_keys_shapes_and_exported_config_match_diffusers(name: str):
     config = unet.from_diffusers_config(CIRCULATING[name])
     assert config == VARIANTS[name]
     theirs = shapes(CIRCULATING[name])
@@ -128,7 +128,7 @@ def test_other_ways_to_say_the_same_network(said: dict[str, Any]):
     assert unet.from_diffusers_config(TINY | said) == TINY_SIZES
 
 
-def test_attention_to_the_context_alone_is_a_level_s_own_and_never_the_middle_s():
+def test_cross_only_attention_is_per_level():
     both = TINY | {"down_block_types": [CROSS[0]] * 2, "up_block_types": [CROSS[1]] * 2}
     for only, levels in ((True, (0, 1)), ([True, False], (0,)), ([False, True], (1,))):
         config = unet.from_diffusers_config(both | {"only_cross_attention": only})
@@ -160,7 +160,7 @@ def test_attention_to_the_context_alone_is_a_level_s_own_and_never_the_middle_s(
         ("transformer_layers_per_block", [1, [1, 2]]),
     ],
 )
-def test_another_structure_is_refused_by_key_value_and_file(key: str, value: object):
+def test_other_structure_names_key_value_file(key: str, value: object):
     with pytest.raises(UserError) as error:
         unet.from_diffusers_config(TINY | {key: value}, "X/config.json")
     message = str(error.value)

@@ -64,7 +64,7 @@ def save(path: Path, **chunks: str) -> Path:
     return path
 
 
-def test_every_sampler_and_schedule_has_a_label_of_its_own():
+def test_sampler_labels_are_distinct():
     assert set(SAMPLER_LABELS) == set(SAMPLERS)
     assert set(SCHEDULE_LABELS) == set(SPACINGS)
     for sampler, label in SAMPLER_LABELS.items():

@@ -40,7 +40,7 @@ def test_every_n_rows_of_a_bucket_are_all_of_it_once(batch_size):
     assert list(orders.pop()) != sorted(batch["bucket"][0] for batch in found)
 
 
-def test_epochs_leave_less_than_a_batch_of_a_bucket_for_the_next():
+def test_epoch_remainders_of_buckets():
     order = Order(BUCKETS, 4, 0)
     taken, ends = Counter(), {}
     for index in range(500):
@@ -52,7 +52,7 @@ def test_epochs_leave_less_than_a_batch_of_a_bucket_for_the_next():
             assert 0 <= epoch * count - ends[steps].get(bucket, 0) < 4
 
 
-def test_order_is_the_seeds_and_epochs_have_orders_of_their_own():
+def test_order_depends_on_seed_and_epoch():
     first, same, other = ([b["id"].tolist() for b in batches(40, seed=seed)] for seed in (1, 1, 2))
     assert first == same
     assert first != other

@@ -74,7 +74,7 @@ def test_folder_names_every_bad_line(tmp_path):
     assert not any("metadata.jsonl line" in reason for line, reason in found.items() if line not in (2, 9))
 
 
-def test_tars_name_every_bad_member_and_go_on_after_a_bad_shard(tmp_path):
+def test_validate_names_bad_tar_members(tmp_path):
     def tar(name, members):
         with tarfile.open(tmp_path / name, "w") as file:
             for member, data in members:
@@ -144,7 +144,7 @@ def test_report_prints_each_and_counts(tmp_path):
     assert printed[2].startswith(f"{tmp_path}/metadata.jsonl line 4: is not JSON: ")
 
 
-def test_a_good_set_has_no_bad_rows_and_a_missing_one_is_an_error(tmp_path, monkeypatch):
+def test_validate_good_and_missing_sets(tmp_path, monkeypatch):
     named = list(openmoji.captions().items())
     held_out = [item for item in named if openmoji.is_held_out(item[1])]
     some = dict([*named[:30], *held_out[:2]])

@@ -53,7 +53,7 @@ def test_wrong_loaders_are_noticed():
     assert counted(forgetful, processes=(1, 2)).repeated > 10
 
 
-def test_rows_that_are_left_out_and_ids_that_are_not_distinct():
+def test_missing_rows_and_repeated_ids():
     groups = np.where(BUCKETS == 0, -1, BUCKETS)
     make = functools.partial(bucketed, SOURCE, groups, 4, 0, ())
     assert count(make, NAMES.tolist(), groups, (2, 2), 1).lost == 0

@@ -165,7 +165,7 @@ def test_masks_have_the_size_of_their_images():
 
 
 @pytest.mark.parametrize("feather", [0, 1, 4, 7.5])
-def test_pasting_back_keeps_what_is_outside_and_fades_inside(feather):
+def test_paste_back_feathers_inside_the_mask(feather):
     made, original = (RNG.random((2, 24, 30, 3), np.float32) for _ in range(2))
     mask = np.zeros((2, 24, 30, 1), np.float32)
     mask[0, 5:20, 6:26] = 1.0

@@ -23,7 +23,7 @@ def test_an_object_is_its_class_and_two_corners():
     assert found[90:].tolist() == [0, 89 * 90 + 89]
 
 
-def test_objects_come_in_a_random_order_with_their_own_boxes():
+def test_objects_are_shuffled_with_their_boxes():
     rng = np.random.default_rng(0)
     boxes = np.array([[0.1 * i, 0.0, 0.1, 0.1] for i in range(6)], np.float32)
     element = {"objects": np.arange(6), "boxes": boxes}

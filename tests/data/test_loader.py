@@ -29,7 +29,7 @@ def test_each_example_once_an_epoch_in_a_new_order():
     assert len({tuple(epoch) for epoch in epochs} | {tuple(range(12))}) == 4
 
 
-def test_batch_that_does_not_divide_the_data_loses_nothing():
+def test_odd_batch_loses_nothing():
     epochs = ids(loader(SOURCE, 5, seed=0), 12).reshape(5, 12)
     assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 5
 

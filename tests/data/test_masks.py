@@ -22,7 +22,7 @@ def test_the_share_of_a_hole_is_within_its_limits():
     assert 0.25 < max(shares) <= 0.3
 
 
-def test_boxes_are_upright_and_strokes_are_thick_and_round():
+def test_inpainting_mask_shapes():
     """At most three boxes, each filling its own bounding box where it meets no other; a stroke is a union of discs."""
     rng = np.random.default_rng(1)
     for _ in range(20):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 STEMS = {caption: stem for stem, caption in openmoji.captions().items()}
 
 
-def test_every_picture_has_the_group_that_unicode_gives_it():
+def test_images_have_unicode_groups():
     """The totals of all 3,953 images, and some of them by name; those of multi-person emoji go by their first."""
     counts = collections.Counter(GROUPS[group(stem)] for stem in STEMS.values())
     assert counts["Flags"] == 269
@@ -79,7 +79,7 @@ def test_scenes_have_their_colours_in_their_boxes():
     np.testing.assert_allclose(np.bincount(counts, minlength=4), (0, 42, 12, 6), atol=8)
 
 
-def test_the_two_splits_differ_and_a_scene_is_always_the_same():
+def test_scenes_are_fixed_and_splits_differ():
     train, held = source("openmoji_scenes"), source("openmoji_scenes", "held_out")
     assert (len(train), len(held)) == (8192, 512)
     assert (train[0]["image"] == train[0]["image"]).all()

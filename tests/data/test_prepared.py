@@ -79,7 +79,7 @@ def test_what_was_written_comes_back(tmp_path):
     assert batch["moments"].shape in {(11, 1, 2, 8), (11, 2, 1, 8)}
 
 
-def test_processes_share_the_shards_and_any_number_goes_on(tmp_path):
+def test_processes_share_shards_and_resume(tmp_path):
     made = [write_all(tmp_path, Shard(index, 3), most=1)[1] for index in range(3)]
     assert made == [[0], [1], [2]]
     with pytest.raises(UserError, match=r"2 of 5 shards of .* are missing, e\.g\. 3"):
@@ -99,7 +99,7 @@ class KilledError(Exception):
     pass
 
 
-def test_killed_before_any_rename_nothing_is_lost_and_nothing_half(tmp_path, monkeypatch):
+def test_kill_before_rename_loses_nothing(tmp_path, monkeypatch):
     """One shard renames two files, the plan and the end three more; the writer dies before each of them in turn."""
     replace, deaths = Path.replace, 0
     for life in range(100):
@@ -176,7 +176,7 @@ def test_another_set_in_the_folder_is_refused(tmp_path, other, said):
         writer(tmp_path, **other)
 
 
-def test_rows_that_are_not_alike_are_refused_before_the_shard_is_there(tmp_path):
+def test_unequal_rows_are_refused_before_writing(tmp_path):
     here = writer(tmp_path)
     part = next(iter(here.pending()))
     rows = [row(index) for index in range(5)]

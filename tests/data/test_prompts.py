@@ -116,7 +116,7 @@ def test_unknown_tags_are_left_out():
     assert parse("cat<lora:fur:0.8> (hat)").sections == [[Span("cat "), Span("hat", 1.1)]]
 
 
-def test_a_short_prompt_without_syntax_is_what_the_tokenizer_says(tokenizer):
+def test_plain_prompt_equals_tokenizer(tokenizer):
     for text in ("", "red heart", "flag: a cat, a dog!", "cat " * ROOM, "cat " * 60 + "," + " dog" * 14):
         for padded in (tokenizer, tokenizer._replace(pad=0)):  # Stable Diffusion 1 pads with EOS, 2 with id 0
             chunks, reports = chunk(padded, text)
@@ -225,7 +225,7 @@ def test_plain_reads_no_syntax_and_says_what_was_cut(tokenizer):
     assert plain(tokenizer, "red hat")[1] == []
 
 
-def test_prompts_are_stacked_with_chunks_of_the_empty_prompt(tokenizer):
+def test_prompts_are_padded_with_empty_chunks(tokenizer):
     short, long = chunk(tokenizer, "(cat:1.3)")[0], chunk(tokenizer, "dog BREAK hat BREAK flag")[0]
     both = stack(tokenizer, [short, long])
     assert both.ids.shape == both.weights.shape == (2, 3, 77)

@@ -63,7 +63,7 @@ def test_tar_members_are_found_by_any_index(tmp_path):
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_tars_of_every_format_with_folders_long_names_and_members_apart(tmp_path, form):
+def test_tar_formats(tmp_path, form):
     stem = f"{'d' * 90}/{'n' * 95}"  # longer than the 100 bytes of a plain header
     members = [
         (f"{stem}.png", picture(1)),
@@ -79,7 +79,7 @@ def test_tars_of_every_format_with_folders_long_names_and_members_apart(tmp_path
     ]
 
 
-def test_index_is_read_once_and_again_when_the_tar_changes(tmp_path, monkeypatch):
+def test_tar_index_is_cached_until_changed(tmp_path, monkeypatch):
     name = shards(tmp_path, count=1)
     built = []
     build = tar_index.build
@@ -186,7 +186,7 @@ def test_a_tar_cut_after_it_was_indexed_is_no_short_read(tmp_path):
         examples[3]
 
 
-def test_shards_of_one_name_in_two_folders_keep_their_examples_apart(tmp_path):
+def test_same_shard_name_in_two_folders(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         shards(tmp_path / folder, count=1)
@@ -247,7 +247,7 @@ def test_a_damaged_record_file_is_named(tmp_path, damage):
         source(f"array_record:{path}")
 
 
-def test_arrays_of_every_type_survive_packing_whatever_their_order():
+def test_packing_keeps_every_dtype():
     import jax.numpy as jnp
 
     arrays = {

@@ -130,7 +130,7 @@ def small_openmoji(tmp_path_factory):
     return folder, some
 
 
-def test_openmoji_source_gives_each_caption_its_own_drawing(small_openmoji):
+def test_openmoji_captions_and_images(small_openmoji):
     folder, named = small_openmoji
     examples = source("openmoji", "train+held_out", folder)
     assert len(examples) == len(named)

@@ -29,7 +29,7 @@ def test_respacing_keeps_the_noise_levels():
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
-def test_a_network_that_knows_the_picture_pays_for_its_variance_alone(variance):
+def test_bound_of_a_perfect_network(variance):
     """With the lower variance the steps cost nothing; with the upper one 0.5 (log r - 1 + 1/r) nats, r being the ratio
     of the variances; and the image what a bin of 2/255 around it has, to 1e-3 bits. "learned" answers v = -1."""
     _, few = respaced(SCHEDULE, 20)
@@ -70,7 +70,7 @@ def test_what_is_taken_for_the_picture_is_clipped():
     assert (bits_of(0.5) != bits_of(1.0)).all()
 
 
-def test_several_variances_take_one_call_of_the_network_a_step():
+def test_several_variances_share_network_calls():
     calls = []
 
     def network(x, t):

@@ -99,7 +99,7 @@ def _consistency_loop(timesteps, noise, drawn) -> np.ndarray:
     return x
 
 
-def test_lcm_with_the_exact_consistency_function_draws_from_the_data():
+def test_exact_lcm_samples_the_data():
     """Data N(0.3, 0.5^2): the function follows the probability flow to its end, so any number of steps is exact."""
     rng = np.random.default_rng(0)
     table = make_table("lcm", make_schedule(), 4)

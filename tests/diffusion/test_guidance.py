@@ -41,7 +41,7 @@ def test_rescale(phi):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-def test_guiding_the_prediction_is_guiding_the_clean_sample(prediction):
+def test_guidance_of_x0_equals_guidance_of_output(prediction):
     """Without rescaling, one linear combination whatever is predicted."""
     sigma, t, x = jnp.float32(1.7), jnp.float32(400.0), jnp.asarray(X)
 

@@ -92,7 +92,7 @@ def test_min_snr_weights(prediction):
     np.testing.assert_allclose(weighted, loss * got, rtol=1e-6)
 
 
-def test_the_same_error_in_x0_costs_the_same_in_every_prediction_under_min_snr():
+def test_min_snr_weighs_x0_errors_equally():
     """What the division is for: the three weighted losses are one loss."""
     abar = gather(SCHEDULE.alphas_cumprod, jnp.array([300, 600, 900]))
     x0, noise = X0[:3], NOISE[:3]
@@ -191,7 +191,7 @@ def test_the_bound_trains_the_variance_alone():
     assert float(jnp.abs(gradient[..., 3:]).min()) > 0.0
 
 
-def test_offset_noise_has_one_number_for_each_image_and_channel():
+def test_offset_noise():
     key = jax.random.key(0)
     offset = offset_noise(key, NOISE, 0.05) - NOISE
     np.testing.assert_allclose(offset, jnp.broadcast_to(offset[:, :1, :1], offset.shape), atol=1e-6)

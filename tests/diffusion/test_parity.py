@@ -178,7 +178,7 @@ def test_image_to_image_begins_where_diffusers_begins(sampler):
     np.testing.assert_allclose(got, expected[-1], rtol=0, atol=5e-5)
 
 
-def test_another_sampler_keeps_what_the_file_says_and_its_own_defaults():
+def test_another_sampler_keeps_settings_and_defaults():
     stable_diffusion = {
         "_class_name": "PNDMScheduler",
         "beta_end": 0.012,
@@ -265,7 +265,7 @@ def test_classes_name_their_samplers(config, sampler, expected):
     assert {name: getattr(options, name) for name in expected} == expected
 
 
-def test_a_named_sampler_is_itself_whatever_algorithm_the_file_names():
+def test_named_sampler_wins_over_the_file():
     file = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
     assert SamplerOptions.from_scheduler_config(file, "dpmpp_2m").algorithm_type == "dpmsolver++"
     file["algorithm_type"] = "dpmsolver"

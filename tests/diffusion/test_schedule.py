@@ -44,11 +44,11 @@ def test_zero_terminal_snr():
     assert s.sigmas[-1] == pytest.approx(4096.0, rel=1e-6)  # sqrt(2^24 - 1)
 
 
-def test_min_snr_clips_the_first_147_timesteps_of_stable_diffusion():
+def test_min_snr_clips_147_timesteps():
     assert int((make_schedule().snr > 5).sum()) == 147
 
 
-def test_timestep_and_sigma_are_each_others_inverse_where_diffusers_says():
+def test_timestep_and_sigma_are_inverse():
     s = make_schedule()
     theirs = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     levels = np.array([0.01, 0.03, 0.5, 1.7, 9.0, 14.6, 20.0])

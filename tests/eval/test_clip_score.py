@@ -69,7 +69,7 @@ def test_the_score_is_that_of_transformers(folder, pictures):
     assert worst == pytest.approx(max(float(cosines.min(1).mean()), 0.0), abs=1e-3)
 
 
-def test_the_command_needs_nothing_but_pictures_and_a_clip(folder, pictures, tmp_path, monkeypatch, capsys):
+def test_eval_command_needs_images_and_clip(folder, pictures, tmp_path, monkeypatch, capsys):
     for flags in (["--metrics=clip_score", f"--clip={folder}"], [f"--clip={folder}"], ["--metrics=clip_score"]):
         monkeypatch.setenv("SDJAX_WEIGHTS", str(folder.parent))
         monkeypatch.setattr(sys, "argv", ["eval", f"--fake={pictures}", *flags])

@@ -98,7 +98,7 @@ def test_inceptions_features_are_torch_fidelitys(networks):
         assert found.spatial.shape == (2, 17 * 17 * 7)
 
 
-def test_spatial_features_are_seven_channels_of_the_sixth_block(networks):
+def test_spatial_features_of_inception(networks):
     theirs, params = networks
     images = RNG.integers(0, 256, (2, 40, 40, 3)).astype(np.uint8)
     seen = []

@@ -81,7 +81,7 @@ def written(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Written]
 
 
 @pytest.mark.slow
-def test_a_unet_call_and_a_decoding_agree_with_diffusers_from_either_layout(written: Written):
+def test_full_size_outputs_match_diffusers(written: Written):
     readers: dict[str, Callable[[], Checkpoint]] = {
         "folder": partial(read_folder, written.folder, DTYPES, place=place),
         "single file": partial(read_single_file, written.file, DTYPES, place=place),

@@ -48,14 +48,14 @@ KL = {
 }
 
 
-def test_parameter_totals_are_those_of_the_published_models():
+def test_parameter_totals():
     assert {name: size(conversion.shapes(VARIANTS[name])) for name in TOTALS} == TOTALS
     # Not published as weights: LDM's table 8 gives their codes and channels.
     assert VARIANTS.keys() - TOTALS.keys() == {"kl_f2", "vq_f2"}
 
 
 @pytest.mark.parametrize("structure", KL.values(), ids=KL)
-def test_moments_and_pictures_agree_with_diffusers_to_1e_4(structure):
+def test_autoencoder_matches_diffusers(structure):
     torch_vae = AutoencoderKL(**SIZES, **structure, scaling_factor=0.7)
     config = conversion.from_diffusers_config(torch_vae.config)
     assert (config.scaling_factor, config.latent_channels, config.factor) == (0.7, 3, 4)
@@ -94,7 +94,7 @@ def test_rounded_latents_agree_with_diffusers_to_1e_4(structure):
     assert conversion.from_diffusers_config(conversion.to_diffusers_config(config)) == config
 
 
-def test_the_loss_of_rounding_and_its_gradients_are_diffusers():
+def test_codebook_loss_matches_diffusers():
     """Loss to 1e-6 of itself, gradients to 1e-5 of their largest; through rounding the gradient passes unchanged."""
     torch_quantizer = VectorQuantizer(40, 3, beta=BETA, sane_index_shape=True)  # legacy, as LDM trained
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_the_loss_of_rounding_and_its_gradients_are_diffusers():
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
-def test_the_original_layout_names_attention_and_codebooks():
+def test_original_keys_of_attention_and_codebooks():
     """LDM's names (ldm/modules/diffusionmodules/model.py): levels of the decoder count from the finest."""
     config = VQConfig((32, 32, 64), 3, 2, 32, codes=40, attention_levels=(1, 2), mid_attention=False)
     network = Network("vae", "first_stage_model.", config, {}, conversion.pieces(config))
@@ -140,7 +140,7 @@ def test_usage_counts_what_is_used():
     assert float(quantize.usage(jnp.array([7.0, 0.0])).perplexity) == pytest.approx(1.0)
 
 
-def test_posterior_agrees_with_diffusers_and_its_samples_have_its_moments():
+def test_posterior_matches_diffusers():
     moments = np.random.default_rng(0).normal(0, 20, (3, 4, 5, 8)).astype(np.float32)  # many beyond the clamps
     found, expected = posterior(moments), DiagonalGaussianDistribution(channels_first(moments))
     np.testing.assert_array_equal(found.logvar, channels_last(expected.logvar))

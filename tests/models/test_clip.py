@@ -35,7 +35,7 @@ SIZES = {
 IDS = np.array([[0, 5, 63, 7, 40, 40, 40, 40], [0, 61, 3, 9, 2, 62, 40, 40]], np.int32)
 
 
-def test_parameter_totals_are_those_of_the_published_models():
+def test_parameter_totals():
     assert {name: size(conversion.shapes(config)) for name, config in VARIANTS.items()} == TOTALS
 
 

@@ -69,7 +69,7 @@ def theirs(prompt_embeds):
     return prompt_embeds.detach().numpy()
 
 
-def test_clip_skip_of_stable_diffusion_1_and_2_is_diffusers_to_1e_4(folder):
+def test_clip_skip_of_sd_matches_diffusers(folder):
     model, config, params = encoders(folder, "CLIPTextModel")
     pipe, out = stable_diffusion(folder, model), run(config, params, load_tokenizer(folder).encode(PROMPTS))
     found = []
@@ -80,7 +80,7 @@ def test_clip_skip_of_stable_diffusion_1_and_2_is_diffusers_to_1e_4(folder):
     assert np.abs(found[1] - found[2]).max() > 0.1
 
 
-def test_clip_skip_of_stable_diffusion_xl_is_diffusers_to_1e_4(folder):
+def test_clip_skip_of_sdxl_matches_diffusers(folder):
     small, large = encoders(folder, "CLIPTextModel"), encoders(folder, "CLIPTextModelWithProjection")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     pipe = StableDiffusionXLPipeline(None, small[0], large[0], tokenizer, tokenizer, None, None)
@@ -96,7 +96,7 @@ def test_clip_skip_of_stable_diffusion_xl_is_diffusers_to_1e_4(folder):
         np.testing.assert_allclose(outputs[1].pooled, theirs(pooled), atol=1e-4, rtol=0)
 
 
-def test_penultimate_of_all_layers_is_the_last_of_one_fewer(folder):
+def test_penultimate_layer(folder):
     """Stable Diffusion 2 is published with ViT-H's last layer (original naming) and without it (diffusers)."""
     _, config, params = encoders(folder, "CLIPTextModel")
     ids = load_tokenizer(folder).encode(PROMPTS)
@@ -165,7 +165,7 @@ def test_textual_inversion_gives_diffusers_states_to_1e_5(folder):
     np.testing.assert_allclose(run(longer, more, ids).last, theirs(expected), atol=1e-5, rtol=0)
 
 
-def test_the_pooled_state_is_at_the_end_of_text_though_new_ids_are_higher(folder):
+def test_pooled_state_is_at_end_of_text(folder):
     _, config, params = encoders(folder, "CLIPTextModelWithProjection", eos=2)  # as SDXL's configurations say
     assert config.eos_token_id == 2
     tokenizer = with_placeholders(load_tokenizer(folder), {"toy": 2}, config.vocab_size)

@@ -106,7 +106,7 @@ def test_a_fresh_discriminator_is_drawn_as_the_original():
     assert (scales.mean(), scales.std()) == (pytest.approx(1.0, abs=0.005), pytest.approx(0.02, rel=0.15))
 
 
-def test_missing_weights_are_named_with_where_they_were_looked_for(monkeypatch, tmp_path):
+def test_missing_weights_name_searched_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("SDJAX_WEIGHTS", str(tmp_path / "mine"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

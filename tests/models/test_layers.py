@@ -43,7 +43,7 @@ def test_guidance_sinusoids_are_those_of_diffusers(width: int):
     assert found[2, 0] == pytest.approx(np.sin(1000.0), abs=1e-5)
 
 
-def test_group_norm_is_computed_in_float32_whatever_the_type():
+def test_group_norm_is_float32():
     """A large mean over a small deviation is lost in bfloat16's eight bits unless the statistics are float32."""
     x = jnp.asarray(np.random.default_rng(0).normal(100.0, 4.0, (2, 6, 6, 8)), jnp.bfloat16)
     norm = GroupNorm(groups=2, dtype=jnp.bfloat16)
@@ -56,7 +56,7 @@ def test_group_norm_is_computed_in_float32_whatever_the_type():
 
 
 @pytest.mark.parametrize("size", [(7, 5), (8, 8), (1, 3)])
-def test_a_doubling_convolution_has_the_values_and_gradients_of_torch(size: tuple[int, int]):
+def test_doubling_convolution_matches_torch(size: tuple[int, int]):
     """Nearest-neighbour interpolation and a 3x3 convolution: to 1e-5, its gradients to 1e-5 of their largest value."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, *size, 6)).astype(np.float32)

@@ -42,7 +42,7 @@ def test_a_mesh_that_divides_too_little_is_refused():
         check(audit(shapes, {"fsdp": 48}), {"fsdp": 48}, "vae")
 
 
-def test_tensor_parallelism_splits_what_makes_heads_and_takes_back_what_they_made():
+def test_tensor_axis_splits_heads_and_feed_forward():
     """Of SDXL's transformers and residual blocks; norms, biases and the time embedding's own layers are not split."""
     found = audit(FORMATS["unet"].shapes(unet.SDXL), {"tensor": 4, "fsdp": 2})
     spec = {entry.name.split("transformer_blocks_0/")[-1]: entry.spec for entry in found.entries}
@@ -60,7 +60,7 @@ def test_tensor_parallelism_splits_what_makes_heads_and_takes_back_what_they_mad
     )
 
 
-def test_moments_of_the_optimiser_are_split_as_their_parameters():
+def test_optimiser_moments_are_sharded():
     import optax
 
     from sdjax.parallel.trees import path_name

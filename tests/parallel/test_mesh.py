@@ -49,7 +49,7 @@ def test_fsdp_splits_the_largest_dimension_that_can_be():
     assert spec_of("bias", (640,), eight) == P(), "small arrays stay whole"
 
 
-def test_the_nearest_meshes_are_those_with_the_fewest_doublings():
+def test_nearest_meshes():
     assert len(set(shapes_of(8))) == len(shapes_of(8)) == 20
     assert nearest_shapes({"fsdp": 4, "tensor": 4}, 8, 2) == [(1, 4, 2, 1), (1, 2, 4, 1)]
     assert nearest_shapes({"data": -1, "spatial": 3}, 8, 1) == [(2, 1, 1, 4)], "an axis that may be anything is"

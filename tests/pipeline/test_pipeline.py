@@ -192,7 +192,7 @@ def test_values_that_are_not_finite_name_their_stage(component, path, message, f
         pipe("red heart", init_image=np.zeros((SIZE, SIZE, 3), np.uint8), strength=1.0, batch_size=2, **FAST)
 
 
-def test_the_network_call_at_which_values_overflow_is_named(folder):
+def test_overflow_names_the_network_call(folder):
     """A weight on cos(t) that overflows at timesteps where it is of the other sign than at the first."""
     pipe = sdjax.load(folder)
     timesteps = pipe.prepare("", steps=15)[0].parts[0].table.timestep[:15]

@@ -41,7 +41,7 @@ def test_memory_traffic_holds_each_turns_weights(found: dict[str, Any]):
     assert 5 * 2 * weight < found["gathered_in_a_loop"]["traffic"] < 5 * 6 * weight
 
 
-def test_flops_of_convolutions_leave_padding_and_zeros_out(found: dict[str, Any]):
+def test_convolution_flops_skip_padding(found: dict[str, Any]):
     forward = 2 * 1 * 8 * 8 * 3 * 3 * 8 * 16
     assert found["convolution"] == {"apply": forward, "gradient": 2 * forward}
 
@@ -70,7 +70,7 @@ def test_what_cannot_fit_says_by_how_much(found: dict[str, Any]):
     assert state["lacking"] == pytest.approx(state["peak"] - state["usable"])
 
 
-def test_the_estimate_is_the_greater_of_work_and_memory_then_communication(found: dict[str, Any]):
+def test_estimate_is_roofline_plus_communication(found: dict[str, Any]):
     state = found["state"]
     compute, memory, links = state["parts"]
     assert min(compute, memory, links) > 0

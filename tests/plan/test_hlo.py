@@ -137,7 +137,7 @@ ENTRY %main (x: f32[8,16,32], y: f32[8,32,64]) -> f32[8,16,64] {
     assert device_work(Module(text)).flops == 2 * 8 * 16 * 32 * 64
 
 
-def test_traffic_counts_slices_and_leaves_on_chip_memory_out():
+def test_traffic_of_slices_and_on_chip_memory():
     text = """
 %cut (p: f32[100,8], i: s32[]) -> f32[1,8] {
   %p = f32[100,8]{1,0} parameter(0)

@@ -131,7 +131,7 @@ def lacking(mesh: str, needed: float | None) -> Plan:
     return Plan(CHIP, 4, mesh, 8, (PlannedProgram("step", 1, refusal, None),))
 
 
-def test_a_search_lists_the_fastest_first_and_a_refusal_is_a_row():
+def test_search_ranks_plans():
     plans = {1: planned("slow", 10, 2.0), 2: planned("fast", 12, 1.0), 3: lacking("far", 40), 4: lacking("near", 16)}
     plans[5] = planned("over", 15.5, 0.5)
     options = [Candidate((size, 1, 1, 1), 8) for size in (*plans, 6)]

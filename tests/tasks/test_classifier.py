@@ -119,7 +119,7 @@ def test_bad_configs_are_one_line(change, message):
     assert message in str(error.value)
 
 
-def test_a_class_that_the_model_does_not_know_names_the_picture():
+def test_unknown_class_names_the_image():
     config = classifiers.get_config("openmoji_tiny")
     config.model.classifier.classes = 2
     with pytest.raises(Exception, match=r"has the class \d; the model has 0 to 1"):

@@ -111,7 +111,7 @@ def reference(modules, changes, x: torch.Tensor, noise: torch.Tensor, logvar: to
 
 
 @pytest.mark.parametrize("step", [2, 3])
-def test_the_objective_and_its_gradients_are_those_of_the_original(case, step):
+def test_autoencoder_objective_matches_pytorch(case, step):
     """1e-4 of each value; 5e-4 of the length of each network's gradient, and of the longest of its parameters' for each
     of them: a rounding error decides which side of ReLU's kink some of VGG's two million activations are on, and the
     gradients of this very reference in float32 and in float64 differ by as much as 2.1e-4 of the longest. The

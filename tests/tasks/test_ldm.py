@@ -85,7 +85,7 @@ def exported(config, folder):
     return folder
 
 
-def test_the_embedder_and_the_rescaler_are_those_of_the_original():
+def test_embedder_and_rescaler_match_original():
     """To 1e-6: an embedding, and two bilinear halvings before a 1x1 convolution."""
     labels = np.random.default_rng(0).integers(0, 9, (2, 16, 24))
     module = Rescaler(RescalerConfig(classes=9))
@@ -127,7 +127,7 @@ def test_the_loss_is_that_of_the_original(first_stage, tmp_path):
 
 
 @pytest.mark.parametrize("written_by", ["us", "diffusers"])
-def test_an_unconditional_model_is_a_pipeline_of_diffusers(written_by, first_stage, tmp_path):
+def test_unconditional_model_is_a_diffusers_pipeline(written_by, first_stage, tmp_path):
     """LDMPipeline with the same seed: to 1e-3, of an exported run and of a folder that says nothing of ours."""
     if written_by == "us":
         exported(config_of("celebahq", first_stage), tmp_path)

@@ -191,7 +191,7 @@ def test_tokens_give_the_prepared_embeddings(case):
         np.testing.assert_allclose(found, wanted, atol=2e-3 * float(np.abs(wanted).max()))
 
 
-def test_a_run_from_pictures_to_a_folder_that_diffusers_loads(pictures, tmp_path, monkeypatch):
+def test_training_run_exports_for_diffusers(pictures, tmp_path, monkeypatch):
     """Prepared in buckets, trained with one compilation for each, previewed, exported."""
     config = config_of("sdxl_tiny", pictures, tmp_path / "data")
     config.model.unet.update(channels=(32,), depths=(1,), heads=(2,))  # each bucket is a program

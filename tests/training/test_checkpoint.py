@@ -66,7 +66,7 @@ def test_a_cut_copy_is_put_aside_and_never_restored(tmp_path):
     assert restored(tmp_path) == 6
 
 
-def test_a_changed_byte_stops_the_run_unless_the_previous_one_is_asked_for(tmp_path):
+def test_corrupt_checkpoint_stops_the_run(tmp_path):
     save(tmp_path, 2, 4)
     corrupt(tmp_path / "checkpoints/4")
     before = names(tmp_path)

@@ -28,7 +28,7 @@ def assert_same_bits(a, b) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), a, b)
 
 
-def test_two_processes_are_one_with_as_many_devices_and_each_goes_on_from_the_other(tmp_path):
+def test_two_processes_equal_one_and_resume_each_other(tmp_path):
     """8 steps of 1 x 4 devices, of 2 x 2, and of 4 + 4 in both orders, agree to 2e-5; the same mesh to the bit."""
     run(start(tmp_path / "one", EIGHT, devices=4))
     one = state_of(tmp_path / "one", 8)
@@ -80,7 +80,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_a_signal_to_all_leaves_the_reading_to_its_workers_until_the_end(tmp_path):
+def test_signal_to_all_lets_loader_workers_finish(tmp_path):
     """As SLURM sends it: the run stops with a checkpoint and code 0, and none of its children is left."""
     flags = ["--config.data.workers=2", "--config.train.steps=100000", "--config.train.checkpoint_every=20"]
     process = start(tmp_path / "run", *flags, TINY_PAUSE="0.05")

@@ -109,7 +109,7 @@ def test_a_workdir_of_another_config_is_refused(make_config, two_layers, tmp_pat
     assert not (tmp_path / "run/checkpoints/4").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(make_config, two_layers, tmp_path):
+def test_non_finite_loss_stops_the_run(make_config, two_layers, tmp_path):
     config = make_config("autoencoder_tiny", 4)
     config.optim.update(name="adamw", learning_rate=1e38, warmup_steps=1)
     config.train.checkpoint_every = 1

@@ -99,7 +99,7 @@ def test_an_export_that_was_cut_short_is_made_again(make_config, monkeypatch, tm
     assert not (tmp_path / "export.tmp").exists()
 
 
-def test_a_key_that_an_earlier_version_lacked_means_what_it_did(tmp_path):
+def test_old_workdirs_resume_with_new_keys(tmp_path):
     """Such a run goes on with the default, and is refused with another value."""
     claim(epath.Path(tmp_path), {"data": {"source": "a"}})
     check_owner(epath.Path(tmp_path), {"data": {"source": "a", "crop": "centre", "crop_sides": (1.0, 1.0)}}, ())
