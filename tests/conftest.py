@@ -37,7 +37,7 @@ if not IS_WORKER:
     cache_folder().mkdir(parents=True, exist_ok=True)
     prune(cache_folder())
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_folder())
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin, and would take the other worker's core
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax.core.errors import UserError
+from sdjax.core.errors import UserError, run_or_exit
 from sdjax.data.bucketed import bucketed
-from sdjax.data.count_ids import count
+from sdjax.data.count_ids import count, main
 from sdjax.data.loader import loader
 from sdjax.data.sources.open import ArraySource
 
@@ -100,8 +100,11 @@ def test_command_prints_a_table(tmp_path):
         (("--source=x", "--processes=0"), "error: flag --processes=0"),
     ],
 )
-def test_mistakes_are_one_line(arguments, said):
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith(said)
-    assert done.stderr.count("\n") == 1
+def test_mistakes_are_one_line(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["count_ids", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        run_or_exit(main)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(said)
+    assert error.count("\n") == 1

@@ -56,28 +56,20 @@ def run(monkeypatch, tmp_path, weights, capsys):
     return command
 
 
-def pictures_of(folder) -> torch.Tensor:
+def images_of(folder) -> torch.Tensor:
     files = sorted(folder.glob("*.png"))
     return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).permute(0, 3, 1, 2)
 
 
-def test_all_metrics_of_two_folders(run, folders, networks, tmp_path):
-    """FID and the Inception Score are those of torch-fidelity's features, 1e-3, KID to 1e-6; LPIPS is PyTorch's.
+SIZES = ("--kid_subset=5", "--splits=2", "--batch_size=4")
 
-    The trace of the root of A B is the nuclear norm of X Y^T, where A and B are the covariances of few rows X and Y.
-    """
-    names = "fid,sfid,kid,inception_score,precision_recall,psnr,ssim,lpips"
-    sizes = ("--kid_subset=5", "--splits=2", "--batch_size=4")
-    figures, said = run(f"--fake={folders}/fake", f"--real={folders}/real", f"--metrics={names}", *sizes)
-    theirs, _ = networks
-    with torch.no_grad():
-        (fake, logits), (real, _) = (theirs(pictures_of(folders / name)) for name in ("fake", "real"))
+
+def test_metrics_of_two_folders(run, folders, networks):
+    """The Inception Score is that of torch-fidelity's features, 1e-3, KID to 1e-6; LPIPS is PyTorch's."""
+    names = "kid,inception_score,precision_recall,psnr,ssim,lpips"
+    figures, said = run(f"--fake={folders}/fake", f"--real={folders}/real", f"--metrics={names}", *SIZES)
+    (fake, logits), (real, _) = features(networks[0], folders)
     kid, isc = map(fidelity, ("metric_kid", "metric_isc"))
-    rows = [(x - x.mean(0)).numpy().astype(np.float64) / np.sqrt(COUNT - 1) for x in (fake, real)]
-    difference = (fake.mean(0) - real.mean(0)).double().square().sum().item()
-    shared = np.linalg.norm(rows[0] @ rows[1].T, "nuc")
-    expected = difference + sum(np.square(x).sum() for x in rows) - 2.0 * shared
-    assert figures["fid"] == pytest.approx(expected, rel=1e-3)
     expected = kid.kid_features_to_metric(fake, real, kid_subset_size=5, verbose=False)
     assert figures["kid"] == pytest.approx(expected["kernel_inception_distance_mean"], abs=1e-6)
     expected = isc.isc_features_to_metric(logits, splits=2)
@@ -85,18 +77,33 @@ def test_all_metrics_of_two_folders(run, folders, networks, tmp_path):
     linear = [torch.from_numpy(np.asarray(v)) for _, v in sorted(read_safetensors(metric_weights.LINEAR).items())]
     vgg = vgg16()
     vgg.load_state_dict(torch.load(metric_weights.find("vgg16"), weights_only=True))
-    scaled = [pictures_of(folders / name).float() / 127.5 - 1.0 for name in ("fake", "real")]
+    scaled = [images_of(folders / name).float() / 127.5 - 1.0 for name in ("fake", "real")]
     with torch.no_grad():
         assert figures["lpips"] == pytest.approx(float(TorchLPIPS(vgg, linear)(*scaled).mean()), rel=1e-3)
     error = ((scaled[0] - scaled[1]).double() / 2.0).square().mean((1, 2, 3))
     assert figures["psnr"] == pytest.approx(float(-10.0 * error.log10().mean()), rel=1e-5)
     assert 0.3 < figures["ssim"] < 1.0
-    assert {"sfid", "precision", "recall"} <= set(figures)
+    assert {"precision", "recall"} <= set(figures)
     # The real images' features are kept.
-    again, said = run(f"--fake={folders}/fake", f"--real={folders}/real", "--metrics=kid", *sizes)
+    again, said = run(f"--fake={folders}/fake", f"--real={folders}/real", "--metrics=kid", *SIZES)
     assert again["kid"] == figures["kid"]
     assert "real:" not in said
-    # Statistics of others take the images' place.
+
+
+@pytest.mark.slow
+def test_frechet_distances_of_two_folders(run, folders, networks, tmp_path):
+    """FID is that of torch-fidelity's features, 1e-3; statistics of others take the images' place.
+
+    The trace of the root of A B is the nuclear norm of X Y^T, where A and B are the covariances of few rows X and Y.
+    """
+    figures, _ = run(f"--fake={folders}/fake", f"--real={folders}/real", "--metrics=fid,sfid", "--batch_size=4")
+    (fake, _), (real, _) = features(networks[0], folders)
+    rows = [(x - x.mean(0)).numpy().astype(np.float64) / np.sqrt(COUNT - 1) for x in (fake, real)]
+    difference = (fake.mean(0) - real.mean(0)).double().square().sum().item()
+    shared = np.linalg.norm(rows[0] @ rows[1].T, "nuc")
+    expected = difference + sum(np.square(x).sum() for x in rows) - 2.0 * shared
+    assert figures["fid"] == pytest.approx(expected, rel=1e-3)
+    assert figures["sfid"] > 0.0
     np.savez(tmp_path / "stats.npz", mu=real.mean(0).double(), sigma=rows[1].T @ rows[1])
     again, _ = run(f"--fake={folders}/fake", f"--real={tmp_path}/stats.npz", "--metrics=fid", "--batch_size=4")
     assert again["fid"] == pytest.approx(figures["fid"], rel=1e-3)
@@ -104,6 +111,13 @@ def test_all_metrics_of_two_folders(run, folders, networks, tmp_path):
         run(f"--fake={folders}/fake", f"--real={tmp_path}/stats.npz", "--metrics=kid")
 
 
+def features(theirs, folders):
+    """torch-fidelity's features and logits of the sampled images, and of the real ones."""
+    with torch.no_grad():
+        return tuple(theirs(images_of(folders / name)) for name in ("fake", "real"))
+
+
+@pytest.mark.slow
 def test_an_autoencoder_with_a_codebook(run, folders, networks, tmp_path):
     config = autoencoders.get_config("vq_f4_tiny")
     config.data.source = f"pictures:{folders}/real"

@@ -100,6 +100,7 @@ def first_stage(pictures, tmp_path_factory) -> str:
 QUICK = ["data=8", "data=2,fsdp=4", "fsdp=2,tensor=2,spatial=2"]
 
 
+@pytest.mark.slow
 def test_an_autoencoder_is_the_same_on_two_meshes(pictures, tmp_path):
     """Split over every axis; over `data` alone is test_mesh.py's."""
     meshes = QUICK[1:]

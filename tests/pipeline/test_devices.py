@@ -76,6 +76,7 @@ def made_by_four(folder, classes, tmp_path_factory) -> Path:
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [0, 1])
 def test_four_devices_give_the_same_images(mesh, ours, made_by_four):
     expected = ours("red heart", batch_size=2, **SETTINGS)
@@ -83,6 +84,7 @@ def test_four_devices_give_the_same_images(mesh, ours, made_by_four):
     assert (made_by_four / "saved" / "unet" / "diffusion_pytorch_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_four_devices_give_the_same_images_of_a_class(classes, made_by_four):
     expected = sdjax.load(classes)(class_label=1, batch_size=2, **SETTINGS)
     assert expected.std() > 0.05

@@ -256,7 +256,7 @@ def test_files_are_read_once(opened, tmp_path, monkeypatch):
     for file in files:
         Image.new("RGB", (SIZE, SIZE)).save(file)
     read, read_image = [], image_inputs.read_image
-    monkeypatch.setattr(image_inputs, "read_picture", lambda file, name: read.append(file) or read_image(file, name))
+    monkeypatch.setattr(image_inputs, "read_image", lambda file, name: read.append(file) or read_image(file, name))
     opened("sd1_inpainting").prepare("red heart", init_image=files[0], mask=files[1], num_images=2)
     assert sorted(read) == sorted(files)
 
@@ -329,7 +329,7 @@ def test_training_does_not_import_torch(tmp_path):
     """Not even where its metrics are written, by a package that looks for torch."""
     code = (
         "import sys, train; from sdjax.training.metrics import open_writer; "
-        f"open_writer({str(tmp_path)!r}).add_scalar('loss', 1.0, 1); assert 'torch' not in sys.modules; import torch"
+        f"open_writer({str(tmp_path)!r}).add_scalar('loss', 1.0, 1); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 

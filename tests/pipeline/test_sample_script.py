@@ -177,7 +177,7 @@ def test_given_images_are_read_once(script, run, ours, tmp_path, monkeypatch):
     read, prepared = [], []
     read_image, prepare = image_inputs.read_image, ours.prepare
     monkeypatch.setattr(
-        image_inputs, "read_picture", lambda file, place="": read.append(str(file)) or read_image(file, place)
+        image_inputs, "read_image", lambda file, place="": read.append(str(file)) or read_image(file, place)
     )
     monkeypatch.setattr(ours, "prepare", lambda prompts, *a, **k: prepared.append(prompts) or prepare(prompts, *a, **k))
     code, _, err = run(*TWO, *FAST, "--init_image=given.png", "--outdir=o")

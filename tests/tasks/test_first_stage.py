@@ -50,7 +50,11 @@ def config_of(name: str, pictures, **changes: object):
     return config
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=pytest.mark.slow if case[0].startswith("vq") else ()) for case in CASES.values()],
+    ids=CASES,
+)
 def case(request, weights, pictures, tmp_path_factory):
     """A task, its parameters, its gradient, and PyTorch's modules with the same parameters."""
     name, changes = request.param

@@ -92,6 +92,7 @@ def check(scenario: Scenario, tmp_path: Path) -> int:
     return kills
 
 
+@pytest.mark.slow
 def test_two_kills_of_one_process(tmp_path):
     assert check(Scenario(1, 150, ("SIGTERM", "SIGKILL while writing"), seed=1), tmp_path) == 2
 
