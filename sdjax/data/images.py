@@ -35,7 +35,7 @@ def read_image(file: str | Path | bytes, place: str = "") -> UInt8[np.ndarray, "
 
 
 def read_labels(file: str | Path | bytes, size: tuple[int, int], place: str = "") -> UInt8[np.ndarray, "h w"]:
-    """A label map: an image of one channel or with a palette, whose values are classes; see `read_picture`.
+    """A label map: an image of one channel or with a palette, whose values are classes; see `read_image`.
 
     Raises:
         UserError: it cannot be read, has several channels, or another size.
@@ -53,7 +53,7 @@ def read_labels(file: str | Path | bytes, size: tuple[int, int], place: str = ""
 
 
 def image_size(file: str | Path | bytes, place: str = "") -> tuple[int, int]:
-    """Height and width of the image that `read_picture` gives, from the header; same arguments, same errors."""
+    """Height and width of the image that `read_image` gives, from the header; same arguments, same errors."""
     with _opened(file, place) as image:
         # Orientations 5 to 8 of EXIF turn the image by a quarter (EXIF 2.32, tag 0x0112).
         turned = image.getexif().get(ORIENTATION, 1) in range(5, 9)

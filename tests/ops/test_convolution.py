@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from sdjax.ops.convolution import convolve
-from sdjax.ops.partition import TENSOR, constrain_picture
+from sdjax.ops.partition import TENSOR, constrain_image
 from sdjax.models.layers import Conv
 from sdjax.ops.doubling import convolve_doubled
 from sdjax.parallel.mesh import make_mesh
@@ -59,7 +59,7 @@ def value_and_gradients(name):
     @jax.jit
     def run(x, kernel):
         def loss(x, kernel):
-            y = constrain_picture(apply(constrain_picture(x), kernel), TENSOR)
+            y = constrain_image(apply(constrain_image(x), kernel), TENSOR)
             return (jnp.tanh(y) * weights[:, :y.shape[1], :y.shape[2]]).sum()
         return jax.value_and_grad(loss, (0, 1))(x, kernel)
 
