@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.checkpoints.mapping import export
 from sdjax.checkpoints.networks import unet2d
 from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae
-from sdjax.checkpoints.storage import weights
+from sdjax.checkpoints.storage import safetensors, weights
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 
@@ -47,6 +48,18 @@ def test_a_pickle_is_loaded_once(conditioning, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs))
     assert read_checkpoint(path).conditioning == conditioning
     assert len(loads) == 1
+
+
+@pytest.mark.parametrize("name", ["model", "model.safetensors"])
+def test_a_header_is_read_once(name, tmp_path, monkeypatch):
+    """Of each file of a folder, and of a single file."""
+    checkpoint = tiny_checkpoint("sd1", TOKENIZER_FOLDERS / "clip_l", 49408)
+    (write_single_file if name.endswith("s") else write_checkpoint)(tmp_path / name, checkpoint)
+    read, header = Counter(), safetensors._header
+    monkeypatch.setattr(safetensors, "_header", lambda path: read.update([path]) or header(path))
+    found = read_checkpoint(tmp_path / name)
+    assert len(read) == (1 if name.endswith("s") else len(found.components))
+    assert set(read.values()) == {1}
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,12 @@ class StoredTensor:
 
 
 def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name; only the header is read.
+    """The tensors of a file by name; only the header is read. As `open_safetensors`."""
+    return open_safetensors(path)[0]
+
+
+def open_safetensors(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a file by name, and its metadata; only the header is read.
 
     Raises:
         UserError: the file is missing, truncated, or its header does not describe it.
@@ -81,17 +86,8 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
         end = last
     if end != size:
         raise UserError(f"{path} has {size - end} bytes after its last tensor")
-    return tensors
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file.
-
-    Raises:
-        UserError: as `read_safetensors`.
-    """
-    metadata = _header(Path(path))[0].get("__metadata__", {})
-    return {key: value for key, value in metadata.items() if isinstance(value, str)}
+    metadata = header.get("__metadata__", {})
+    return tensors, {key: value for key, value in metadata.items() if isinstance(value, str)}
 
 
 def read_weight_map(index: str | Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from sdjax.checkpoints.mapping import Writable
-from sdjax.checkpoints.storage.safetensors import read_metadata, read_safetensors, read_sharded
+from sdjax.checkpoints.storage.safetensors import open_safetensors, read_sharded
 from sdjax.core.errors import UserError
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
@@ -62,7 +62,7 @@ def read_file(source: Source) -> Weights:
         return source
     path = Path(source)
     if path.suffix == ".safetensors":
-        return Weights(read_safetensors(path), read_metadata(path), path)
+        return Weights(*open_safetensors(path), path)
     if path.suffix in SUFFIXES:
         return Weights(*read_pickle(path), path)
     raise UserError(f"{path} is none of the files that are read: .safetensors, {', '.join(SUFFIXES)}")
