@@ -73,7 +73,7 @@ def test_diffusers_loads_the_files_tensors(family: str, convert, tmp_path: Path)
 def test_types_families_and_predictions_as_asked(convert, tmp_path: Path, capsys):
     first = original(tmp_path / "first.safetensors", "sd2", "float32")
     convert("--dtype", "float16", first, tmp_path / "folder", "--prediction=v")
-    assert "Stable Diffusion 2; predicts v_prediction (as asked)" in capsys.readouterr().out
+    assert "Stable Diffusion 2; predicts v_prediction (as requested)" in capsys.readouterr().out
     found = read_folder(tmp_path / "folder", None)
     assert found.components["unet"].params["conv_in"]["kernel"].dtype == np.float16
     assert found.scheduler["prediction_type"] == "v_prediction"

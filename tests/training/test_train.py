@@ -53,6 +53,7 @@ def whole(make_config, first_stage, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_two_halves_are_the_whole(make_config, first_stage, whole, tmp_path):
     """From its checkpoint of step 2 a run comes to the state of step 4, to the bit: parameters, average, optimiser,
     order of the data, all noise."""
@@ -69,6 +70,7 @@ def test_two_halves_are_the_whole(make_config, first_stage, whole, tmp_path):
     assert position[0]["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_begins_from_a_given_model(make_config, first_stage, whole):
     """With task.initial the first state is that model's: what was exported in float16, the average like the rest."""
     config = make_config("tiny", 2)
@@ -89,6 +91,20 @@ def test_a_run_begins_from_a_given_model(make_config, first_stage, whole):
 def two_layers(monkeypatch):
     """train.py with tiny_run.py's network: what stops a run does not depend on the system."""
     monkeypatch.setattr(train, "make_task", tiny_run.make_task)
+
+
+def test_two_halves_of_two_layers_are_the_whole(make_config, two_layers, tmp_path):
+    """2 + 2 steps leave the state of 4, to the bit: parameters, average, optimiser, order of the data, all noise."""
+    train.train_and_evaluate(make_config("autoencoder_tiny", 4), tmp_path / "whole")
+    for steps in (2, 4):
+        train.train_and_evaluate(make_config("autoencoder_tiny", steps), tmp_path / "halves")
+    whole, halves = (state_of(tmp_path / name, 4) for name in ("whole", "halves"))
+    assert whole["step"] == 4
+    assert_same_bits(whole, halves)
+    position = [
+        json.loads((tmp_path / name / "checkpoints/4/data/metadata").read_text()) for name in ("whole", "halves")
+    ]
+    assert position[0] == position[1]
 
 
 def test_a_checkpoint_that_cannot_be_read_stops_the_run(make_config, two_layers, tmp_path):
