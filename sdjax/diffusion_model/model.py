@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sdjax.checkpoints.checkpoint import TOKENIZERS, Checkpoint
+from sdjax.checkpoints.networks.unet import SIZE_WIDTH
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.tree import Params
 from sdjax.data.text.tokenizers import Tokenizer
@@ -198,7 +199,7 @@ def _text_conditioner(
 ) -> Conditioner:
     configs = {name: component.config for name, component in checkpoint.components.items()}
     encoders = clip_encoders(configs, dtype)
-    width = checkpoint.components[BACKBONE].extra.get("addition_time_embed_dim") or 256
+    width = checkpoint.components[BACKBONE].extra.get(SIZE_WIDTH) or 256
     numbers = micro_conditioning(configs[BACKBONE], encoders, width, place)
     zeros = checkpoint.model_index.get("force_zeros_for_empty_prompt", numbers == SIZES)
     text = TextConditioner(encoders, numbers, width, () if zeros else null_ids(encoders, tokenizers))

@@ -14,8 +14,10 @@ import torch
 import zoo
 from PIL import Image
 from tiny_checkpoints import BETAS, random_params, tiny_checkpoint
+from torch_reference import drawn
 
 import sdjax
+from sdjax.checkpoints.checkpoint import Component
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.layouts.original_writer import write_single_file
@@ -81,6 +83,25 @@ def test_sdxl(negative, in_diffusers, opened):
     ).images
     how = {"steps": 6, "sampler": "euler_a", "seed": 3, "rng": "torch"}
     check(opened("sdxl")(PROMPTS, crop=(3, 5), **how, **sizes, **common), expected)
+
+
+def test_small_sdxl(checkpoints, tmp_path):
+    """diffusers' small test models have 8 features of each size, not 256."""
+    made = checkpoints("sdxl")
+    config = dataclasses.replace(zoo.UNETS["sdxl"], vector_dim=64 + 6 * 8)
+    unet = Component(config, drawn(unet_shapes(config)), {"sample_size": LATENT, "addition_time_embed_dim": 8})
+    checkpoint = dataclasses.replace(made, components={**made.components, "unet": unet})
+    write_checkpoint(tmp_path / "model", checkpoint)
+    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    expected = theirs(
+        PROMPTS[:1], num_inference_steps=2, guidance_scale=5.0, generator=generator, output_type="np", **SIDES
+    ).images
+    pipe = sdjax.load(tmp_path / "model")
+    check(pipe(PROMPTS[:1], steps=2, guidance_scale=5.0, seed=3, rng="torch"), expected)
+    with pytest.raises(UserError, match="addition_time_embed_dim = 8: a single file does not tell it"):
+        write_single_file(tmp_path / "model.safetensors", checkpoint)
 
 
 @pytest.fixture(scope="module")

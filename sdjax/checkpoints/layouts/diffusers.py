@@ -287,7 +287,8 @@ def write_component(path: str | Path, name: str, component: Component, dtype: st
     kind = dtype or str(next(iter(arrays.values())).dtype)
     stored = {"dtype": kind} if name in TOKENIZERS else {"_diffusers_version": DIFFUSERS_VERSION}
     kept = {key: value for key, value in component.extra.items() if key not in ("torch_dtype", "_name_or_path")}
-    write_json(path / "config.json", {**kept, **form.to_config(config), **stored})
+    own = {key: kept[key] for key in (unet.SIZE_WIDTH,) if kept.get(key) is not None}
+    write_json(path / "config.json", {**kept, **form.to_config(config), **own, **stored})
 
 
 def _schedulers(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:

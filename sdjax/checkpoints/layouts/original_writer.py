@@ -31,6 +31,11 @@ def write_single_file(path: str | Path, checkpoint: Checkpoint, dtype: str | Non
             not fit their configs, or they are not finite in `dtype`.
     """
     family = family_of(checkpoint)
+    width = checkpoint.components["unet"].extra.get(unet.SIZE_WIDTH) or 256
+    if width != 256:
+        raise UserError(
+            f"{unet.SIZE_WIDTH} = {width}: a single file does not tell it, and is read as 256; write a folder"
+        )
     prediction = checkpoint.scheduler.get("prediction_type", "epsilon")
     prefixes = {"unet": UNET, "vae": VAE, **FAMILIES[family].prefixes}
     tensors: dict[str, Writable] = {}

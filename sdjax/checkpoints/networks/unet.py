@@ -30,14 +30,15 @@ CLASS_NAME = "UNet2DConditionModel"
 # Blocks by whether they have transformers.
 DOWN = {False: "DownBlock2D", True: "CrossAttnDownBlock2D"}
 UP = {False: "UpBlock2D", True: "CrossAttnUpBlock2D"}
-TIME_IDS_WIDTH = 256  # SDXL's sinusoids of sizes and crops; they are made outside the network
+SIZE_WIDTH = "addition_time_embed_dim"
+"""SDXL's sinusoidal features of each size and crop: 256, and fewer in small models. They are made outside of the
+network, so its sizes do not tell, and a config.json's own value is kept."""
 DEFAULT_CHANNELS = (320, 640, 1280, 1280)
 VECTOR_DIM = "projection_class_embeddings_input_dim"
 
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None, "text_time"),
-    "addition_time_embed_dim": (None, TIME_IDS_WIDTH),
     "attention_type": ("default",),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
@@ -142,6 +143,7 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.j
                 config, VECTOR_DIM, place, "a positive integer where addition_embed_type is 'text_time'"
             )
         vector_dim = config_fields.integer(config, VECTOR_DIM, 0, place)
+        config_fields.integer({SIZE_WIDTH: 256, **config}, SIZE_WIDTH, 256, place)
     sizes = config_fields.read_fields(config, FIELDS, place)
     config_fields.check_groups(sizes["groups"], channels, place)
     return UNetConfig(
@@ -187,7 +189,7 @@ def to_diffusers_config(config: UNetConfig) -> dict[str, Any]:
     crossed = [bool(depth) for depth in config.depths]
     added: dict[str, Any] = {"addition_embed_type": None}
     if config.vector_dim is not None:
-        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": TIME_IDS_WIDTH}
+        added = {"addition_embed_type": "text_time", SIZE_WIDTH: 256}
         added[VECTOR_DIM] = config.vector_dim
     if config.cross_only:
         added["only_cross_attention"] = [level in config.cross_only for level in range(len(crossed))]
