@@ -12,7 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import train
-from configs import autoencoders, ldm, openmoji, stable_diffusion
+from configs import autoencoders, ldm, openmoji, pixels, stable_diffusion
+from sdjax.checkpoints.families import FAMILIES
 from sdjax.checkpoints.open import ID
 from sdjax.tasks.base import loader_options
 
@@ -32,6 +33,19 @@ def test_published_models_are_ids_of_the_hub(name):
     sample = script()
     assert set(config.sample) <= {*sample.FLAGS, *sample.SOURCES, "dtype"}
     assert all(ID.fullmatch(config.sample[source]) for source in ("checkpoint", "refiner") if source in config.sample)
+
+
+FACTS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() & (ldm.RECIPES.keys() | pixels.VARIANTS.keys())))
+def test_configs_and_families_have_the_same_facts(name):
+    """The noise schedule, the size of images and the guidance scale that was published."""
+    config, family = (ldm if name in ldm.RECIPES else pixels).get_config(name), FAMILIES[name]
+    scheduler = config.task.scheduler.to_dict()
+    assert {key: scheduler[key] for key in FACTS} == {key: family.scheduler[key] for key in FACTS}
+    assert config.data.size == family.size
+    assert config.sample.get("guidance_scale", 1.0) == family.settings.get("guidance_scale", 1.0)
 
 
 TRAINING = ("autoencoders", "classifiers", "ldm", "openmoji", "openmoji_ldm", "pixels", "stable_diffusion_training")
