@@ -1,8 +1,8 @@
 """Conversion as data: tables pair our parameter names with stored keys.
 
 In the patterns of a table `*` stands for an integer, e.g. ("down_blocks_*_resnets_*/conv1/kernel",
-"down_blocks.*.resnets.*.conv1.weight", CONV). The model's own shapes say which of the patterns' names exist, so nothing
-can be left over on either side unseen.
+"down_blocks.*.resnets.*.conv1.weight", CONV). Patterns are matched against the model's actual parameters,
+so any missing or unexpected key, on either side, is reported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHOWN = 20
 
 
 class Kind(NamedTuple):
-    """The storage of a leaf: `inward` makes a stored array ours, `outward` is its inverse. Both are views."""
+    """Storage of a leaf: `inward` converts a stored array to our layout, `outward` inverts it; both return views."""
 
     inward: Callable[[np.ndarray], np.ndarray]
     outward: Callable[[np.ndarray], np.ndarray]
@@ -154,15 +154,15 @@ def read(
 ) -> dict[str, Any]:
     """Parameters as a nested dictionary of NumPy arrays of type `dtype`; nothing is read before all keys fit.
 
-    One tensor is read, converted and handed to `placer` before the next, so at no time are more than two copies of one
-    of them in memory beside the tree that grows.
+    Tensors are read, converted and passed to `sharded_put` one at a time, so peak memory is the tree built so far and
+    at most two copies of a single tensor.
 
     Args:
         tensors: what is stored, by key.
         shapes: the model's own parameters: a tree of arrays or `jax.ShapeDtypeStruct`s.
         dtype: None leaves each as it is stored.
         source: the file or folder, for messages.
-        placer: makes the leaf of the tree from an array and its name, e.g. puts it onto devices; None leaves arrays.
+        sharded_put: makes a leaf of an array and its name, e.g. puts it onto devices; None leaves arrays.
 
     Raises:
         UserError: a key is missing, unexpected or there twice, a shape differs, or a value is not finite in `dtype`.

@@ -118,7 +118,8 @@ def in_order(source: Source, batch_size: int, transforms: Sequence[Transform] = 
 
 
 def _leave_signals(index: int, count: int) -> None:
-    """A cluster tells every process to stop; when to stop reading is for the one that trains to say."""
+    """Ignore termination signals in worker processes: schedulers signal every process, but only the training process
+    may decide when loading stops."""
     del index, count
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

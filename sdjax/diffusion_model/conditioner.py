@@ -54,7 +54,8 @@ class Traits(NamedTuple):
         return self.required + self.optional
 
     def joined(self, other: Traits) -> Traits:
-        """Traits of two conditions of one model: tuples and channels add up; of the rest, what is no default wins."""
+        """Merge the traits of two conditions: tuples are concatenated and channels added; for the rest a non-default
+        value overrides the default, `self` taking precedence."""
         usual = Traits()._asdict()
         added = ("required", "optional", "concat_channels", "step_columns")
         pairs = [(name, mine, getattr(other, name)) for name, mine in self._asdict().items()]
@@ -62,7 +63,7 @@ class Traits(NamedTuple):
 
 
 class Host(NamedTuple):
-    """Facts for `Conditioner.encode` that are no static argument of a program.
+    """Host-side context of `Conditioner.encode`; never a static argument of a jitted function.
 
     Attributes:
         name: of the model, for messages.
@@ -158,7 +159,7 @@ class Combined(Conditioner):
     """Several conditions of one model, e.g. text and an inpainting model's masked image.
 
     Attributes:
-        parts: each changes columns and fields of the condition of its own.
+        parts: the conditioners to combine; no two write the same column or the same field of `Cond`.
     """
 
     parts: tuple[Conditioner, ...] = ()
@@ -179,7 +180,8 @@ class Combined(Conditioner):
         return _union(part.settings for part in self.parts)
 
     def init(self, key: PRNGKeyArray) -> Params:
-        return _union(part.init(key) for part in self.parts)
+        keys = jax.random.split(key, len(self.parts))
+        return _union(part.init(own) for part, own in zip(self.parts, keys, strict=True))
 
     def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
         return next((size for part in self.parts if (size := part.image_size(inputs, factor)) is not None), None)

@@ -104,7 +104,7 @@ class DiffusionModel(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Latent sizes for those of an image."""
+        """Channels of the latents, or of the image for models of pixels."""
         if self.autoencoder is None:
             return self.config.in_channels - self.conditioner.traits.concat_channels
         return self.autoencoder.config.latent_channels

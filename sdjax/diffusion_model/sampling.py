@@ -27,7 +27,9 @@ from sdjax.models.conditioning import Cond, apply
 from sdjax.models.layers import guidance_embedding
 
 Finite = Bool[Array, ""]
-_LATER = 2**31 - 2  # an image's key is folded with it for models after the first, beyond the number of any row
+# Folded into an image's key for every model after the first (the refiner); larger than any row index, so that streams
+# of noise cannot collide.
+_LATER = 2**31 - 2
 
 
 class Guidance(NamedTuple):
@@ -102,9 +104,10 @@ def encode(
 def condition(
     model: DiffusionModel, params: Params, columns: Columns, keys: Key[Array, " b"], guidance: Guidance, *, guided: bool
 ) -> tuple[Cond, Finite]:
-    """The condition of a batch; `guided` by the null condition, as pairs of neighbours through one pass.
+    """The batch's `Cond`.
 
-    So a device that holds an image makes both rows of it.
+    If `guided`, each image's conditional and null rows are interleaved and encoded in one forward pass, so that both
+    stay on the device that holds the image.
     """
     conditioner = model.conditioner
     if guided:

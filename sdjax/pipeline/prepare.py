@@ -53,7 +53,7 @@ class Row(NamedTuple):
         size: height and width in pixels.
         image: in [0, 1], to begin from; None where there is none.
         mask: [H W 1], 1 where `image` is made anew; None without one.
-        blend: whether the loop holds the known part, as the model itself is not conditioned on it.
+        blend: whether to re-impose the unmasked latents at every step, for models not trained for inpainting.
         fresh: whether sampling begins from pure noise.
         paste: pixels of feather with which `image` is put back outside of the mask; None not to.
         latents: standard normal first noise; None for the image's own.
@@ -335,7 +335,7 @@ def _prepare_entry(
         image=image,
         mask=mask,
         blend=mask is not None and "mask" not in pipe.inputs,
-        # Making a masked part anew at full strength knows nothing of the image below it (diffusers' inpainting).
+        # At strength 1, inpainting starts from pure noise, not from the noised init_image (as in diffusers).
         fresh=image is None or (mask is not None and given["strength"] == 1.0),
         paste=feather if mask is not None and given.get("paste", True) else None,
         tile=given["tile"],

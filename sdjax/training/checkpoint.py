@@ -81,7 +81,7 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, bytes]:
-        """The newest checkpoint, in the shapes and shardings of `like`, whose memory it takes: `like` is given up.
+        """The newest checkpoint, in the shapes and shardings of `like`, which is donated.
 
         With `config.train.restore=previous` a newest one that cannot be read is renamed, and the one before it read.
 

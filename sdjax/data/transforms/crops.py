@@ -1,4 +1,4 @@
-"""Squares of pictures: always the same one, or another one each time that an image is read."""
+"""Square crops of images: always the same one, or another one each time that an image is read."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ class TextConditioner(Conditioner):
 
     Attributes:
         encoders: in the order in which their features are joined.
-        numbers: of the micro-conditioning: `SIZES`, `AESTHETICS` or 0.
+        numbers: of SDXL's micro-conditioning (diffusers' add_time_ids): `SIZES`, `AESTHETICS` or 0. While training they
+            are the column `sizes` of `data.transforms.buckets.ToBucket`.
         number_width: sinusoidal features of each number.
         null_ids: token ids of the empty prompt, one row an encoder: the null condition of SD 1 and 2. () for models
             whose null condition is zeros, as SDXL's base was trained.
