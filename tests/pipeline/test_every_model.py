@@ -212,7 +212,7 @@ def test_an_image_guides_any_model(files, folder_of):
         kind = KINDS[name]
         pipe, common = sdjax.load(folder_of(name)), {"steps": 8, "num_images": 2, **options_of(kind, files)}
         plain = pipe(**common)
-        distances = []
+        distances, compiled = [], 0
         for scale in (0.0, 0.02, 0.05):
             made = pipe(**common, resemble=str(files["quarter"]), resemble_scale=scale)
             compiled = compiled if distances else sampling.sample.compiled()._cache_size()
