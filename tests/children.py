@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 # Most programs run once or twice, so optimising their machine code would take longer than it saves: these take two
 # thirds of the time of compilation away.
@@ -18,3 +19,10 @@ OPTIMISED = {"xla_backend_optimization_level": 1}
 def devices(count: int) -> str:
     """XLA_FLAGS of this process, and so many virtual devices: a child compiles as hastily as its parent."""
     return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]

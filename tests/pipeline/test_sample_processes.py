@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +18,6 @@ FLAGS = ("--steps=3", "--guidance_scale=2", "--sampler=euler_a", "--seed=4")
 PROMPTS = ("red heart", "flag", "green apple", "blue heart", "cat", "dog")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def test_two_processes_write_what_one_would(folder, ours, tmp_path):
     """Six prompts, each second one in fewer steps, in two batches over data 2 x fsdp 2.
 
@@ -34,7 +27,7 @@ def test_two_processes_write_what_one_would(folder, ours, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     command = [sys.executable, ROOT / "sample.py", f"--config={ROOT}/configs/openmoji.py:tiny", *FLAGS]
     command += [f"--checkpoint={folder}", f"--from_file={tmp_path}/prompts.txt", f"--outdir={tmp_path}/made"]
-    command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", f"--coordinator=localhost:{free_port()}"]
+    command += ["--config.mesh.data=2", "--config.mesh.fsdp=2", f"--coordinator=localhost:{children.free_port()}"]
     environment = os.environ | {"XLA_FLAGS": children.devices(2)}
     running = [
         subprocess.Popen(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -36,7 +35,7 @@ def start(workdir: Path, *flags: str, devices: int = 1, script: Path = TINY, **v
 
 def start_together(count: int, workdir: Path, *flags: str, **options) -> list[subprocess.Popen]:
     """Processes that find each other over loopback."""
-    address = f"--coordinator=localhost:{free_port()}"
+    address = f"--coordinator=localhost:{children.free_port()}"
     return [
         start(workdir, address, f"--processes={count}", f"--process_id={i}", *flags, **options) for i in range(count)
     ]
@@ -96,9 +95,3 @@ def corrupt(checkpoint: Path) -> None:
     raw = bytearray(largest.read_bytes())
     raw[len(raw) // 2] ^= 64
     largest.write_bytes(raw)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from launching import ROOT, free_port
+from children import free_port
+from launching import ROOT
 
 from sdjax.core.errors import UserError
 from sdjax.parallel.clusters import choose

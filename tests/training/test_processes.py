@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from launching import corrupt, finish, free_port, run, start, start_together, state_of, steps, wait_until
+from children import free_port
+from launching import corrupt, finish, run, start, start_together, state_of, steps, wait_until
 from safetensors.numpy import load_file
 
 # A sum over four devices is in another order on each mesh; 8 steps of Adam amplify the last bit to this.
