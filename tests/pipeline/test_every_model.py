@@ -102,33 +102,43 @@ def test_every_model(name, files, folder_of, tmp_path, monkeypatch, capsys):
         pipe(kind.prompt, **common)
 
 
-@pytest.mark.slow
-def test_every_model_on_a_mesh_and_by_two_processes(files, folder_of, tmp_path):
-    """On four virtual devices the same images to 1e-5 of one device's; two processes share the files of each model."""
-    root = folder_of("sd1").parent
-    expected = {}
+@pytest.fixture(scope="module")
+def on_one_device(files, folder_of) -> dict[str, np.ndarray]:
+    """Four images of each kind of model."""
+    made = {}
     for name, kind in KINDS.items():
         pipe = sdjax.load(folder_of(name), **sources_of(kind, files))
-        expected[name] = pipe(kind.prompt, num_images=4, steps=STEPS, batch_size=4, seed=5, **options_of(kind, files))
-    environment = os.environ | {"XLA_FLAGS": children.devices(4), "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = [sys.executable, str(HERE / "every_model_on_devices.py"), str(root), str(files["image"].parent)]
-    subprocess.run([*script, str(tmp_path / "mesh.npz")], env=environment, check=True)
+        made[name] = pipe(kind.prompt, num_images=4, steps=STEPS, batch_size=4, seed=5, **options_of(kind, files))
+    return made
+
+
+def start_devices(count: int, folder_of, files, *arguments: object) -> subprocess.Popen:
+    """every_model_on_devices.py with so many virtual devices."""
+    environment = os.environ | {"XLA_FLAGS": children.devices(count), "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = [sys.executable, HERE / "every_model_on_devices.py", folder_of("sd1").parent, files["image"].parent]
+    return subprocess.Popen([*map(str, script), *map(str, arguments)], env=environment)
+
+
+@pytest.mark.slow
+def test_every_model_on_a_mesh(on_one_device, files, folder_of, tmp_path):
+    """On four virtual devices the same images to 1e-5 of one device's."""
+    assert start_devices(4, folder_of, files, tmp_path / "mesh.npz").wait(timeout=3000) == 0
     with np.load(tmp_path / "mesh.npz") as found:
-        for name, images in expected.items():
+        for name, images in on_one_device.items():
             np.testing.assert_allclose(found[name], images, atol=1e-5, err_msg=name)
 
-    environment["XLA_FLAGS"] = children.devices(2)
+
+@pytest.mark.slow
+def test_every_model_by_two_processes(on_one_device, files, folder_of, tmp_path):
+    """They share the files of each model: the images of one device within a level of 255."""
     port = children.free_port()
-    running = [
-        subprocess.Popen([*script, str(tmp_path / "two"), str(port), str(number)], env=environment)
-        for number in range(2)
-    ]
+    running = [start_devices(2, folder_of, files, tmp_path, port, number) for number in range(2)]
     assert [process.wait(timeout=3000) for process in running] == [0, 0]
-    for name, images in expected.items():
+    for name, images in on_one_device.items():
         for index in range(2):
-            found = read(tmp_path / "two" / name / f"{index:05d}.png").astype(int)
+            found = read(tmp_path / name / f"{index:05d}.png").astype(int)
             assert np.abs(found - (images[index] * 255.0).round()).max() <= 1, name
-        assert (tmp_path / "two" / name / "grid.png").is_file()
+        assert (tmp_path / name / "grid.png").is_file()
 
 
 @pytest.mark.parametrize(
