@@ -33,7 +33,8 @@ def as_one_of_two(models: Path, files: dict[str, Path], outdir: Path) -> None:
         flags += ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
         flags = [flag.replace("--batch_size=2", "--batch_size=4") for flag in flags]
         flags += [] if kind.prompt is None else [f"--prompt={kind.prompt}"]
-        config, flag = sample.read_command_line(["sample.py", *flags])
+        sys.argv = ["sample.py", *flags]  # from which ml_collections takes what is set in a config
+        config, flag = sample.read_command_line(sys.argv)
         request = sample.read_request(config, flag)
         sample.generate_all(request, *sample.load(request.sources, config))
 
@@ -43,7 +44,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 4:
         on_a_mesh(models, files, sys.argv[3])
     else:
-        port, number = sys.argv[4:]
+        outdir, port, number = sys.argv[3:]
         initialise(
             coordinator=f"localhost:{port}",
             processes=2,
@@ -51,4 +52,4 @@ if __name__ == "__main__":
             coordinator_timeout=300,
             heartbeat_timeout=100,
         )
-        as_one_of_two(models, files, Path(sys.argv[3]))
+        as_one_of_two(models, files, Path(outdir))
