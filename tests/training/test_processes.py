@@ -148,8 +148,11 @@ def test_two_processes_agree_that_a_checkpoint_is_bad(tmp_path):
 
 @pytest.mark.slow
 def test_the_autoencoder_of_the_tests_in_two_processes(tmp_path, pictures):
-    """train.py itself on configs/openmoji.py:autoencoder_tiny: 4 steps agree with one process to 1e-3."""
-    flags = [f"--config.data.source=folder:{pictures}", "--config.train.sample_every=4"]
+    """train.py itself on configs/openmoji.py:autoencoder_tiny: 4 steps agree with one process to 1e-3.
+
+    A bias before a norm of one channel a group has no gradient but rounding errors, which Adam would make a step of.
+    """
+    flags = [f"--config.data.source=folder:{pictures}", "--config.train.sample_every=4", "--config.optim.eps=1e-3"]
     run(start(tmp_path / "one", *flags, devices=4, script=Path("train.py")))
     run(*start_together(2, tmp_path / "two", *flags, devices=2, script=Path("train.py")))
     one, two = (state_of(tmp_path / name, 4)["params"] for name in ("one", "two"))
