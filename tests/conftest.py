@@ -25,7 +25,10 @@ def cache_folder() -> Path:
 
 def prune(folder: Path) -> None:
     """Removes the oldest programs beyond CACHE_BYTES."""
-    files = sorted(((file.stat(), file) for file in folder.glob("*-cache")), key=lambda pair: -pair[0].st_mtime)
+    files = sorted(
+        ((file.stat(), file) for pattern in ("*-cache", "shapes-*") for file in folder.glob(pattern)),
+        key=lambda pair: -pair[0].st_mtime,
+    )
     size = 0
     for stat, file in files:
         size += stat.st_size

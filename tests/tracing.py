@@ -1,4 +1,4 @@
-"""Work of Flax's and of Python's that tests would repeat thousands of times, done once: half of the time of a trace.
+"""Work of Flax's and of Python's that tests would repeat thousands of times, done once.
 
 - Flax compares the shape of each parameter that it is given with what the parameter's initialiser makes, and traces the
   initialiser for that: once for each initialiser and shape is enough.
@@ -21,7 +21,7 @@ from typing import Any
 import flax
 import jax
 
-import sdjax.models
+import sdjax
 from sdjax.checkpoints import mapping
 
 OBJECTS = 100_000  # so many more must have been made than have died before the collector looks for cycles
@@ -78,6 +78,8 @@ def kept(traced: Callable[..., Any], folder: Path) -> Callable[..., Any]:
 
 @functools.cache
 def code() -> str:
-    """A digest of what decides a network's shapes: the modules' source and Flax's version."""
-    files = sorted(Path(sdjax.models.__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(map(Path.read_bytes, files)) + flax.__version__.encode()).hexdigest()
+    """A digest of what decides a network's shapes: the source of all below `checkpoints`, and the libraries' versions."""
+    root = Path(sdjax.__file__).parent
+    files = [file for room in ("core", "ops", "models") for file in sorted((root / room).glob("*.py"))]
+    versions = f"{jax.__version__} {flax.__version__}".encode()
+    return hashlib.sha256(b"".join(map(Path.read_bytes, files)) + versions).hexdigest()

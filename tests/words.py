@@ -2,7 +2,7 @@
 
 - docstrings whose first word asks or points (What, Which, Whether, Where, How, Of, As);
 - a class name that stands for two classes;
-- words of another dialect in names of functions, classes, arguments and modules.
+- words of another dialect in names of modules, functions, classes, arguments and variables.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FORBIDDEN = {
 
 
 def files() -> list[Path]:
-    """Every Python file of the project but its tests, which are held to the openings of their names alone."""
+    """Every Python file of the project but its tests."""
     folders = ("sdjax", "configs", "benchmarks")
     return [
         *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))),
@@ -79,6 +79,7 @@ def offences() -> dict[str, list[str]]:
             f"{place}:{line}: {text.splitlines()[0]}" for line, text in documented(tree) if OPENINGS.match(text)
         ]
         found["words"] += [f"{place}:{line}: {name}" for line, name in names(tree) if words(name) & FORBIDDEN]
+        found["words"] += [f"{place}: the module's name"] if words(path.stem) & FORBIDDEN else []
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
                 classes[node.name].append(f"{place}:{node.lineno}")
