@@ -78,7 +78,7 @@ def kept(traced: Callable[..., Any], folder: Path) -> Callable[..., Any]:
 
 @functools.cache
 def code() -> str:
-    """A digest of what decides a network's shapes: the source of all below `checkpoints`, and the libraries' versions."""
+    """A digest of what decides a network's shapes: the source of modules and kernels, and the libraries' versions."""
     root = Path(sdjax.__file__).parent
     files = [file for room in ("core", "ops", "models") for file in sorted((root / room).glob("*.py"))]
     versions = f"{jax.__version__} {flax.__version__}".encode()
