@@ -111,12 +111,6 @@ def loader(
     return Loader(examples.batch(rows, drop_remainder=True), shard, reading, identity)
 
 
-def in_order(source: Source, batch_size: int, transforms: Sequence[Transform] = ()) -> Iterator[dict[str, Any]]:
-    """One pass over `source` in its own order, the last batch smaller: for evaluation and for caching latents."""
-    batches = transformed(grain.MapDataset.source(source).seed(0), transforms).batch(batch_size)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
-
-
 def _leave_signals(index: int, count: int) -> None:
     """Ignore termination signals in worker processes: schedulers signal every process, but only the training process
     may decide when loading stops."""

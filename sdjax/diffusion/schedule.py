@@ -91,11 +91,6 @@ def abar_to_sigma(abar: np.ndarray | float) -> np.ndarray:
     return np.asarray(np.sqrt((1.0 - np.asarray(abar)) / abar))
 
 
-def sigma_to_abar(sigma: np.ndarray | float) -> np.ndarray:
-    """1 / (1 + sigma^2), the inverse of `abar_to_sigma`."""
-    return np.asarray(1.0 / (1.0 + np.square(sigma)))
-
-
 def timestep_to_sigma(timesteps: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
     """Noise levels at fractional timesteps, linear in sigma (diffusers' interpolation_type "linear").
 

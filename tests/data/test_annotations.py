@@ -11,7 +11,6 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from sdjax.core.errors import UserError
-from sdjax.data.sources.base import classes_of
 from sdjax.data.sources.open import source
 from sdjax.data.sources.tfds import TfdsSource
 from sdjax.data.sources.tfds_annotations import annotated
@@ -40,7 +39,7 @@ def write(folder, lines):
 
 def test_a_folder_names_classes_boxes_and_maps(folder):
     pictures = source(f"folder:{folder}")
-    assert classes_of(pictures, "it") == ("cat", "dog")
+    assert tuple(pictures.classes) == ("cat", "dog")
     first, second = pictures[0], pictures[1]
     assert (int(first["label"]), int(second["label"])) == (1, 0)
     np.testing.assert_allclose(first["boxes"], [[0.25, 0.25, 0.25, 1.0]])
@@ -116,8 +115,7 @@ def test_folders_in_a_folder_are_classes(tmp_path):
     assert pictures.classes == ("a", "b")
     assert [int(pictures[i]["label"]) for i in range(2)] == [0, 1]
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
-    with pytest.raises(UserError, match="has no classes"):
-        classes_of(source(f"pictures:{tmp_path}"), "it")
+    assert not source(f"pictures:{tmp_path}").classes
 
 
 class Pairs(tfds.core.GeneratorBasedBuilder):

@@ -15,8 +15,8 @@ from sdjax.data.transforms.images import Flip
 
 COUNTS = {0: 13, 3: 4, 7: 26}
 BUCKETS = np.random.default_rng(0).permutation(np.repeat(list(COUNTS), list(COUNTS.values())))
-IMAGE_SUFFIXES = np.random.default_rng(1).integers(0, 256, (43, 2, 2, 3), np.uint8)
-SOURCE = ArraySource({"id": np.arange(43), "bucket": BUCKETS, "image": IMAGE_SUFFIXES})
+IMAGES = np.random.default_rng(1).integers(0, 256, (43, 2, 2, 3), np.uint8)
+SOURCE = ArraySource({"id": np.arange(43), "bucket": BUCKETS, "image": IMAGES})
 
 
 def batches(count, batch_size=4, seed=0, **how):
@@ -93,7 +93,7 @@ def test_random_transforms_differ_between_epochs():
     mirrored = {}
     for batch in found:
         for key, image in zip(batch["id"].tolist(), batch["image"], strict=True):
-            mirrored.setdefault(key, set()).add(bool((image == IMAGE_SUFFIXES[key][:, ::-1]).all()))
+            mirrored.setdefault(key, set()).add(bool((image == IMAGES[key][:, ::-1]).all()))
     assert all(seen == {True, False} for seen in mirrored.values())
 
 

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from sdjax.core.errors import UserError
-from sdjax.data.loader import Prefetch, Shard, in_order, loader
+from sdjax.data.loader import Prefetch, Shard, loader
 from sdjax.data.sources.open import ArraySource
-from sdjax.data.text.tokenizers import load_tokenizer
-from sdjax.data.transforms.images import Flip, Select, Square, ToFloat, Tokenize, square
+from sdjax.data.transforms.images import Flip, square
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints/openmoji/tokenizer"
-IMAGE_SUFFIXES = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
-SOURCE = ArraySource({"id": np.arange(12), "image": IMAGE_SUFFIXES})
+IMAGES = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
+SOURCE = ArraySource({"id": np.arange(12), "image": IMAGES})
 
 
 def ids(batches, count):
@@ -41,7 +40,7 @@ def test_seed_is_the_order():
 
 
 def flipped(count=6, **kwargs):
-    return loader(SOURCE, 4, 3, [Flip(), ToFloat()], **kwargs)
+    return loader(SOURCE, 4, 3, [Flip()], **kwargs)
 
 
 @pytest.mark.parametrize("step", [0, 2, 5, 100])
@@ -93,8 +92,8 @@ def test_flips_about_half_and_only_mirrors():
     for _ in range(20):
         batch = next(data)
         for key, image in zip(batch["id"], batch["image"], strict=True):
-            is_mirror = (image == IMAGE_SUFFIXES[key][:, ::-1]).all()
-            assert is_mirror or (image == IMAGE_SUFFIXES[key]).all()
+            is_mirror = (image == IMAGES[key][:, ::-1]).all()
+            assert is_mirror or (image == IMAGES[key]).all()
             mirrored += is_mirror
     assert 80 < mirrored < 160  # 240 coins: 120, standard deviation 8
 
@@ -103,23 +102,7 @@ def test_square_takes_the_middle_and_keeps_flat_colours():
     image = np.zeros((20, 60, 3), np.uint8)
     image[:, 20:40] = (200, 100, 50)
     np.testing.assert_array_equal(square(image, 10), np.full((10, 10, 3), (200, 100, 50), np.uint8))
-    np.testing.assert_array_equal(square(IMAGE_SUFFIXES[0], 4), IMAGE_SUFFIXES[0])
-
-
-def test_transforms_in_a_row():
-    source = [{"image": np.full((8, 8, 3), value, np.uint8), "caption": "red heart"} for value in (0, 255)]
-    tokenizer = load_tokenizer(SHIPPED)
-    steps = [Square(4), ToFloat(), Tokenize(tokenizer), Select(("image", "tokens"))]
-    (batch,) = in_order(source, 2, steps)
-    assert set(batch) == {"image", "tokens"}
-    assert batch["image"].dtype == np.float32
-    assert batch["image"].mean((1, 2, 3)).tolist() == [-1, 1]
-    np.testing.assert_array_equal(batch["tokens"], tokenizer.encode(["red heart"] * 2))
-
-
-def test_in_order_gives_all_once():
-    assert [len(batch["id"]) for batch in in_order(SOURCE, 5)] == [5, 5, 2]
-    assert np.concatenate([batch["id"] for batch in in_order(SOURCE, 5)]).tolist() == list(range(12))
+    np.testing.assert_array_equal(square(IMAGES[0], 4), IMAGES[0])
 
 
 def test_error_in_a_picture_reaches_the_user_as_it_is():

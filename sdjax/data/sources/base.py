@@ -57,18 +57,6 @@ class Images(Source, Protocol):
         ...
 
 
-def classes_of(source: Any, name: str) -> tuple[str, ...]:
-    """The names of a source's classes, in the order of their numbers.
-
-    Raises:
-        UserError: it has none.
-    """
-    classes = getattr(source, "classes", ())
-    if not classes:
-        raise UserError(f"the data {name} has no classes")
-    return tuple(classes)
-
-
 class DatasetRow(NamedTuple):
     """A row as a data set lists it, good or bad: where it stands, and how it is read (which raises if it is bad)."""
 

@@ -12,7 +12,6 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.data.transforms.buckets import mirrored_sizes
 
 Example = Mapping[str, Any]
@@ -96,14 +95,6 @@ class Square(grain.transforms.Map):
 
 
 @dataclasses.dataclass(frozen=True)
-class ToFloat(grain.transforms.Map):
-    """`to_float` of the example's image."""
-
-    def map(self, element: Example) -> Example:
-        return {**element, "image": to_float(element["image"])}
-
-
-@dataclasses.dataclass(frozen=True)
 class Flip(grain.transforms.RandomMap):
     """Mirrors left and right with the given probability. Captions that speak of left and right do not survive it.
 
@@ -126,16 +117,6 @@ class Flip(grain.transforms.RandomMap):
                 x, y, width, height = element[key].T
                 mirrored[key] = np.stack([1.0 - (x + width), y, width, height], axis=-1)
         return {**element, **mirrored}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokenize(grain.transforms.Map):
-    """Adds `tokens`, int32 [l], the ids of the example's caption."""
-
-    tokenizer: Tokenizer
-
-    def map(self, element: Example) -> Example:
-        return {**element, "tokens": self.tokenizer.encode([element["caption"]])[0]}
 
 
 @dataclasses.dataclass(frozen=True)
