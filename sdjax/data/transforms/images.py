@@ -60,11 +60,6 @@ def seen(boxes: Float[np.ndarray, "n 4"]) -> tuple[Float[np.ndarray, "m 4"], np.
     return np.concatenate([first, sizes], axis=1)[kept], kept
 
 
-def to_float(image: UInt8[np.ndarray, "*b h w c"]) -> Float[np.ndarray, "*b h w c"]:
-    """uint8 to float32 in [-1, 1], the range of every network here."""
-    return image.astype(np.float32) / 127.5 - 1
-
-
 @dataclasses.dataclass(frozen=True)
 class Square(grain.transforms.Map):
     """The centred square of the example's image, and of what is said of places in it.
