@@ -2,7 +2,8 @@
 
 - docstrings whose first word asks or points (What, Which, Whether, Where, How, Of, As);
 - a class name that stands for two classes;
-- words of another dialect in names of modules, functions, classes, arguments and variables.
+- words of another dialect in names of modules, functions, classes, arguments and variables;
+- files that import each other, directly or around a corner.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from imports import MODULES, ROOT, circles
+
 OPENINGS = re.compile(r"(What|Which|Whether|Where|How|Of|As)\b")
 # The field's word for each: CONTRIBUTING has the list.
 FORBIDDEN = {
@@ -32,16 +33,6 @@ FORBIDDEN = {
     "told",
     "uncond",
 }
-
-
-def files() -> list[Path]:
-    """Every Python file of the project but its tests."""
-    folders = ("sdjax", "configs", "benchmarks")
-    return [
-        *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))),
-        ROOT / "train.py",
-        ROOT / "sample.py",
-    ]
 
 
 def documented(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -73,7 +64,7 @@ def offences() -> dict[str, list[str]]:
     """Places by kind."""
     found: dict[str, list[str]] = {"openings": [], "class names": [], "words": []}
     classes = defaultdict(list)
-    for path in files():
+    for path in MODULES:
         tree, place = ast.parse(path.read_text()), path.relative_to(ROOT)
         found["openings"] += [
             f"{place}:{line}: {text.splitlines()[0]}" for line, text in documented(tree) if OPENINGS.match(text)
@@ -84,7 +75,7 @@ def offences() -> dict[str, list[str]]:
             if isinstance(node, ast.ClassDef):
                 classes[node.name].append(f"{place}:{node.lineno}")
     found["class names"] = [f"{name}: {', '.join(places)}" for name, places in classes.items() if len(places) > 1]
-    return found
+    return found | {"import circles": circles()}
 
 
 def main() -> None:
