@@ -24,9 +24,10 @@ from numpy.typing import DTypeLike
 
 from sdjax.checkpoints.mapping import Writable
 from sdjax.checkpoints.storage.safetensors import open_safetensors, read_sharded
+from sdjax.checkpoints.storage.signatures import format_of
 from sdjax.core.errors import UserError
 
-SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+SAFETENSORS, SUFFIXES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 PICKLED = {"model": "pytorch_model"}  # transformers gives its pickles another name
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
@@ -53,7 +54,7 @@ Source: TypeAlias = str | Path | Weights
 
 
 def read_file(source: Source) -> Weights:
-    """The tensors of a `.safetensors` file, or of a pickle through torch's restricted loader; not read a second time.
+    """The tensors of a safetensors file, or of a pickle through torch's restricted loader; not read a second time.
 
     Raises:
         UserError: the file is missing, corrupt, of another kind, or a pickle where torch is not installed.
@@ -61,11 +62,17 @@ def read_file(source: Source) -> Weights:
     if isinstance(source, Weights):
         return source
     path = Path(source)
-    if path.suffix == ".safetensors":
-        return Weights(*open_safetensors(path), path)
-    if path.suffix in SUFFIXES:
-        return Weights(*read_pickle(path), path)
-    raise UserError(f"{path} is none of the files that are read: .safetensors, {', '.join(SUFFIXES)}")
+    return Weights(*(open_safetensors if _is_safetensors(path) else read_pickle)(path), path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Tell the format by the file's beginning, and by its suffix where that is damaged."""
+    if path.suffix not in (SAFETENSORS, *SUFFIXES):
+        raise UserError(f"{path} is none of the files that are read: {SAFETENSORS}, {', '.join(SUFFIXES)}")
+    found = format_of(path) or ("safetensors" if path.suffix == SAFETENSORS else "pickle")
+    if found == "pickle" and path.suffix == SAFETENSORS:
+        raise UserError(f"{path} is a pickle under the name of a safetensors file; call it {path.stem}.ckpt")
+    return found == "safetensors"
 
 
 def candidates(stem: str, variant: str | None) -> Iterator[str]:
