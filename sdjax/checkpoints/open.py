@@ -35,7 +35,7 @@ from sdjax.checkpoints.layouts.diffusers import FIRST_STAGE, INDEX, class_of_ind
 from sdjax.checkpoints.layouts.original import read_autoencoder_file, read_single_file, shapes_of
 from sdjax.checkpoints.mapping import Put
 from sdjax.checkpoints.storage.safetensors import read_json, read_weight_map
-from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, candidates, read_file, read_pickle
+from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, candidates, read_file, read_groups
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.text.textual_inversion import fit, read_embedding
 from sdjax.data.text.word_pieces import FILE
@@ -266,8 +266,7 @@ def add_embeddings(files: Sequence[str | Path]) -> Patch:
         for file in map(Path, files):
             if not file.is_file():
                 raise UserError(f"there is no textual inversion {str(file)!r}")
-            tensors = read_file(file).tensors if file.suffix == ".safetensors" else read_pickle(file)[0]
-            embeddings.append(read_embedding(tensors, file.stem))
+            embeddings.append(read_embedding(read_groups(file), file.stem))
         fitted = fit(embeddings, [part.config.width for part in parts])
         if again := sorted(set(fitted.counts) & set(checkpoint.placeholders)):
             raise UserError(f"there are two textual inversions for the word {again[0]!r}")

@@ -138,6 +138,20 @@ def test_words_are_added_one_after_another(sdxl, tmp_path):
         add_embeddings([first])(one)
 
 
+def test_words_in_pickles(tmp_path):
+    """A1111's layout, whose vectors are a mapping within the file's, also as the module that it was at first."""
+    base = tiny_checkpoint("sd1", tmp_path / "tokenizer", write_tokenizer(tmp_path / "tokenizer"))
+    size = base.components["text_encoder"].config.vocab_size
+    vectors = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    for name, kind in (("easy", dict), ("old", torch.nn.ParameterDict)):
+        stored = {"string_to_token": {"*": 265}, "string_to_param": kind({"*": vectors}), "name": name, "step": 9}
+        torch.save(stored, tmp_path / f"{name}.pt")
+        found = add_embeddings([tmp_path / f"{name}.pt"])(base)
+        rows = flatten(found.components["text_encoder"].params)["token_embedding/embedding"][size:]
+        np.testing.assert_array_equal(rows, vectors)
+        assert list(tokenizers_of(found)[0].encode([f"a {name}"])[0, 2:4]) == [size, size + 1]
+
+
 def test_another_autoencoder_leaves_the_rest(sdxl, tmp_path):
     write_checkpoint(tmp_path / "model", sdxl)
     vae = sdxl.components["vae"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdjax.checkpoints.storage.weights import read_groups
 from sdjax.core.errors import UserError
 from sdjax.data.text.textual_inversion import Embedding, fit, read_embedding
 
@@ -21,6 +22,7 @@ A, B = np.arange(8, dtype=np.float32).reshape(2, 4), -np.arange(12, dtype=np.flo
         ({"*": A}, "stem", [A]),
         ({"clip_g": B, "clip_l": A}, "stem", [A, B]),
         ({"clip_g": B}, "stem", [B]),
+        ({"text_encoders_1": B, "text_encoders_0": A}, "stem", [A, B]),
         ({"clip_l": A.astype(np.float16)}, "stem", [A]),
     ],
 )
@@ -33,14 +35,16 @@ def test_every_layout_is_read(tensors, word, vectors):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_torchs_files_are_read_as_they_load(tmp_path):
+def test_pickles_of_every_program(tmp_path):
+    """A1111's mapping within a mapping, the module that LDM's own script stored, diffusers' tensor by its word."""
     trained = torch.nn.Parameter(torch.from_numpy(A).to(torch.bfloat16))  # with gradients, in a type NumPy lacks
-    for name, stored in (("a1111", {"string_to_param": {"*": trained}, "name": "x"}), ("diffusers", {"<x>": trained})):
+    a1111 = {"string_to_token": {"*": 265}, "string_to_param": {"*": trained}, "name": "x", "step": 9}
+    old = {"string_to_token": {"*": 265}, "string_to_param": torch.nn.ParameterDict({"*": trained})}
+    for name, stored in (("a1111", a1111), ("old", old), ("<x>", {"<x>": trained})):
         torch.save(stored, tmp_path / f"{name}.pt")
-        loaded = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        np.testing.assert_array_equal(read_embedding(loaded, name).vectors[0], A)
-    old = {"string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.from_numpy(A))})}
-    np.testing.assert_array_equal(read_embedding(old, "old").vectors[0], A)
+        embedding = read_embedding(read_groups(tmp_path / f"{name}.pt"), name)
+        assert embedding.word == name
+        np.testing.assert_array_equal(embedding.vectors, [A])
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,20 @@ def read_file(source: Source) -> Weights:
     return Weights(*(open_safetensors if _is_safetensors(path) else read_pickle)(path), path)
 
 
+def read_groups(path: Path) -> dict[str, Any]:
+    """The tensors of a file by name, and of a pickle also its mappings, each by its name with the tensors in it.
+
+    Raises:
+        UserError: as `read_file`.
+    """
+    if _is_safetensors(path):
+        return dict(open_safetensors(path)[0])
+    content = _load(path)
+    groups = {str(name): getattr(value, "_parameters", value) for name, value in content.items()}
+    named = {name: _tensors(group, path) for name, group in groups.items() if isinstance(group, Mapping)}
+    return _tensors(content, path) | {name: tensors for name, tensors in named.items() if tensors}
+
+
 def _is_safetensors(path: Path) -> bool:
     """Tell the format by the file's beginning, and by its suffix where that is damaged."""
     if path.suffix not in (SAFETENSORS, *SUFFIXES):
@@ -129,6 +143,10 @@ class _Unneeded:
     """Stands for the class of a training callback whose name the first published checkpoints mention."""
 
 
+class _ParameterDict:
+    """Stands for torch's module of that name, whose `_parameters` hold an old textual inversion's vectors."""
+
+
 def read_pickle(path: str | Path) -> tuple[dict[str, PickledTensor], dict[str, str]]:
     """The tensors of a file by name, and its integers (`global_step`) as text.
 
@@ -136,43 +154,50 @@ def read_pickle(path: str | Path) -> tuple[dict[str, PickledTensor], dict[str, s
         UserError: torch is not installed, or the file is missing, corrupt, or holds more than tensors and containers.
     """
     path = Path(path)
+    content = _load(path)
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping):
+        raise UserError(f"state_dict in {path} is a {type(state).__name__}, not tensors by name")
+    tensors = _tensors(state, path)
+    if not tensors:
+        raise UserError(f"{path} holds no tensors")
+    return tensors, {str(key): str(value) for key, value in content.items() if type(value) is int}
+
+
+def _tensors(content: Mapping[Any, Any], path: Path) -> dict[str, PickledTensor]:
+    """The tensors among the values of a mapping."""
+    named = {str(name): value for name, value in content.items() if hasattr(value, "data_ptr")}
+    for name, tensor in named.items():
+        if str(tensor.dtype) not in DTYPES or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
+            raise UserError(f"{path} holds {name} as {tensor.dtype} ({tensor.layout}), which is not read")
+    return {name: PickledTensor(tensor, name) for name, tensor in named.items()}
+
+
+def _load(path: Path) -> Mapping[Any, Any]:
+    """A pickle's mapping, through torch's restricted loader."""
     if importlib.util.find_spec("torch") is None:
         raise UserError(
             f"{path} is a pickle, which only PyTorch's restricted loader may read, and torch is not installed: "
             "install torch, or convert the file to .safetensors where it is"
         )
-    content = _load(path)
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
-    state = content.get("state_dict", content)
-    if not isinstance(state, Mapping):
-        raise UserError(f"state_dict in {path} is a {type(state).__name__}, not tensors by name")
-    named = {str(name): value for name, value in state.items() if hasattr(value, "data_ptr")}
-    if not named:
-        raise UserError(f"{path} holds no tensors")
-    for name, tensor in named.items():
-        if str(tensor.dtype) not in DTYPES or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
-            raise UserError(f"{path} holds {name} as {tensor.dtype} ({tensor.layout}), which is not read")
-    facts = {str(key): str(value) for key, value in content.items() if type(value) is int}
-    return {name: PickledTensor(tensor, name) for name, tensor in named.items()}, facts
-
-
-def _load(path: Path) -> Any:
     torch = importlib.import_module("torch")
     try:
         with _names_of_published_files(torch):
             # torch's format since 1.6 is an archive, which can be mapped; an older one is read whole
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # whatever an untrusted file makes a parser do
         reason = next((line.strip() for line in str(error).splitlines() if "Unsupported" in line), "")
         said = reason or " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is corrupt or holds more than weights; it is not loaded: {said}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    return content
 
 
 def _names_of_published_files(torch: Any) -> AbstractContextManager[Any]:
-    """Stable Diffusion 1's `.ckpt` files also hold a callback's class and NumPy numbers; none of these runs code."""
+    """Names beside torch's own: callbacks and NumPy's numbers in Stable Diffusion 1's files; none of them runs code."""
     if not hasattr(torch.serialization, "safe_globals"):  # torch before 2.5
         return contextlib.nullcontext()
     scalar = np.float32(0).__reduce__()[0]
@@ -180,6 +205,7 @@ def _names_of_published_files(torch: Any) -> AbstractContextManager[Any]:
     return torch.serialization.safe_globals(
         [
             *((_Unneeded, f"{place}.ModelCheckpoint") for place in places),
+            (_ParameterDict, "torch.nn.modules.container.ParameterDict"),
             *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
             *((_codecs.encode, "_codecs.encode"), np.dtype),
             *(np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType),

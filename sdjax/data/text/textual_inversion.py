@@ -1,7 +1,8 @@
 """Textual inversion (Gal et al. 2022): words of one's own, each with vectors learnt for a text encoder's input.
 
 The layouts found in files: A1111's (`string_to_param`, modules/textual_inversion/textual_inversion.py), diffusers' (the
-word is the tensor's name), a bare `emb_params`, and `clip_l` with `clip_g` for SDXL's two encoders.
+word is the tensor's name), a bare `emb_params`, and for SDXL's two encoders `clip_l` with `clip_g`, or
+`text_encoders_0` with `text_encoders_1` (diffusers' examples/advanced_diffusion_training).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from jaxtyping import Float
 
 from sdjax.core.errors import UserError
 
-ENCODERS = ("clip_l", "clip_g")
+ENCODERS = ("clip_l", "clip_g", "text_encoders_0", "text_encoders_1")
 UNNAMED = ("emb_params", "*")
 
 
@@ -29,7 +30,7 @@ def read_embedding(tensors: Mapping[str, Any], stem: str) -> Embedding:
     """An embedding from a file's content.
 
     Args:
-        tensors: what the file holds, by name: arrays, torch's tensors, or (A1111) a mapping of those.
+        tensors: what the file holds, by name: arrays, or (A1111) a mapping of those.
         stem: the file's name without its suffix; the word, unless the file names one as diffusers' do.
 
     Raises:
@@ -75,7 +76,6 @@ def _named(tensors: Mapping[str, Any], stem: str) -> tuple[Mapping[str, Any], st
     """The tensors of a file, in the encoders' order, and the word."""
     if "string_to_param" in tensors:
         stored = tensors["string_to_param"]
-        stored = getattr(stored, "_parameters", stored)  # a torch.nn.ParameterDict, before A1111 had a format
         if isinstance(stored, Mapping) and len(stored) == 1:
             return stored, stem
     elif any(name in tensors for name in ENCODERS):
@@ -88,8 +88,6 @@ def _named(tensors: Mapping[str, Any], stem: str) -> tuple[Mapping[str, Any], st
 
 
 def _vectors(tensor: Any, place: str) -> Float[np.ndarray, "n d"]:
-    if hasattr(tensor, "detach"):  # torch's: NumPy cannot read one that has gradients, or bfloat16
-        tensor = tensor.detach().cpu().float().numpy()
     try:
         array = np.asarray(tensor, np.float32)
     except (TypeError, ValueError) as error:
