@@ -56,6 +56,7 @@ SCHEDULE_LABELS = {
     "trailing": "Trailing",
     "karras": "Karras",
     "exponential": "Exponential",
+    "lu": "Lu",
     "beta": "Beta",
     "sgm_uniform": "SGM Uniform",
     "simple": "Simple",

@@ -34,7 +34,12 @@ VARIANCE_PRESERVING = (
     *("ddpm", "ddim", "plms", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc", "deis"),
     *("lcm", "tcd"),
 )
-SWITCHES = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
+SWITCHES = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+    "lu": "use_lu_lambdas",
+}
 ON_TIMESTEPS = ("ddpm", "ddim", "plms", "euler_a", "lcm", "tcd")
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 

@@ -72,6 +72,7 @@ CASES = [
     Case("test_scheduler_dpm_multi.py", "dpmpp_2m", 0.3301),
     Case("test_scheduler_dpm_multi.py", "dpmpp_2m", 1.1364, None, THRESHOLD),
     Case("test_scheduler_dpm_multi.py", "dpmpp_2m", 0.2251, None, V),
+    Case("test_scheduler_dpm_multi.py", "dpmpp_2m", 0.1554, None, {**V, "sigma_schedule": "lu"}),
     Case("test_scheduler_dpm_multi.py", "dpmpp_2m", 0.4146, 318.4111, start=5),
     Case("test_scheduler_dpm_single.py", "dpmpp_2s", 0.2791),
     Case("test_scheduler_dpm_single.py", "dpmpp_2s", 0.1453, None, V),

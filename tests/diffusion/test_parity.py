@@ -38,8 +38,10 @@ def combinations():
         for spacing in ("leading", "linspace", "trailing", *SWITCHES):
             if spacing in SWITCHES and sampler in ON_TIMESTEPS:
                 continue
+            if spacing == "lu" and CLASSES[sampler] != "DPMSolverMultistepScheduler":
+                continue  # the other classes do not have it
             for prediction in ("epsilon", "v_prediction", "sample"):
-                if spacing in ("exponential", "beta") and prediction != "epsilon":
+                if spacing in ("exponential", "beta", "lu") and prediction != "epsilon":
                     continue  # levels do not depend on it
                 if prediction == "sample" and sampler in ("plms", "euler_a", "dpm2", "dpm2_a"):
                     continue  # diffusers has not implemented these
@@ -81,6 +83,8 @@ def test_zero_terminal_snr(sampler):
         ("dpmpp_2m", {"solver_order": 1}),
         ("dpmpp_2m", {"thresholding": True, "sample_max_value": 2.0}),
         ("dpmpp_2m", {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1}),
+        ("dpmpp_2m", {"beta_schedule": "squaredcos_cap_v2", "use_lu_lambdas": True}),
+        ("dpmpp_2m", {"use_lu_lambdas": True, "final_sigmas_type": "sigma_min"}),
         ("dpmpp_2m", {"solver_order": 3}),
         ("dpmpp_2m", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
         ("dpmpp_2m", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_type": "heun"}),
@@ -290,7 +294,7 @@ def test_noise_schedules_of_bare_classes(class_name):
     ("settings", "says"),
     [
         ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of use_karras_sigmas, use_beta_sigmas"),
-        ({"use_lu_lambdas": True}, "unknown use_lu_lambdas"),
+        ({"use_flow_sigmas": True}, "unknown use_flow_sigmas"),
         ({"solver_order": 4}, "unknown solver_order '?4'?; choose one of: 1, 2, 3"),
         ({"lambda_min_clipped": "low"}, "lambda_min_clipped 'low' is not a number"),
         ({"steps_offset": "one"}, "steps_offset 'one': must be of type int"),

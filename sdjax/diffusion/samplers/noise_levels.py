@@ -51,6 +51,12 @@ def exponential(sigmas: np.ndarray, steps: int, sigma_min: float, sigma_max: flo
     return np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), steps))
 
 
+def lu(sigmas: np.ndarray, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
+    """Evenly spaced in log-SNR over the whole noise schedule (DPM-Solver, Lu et al. 2022, section 4; diffusers'
+    use_lu_lambdas)."""
+    return exponential(sigmas, steps, float(sigmas[0]), float(sigmas[-1]))
+
+
 def beta(sigmas: np.ndarray, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
     """Quantiles of Beta(0.6, 0.6) between the ends (Lee et al. 2024, "Beta Sampling is All You Need"; diffusers)."""
     return sigma_min + betaincinv(0.6, 0.6, 1.0 - np.linspace(0.0, 1.0, steps)) * (sigma_max - sigma_min)
@@ -91,6 +97,7 @@ def _align_your_steps(name: str) -> Levels:
 SIGMA_SCHEDULES: dict[str, Levels] = {
     "karras": karras,
     "exponential": exponential,
+    "lu": lu,
     "beta": beta,
     "sgm_uniform": sgm_uniform,
     "simple": simple,

@@ -30,11 +30,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 class SamplerOptions:
     """Settings of samplers; each reads its own and ignores the rest. Names are those of diffusers' scheduler configs.
 
-    sigma_schedule is the one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas that a file sets, or
-    another key of SIGMA_SCHEDULES; None for the levels of spaced timesteps. eta is DDIM's (0 deterministic, 1 as random
-    as DDPM), the ancestral and SDE samplers' share of fresh noise, or TCD's gamma. s_churn, s_tmin, s_tmax and s_noise
-    are the churn of Euler, Heun and DPM2 (Karras et al. 2022, algorithm 2); s_noise scales the fresh noise of the
-    ancestral and SDE samplers as well. timesteps are LCM's and TCD's own, in place of the spaced ones.
+    sigma_schedule is the one of use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas and use_lu_lambdas that a
+    file sets, or another key of SIGMA_SCHEDULES; None for the levels of spaced timesteps. eta is DDIM's (0
+    deterministic, 1 as random as DDPM), the ancestral and SDE samplers' share of fresh noise, or TCD's gamma. s_churn,
+    s_tmin, s_tmax and s_noise are the churn of Euler, Heun and DPM2 (Karras et al. 2022, algorithm 2); s_noise scales
+    the fresh noise of the ancestral and SDE samplers as well. timesteps are LCM's and TCD's own, in place of the spaced
+    ones.
 
     Raises:
         UserError: a name is not among its choices, or a value is of the wrong type.
@@ -140,11 +141,13 @@ _SPACED = ("prediction_type", "timestep_spacing", "steps_offset")
 _CLIP = ("clip_sample", "clip_sample_range")
 _THRESHOLD = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 _PIXELS = (*_SPACED, *_CLIP, *_THRESHOLD)
-_SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
-_SIGMA_FAMILY = (*_SPACED, *_SIGMAS)
-_ORDERS = ("solver_order", "solver_type", "lower_order_final", *_THRESHOLD, *_SIGMAS)
+_SWITCHES = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
+_LU = {"use_lu_lambdas": "lu"}  # of the multistep class alone
+_SIGMAS = _SWITCHES | _LU
+_SIGMA_FAMILY = (*_SPACED, *_SWITCHES)
+_ORDERS = ("solver_order", "solver_type", "lower_order_final", *_THRESHOLD, *_SWITCHES)
 _SOLVER = ("algorithm_type", "final_sigmas_type", "lambda_min_clipped", *_ORDERS)
-_MULTISTEP = (*_SPACED, *_SOLVER, "euler_at_final", "beta_schedule")
+_MULTISTEP = (*_SPACED, *_SOLVER, "euler_at_final", "beta_schedule", *_LU)
 _LEADING: dict[str, Any] = {"timestep_spacing": "leading"}
 _ANCESTRAL: dict[str, Any] = {"eta": 1.0}
 _SDE = "sde-dpmsolver++"
@@ -194,7 +197,6 @@ _CLASSES: dict[str, _Class] = {
 _ONLY: dict[str, tuple[Any, ...]] = {
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
-    "use_lu_lambdas": (False,),
     "use_flow_sigmas": (False,),
     "solver_p": (None,),
     "algorithm_type": ("deis", *_CHOICES["algorithm_type"]),

@@ -11,8 +11,9 @@ from sdjax.diffusion.samplers.noise_levels import sigma_schedule
 from sdjax.diffusion.samplers.options import TIMESTEP_SPACINGS, SamplerOptions
 from sdjax.diffusion.schedule import Schedule, sigma_to_timestep, timestep_to_sigma
 
-# Schedules whose timesteps diffusers' DPM-Solver family cuts to whole numbers; karras is rounded before.
-_TRUNCATED = ("karras", "exponential", "beta")
+# Schedules whose timesteps diffusers' DPM-Solver family cuts to whole numbers, and those that it rounds before.
+_ROUNDED = ("karras", "lu")
+_TRUNCATED = (*_ROUNDED, "exponential", "beta")
 
 
 class Levels(NamedTuple):
@@ -113,7 +114,7 @@ def solver_levels(schedule: Schedule, steps: int, options: SamplerOptions, repea
 def conditioned_timesteps(schedule: Schedule, sigmas: np.ndarray, options: SamplerOptions) -> np.ndarray:
     """Timesteps that the DPM-Solver family conditions the network on, at levels of a sigma schedule."""
     timesteps = sigma_to_timestep(sigmas, schedule.sigmas)
-    if options.sigma_schedule == "karras" and options.beta_schedule != "squaredcos_cap_v2":
+    if options.sigma_schedule in _ROUNDED and options.beta_schedule != "squaredcos_cap_v2":
         timesteps = np.round(timesteps)
     # What rounding has put just below a whole number is that number.
     return np.floor(timesteps + 1e-6) if options.sigma_schedule in _TRUNCATED else timesteps
