@@ -2,6 +2,7 @@
 
 import random
 import re
+import time
 
 import numpy as np
 import pytest
@@ -44,6 +45,8 @@ A1111 = [
     (r"back\\slash l\one \[x\]", [(r"back\slash lone [x]", 1.0)]),
     ("(a [b)]", [("a ", 1.1), ("b", 1.0)]),
     ("(style: blue)", [("style: blue", 1.1)]),
+    ("(red: 1.3) (blue:1.2 )(a:\t+.5\n)", [("red", 1.3), (" ", 1.0), ("blue", 1.2), ("a", 0.5)]),
+    ("a: 1.3) [b: 1.3]", [("a: 1.3) ", 1.0), ("b: 1.3", 1 / 1.1)]),
 ]
 
 
@@ -102,7 +105,8 @@ def test_break_keeps_the_weight_of_the_brackets_around_it():
         ("cat <lora:fur:0.8> (hat)", ["<lora:fur:0.8>"]),
         ("(cat", ["("]),
         ("cat] dog:1.2)", ["]", ":1.2)"]),
-        ("(cat: 1.2) (dog:1.2.3)", [": 1.2)", ":1.2.3)"]),
+        ("(cat: 1.2) (dog:1.2.3) (hat: 1.)", [":1.2.3)"]),
+        ("((((cat [[hat dog) 1) 2) 3) 4) 5) 6)", [")", "["]),
         (r"plain, (cat:1.2) [dog] \[a:b:0.5\] \( BRAND", []),
     ],
 )
@@ -213,6 +217,23 @@ def test_random_brackets_lose_no_word():
         words = re.findall("cat|dog", "".join(span.text for span in section))
         assert words == [piece.strip() for piece in pieces if piece.strip() in WORDS]
         assert all(0 < span.weight < np.inf for span in section)
+
+
+PIECES = ("(", "(a", "()", "[a", "a)", "(a:1.0)", "(a [b ", r"\(", "1", ":1", "a:\n", " ", "BREAK ", "<a:b>", "<")
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_long_prompts_take_linear_time(piece):
+    """60 kB of each piece: what is quadratic takes minutes, or a log of as many lines."""
+    start = time.perf_counter()
+    parsed = parse("(a:" + piece * (60_000 // len(piece)))
+    assert time.perf_counter() - start < 3.0
+    assert len(parsed.reports) < 9
+
+
+def test_weights_that_overflow_are_refused(tokenizer):
+    with pytest.raises(UserError, match=r"the prompt '\(\(\(\(.* has a weight above 3.4e\+38; nest fewer brackets"):
+        chunk(tokenizer, "(" * 1000 + "red heart")
 
 
 def test_plain_reads_no_syntax_and_says_what_was_cut(tokenizer):

@@ -7,6 +7,7 @@ modules/sd_hijack_clip.py).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -14,20 +15,22 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from sdjax.core.errors import UserError
 from sdjax.data.text.tokenizers import Token, Tokenizer
 
 EMPHASIS = 1.1
 COMMA_REACH = 20
-NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
-SYNTAX = re.compile(rf"\\[()\[\]\\]|\\|[(\[]|:(?P<weight>{NUMBER})\)|[)\]]|[^\\()\[\]:]+|:")
+MOST_WEIGHT = float(np.finfo(np.float32).max)
+NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
+SYNTAX = re.compile(rf"\\[()\[\]\\]|\\|[(\[]|:\s*(?P<weight>{NUMBER})\s*\)|[)\]]|[^\\()\[\]:]+|:")
 CLOSING = {")": ("(", EMPHASIS), "]": ("[", 1 / EMPHASIS)}
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"\bBREAK\b")
 TAG = re.compile(r"<\w+:[^<>]+>")
 NOT_UNDERSTOOD = (
     (re.compile(r"\[[^\[\]|]*:\s*[.\d]+\s*\]"), "prompt editing is not supported; its words are read, in brackets"),
     (re.compile(r"\[[^\[\]]*\|[^\[\]]*\]"), "alternating words are not supported; all are read, in brackets"),
     (re.compile(r"\bAND\b"), "composed prompts are not supported; AND is read as a word"),
-    (re.compile(rf":(?!{NUMBER}\))\s*[+-]?[.\d]+\s*\)"), "not a weight; it is read as words"),
+    (re.compile(rf":(?!\s*{NUMBER}\s*\))\s*[+-]?[.\d]+\s*\)"), "not a weight; it is read as words"),
 )
 
 
@@ -70,47 +73,29 @@ class Chunks(NamedTuple):
 
 
 def parse(prompt: str) -> Parsed:
-    """Reads the brackets of a prompt.
+    """Read the brackets of a prompt, in linear time.
 
     As in A1111 a bracket that is never closed reaches to the end, one that was never opened is a character, and a
     backslash before any other character is dropped. Unlike there, BREAK works inside brackets too.
     """
-    texts: list[str | None] = []  # None is BREAK
-    weights: list[float] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}
     reports = [Report("not understood", tag, "an unknown tag; it is left out") for tag in TAG.findall(prompt)]
     prompt = TAG.sub("", prompt)
-    reports += _not_understood(prompt)
-
-    def add(text: str | None) -> None:
-        texts.append(text)
-        weights.append(1.0)
-
-    def multiply(first: int, factor: float) -> None:
-        weights[first:] = [weight * factor for weight in weights[first:]]
-
-    for match in SYNTAX.finditer(prompt):
-        token, weight = match[0], match["weight"]
-        # The bracket that this closes, and by what it multiplies.
-        bracket, factor = ("(", float(weight)) if weight is not None else CLOSING.get(token, ("", 1.0))
-        if token in opened:
-            opened[token].append(len(texts))
-        elif bracket and opened[bracket]:
-            multiply(opened[bracket].pop(), factor)
-        elif token.startswith("\\"):
-            add(token[1:])
+    tokens = list(SYNTAX.finditer(prompt))
+    factors, closing, unmatched = _match_brackets(tokens)
+    around = {"(": [1.0], "[": [1.0]}  # products of the factors of all open brackets of a kind
+    sections: list[list[Span]] = [[]]
+    for i, token in enumerate(match[0] for match in tokens):
+        if i in factors:
+            around[token].append(around[token][-1] * factors[i])
+        elif i in closing:
+            around[closing[i]].pop()
         else:
-            if bracket:
-                reports.append(Report("not understood", token, "the bracket was never opened; it is a character"))
-            for i, part in enumerate(BREAK.split(token)):
-                if i > 0:
-                    add(None)
-                add(part)
-    for bracket, factor in CLOSING.values():
-        for first in opened[bracket]:
-            reports.append(Report("not understood", bracket, "the bracket is never closed; it reaches to the end"))
-            multiply(first, factor)
-    return Parsed(_sections(texts, weights), reports)
+            weight = around["("][-1] * around["["][-1]
+            first, *others = _divide(token[1:] if token.startswith("\\") else token)
+            sections[-1].append(Span(first, weight))
+            sections += [[Span(text, weight)] for text in others]
+    reports += [*_not_understood(prompt), *unmatched]
+    return Parsed([_joined(section) for section in sections], list(dict.fromkeys(reports)))
 
 
 def chunk(tokenizer: Tokenizer, prompt: str) -> tuple[Chunks, list[Report]]:
@@ -118,8 +103,13 @@ def chunk(tokenizer: Tokenizer, prompt: str) -> tuple[Chunks, list[Report]]:
 
     Where a chunk ends within 20 tokens after a comma, what follows the comma goes to the next chunk. The vectors of a
     textual inversion stay in one chunk. A prompt of one chunk without brackets has the ids of `Tokenizer.encode`.
+
+    Raises:
+        UserError: brackets are nested so deep that a weight is no float32.
     """
     sections, reports = parse(prompt)
+    if not all(abs(span.weight) <= MOST_WEIGHT for section in sections for span in section):
+        raise UserError(f"the prompt {prompt[:40]!r} has a weight above {MOST_WEIGHT:.2g}; nest fewer brackets")
     rows: list[list[Weighted]] = []
     for section in sections:
         weighted = [(token, span.weight) for span in section for token in tokenizer.tokens(span.text)]
@@ -159,18 +149,40 @@ def _not_understood(prompt: str) -> list[Report]:
     return [Report("not understood", prompt[match.start() : match.end()], why) for match, why in found]
 
 
-def _sections(texts: Sequence[str | None], weights: Sequence[float]) -> list[list[Span]]:
-    """Neighbours of equal weight are one span: words are tokenized as they stand, not in pieces."""
-    sections: list[list[Span]] = [[]]
-    for text, weight in zip(texts, weights, strict=True):
-        section = sections[-1]
-        if text is None:
-            sections.append([])
-        elif text and section and section[-1].weight == weight:
-            section[-1] = Span(section[-1].text + text, weight)
-        elif text:
-            section.append(Span(text, weight))
-    return sections
+def _match_brackets(tokens: Sequence[re.Match[str]]) -> tuple[dict[int, float], dict[int, str], list[Report]]:
+    """Factors of the brackets that open, brackets that others close, both by the token's number, and mismatches."""
+    factors: dict[int, float] = {}
+    closing: dict[int, str] = {}
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+    reports = []
+    for i, match in enumerate(tokens):
+        token, weight = match[0], match["weight"]
+        bracket, factor = ("(", float(weight)) if weight is not None else CLOSING.get(token, ("", 1.0))
+        if token in opened:
+            opened[token].append(i)
+        elif bracket and opened[bracket]:
+            factors[opened[bracket].pop()], closing[i] = factor, bracket
+        elif bracket:
+            reports.append(Report("not understood", token, "the bracket was never opened; it is a character"))
+    for bracket, factor in CLOSING.values():
+        factors |= dict.fromkeys(opened[bracket], factor)
+        if opened[bracket]:
+            reports.append(Report("not understood", bracket, "the bracket is never closed; it reaches to the end"))
+    return factors, closing, reports
+
+
+def _divide(text: str) -> list[str]:
+    """The pieces between BREAKs, without the blanks beside these."""
+    first, *others = BREAK.split(text)
+    if not others:
+        return [first]
+    return [first.rstrip(), *(text.strip() for text in others[:-1]), others[-1].lstrip()]
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Neighbours of equal weight as one span: words are tokenized as they stand, not in pieces."""
+    runs = itertools.groupby((span for span in spans if span.text), lambda span: span.weight)
+    return [Span("".join(span.text for span in run), weight) for weight, run in runs]
 
 
 def _fill(tokens: Sequence[Weighted], room: int, comma: int | None) -> list[list[Weighted]]:
