@@ -26,7 +26,7 @@ def cache_folder() -> Path:
 def prune(folder: Path) -> None:
     """Removes the oldest programs beyond CACHE_BYTES."""
     files = sorted(
-        ((file.stat(), file) for pattern in ("*-cache", "shapes-*") for file in folder.glob(pattern)),
+        ((file.stat(), file) for file in folder.glob("*-cache")),
         key=lambda pair: -pair[0].st_mtime,
     )
     size = 0
@@ -61,7 +61,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if IS_WORKER or not session.config.getoption("numprocesses", None):  # not where tests are only handed out
         import tracing
 
-        tracing.begin(cache_folder())
+        tracing.begin()
 
 
 @pytest.fixture(scope="session")

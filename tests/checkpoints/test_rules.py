@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
-from sdjax.checkpoints.mapping import SAME, KeyMapping, KeyTable, export, places, read
+from sdjax.checkpoints.mapping import SAME, KeyMapping, KeyTable, export, places, read, traced
 from sdjax.checkpoints.networks import autoencoder, clip, unet
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten, unflatten
@@ -44,6 +47,40 @@ def test_both_directions_are_bit_identical(name: str):
     again = read(table, stored, shapes, np.float32, name)
     assert_same(flatten(again), flatten(params))
     assert_same(export(table, again, shapes, name), stored)
+
+
+class Block(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        TRACED.append((self.width, x.shape[-1]))
+        return nn.Dense(self.width)(nn.LayerNorm()(x))
+
+
+class Blocks(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i, width in enumerate((4, 8, 8, 8, 4, 8)):
+            x = Block(width, name=f"block_{i}")(x)
+        return x
+
+
+TRACED: list[tuple[int, int]] = []
+
+
+def test_equal_blocks_are_traced_once():
+    TRACED.clear()
+    found = traced(Blocks().init, np.zeros((1, 4), np.float32))
+    assert TRACED == [(4, 4), (8, 4), (8, 8), (4, 8)]
+    assert found == jax.eval_shape(Blocks().init, jax.random.key(0), np.zeros((1, 4), np.float32))["params"]
+    assert flatten(found)["block_5/Dense_0/kernel"].shape == (4, 8)
+
+
+@pytest.mark.parametrize("module", [unet.UNet(UNET), clip.CLIPText(CLIP)])
+def test_traced_shapes_are_those_of_init(module: Any):
+    inputs = UNET.example_inputs() if module.config is UNET else (np.zeros((1, 1), np.int32),)
+    assert traced(module.init, *inputs) == jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
 def test_kinds_put_axes_where_torch_has_them():
