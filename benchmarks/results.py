@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import measuring
 from sdjax.core.errors import UserError
+from sdjax.core.files import write_text
 from sdjax.plan.chips import chip_of
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -54,4 +55,4 @@ def append(figures: Mapping[str, str], path: Path) -> None:
     while end < len(lines) and lines[end].startswith("|"):
         end += 1
     row = " | ".join(value.replace("|", "\\|") for value in figures.values())
-    path.write_text("\n".join([*lines[:end], f"| {row} |", *lines[end:]]) + "\n", encoding="utf-8")
+    write_text(path, "\n".join([*lines[:end], f"| {row} |", *lines[end:]]) + "\n")

@@ -29,12 +29,14 @@ from absl import flags
 from sdjax.checkpoints.checkpoint import CLASSIFIERS, Checkpoint
 from sdjax.checkpoints.families import POOL, UNET
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
-from sdjax.checkpoints.layouts.diffusers import absent_parts, write_checkpoint, write_component
+from sdjax.checkpoints.layouts.diffusers import absent_parts, check_target_folder, write_checkpoint, write_component
 from sdjax.checkpoints.layouts.original import detect, read_adm_classifier, read_autoencoder_file
 from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.checkpoints.open import kind_of, read_checkpoint, resolve
+from sdjax.checkpoints.storage.safetensors import check_target_file
 from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, read_file
 from sdjax.core.errors import UserError, run_or_exit
+from sdjax.core.files import atomic_write, check_writable
 from sdjax.core.flags import parse_flags
 
 SINGLE = ".safetensors"
@@ -51,6 +53,7 @@ def main() -> None:
     target = Path(target).expanduser()
     if target.suffix in SUFFIXES:
         raise UserError(f"{target}: files are written as {SINGLE}; another name is a folder's")
+    check_free(target)
     path = resolve(source, variant=values["variant"].value)
     chosen = {name: values[name].value for name in ("dtype", "family", "prediction", "weights", "tokenizer")}
     if path.is_dir():
@@ -99,7 +102,8 @@ def convert_autoencoder(stored: Weights, target: Path, chosen: Options) -> None:
     """An autoencoder alone."""
     check_unused(stored.path, chosen, ("dtype", "family"))
     component = read_autoencoder_file(stored, chosen["dtype"], family=chosen["family"] or "sd1")
-    write_component(fresh(target, "an autoencoder alone"), "vae", component, None)
+    with atomic_write(fresh(target, "an autoencoder alone")) as partial:
+        write_component(partial, "vae", component, None)
     print(f"{target}: the folder of an autoencoder, scaling factor {component.config.scaling_factor}")
 
 
@@ -107,7 +111,8 @@ def convert_classifier(stored: Weights, target: Path, chosen: Options) -> None:
     """ADM's classifier."""
     check_unused(stored.path, chosen, ("dtype",))
     component = read_adm_classifier(stored, chosen["dtype"])
-    write_component(fresh(target, "a classifier") / CLASSIFIER, CLASSIFIER, component, None)
+    with atomic_write(fresh(target, "a classifier")) as partial:
+        write_component(partial / CLASSIFIER, CLASSIFIER, component, None)
     print(f"{target}: the folder of a classifier of {component.config.size} pixels")
 
 
@@ -145,6 +150,16 @@ def write(target: Path, checkpoint: Checkpoint) -> None:
     else:
         write_checkpoint(target, checkpoint, None)
         print(f"{target}: a diffusers folder, without {', '.join(absent_parts(checkpoint))}")
+
+
+def check_free(target: Path) -> None:
+    """Holds the target to a name and a place that can be written, before anything is read or fetched.
+
+    Raises:
+        UserError: what is there was not written here, or the place takes no file.
+    """
+    (check_target_file if target.suffix == SINGLE else check_target_folder)(target)
+    check_writable(target.parent)
 
 
 def fresh(target: Path, what: str) -> Path:

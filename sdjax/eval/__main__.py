@@ -29,6 +29,7 @@ from ml_collections import config_flags
 
 from sdjax.core.compilation import keep_compiled
 from sdjax.core.errors import UserError, run_or_exit
+from sdjax.core.files import check_target, write_text
 from sdjax.core.flags import parse_flags
 from sdjax.core.scripts import require
 from sdjax.data.sources.base import Images
@@ -55,12 +56,15 @@ def main() -> None:
     for name, default in INTEGERS.items():
         flags.DEFINE_integer(name, default, "", lower_bound=1, flag_values=values)
     parse_flags(values, sys.argv, __doc__)
+    output = Path(values["output"].value).expanduser() if values["output"].value else None
+    if output is not None:
+        check_target(output)
     keep_compiled()
     figures = _figures(values)
     for name, value in figures.items():
         print(f"{name}: {value}")
-    if values["output"].value:
-        Path(values["output"].value).write_text(json.dumps(figures, indent=2) + "\n")
+    if output is not None:
+        write_text(output, json.dumps(figures, indent=2) + "\n")
 
 
 def _figures(values: flags.FlagValues) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from sdjax.checkpoints import metric_weights
+from sdjax.core.errors import UserError
+from sdjax.core.files import atomic_write
 from sdjax.data.sources.base import Images
 from sdjax.data.transforms.images import square
 from sdjax.models.conditioning import apply
@@ -23,6 +26,8 @@ from sdjax.parallel.batches import local_mesh, put_batch
 from sdjax.parallel.sharding import replicated
 
 Arrays = dict[str, np.ndarray]
+
+logger = logging.getLogger("sdjax")
 
 
 def cache_folder() -> Path:
@@ -57,10 +62,11 @@ def kept(key: str, make: Callable[[], Arrays], folder: Path | None = None) -> Ar
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
     made = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(partial, **made)  # pyright: ignore[reportArgumentType]
-    partial.rename(path)
+    try:
+        with atomic_write(path) as partial, partial.open("wb") as file:
+            np.savez(file, **made)  # pyright: ignore[reportArgumentType]
+    except UserError as error:
+        logger.warning("features are not kept: %s", error)
     return made
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from sdjax.checkpoints.checkpoint import Checkpoint
-from sdjax.checkpoints.layouts.diffusers import write_checkpoint
+from sdjax.checkpoints.layouts.diffusers import check_target_folder, write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.diffusion_model.conditioner import Host
@@ -121,6 +121,7 @@ class Pipeline:
         Raises:
             UserError: the folder holds something that sdjax did not write, or a parameter is not finite in `dtype`.
         """
+        check_target_folder(Path(folder).resolve())
         host = jax.device_get(self.devices.all_gather(self.params))
         parts = {n: dataclasses.replace(part, params=host[n]) for n, part in self.checkpoint.components.items()}
         write_checkpoint(folder, dataclasses.replace(self.checkpoint, components=parts), dtype)

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from sdjax.core.errors import UserError, run_or_exit, unknown
+from sdjax.core.files import check_target
 from sdjax.core.flags import parse_flags
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.mesh_text import parse_mesh
@@ -102,6 +103,8 @@ def read_command_line(argv: list[str]) -> dict[str, Any]:
         raise UserError(f"--topology is required: {UNDERSTOOD}")
     if flag["output"] and Path(flag["output"]).suffix not in report.SUFFIXES:
         raise UserError(f"--output {flag['output']}: choose a name that ends with {' or '.join(report.SUFFIXES)}")
+    if flag["output"]:
+        check_target(flag["output"])
     if flag["search"] and flag["mesh"]:
         raise UserError("--search tries mesh shapes; leave --mesh out")
     if flag["batch_sizes"] and not flag["search"]:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdjax.core.errors import UserError
+from sdjax.core.files import write_text
 from sdjax.plan.plans import Plan, PlannedProgram
 from sdjax.plan.programs import Figures, Refused, gib
 from sdjax.plan.roofline import ASSUMPTIONS
@@ -97,11 +97,7 @@ def as_json(heading: Heading, plans: Sequence[Plan]) -> str:
 
 def write(path: Path, markdown: str, data: str) -> None:
     """Writes .md or .json, whichever the name ends with."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(markdown if path.suffix == ".md" else data + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written: {error.strerror}") from error
+    write_text(path, markdown if path.suffix == ".md" else data + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from faults import full_disk
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
@@ -19,6 +20,7 @@ from sdjax.checkpoints.layouts.diffusers import read_component, read_folder, wri
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS, read_single_file
 from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.checkpoints.networks.clip import VOCABULARY
+from sdjax.checkpoints.open import read_checkpoint
 from sdjax.convert import main
 from sdjax.core.errors import UserError
 
@@ -117,6 +119,42 @@ def test_mistakes_are_said_and_nothing_is_written(arguments, words: str, convert
     with pytest.raises(UserError, match=words):
         convert(*(argument.format(**places) for argument in arguments))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+TARGETS = ("folder", "second.safetensors")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_full_disk_leaves_nothing_and_the_same_command_goes_on(target: str, convert, tmp_path: Path):
+    first = original(tmp_path / "first.safetensors", "sd1", "float16")
+    for nbytes in (0, 1000, 100_000):
+        message = "cannot write .*: File too large; make room and run the same command again"
+        with full_disk(nbytes), pytest.raises(UserError, match=message):
+            convert(first, tmp_path / target)
+        assert [path.name for path in tmp_path.iterdir()] == [first.name]
+    convert(first, tmp_path / target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([first.name, target])
+    read_checkpoint(tmp_path / target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_is_checked_before_the_source_is_read(target: str, convert):
+    with pytest.raises(UserError, match="cannot write /proc/sdjax: No such file or directory; choose another place"):
+        convert("nowhere", f"/proc/sdjax/{target}")
+
+
+def test_an_autoencoder_is_converted_whole_or_not_at_all(convert, tmp_path: Path):
+    """Its weights are written before its config."""
+    whole = load_torch(original(tmp_path / "whole.safetensors", "sd1", "float16"))
+    stem = "first_stage_model."
+    file = {key.removeprefix(stem): tensor for key, tensor in whole.items() if key.startswith(stem)}
+    save_torch(file, tmp_path / "vae.safetensors")
+    (tmp_path / "vae").mkdir()
+    with full_disk(1000), pytest.raises(UserError, match="make room"):
+        convert(tmp_path / "vae.safetensors", tmp_path / "vae")
+    assert not list((tmp_path / "vae").iterdir())
+    convert(tmp_path / "vae.safetensors", tmp_path / "vae")
+    assert read_component(tmp_path / "vae", "vae").config.scaling_factor == 0.18215
 
 
 def test_the_command_itself(tmp_path: Path):

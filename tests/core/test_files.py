@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults import full_disk
 
 from sdjax.core.errors import UserError
 from sdjax.core.files import atomic_write, cannot_write, check_writable, recover, write_bytes, write_text
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
-
-
-@pytest.fixture
-def full() -> Iterator[None]:
-    """No file may grow beyond 4096 bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def names(folder: Path) -> list[str]:
@@ -42,11 +32,12 @@ def test_a_file_is_written_and_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("before", [None, OLD])
-def test_a_full_disk_leaves_what_was_there(before, full, tmp_path):
+def test_a_full_disk_leaves_what_was_there(before, tmp_path):
     path = tmp_path / "x.bin"
     if before is not None:
         path.write_bytes(before)
-    with pytest.raises(UserError, match=r"cannot write .*/x\.bin: File too large; make room and run the same command"):
+    message = r"cannot write .*/x\.bin: File too large; make room and run the same command again"
+    with full_disk(4096), pytest.raises(UserError, match=message):
         write_bytes(path, NEW)
     assert names(tmp_path) == ([] if before is None else ["x.bin"])
     assert before is None or path.read_bytes() == before

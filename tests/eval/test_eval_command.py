@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import jax
 import numpy as np
 import pytest
 import torch
+from faults import full_disk
 from fidelity import fidelity
 from PIL import Image
 from torch_critics import TorchLPIPS, vgg16
@@ -20,6 +22,7 @@ from sdjax.checkpoints.storage.safetensors import read_safetensors
 from sdjax.core.errors import UserError
 from sdjax.eval.__main__ import main
 from sdjax.eval.comparison import read_statistics
+from sdjax.eval.features import kept
 from sdjax.parallel.mesh import make_mesh
 from sdjax.tasks.autoencoder import make
 
@@ -174,3 +177,27 @@ def test_statistics_of_others(tmp_path):
     np.savez(tmp_path / "empty.npz", a=np.zeros(3))
     with pytest.raises(UserError, match="holds neither mu and sigma nor mu_s and sigma_s"):
         read_statistics(tmp_path / "empty.npz")
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("/proc/sdjax/figures.json", "cannot write /proc/sdjax: No such file or directory; choose another place"),
+        ("/tmp", "cannot write /tmp: it is a folder; name a file"),
+    ],
+)
+def test_the_output_is_checked_before_the_work(output, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval", "--fake=nowhere", "--real=nowhere", f"--output={output}"])
+    with pytest.raises(UserError, match=said):
+        main()
+
+
+def test_features_that_cannot_be_kept_are_still_used(tmp_path, caplog):
+    """A full cache ends no evaluation."""
+    for nbytes, said in ((100, "features are not kept: cannot write .*: File too large"), (2**20, "")):
+        with full_disk(nbytes):
+            made = kept("key", lambda: {"pooled": np.ones(1000)}, tmp_path)
+        np.testing.assert_array_equal(made["pooled"], np.ones(1000))
+        assert re.search(said, caplog.text)
+        assert len(list(tmp_path.iterdir())) == (not said)
+        caplog.clear()

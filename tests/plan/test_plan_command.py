@@ -80,6 +80,7 @@ def test_without_libtpu_the_message_says_how_to_get_it(monkeypatch: pytest.Monke
         ([], "--topology is required"),
         (["--topology=cpu:2", "--what=fly"], "unknown program 'fly'"),
         (["--topology=cpu:2", "--output=plan.txt"], "ends with .md or .json"),
+        (["--topology=cpu:2", "--output=/proc/sdjax/plan.md"], "cannot write /proc/sdjax: No such file"),
         (["--topology=cpu:2", "--search", "--mesh=data=2"], "leave --mesh out"),
         (["--topology=cpu:2", "--batch_sizes=2,4"], "goes with --search"),
     ],

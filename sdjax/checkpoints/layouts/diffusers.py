@@ -6,8 +6,6 @@ keys with an underscore, which diffusers passes over.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +33,7 @@ from sdjax.checkpoints.networks import autoencoder, clip, unet, unet2d
 from sdjax.checkpoints.storage.safetensors import read_json, write_json, write_safetensors
 from sdjax.checkpoints.storage.weights import find_weights
 from sdjax.core.errors import UserError, unknown
+from sdjax.core.files import atomic_write, recover
 from sdjax.core.precision import dtype_named
 from sdjax.models.autoencoder import VQConfig
 from sdjax.models.unet2d import UNet2DConfig
@@ -248,29 +247,30 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: str | None
     None keeps the type of each array.
 
     Raises:
-        UserError: `path` holds something else, the parameters do not fit their config or are not finite in `dtype`,
-            a text encoder or a tokenizer's files are missing.
+        UserError: as `check_target_folder`, the folder cannot be written, the parameters do not fit their config or are
+            not finite in `dtype`, a text encoder or a tokenizer's files are missing.
     """
     path = Path(path).resolve()
     if checkpoint.kind == STABLE_DIFFUSION:
         check_text_encoders(checkpoint)
-    fresh = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not fresh and not ((path / INDEX).is_file() and read_json(path / INDEX).get(WRITER) == "sdjax"):
-        raise UserError(f"{path} exists and was not written by sdjax; it is left as it is")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    check_target_folder(path)
+    with atomic_write(path) as partial:
+        partial.mkdir()
         for name, component in checkpoint.components.items():
             write_component(partial / folder_of(name, checkpoint.kind), name, component, dtype)
         for encoder, tokenizer in checkpoint.tokenizers.items():
             write_tokenizer(encoder, tokenizer, partial / TOKENIZER_FOLDERS[encoder])
         for folder, config in _schedulers(checkpoint).items():
-            (partial / folder).mkdir()
             write_json(partial / folder / "scheduler_config.json", config)
         write_json(partial / INDEX, _index(checkpoint))
-        _swap(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target_folder(path: Path) -> None:
+    """Hold a folder's name to being free, or that of a checkpoint which was written here; a UserError otherwise."""
+    recover(path.parent, {path.name})
+    fresh = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not fresh and not ((path / INDEX).is_file() and read_json(path / INDEX).get(WRITER) == "sdjax"):
+        raise UserError(f"{path} exists and was not written by sdjax; it is left as it is")
 
 
 def write_component(path: str | Path, name: str, component: Component, dtype: str | None = "float32") -> None:
@@ -281,7 +281,6 @@ def write_component(path: str | Path, name: str, component: Component, dtype: st
     """
     path, form, config = Path(path), ALL_FORMATS[name], component.config
     arrays = export(form.table(config), component.params, form.shapes(config), f"the {name} to be written")
-    path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / f"{form.weights}.safetensors", arrays, None if dtype is None else dtype_named(dtype))
     # transformers 5 would build its model in the type that the config names
     kind = dtype or str(next(iter(arrays.values())).dtype)
@@ -337,17 +336,3 @@ def _class_of(name: str, config: Any, pipeline: str) -> list[str]:
         "class_embedder": [OWN_LDM, "ClassEmbedder"],
         "rescaler": [OWN_LDM, "SpatialRescaler"],
     }[name]
-
-
-def _swap(new: Path, path: Path) -> None:
-    """`new` takes the place of `path`, and over what `path` held beside a checkpoint."""
-    if not path.exists():
-        new.rename(path)
-        return
-    old = new.with_suffix(".old")
-    path.rename(old)
-    new.rename(path)
-    for entry in old.iterdir():
-        if not (path / entry.name).exists():
-            entry.rename(path / entry.name)
-    shutil.rmtree(old)

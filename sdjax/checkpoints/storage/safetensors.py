@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from numpy.typing import DTypeLike
 
 from sdjax.checkpoints.mapping import Writable, finite
 from sdjax.core.errors import UserError
+from sdjax.core.files import atomic_write, recover, write_text
 
 NAMES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 NAMES |= {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
@@ -133,22 +133,21 @@ def write_safetensors(
     A `dtype` of None keeps the type of each. `metadata` is what the file says of itself beside its format.
 
     Raises:
-        UserError: `path` exists and was not written by this function, or a value is not finite in `dtype`.
+        UserError: as `check_target_file`, it cannot be written, or a value is not finite in `dtype`.
     """
     path, kind = Path(path), None if dtype is None else np.dtype(dtype)
+    check_target_file(path)
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        file.write(_packed_header(tensors, kind, {**(metadata or {}), **METADATA}))
+        for name in sorted(tensors):
+            file.write(finite(np.asarray(tensors[name]), kind, name).tobytes())
+
+
+def check_target_file(path: Path) -> None:
+    """Hold a file's name to being free or that of a file which `write_safetensors` wrote; a UserError otherwise."""
+    recover(path.parent, {path.name})
     if path.exists() and _header(path)[0].get("__metadata__", {}).get("writer") != METADATA["writer"]:
         raise UserError(f"{path} exists and was not written by sdjax; it is left as it is")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(_packed_header(tensors, kind, {**(metadata or {}), **METADATA}))
-            for name in sorted(tensors):
-                file.write(finite(np.asarray(tensors[name]), kind, name).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -171,7 +170,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Sorted and indented, as diffusers writes its own."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

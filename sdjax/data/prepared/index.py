@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from sdjax.core.errors import UserError
+from sdjax.core.files import write_bytes
 from sdjax.data.sources.base import read_json
 from sdjax.data.transforms.buckets import Size, Table
 
@@ -126,20 +125,3 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
         UserError: it cannot be written.
     """
     write_bytes(path, json.dumps(data).encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all; several hosts may write the same one.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from sdjax.core.errors import UserError
+from sdjax.core.files import cannot_write, write_bytes
 from sdjax.data.loader import Shard
 from sdjax.data.prepared.index import (
     CONSTANTS,
@@ -22,7 +23,6 @@ from sdjax.data.prepared.index import (
     Sidecar,
     read_sidecar,
     shard_name,
-    write_bytes,
     write_json,
 )
 from sdjax.data.sources.base import read_json
@@ -184,7 +184,7 @@ def _agree(folder: Path, plan: PreparedPlan) -> None:
             write_json(path, ours)
         theirs = read_json(path.read_bytes(), str(path))
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+        raise cannot_write(folder, error) from error
     if theirs != ours:
         name, was, now = next(_differences(theirs, ours))
         raise UserError(f"{folder} was begun with {name} {was}, and this run has {now}: choose another folder")

@@ -12,6 +12,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from sdjax.core.errors import UserError
+from sdjax.core.files import atomic_write
 
 # One record a chunk makes each a single read; what is stored here is compressed already, or noise.
 WRITING = "group_size:1,uncompressed"
@@ -93,18 +94,16 @@ def write_records(path: Path, records: Iterable[bytes]) -> int:
     Raises:
         UserError: the file cannot be written.
     """
-    partial, count = path.with_name(f"{path.name}.partial"), 0
-    try:
-        writer = ArrayRecordWriter(os.fspath(partial), WRITING)
-        for record in records:
-            writer.write(record)
-            count += 1
-        writer.close()
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"cannot write {path}: {_first_line(error)}") from error
+    count = 0
+    with atomic_write(path) as partial:
+        try:
+            writer = ArrayRecordWriter(os.fspath(partial), WRITING)
+            for record in records:
+                writer.write(record)
+                count += 1
+            writer.close()
+        except RuntimeError as error:
+            raise UserError(f"cannot write {path}: {_first_line(error)}") from error
     return count
 
 

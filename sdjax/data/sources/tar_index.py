@@ -11,7 +11,6 @@ import logging
 import mmap
 import os
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from sdjax.core.errors import UserError
+from sdjax.core.files import atomic_write
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
@@ -173,10 +173,7 @@ def _load(cached: Path, stamp: Int64[np.ndarray, " 3"]) -> TarIndex | None:
 def _save(cached: Path, stamp: Int64[np.ndarray, " 3"], index: TarIndex) -> None:
     arrays = index._asdict() | {"problems": np.array(index.problems, str).reshape(-1, 2)}
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may index the same file at once.
-        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".partial", delete=False) as file:
+        with atomic_write(cached) as partial, partial.open("wb") as file:
             np.savez(file, allow_pickle=False, stamp=stamp, **arrays)
-        os.replace(file.name, cached)
-    except OSError as error:
+    except UserError as error:
         logger.warning("the index of a tar file is not kept: %s", error)

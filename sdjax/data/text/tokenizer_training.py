@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import BertWordPieceTokenizer, trainers
 
 from sdjax.core.errors import UserError
+from sdjax.core.files import write_text
 from sdjax.data.text.tokenizers import BOS, EOS, LENGTH, WORD_END, Tokenizer, load_tokenizer, make_backend
 
 
@@ -45,14 +46,13 @@ def _learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
 
 
 def _write(folder: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     specials = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "do_lower_case": True, **specials}
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2) + "\n")
+    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "special_tokens_map.json", json.dumps(specials, indent=2) + "\n")
 
 
 def train_word_pieces(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
