@@ -28,11 +28,8 @@ FLOORS = {
 }
 SCRIPTS = 7
 FOREIGN = {"torch", "tensorflow", "diffusers", "torchvision"}
-# Read in their own process of reading: PyTorch's restricted loader of `.ckpt`, and the rival of a benchmark.
-EXCEPTIONS = {
-    "sdjax/checkpoints/storage/weights.py": {"torch"},
-    "benchmarks/against_diffusers.py": {"torch", "diffusers"},
-}
+# The rival of a benchmark.
+EXCEPTIONS = {"benchmarks/against_diffusers.py": {"torch", "diffusers"}}
 
 
 def room(module: str) -> str | None:

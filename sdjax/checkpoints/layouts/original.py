@@ -111,7 +111,7 @@ def read_single_file(
     weights: str | None = None,
     place: Put | None = None,
 ) -> Checkpoint:
-    """Reads a `.safetensors` file, or a pickle through torch's restricted loader; `detect` says what it is taken for.
+    """Reads a `.safetensors` file, or one of PyTorch's; `detect` says what it is taken for.
 
     Args:
         dtype, place: as in `sdjax.checkpoints.checkpoint.Reading`.

@@ -1,1 +1,1 @@
-"""Files of tensors, read defensively: safetensors, restricted pickles, shards."""
+"""Files of tensors, read defensively: safetensors, PyTorch's, shards."""

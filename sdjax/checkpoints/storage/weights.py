@@ -1,38 +1,21 @@
-"""The weights of a network: which file or shards hold them, of which precision, safetensors before pickles.
-
-A pickle (`.ckpt`, `.pt`, `.bin`) can run any code. It is read by nothing but torch's own restricted loader,
-`torch.load(weights_only=True)`, which builds only tensors and plain containers; where torch is not installed, such
-files are not read at all. It is looked for when a file asks for it, and needed for nothing else.
-"""
+"""The weights of a network: which file or shards hold them, of which precision, safetensors before pickles."""
 
 from __future__ import annotations
 
-import _codecs
-import contextlib
-import importlib
-import importlib.util
-import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import jax.numpy as jnp
-import numpy as np
-from numpy.typing import DTypeLike
-
 from sdjax.checkpoints.mapping import Writable
+from sdjax.checkpoints.storage.pickles import load_pickle
 from sdjax.checkpoints.storage.safetensors import open_safetensors, read_sharded
 from sdjax.checkpoints.storage.signatures import format_of
+from sdjax.checkpoints.storage.stored import StoredTensor
 from sdjax.core.errors import UserError
 
 SAFETENSORS, SUFFIXES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
 PICKLED = {"model": "pytorch_model"}  # transformers gives its pickles another name
-FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
-DTYPES = {f"torch.{name}": np.dtype(getattr(jnp, name)) for name in FLOATS + INTEGERS}
-DTYPES["torch.bool"] = np.dtype(np.bool_)
+TIMES = 8  # times its size that the tensors of a pickle may claim: several may share what is stored
 
 
 class Weights(NamedTuple):
@@ -54,10 +37,10 @@ Source: TypeAlias = str | Path | Weights
 
 
 def read_file(source: Source) -> Weights:
-    """The tensors of a safetensors file, or of a pickle through torch's restricted loader; not read a second time.
+    """The tensors of a safetensors file, or of one of PyTorch's; not read a second time.
 
     Raises:
-        UserError: the file is missing, corrupt, of another kind, or a pickle where torch is not installed.
+        UserError: the file is missing, corrupt or of another kind.
     """
     if isinstance(source, Weights):
         return source
@@ -73,9 +56,8 @@ def read_groups(path: Path) -> dict[str, Any]:
     """
     if _is_safetensors(path):
         return dict(open_safetensors(path)[0])
-    content = _load(path)
-    groups = {str(name): getattr(value, "_parameters", value) for name, value in content.items()}
-    named = {name: _tensors(group, path) for name, group in groups.items() if isinstance(group, Mapping)}
+    content = load_pickle(path)
+    named = {str(name): _tensors(group, path) for name, group in content.items() if isinstance(group, dict)}
     return _tensors(content, path) | {name: tensors for name, tensors in named.items() if tensors}
 
 
@@ -117,46 +99,16 @@ def find_weights(folder: Path, stem: str, variant: str | None) -> Mapping[str, W
     return read_file(found).tensors
 
 
-@dataclass(frozen=True)
-class PickledTensor:
-    """A tensor of a pickle; where the file allows it, its bytes are read from disk when it becomes an array."""
-
-    tensor: Any
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return DTYPES[str(self.tensor.dtype)]
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        torch = importlib.import_module("torch")
-        # NumPy has no bfloat16 that torch knows of: the bytes are handed over
-        raw = self.tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy()
-        return raw.view(self.dtype).reshape(self.shape).astype(dtype or self.dtype, copy=False)
-
-
-class _Unneeded:
-    """Stands for the class of a training callback whose name the first published checkpoints mention."""
-
-
-class _ParameterDict:
-    """Stands for torch's module of that name, whose `_parameters` hold an old textual inversion's vectors."""
-
-
-def read_pickle(path: str | Path) -> tuple[dict[str, PickledTensor], dict[str, str]]:
+def read_pickle(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a file by name, and its integers (`global_step`) as text.
 
     Raises:
-        UserError: torch is not installed, or the file is missing, corrupt, or holds more than tensors and containers.
+        UserError: the file is missing, corrupt, or holds more than tensors and containers.
     """
     path = Path(path)
-    content = _load(path)
+    content = load_pickle(path)
     state = content.get("state_dict", content)
-    if not isinstance(state, Mapping):
+    if not isinstance(state, dict):
         raise UserError(f"state_dict in {path} is a {type(state).__name__}, not tensors by name")
     tensors = _tensors(state, path)
     if not tensors:
@@ -164,50 +116,9 @@ def read_pickle(path: str | Path) -> tuple[dict[str, PickledTensor], dict[str, s
     return tensors, {str(key): str(value) for key, value in content.items() if type(value) is int}
 
 
-def _tensors(content: Mapping[Any, Any], path: Path) -> dict[str, PickledTensor]:
+def _tensors(content: Mapping[Any, Any], path: Path) -> dict[str, StoredTensor]:
     """The tensors among the values of a mapping."""
-    named = {str(name): value for name, value in content.items() if hasattr(value, "data_ptr")}
-    for name, tensor in named.items():
-        if str(tensor.dtype) not in DTYPES or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
-            raise UserError(f"{path} holds {name} as {tensor.dtype} ({tensor.layout}), which is not read")
-    return {name: PickledTensor(tensor, name) for name, tensor in named.items()}
-
-
-def _load(path: Path) -> Mapping[Any, Any]:
-    """A pickle's mapping, through torch's restricted loader."""
-    if importlib.util.find_spec("torch") is None:
-        raise UserError(
-            f"{path} is a pickle, which only PyTorch's restricted loader may read, and torch is not installed: "
-            "install torch, or convert the file to .safetensors where it is"
-        )
-    torch = importlib.import_module("torch")
-    try:
-        with _names_of_published_files(torch):
-            # torch's format since 1.6 is an archive, which can be mapped; an older one is read whole
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # whatever an untrusted file makes a parser do
-        reason = next((line.strip() for line in str(error).splitlines() if "Unsupported" in line), "")
-        said = reason or " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} is corrupt or holds more than weights; it is not loaded: {said}") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
-    return content
-
-
-def _names_of_published_files(torch: Any) -> AbstractContextManager[Any]:
-    """Names beside torch's own: callbacks and NumPy's numbers in Stable Diffusion 1's files; none of them runs code."""
-    if not hasattr(torch.serialization, "safe_globals"):  # torch before 2.5
-        return contextlib.nullcontext()
-    scalar = np.float32(0).__reduce__()[0]
-    places = ("pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint")
-    return torch.serialization.safe_globals(
-        [
-            *((_Unneeded, f"{place}.ModelCheckpoint") for place in places),
-            (_ParameterDict, "torch.nn.modules.container.ParameterDict"),
-            *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-            *((_codecs.encode, "_codecs.encode"), np.dtype),
-            *(np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType),
-        ]
-    )
+    named = {str(name): value for name, value in content.items() if isinstance(value, StoredTensor)}
+    if sum(tensor.count * tensor.dtype.itemsize for tensor in named.values()) > TIMES * path.stat().st_size:
+        raise UserError(f"{path} is not loaded: its tensors claim more than {TIMES} times its size")
+    return named
