@@ -8,7 +8,8 @@ Jobs
     --from_file FILE         one prompt a line, with its own settings after it: a red heart --steps 20 --seed 3
     --from_image PNG         makes an image again from the settings inside it; further flags change them
     --grid "steps=10,20;sampler=euler,dpmpp_2m"      every combination, and a labelled sheet of them
-    --outdir DIR             without it, a new folder of outputs/
+    --outdir DIR             without it, a new folder of outputs/; images that a killed run of the same command left in
+                             it are kept
 
 Model
     --checkpoint SOURCE      a Hub id, a diffusers folder, a file (.safetensors, .ckpt, .pt), or the workdir of a
@@ -35,7 +36,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
@@ -43,8 +43,9 @@ from tqdm import tqdm
 import sdjax
 from sdjax.cli.grids import Axis, cells, contact_sheet, parse_grid, sheet
 from sdjax.cli.jobs import ImageJob, expand_jobs, prepare_jobs
+from sdjax.cli.outputs import Found, find_outputs, image_path, new_folder, open_folder, write_grid
 from sdjax.cli.prompt_files import PromptLine, read_prompt_file
-from sdjax.cli.records import check_free, fresh_folder, read_parameters, write_grid, write_image
+from sdjax.cli.records import read_parameters, write_image
 from sdjax.core.compilation import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
@@ -58,6 +59,8 @@ IMAGE = {name: option for name, option in OPTIONS.items() if option.scope == "im
 FLAGS = {**IMAGE, "batch_size": OPTIONS["batch_size"]}
 SOURCES = ("checkpoint", *LOAD_OPTIONS)
 JOBS = ("from_file", "from_image", "grid", "outdir")
+
+logger = logging.getLogger("sdjax")
 
 
 class Request(NamedTuple):
@@ -133,7 +136,7 @@ def read_request(config: Config, flag: Mapping[str, Any]) -> Request:
         # The files that an image names are read on its word.
         for name in (*SOURCES, *(name for name, option in FLAGS.items() if option.file)):
             if record.get(name):
-                logging.getLogger("sdjax").info("%s: %s %s", flag["from_image"], name, record[name])
+                logger.info("%s: %s %s", flag["from_image"], name, record[name])
     settings |= given
     if flag["from_file"] is not None:
         lines = read_prompt_file(Path(flag["from_file"]))
@@ -164,32 +167,34 @@ def load(sources: Mapping[str, Any], config: Config) -> tuple[sdjax.Pipeline, di
 
 
 def generate_all(request: Request, pipe: sdjax.Pipeline, sources: Mapping[str, Any]) -> Path:
-    """Sample and write all images; return their folder.
+    """Sample and write all images but those that a killed run of the same command left; return their folder.
 
     Raises:
         UserError: a setting or a file is not what it should be; nothing has been overwritten.
     """
     jobs, outdir = request.jobs, request.outdir
     rows = prepare_jobs(pipe, jobs)
-    if outdir is not None:
-        files = [f"{job.number:05d}.{end}" for job in jobs for end in ("png", "json")]
-        check_free(outdir, files + ["grid.png"] * (len(jobs) > 1), "choose another --outdir")
+    records = {job.number: {**row.settings, **sources, "index": job.index} for job, row in zip(jobs, rows, strict=True)}
+    found = Found() if outdir is None else find_outputs(outdir, records)
     sync("outdir checked")
-
-    made: dict[int, np.ndarray] = {}
-    with tqdm(desc="compiling", unit="call", dynamic_ncols=True, disable=not is_first()) as bar:
-        for place, image in pipe.run(rows, request.batch_size, advance(bar)):
-            if outdir is None:  # a new folder that the first process makes for all
-                outdir = Path(agreed(str(fresh_folder(Path("outputs") / pipe.name)) if is_first() else ""))
-            job = jobs[place]
-            made[job.number] = to_uint8(image)
-            if is_mine(job.number):
-                record = {**rows[place].settings, **sources, "index": job.index}
-                write_image(outdir / f"{job.number:05d}.png", made[job.number], record)
-    assert outdir is not None, "there is at least one job"
-    if len(made) > 1 and is_first():
+    if outdir is None:  # a new folder that the first process makes for all
+        outdir = Path(agreed(str(new_folder(Path("outputs") / pipe.name)) if is_first() else ""))
+    if is_first():
+        open_folder(outdir, records, found)
+    made, places = dict(found.images), [i for i, job in enumerate(jobs) if job.number not in found.images]
+    try:
+        with tqdm(desc="compiling", unit="call", dynamic_ncols=True, disable=not is_first()) as bar:
+            for place, image in pipe.run([rows[i] for i in places], request.batch_size, advance(bar)):
+                number = jobs[places[place]].number
+                made[number] = to_uint8(image)
+                if is_mine(number):
+                    write_image(image_path(outdir, number), made[number], records[number])
+    except KeyboardInterrupt:
+        logger.info("%d of %d images are in %s; --outdir %s goes on", len(made), len(jobs), outdir, outdir)
+        raise
+    if len(made) > 1 and is_first() and not found.grid:
         images = [made[number] for number in sorted(made)]
-        write_grid(outdir / "grid.png", contact_sheet(images, request.axes) if request.axes else sheet(images))
+        write_grid(outdir, contact_sheet(images, request.axes) if request.axes else sheet(images), records)
     return outdir
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdjax.core.errors import UserError, unknown
+from sdjax.core.files import atomic_write, write_text
 from sdjax.data.images import UNREADABLE
 from sdjax.pipeline.options import LOAD_OPTIONS, OPTIONS, Option, Pair
 
@@ -182,58 +183,25 @@ def parse_parameters(text: str, place: str) -> dict[str, Any]:
 
 
 def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"], record: Mapping[str, Any]) -> None:
-    """Write a PNG with the record inside, and the record as JSON; a UserError where one exists or cannot be written."""
-    text = PngInfo()
-    text.add_text("parameters", parameters(record))
-    text.add_text(CHUNK, json.dumps(record))
-    _write_png(path, image, text)
-    with _new(path.with_suffix(".json")) as file:
-        file.write((json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write a PNG with the record inside, and the record as JSON; errors are those of `write_png`."""
+    write_png(path, image, {"parameters": parameters(record), CHUNK: json.dumps(record)})
+    write_record(path.with_suffix(".json"), record)
 
 
-def write_grid(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Write a PNG without settings; a UserError where it exists or cannot be written."""
-    _write_png(path, image, PngInfo())
+def write_png(path: Path, image: UInt8[np.ndarray, "h w 3"], texts: Mapping[str, str]) -> None:
+    """Write a PNG with some text chunks; a UserError where the file exists or cannot be written."""
+    if path.exists():
+        raise UserError(f"{path} exists and is left as it is")
+    chunks = PngInfo()
+    for name, text in texts.items():
+        chunks.add_text(name, text)
+    with atomic_write(path) as partial:
+        Image.fromarray(image).save(partial, format="PNG", pnginfo=chunks)
 
 
-def check_free(folder: Path, names: Iterable[str], advice: str) -> None:
-    """Raises a UserError if the folder is a file, or holds one of the names already; its end is the advice."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, not a folder; {advice}")
-    for name in names:
-        if (folder / name).exists():
-            raise UserError(f"{folder / name} exists and is left as it is; {advice}")
-
-
-def fresh_folder(parent: Path) -> Path:
-    """A folder in `parent`, 0000, 0001, ..., that was not there and is made; a UserError where it cannot be."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        number = len(list(parent.iterdir()))
-        while True:
-            try:
-                (parent / f"{number:04d}").mkdir()
-            except FileExistsError:
-                number += 1
-            else:
-                return parent / f"{number:04d}"
-    except OSError as error:
-        raise UserError(f"cannot make a folder in {parent}: {error.strerror}") from error
-
-
-def _write_png(path: Path, image: np.ndarray, text: PngInfo) -> None:
-    with _new(path) as file:
-        Image.fromarray(image).save(file, format="PNG", pnginfo=text)
-
-
-def _new(path: Path) -> Any:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("xb")
-    except FileExistsError as error:
-        raise UserError(f"{path} exists and is left as it is") from error
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record as JSON; a UserError where it cannot be written."""
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def _quoted(value: Any) -> str:

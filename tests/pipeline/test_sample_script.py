@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zoo
+from faults import full_disk
 from PIL import Image
 
 import sdjax
+from sdjax.cli.records import write_image
 from sdjax.core.errors import run_or_exit
 from sdjax.data import image_inputs
 from sdjax.pipeline import execute
@@ -164,6 +168,82 @@ def test_without_outdir_every_run_has_its_own_folder(run, tmp_path):
         assert "2/2" in err, "a bar counts network calls"
 
 
+THREE = (*TWO, "--prompt=smiling face", *FAST, "--outdir=o")
+
+
+@pytest.fixture
+def whole(run, tmp_path) -> dict[str, bytes]:
+    """Files of a run of THREE, which are then removed."""
+    assert run(*THREE)[0] == 0
+    files = {name: (tmp_path / "o" / name).read_bytes() for name in names(tmp_path / "o")}
+    shutil.rmtree(tmp_path / "o")
+    return files
+
+
+def test_the_same_command_completes_a_folder(run, whole, tmp_path, caplog):
+    """Whole images are left as they are, also where their batch was not whole; a second time nothing is made."""
+    (tmp_path / "o").mkdir()
+    for name in ("00001.png", "00001.json", "00002.png"):
+        (tmp_path / "o" / name).write_bytes(whole[name])
+    (tmp_path / "o" / "00000.png").write_bytes(whole["00000.png"][:-40])
+    kept = (tmp_path / "o" / "00001.png").stat()
+    code, out, err = run(*THREE)
+    assert (code, out) == (0, "o\n"), err
+    assert "00000.png is damaged; it is 00000.png.damaged now, and is made anew" in caplog.text
+    assert "2/2" in err, "network calls of one batch"
+    assert (tmp_path / "o" / "00001.png").stat() == kept
+    assert names(tmp_path / "o") == sorted([*whole, "00000.png.damaged"])
+    assert np.abs(pixels(tmp_path / "o" / "00000.png") - decoded(whole["00000.png"])).max() <= 1
+    for name in ("00002.json", "00001.json", "00000.json"):
+        assert (tmp_path / "o" / name).read_bytes() == whole[name]
+    before = {path: path.stat() for path in (tmp_path / "o").iterdir()}
+    code, out, err = run(*THREE)
+    assert (code, out) == (0, "o\n"), err
+    assert {path: path.stat() for path in (tmp_path / "o").iterdir()} == before
+
+
+def decoded(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)), int)
+
+
+@pytest.mark.parametrize("room", [0, 700])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(room, run, whole, tmp_path):
+    assert min(len(data) for data in whole.values()) < 700 < len(whole["00000.png"])
+    with full_disk(room):
+        code, out, err = run(*THREE)
+    check_error(code, out, err, "cannot write o/?.*: File too large; make room and run the same command again")
+    assert not names(tmp_path / "o")
+    assert run(*THREE)[0] == 0
+    assert {name: (tmp_path / "o" / name).read_bytes() for name in names(tmp_path / "o")} == whole
+
+
+def test_an_interrupt_keeps_what_is_finished(script, run, whole, tmp_path, monkeypatch, caplog):
+    """At the first network call of the second batch: no other follows."""
+    seen = []
+
+    def advance(bar: object):
+        def progress(done: int, total: int) -> None:
+            seen.append((done, total))
+            if done == 3:
+                signal.raise_signal(signal.SIGINT)
+
+        return progress
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "advance", advance)
+        code, out, _ = run(*THREE)
+    assert (code, out, seen) == (130, "", [(1, 4), (2, 4), (3, 4)])
+    assert "2 of 3 images are in o; --outdir o goes on" in caplog.text
+    assert names(tmp_path / "o") == ["00000.json", "00000.png", "00001.json", "00001.png"]
+    assert run(*THREE)[0] == 0
+    assert {name: (tmp_path / "o" / name).read_bytes() for name in names(tmp_path / "o")} == whole
+
+
+def test_outputs_that_cannot_be_made_are_refused_before_the_work(run, tmp_path):
+    (tmp_path / "outputs").write_text("mine")
+    check_error(*run(*TWO, *FAST), "cannot write outputs/sd1: Not a directory; choose another place")
+
+
 def test_the_config_says_what_the_flags_do_not(run, tmp_path):
     code, _, err = run(*TWO, "--outdir=o", "--config.sample.steps=3", "--config.sample.sampler=lms")
     assert code == 0, err
@@ -238,6 +318,11 @@ BAD = {
     "embedding": ([P, "--embedding=missing.pt"], "there is no textual inversion 'missing.pt'"),
     "vae": ([P, "--vae=missing.safetensors"], "there is no file or folder 'missing.safetensors'"),
     "existing": ([P, "--outdir=taken"], "taken/00000.png exists and is left as it is; choose another --outdir"),
+    "of another command": (
+        [P, "--outdir=done"],
+        "done/00000.png exists, with prompt 'mine' where .* 'red heart'",
+    ),
+    "no place": ([P, "--outdir=/proc/sdjax"], "cannot write /proc/sdjax: No such file or directory; choose another"),
     "folder is a file": (
         [P, "--outdir=fine.png", "--steps=1"],
         "fine.png is a file, not a folder; choose another --outdir",
@@ -256,6 +341,7 @@ def test_bad_input(case, run, tmp_path):
     (tmp_path / "flags.txt").write_text("red heart --steps 3\nflag --stepz 3\n")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "00000.png").write_text("mine")
+    write_image(tmp_path / "done" / "00000.png", np.zeros((SIDE, SIDE, 3), np.uint8), {"prompt": "mine"})
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     flags, message = BAD[case]
     check_error(*run(*flags), message)
