@@ -149,6 +149,20 @@ def test_half_precision(checkpoint: Checkpoint, tmp_path: Path):
         read_folder(tmp_path / "half", "int8")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_diffusers_loads_half_precision_without_a_type(dtype: str, checkpoint: Checkpoint, folder: Path, tmp_path):
+    """All in float32, as it loads its own networks; transformers alone would keep the type of a file."""
+    write_checkpoint(tmp_path / "half", checkpoint, dtype)
+    latents = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32))
+    images = []
+    for path in (tmp_path / "half", folder):
+        pipe = StableDiffusionPipeline.from_pretrained(path)
+        pipe.set_progress_bar_config(disable=True)
+        assert {part.dtype for part in (pipe.text_encoder, pipe.unet, pipe.vae)} == {torch.float32}
+        images.append(pipe("red heart", num_inference_steps=2, latents=latents, output_type="np").images)
+    np.testing.assert_allclose(*images, atol=1e-2 if dtype == "float16" else 1e-1)
+
+
 VAE_FILE = "diffusion_pytorch_model.safetensors"
 
 

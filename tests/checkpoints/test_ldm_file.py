@@ -175,8 +175,9 @@ def convert(monkeypatch, source, target, *flags):
 def test_words_need_berts_vocabulary(tmp_path, monkeypatch):
     train_word_pieces(["a red heart"] * 4, tmp_path / "words", 120)
     path = save(tmp_path / "model.ckpt", original("text")[0])
-    convert(monkeypatch, path, tmp_path / "folder", f"--tokenizer={tmp_path / 'words'}")
+    convert(monkeypatch, path, tmp_path / "folder", f"--tokenizer={tmp_path / 'words'}", "--dtype=float16")
     pipe = diffusers.LDMTextToImagePipeline.from_pretrained(tmp_path / "folder")
+    assert pipe.bert.dtype == pipe.unet.dtype == torch.float32
     assert pipe.tokenizer.tokenize("a red heart") == ["a", "red", "heart"]
     checkpoint = read_folder(tmp_path / "folder")
     assert checkpoint.settings["guidance_scale"] == 5.0

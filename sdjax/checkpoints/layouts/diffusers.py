@@ -282,9 +282,8 @@ def write_component(path: str | Path, name: str, component: Component, dtype: st
     path, form, config = Path(path), ALL_FORMATS[name], component.config
     arrays = export(form.table(config), component.params, form.shapes(config), f"the {name} to be written")
     write_safetensors(path / f"{form.weights}.safetensors", arrays, None if dtype is None else dtype_named(dtype))
-    # transformers 5 would build its model in the type that the config names
-    kind = dtype or str(next(iter(arrays.values())).dtype)
-    stored = {"dtype": kind} if name in TOKENIZERS else {"_diffusers_version": DIFFUSERS_VERSION}
+    # Of whatever type the file is, diffusers builds its networks in float32, and transformers as the config says.
+    stored = {"dtype": "float32"} if name in (*TOKENIZERS, BERT) else {"_diffusers_version": DIFFUSERS_VERSION}
     kept = {key: value for key, value in component.extra.items() if key not in ("torch_dtype", "_name_or_path")}
     own = {key: kept[key] for key in (unet.SIZE_WIDTH,) if kept.get(key) is not None}
     write_json(path / "config.json", {**kept, **form.to_config(config), **own, **stored})
