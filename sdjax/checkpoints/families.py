@@ -174,26 +174,51 @@ SKIPPED = (
     r"v_pred|ztsnr|global_step|epoch|iteration|num_updates",
 )
 
-# The first sign that is found says what a file looks like.
+# Numbers that the stored weights are multiplied by, of quantised files (ComfyUI's and bitsandbytes').
+SCALES = (
+    r".*(scaled_fp8|(weight|input)_scale(_2)?|scale_(weight|input)|comfy_quant|absmax|quant_map|quant_state.*|\.SCB)"
+)
+
+
+class Sign(NamedTuple):
+    """Keys that tell what a file looks like; the first sign that is found does.
+
+    Attributes:
+        keys: regular expression of a whole key.
+        title: in messages.
+        addition: whether a whole model stays what it is with such keys beside its own.
+    """
+
+    keys: str
+    title: str
+    addition: bool = False
+
+
 _WITHIN = r"(model\.diffusion_model\.|diffusion_model\.)?"
-SIGNS: tuple[tuple[str, str], ...] = (
-    (r"(lora_(unet|te\d?|transformer)_.*|.*\.lora_(A|B|up|down)\..*|.*\.hada_w1_a|.*\.lokr_w1.*)", "a LoRA"),
-    (r"(control_model\..*|controlnet_.*|input_hint_block\..*)", "a ControlNet"),
-    (r"(emb_params|string_to_param.*|clip_[lg])", "a textual-inversion embedding"),
-    (r".*motion_modules\..*", "AnimateDiff"),
-    (r".*\.(time_stack|time_mixer)\..*", "Stable Video Diffusion"),
-    (_WITHIN + r"double_blocks\..*", "Flux"),
-    (_WITHIN + r"joint_blocks\..*", "Stable Diffusion 3"),
-    (_WITHIN + r"double_layers\..*", "AuraFlow"),
-    (r"(clip_txt_mapper|clip_txt_pooled_mapper|down_blocks\.\d\.0\.channelwise)\..*", "Stable Cascade"),
-    (r"edm_(mean|std)", "Playground 2.5"),
-    (r"edm_vpred\..*", "CosXL"),
-    (r"cond_stage_model\.(transformer\.)?(token_emb|attn_layers|pos_emb)\..*", "part of a text model of the LDM paper"),
-    (r"(embedder|noise_augmentor)\..*", "Stable Diffusion 2 unCLIP"),
-    (r"(first_stage_model\.)?quantize\..*", "a model with a vector-quantised autoencoder"),
-    (r"(encoder|shared|decoder)\.(block|embed_tokens)\..*|shared\.weight", "a T5 text encoder"),
-    (r"(down_blocks|up_blocks|mid_block|time_embedding)\..*", "a UNet of a diffusers folder; give the folder"),
-    (r"(text_model|transformer\.text_model)\..*", "a text encoder alone"),
+_LORA = r"(lora_(unet|te\d?|transformer)_.*|.*\.lora_(A|B|up|down)\..*|.*\.hada_w1_a|.*\.lokr_w1.*)"
+SIGNS = (
+    Sign(_LORA, "a LoRA", True),
+    Sign(r"(control_model\..*|controlnet_.*|input_hint_block\..*)", "a ControlNet"),
+    Sign(r"(emb_params|string_to_param.*|clip_[lg])", "a textual-inversion embedding", True),
+    Sign(r".*motion_modules\..*", "AnimateDiff"),
+    Sign(r".*\.(time_stack|time_mixer)\..*", "Stable Video Diffusion"),
+    Sign(_WITHIN + r"double_blocks\..*", "Flux"),
+    Sign(_WITHIN + r"joint_blocks\..*", "Stable Diffusion 3"),
+    Sign(_WITHIN + r"double_layers\..*", "AuraFlow"),
+    Sign(r"(clip_txt_mapper|clip_txt_pooled_mapper|down_blocks\.\d\.0\.channelwise)\..*", "Stable Cascade"),
+    Sign(r"edm_(mean|std)", "Playground 2.5"),
+    Sign(r"edm_vpred\..*", "CosXL"),
+    Sign(
+        r"cond_stage_model\.(transformer\.)?(token_emb|attn_layers|pos_emb)\..*",
+        "part of a text model of the LDM paper",
+    ),
+    Sign(r"(embedder|noise_augmentor)\..*", "Stable Diffusion 2 unCLIP"),
+    Sign(r"(first_stage_model\.)?quantize\..*", "a model with a vector-quantised autoencoder"),
+    Sign(r"(encoder|shared|decoder)\.(block|embed_tokens)\..*|shared\.weight", "a T5 text encoder", True),
+    Sign(
+        r"(down_blocks|up_blocks|mid_block|time_embedding)\..*", "a UNet of a diffusers folder; give the folder", True
+    ),
+    Sign(r"(text_model|transformer\.text_model)\..*", "a text encoder alone", True),
 )
 
 
@@ -228,10 +253,12 @@ def find_family(shapes: Shapes, requested: str | None, place: object) -> str:
 
 
 def _stable_diffusion(shapes: Shapes, names: Collection[str], requested: str | None, place: object) -> str:
-    looks = (title for sign, title in SIGNS for key in shapes if re.fullmatch(sign, key))
-    foreign = None if requested else next(looks, None)
     first = shapes.get(UNET + FIRST, ())
-    if foreign is not None or len(first) < 2 or not any(key.startswith(VAE) for key in shapes):
+    is_whole = len(first) >= 2 and any(key.startswith(VAE) for key in shapes)
+    signs = [sign for sign in SIGNS if not (is_whole and sign.addition)]
+    looks = (sign.title for sign in signs for key in shapes if re.fullmatch(sign.keys, key))
+    foreign = None if requested else next(looks, None)
+    if foreign is not None or not is_whole:
         what = f"it looks like {foreign}" if foreign else "it lacks a UNet, or an autoencoder, under their names"
         raise UserError(f"{place} is no checkpoint of a family that is read ({', '.join(names)}); {what}")
     if requested is not None:

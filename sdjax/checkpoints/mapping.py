@@ -218,8 +218,11 @@ def _canonical(table: KeyTable, tensors: Mapping[str, Stored], source: object) -
     return renamed
 
 
-def check_shapes(wanted: Shapes, found: Shapes, source: object) -> None:
-    """Compares shapes by key.
+def check_shapes(wanted: Shapes, found: Shapes, source: object, *, strict: bool = True) -> list[str]:
+    """Compare shapes by key, and return the keys that are not wanted.
+
+    Args:
+        strict: whether there must be none of those.
 
     Raises:
         UserError: with the keys that are missing, unexpected or of another shape.
@@ -232,9 +235,10 @@ def check_shapes(wanted: Shapes, found: Shapes, source: object) -> None:
         "unexpected": [key for key in found if key not in wanted],
         "of another shape": [f"{key} ({shapes['found']}, not {shapes['wanted']})" for key, shapes in said.items()],
     }
-    if any(differences.values()):
+    if any(keys for what, keys in differences.items() if strict or what != "unexpected"):
         lines = [f"\n  {len(keys)} {what}: {listed(keys)}" for what, keys in differences.items() if keys]
         raise UserError(f"{source} does not fit the model of its config:{''.join(lines)}")
+    return differences["unexpected"]
 
 
 def listed(names: list[str]) -> str:

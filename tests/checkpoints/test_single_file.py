@@ -232,6 +232,61 @@ def test_missing_and_unexpected_keys_are_both_listed(tensors, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "strays",
+    [
+        ("model.diffusion_model.adapter.weight",),
+        ("cond_stage_model.merge_recipe",),
+        ("lora_unet_mid_block_attentions_0_proj_in.alpha",),
+        ("emb_params", "text_model.final_layer_norm.weight", "down_blocks.0.resnets.0.conv1.weight"),
+    ],
+)
+def test_what_a_merge_left_is_said(strays: tuple[str, ...], made, tensors, tmp_path: Path, caplog):
+    path = tmp_path / "merge.safetensors"
+    save_file({**tensors["sd1"], **{key: torch.ones(2) for key in strays}}, path)
+    with caplog.at_level("WARNING", "sdjax"):
+        assert_same(made["sd1"][0], read_single_file(path))
+    belong = "a tensor that belongs" if len(strays) == 1 else f"{len(strays)} tensors that belong"
+    left = ", ".join(sorted(strays))
+    assert caplog.messages == [f"merge.safetensors holds {belong} to none of its networks, left out: {left}"]
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        "scaled_fp8",
+        "model.diffusion_model.scaled_fp8",
+        "model.diffusion_model.input_blocks.1.1.proj_in.scale_weight",
+        "model.diffusion_model.input_blocks.1.1.proj_in.weight_scale",
+        "model.diffusion_model.input_blocks.1.1.proj_in.comfy_quant",
+        "model.diffusion_model.input_blocks.1.1.proj_in.weight.absmax",
+        "model.diffusion_model.input_blocks.1.1.proj_in.weight.quant_state.bitsandbytes__nf4",
+    ],
+)
+def test_scales_are_not_passed_over(scale: str, tensors, tmp_path: Path):
+    """Of weights in 8 or 4 bits: without them the file would be read, and its images be noise."""
+    save_file({**tensors["sd1"], scale: torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=rf"is quantised: its weights are multiplied by scales \({scale}\)"):
+        read_single_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("control_model.time_embed.0.weight", "a ControlNet"),
+        ("edm_vpred.sigma_max", "CosXL"),
+        ("edm_mean", "Playground"),
+        ("embedder.model.visual.proj", "unCLIP"),
+        ("model.diffusion_model.input_blocks.1.1.time_stack.0.norm1.weight", "Stable Video Diffusion"),
+    ],
+)
+def test_whole_models_of_other_families_are_named(key: str, words: str, tensors, tmp_path: Path):
+    """What is added to Stable Diffusion's own networks makes another model of them."""
+    save_file({**tensors["sd1"], key: torch.ones(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=f"it looks like .*{words}"):
+        read_single_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
     ("key", "words"),
     [
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight", "a LoRA"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from sdjax.checkpoints.families import (
     COND,
     FAMILIES,
     FIRST,
+    SCALES,
     SKIPPED,
     UNET,
     VAE,
@@ -36,7 +38,7 @@ from sdjax.checkpoints.families import (
     scheduler_config,
 )
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
-from sdjax.checkpoints.mapping import Kind, Put, Shapes, Writable, check_shapes, stored_shapes
+from sdjax.checkpoints.mapping import Kind, Put, Shapes, Writable, check_shapes, listed, stored_shapes
 from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
 from sdjax.checkpoints.original_keys import SQUEEZED, Piece, SplitTensor, inward, outward, without_prefix
 from sdjax.checkpoints.storage.weights import Source, read_file
@@ -122,7 +124,7 @@ def read_single_file(
 
     Raises:
         UserError: the file is missing or corrupt, is of no family here (the message says what it looks like), or lacks
-            keys of its family or has others (both are listed).
+            keys of its family or has scales of quantised weights.
     """
     stored = read_file(source)
     found, path = detect(stored, family=family, prediction=prediction), stored.path
@@ -134,8 +136,7 @@ def read_single_file(
     scale = _own_scale(stored.tensors, path) if row.kind == LDM else None
     networks = networks_in(shapes_of(tensors), found, path, scale)
     tensors = as_expected(tensors, networks)
-    expected = {key: shape for network in networks for key, shape in network.original_shapes().items()}
-    check_shapes(expected, shapes_of(tensors), path)
+    check_fit(tensors, networks, path)
     components = {network.name: component_of(network, tensors, path, how) for network in networks}
     settings = dict(row.settings)
     if "class_embedder" in components and "guidance_scale" in settings:  # it guides from the last class
@@ -275,6 +276,20 @@ def as_expected(tensors: Mapping[str, Writable], networks: list[Network]) -> dic
     return {key: SplitTensor(tensor, UNSQUEEZED) if key in flat else tensor for key, tensor in kept.items()}
 
 
+def check_fit(tensors: Mapping[str, Writable], networks: list[Network], path: Path) -> None:
+    """Holds a file to the networks in it, and says what else it has, e.g. what a merge of models left.
+
+    Raises:
+        UserError: tensors are missing or of another shape, or weights have scales beside them.
+    """
+    if scale := next((key for key in tensors if re.fullmatch(SCALES, key)), None):
+        raise UserError(f"{path} is quantised: its weights are multiplied by scales ({scale}), which are not read")
+    expected = {key: shape for network in networks for key, shape in network.original_shapes().items()}
+    if left := check_shapes(expected, shapes_of(tensors), path, strict=False):
+        belong = f"{len(left)} tensors that belong" if len(left) > 1 else "a tensor that belongs"
+        logger.warning("%s holds %s to none of its networks, left out: %s", path.name, belong, listed(left))
+
+
 def component_of(network: Network, tensors: Mapping[str, Writable], path: object, how: ReadOptions) -> Component:
     """A network, of tensors under their whole original keys.
 
@@ -285,9 +300,9 @@ def component_of(network: Network, tensors: Mapping[str, Writable], path: object
     return Component(network.config, read_params(network.name, network.config, parts, path, how), network.extra)
 
 
-def _read_alone(network: Network, tensors: Mapping[str, Writable], path: object, how: ReadOptions) -> Component:
+def _read_alone(network: Network, tensors: Mapping[str, Writable], path: Path, how: ReadOptions) -> Component:
     tensors = as_expected(tensors, [network])
-    check_shapes(network.original_shapes(), shapes_of(tensors), path)
+    check_fit(tensors, [network], path)
     return component_of(network, tensors, path, how)
 
 
@@ -300,7 +315,7 @@ def read_autoencoder_file(
         family: whose latents it makes; nothing in the file says it, and the scale of the latents follows from it.
 
     Raises:
-        UserError: the file holds something else, or lacks or has unexpected keys.
+        UserError: the file holds something else, or lacks keys.
     """
     known = [name for name, row in FAMILIES.items() if row.kind == STABLE_DIFFUSION]
     if family not in known:
@@ -308,7 +323,7 @@ def read_autoencoder_file(
     stored = read_file(source)
     tensors, path = wanted(stored.tensors), stored.path
     prefix = next((p for p in (VAE, "vae.") if any(key.startswith(p) for key in tensors)), "")
-    tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    tensors = without_prefix(tensors, prefix)
     if any(key.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for key in tensors):
         raise UserError(f"{path} is an autoencoder in diffusers' naming; put it into a diffusers folder")
     network = vae_in(shapes_of(tensors), FAMILIES[family], "", path)
