@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
-from sdjax.checkpoints.mapping import Shapes
+from sdjax.checkpoints.mapping import Shapes, Stored
 from sdjax.checkpoints.networks import unet2d
 from sdjax.checkpoints.original_keys import Heads
 from sdjax.core.errors import UserError, unknown
 
+T = TypeVar("T")
 UNET, VAE, COND = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 FIRST, POOL = "input_blocks.0.0.weight", "out.2.positional_embedding"
+SGM, VECTOR = "conditioner.embedders.0.", "label_emb.0.0.weight"
+PROJECTION = "middle_block.1.proj_in.weight"
+# The last attention's norm: a spread of its bias above 0.09 marks Stable Diffusion 2's models of v (ComfyUI, SD20).
+LAST_BIAS, SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 BERT_WORDS = f"{COND}transformer.token_emb.weight"
 CLASSES, RESCALER = f"{COND}embedding.weight", f"{COND}channel_mapper.weight"
 # A text encoder of Stable Diffusion's.
@@ -46,6 +53,7 @@ class Family(NamedTuple):
         new_order: of queries, keys and values in ADM's UNet: those of all heads together, not of each head.
         title: Stable Diffusion's name in messages.
         prefixes: of its text encoders; OpenCLIP's end in ".model.".
+        linear: whether the projections around the UNet's transformers are matrices, not convolutions.
         v_size: the size for models that predict v, where it is another.
         unet: what else its config.json says; `vae` likewise.
     """
@@ -62,6 +70,7 @@ class Family(NamedTuple):
     new_order: bool = False
     title: str = ""
     prefixes: Mapping[str, str] = {}
+    linear: bool = True
     v_size: int | None = None
     unet: Mapping[str, Any] = {}
     vae: Mapping[str, Any] = {}
@@ -126,7 +135,9 @@ def _adm(size: int, levels: int, heads: Heads, layers: int = 2, schedule: str = 
 
 
 FAMILIES: dict[str, Family] = {
-    "sd1": _sd("Stable Diffusion 1", Heads(8), _PNDM, 512, 0.18215, {"text_encoder": f"{COND}transformer."}),
+    "sd1": _sd(
+        "Stable Diffusion 1", Heads(8), _PNDM, 512, 0.18215, {"text_encoder": f"{COND}transformer."}, linear=False
+    ),
     "sd2": _sd(
         "Stable Diffusion 2", Heads(), _DDIM, 512, 0.18215, OPEN_CLIP, v_size=768, unet={"upcast_attention": True}
     ),
@@ -222,6 +233,16 @@ SIGNS = (
 )
 
 
+def with_ldm_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Tensors under LDM's names where a file has those of its successor (sgm), as sd_turbo's has.
+
+    There one prefix is of several families; a UNet without a vector, as SDXL's and its refiner's take it, is of LDM's.
+    """
+    if f"{UNET}{VECTOR}" in tensors:
+        return dict(tensors)
+    return {re.sub(f"^{re.escape(SGM)}", COND, key): tensor for key, tensor in tensors.items()}
+
+
 def kind_of_shapes(shapes: Shapes) -> str:
     """The kind of a file; Stable Diffusion's is what is none of the others."""
     if {FIRST, "time_embed.0.weight", "middle_block.1.qkv.weight"} <= set(shapes):
@@ -269,8 +290,19 @@ def _stable_diffusion(shapes: Shapes, names: Collection[str], requested: str | N
         prefixes = FAMILIES[name].prefixes.values()
         here = all(any(key.startswith(prefix) for key in shapes) for prefix in prefixes)
         if here and (name != "x4_upscaler" or first[1] == 7):
+            _check_projections(shapes, name, place)
             return name
     raise UserError(f"{place} has a UNet and an autoencoder, but no text encoder under a known name")
+
+
+def _check_projections(shapes: Shapes, name: str, place: object) -> None:
+    """Holds the UNet to the family that the text encoder's name tells."""
+    row, rank = FAMILIES[name], len(shapes.get(UNET + PROJECTION, ()))
+    if rank and row.linear != (rank == 2):
+        raise UserError(
+            f"{place} has a text encoder under the name of {row.title}'s, and a UNet of another family "
+            f"({UNET}{PROJECTION} has {rank} axes); give the family whose heads and text encoder it has"
+        )
 
 
 def _latents(shapes: Shapes) -> int | None:
@@ -315,12 +347,12 @@ def _adm_family(shapes: Shapes, names: Iterable[str], place: object) -> str:
 
 
 def find_prediction(
-    family: str, keys: Iterable[str], facts: Mapping[str, str], in_channels: int, requested: str | None
+    family: str, tensors: Mapping[str, Stored], facts: Mapping[str, str], in_channels: int, requested: str | None
 ) -> tuple[str, str]:
     """The network's prediction, and why that is believed.
 
     Stable Diffusion 2's base and v models differ in nothing but their weights: the number of training steps tells the
-    first base model (875000), and without it v is assumed, as in diffusers.
+    first base model (875000), and the spread of one tensor others. Without it v is assumed, as in diffusers.
 
     Raises:
         UserError: `requested` is no prediction type.
@@ -332,7 +364,7 @@ def find_prediction(
     said = facts.get("modelspec.prediction_type", "").lower()
     if said in PREDICTIONS:
         return PREDICTIONS[said], "the file's metadata say so"
-    if {"v_pred", "ztsnr"} & set(keys):
+    if {"v_pred", "ztsnr"} & set(tensors):
         return "v_prediction", "the file is marked so"
     if family != "sd2" or in_channels != 4:
         return "v_prediction" if family == "x4_upscaler" else "epsilon", "the family's own"
@@ -341,6 +373,9 @@ def find_prediction(
         return "epsilon", f"the file's metadata say {architecture}"
     if facts.get("global_step") == "875000":
         return "epsilon", "875000 training steps are those of the base model"
+    if (last := f"{UNET}{LAST_BIAS}") in tensors:
+        is_wide = np.std(np.asarray(tensors[last]).astype(np.float32)) > SPREAD
+        return "v_prediction" if is_wide else "epsilon", f"the {'wide' if is_wide else 'narrow'} spread of {last}"
     return "v_prediction", "assumed: SD 2 files do not say; give the prediction for a base model of 512 pixels"
 
 

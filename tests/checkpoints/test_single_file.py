@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import FAMILIES, assert_same, tiny_checkpoint
 
 from sdjax.checkpoints.checkpoint import FORMATS, Checkpoint
+from sdjax.checkpoints.families import find_prediction
 from sdjax.checkpoints.layouts.diffusers import pipeline_class, read_folder, write_component
 from sdjax.checkpoints.layouts.original import (
     TOKENIZER_FOLDERS,
@@ -155,6 +156,29 @@ def test_older_spellings_are_read(made, tensors, tmp_path: Path):
     assert_same(made["sd1"][0], read_single_file(tmp_path / "old.safetensors"))
 
 
+@pytest.mark.parametrize("requested", [None, "its own"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sd2_depth"])
+def test_names_of_ldms_successor(family: str, requested: str | None, made, tensors, tmp_path: Path):
+    """As sd_turbo: a prefix of Stable Diffusion 2's text encoder and the refiner's, whose UNet takes a vector."""
+    stem = "cond_stage_model."
+    file = {k.replace(stem, "conditioner.embedders.0."): tensor for k, tensor in tensors[family].items()}
+    assert len(file.keys() - tensors[family].keys()) > 20
+    save_file(file, tmp_path / "sgm.safetensors")
+    found = read_single_file(tmp_path / "sgm.safetensors", family=requested and family.split("_")[0])
+    assert_same(made[family][0], found)
+    assert found.components["vae"].config.scaling_factor == 0.18215
+    assert found.tokenizers == {"text_encoder": TOKENIZER_FOLDERS / ("clip_l" if family == "sd1" else "open_clip")}
+
+
+def test_networks_of_two_families_are_no_checkpoint(tensors, tmp_path: Path):
+    """Else Stable Diffusion 2 would be sampled with the heads and the activation of the first."""
+    text = {key: tensor for key, tensor in tensors["sd1"].items() if key.startswith("cond_stage_model.")}
+    rest = {key: tensor for key, tensor in tensors["sd2"].items() if not key.startswith("cond_stage_model.")}
+    save_file({**text, **rest}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="under the name of Stable Diffusion 1's, and a UNet of another family"):
+        detect(tmp_path / "x.safetensors")
+
+
 def test_pickles_are_read_as_well(made, tensors, tmp_path: Path):
     torch.save({"state_dict": tensors["sd2"], "global_step": 875000}, tmp_path / "model.ckpt")
     assert_same(made["sd2"][0], read_single_file(tmp_path / "model.ckpt"))
@@ -189,6 +213,17 @@ def test_what_the_network_predicts(family, metadata, marks, asked, prediction, t
         assert scheduler["prediction_type"] == prediction
         assert scheduler.get("rescale_betas_zero_snr", False) is ("ztsnr" in marks)
         assert scheduler.get("timestep_spacing", "leading") == ("trailing" if "ztsnr" in marks else "leading")
+
+
+@pytest.mark.parametrize(("spread", "prediction"), [(0.02, "epsilon"), (0.2, "v_prediction")])
+def test_a_spread_tells_what_stable_diffusion_2_predicts(spread: float, prediction: str):
+    """Of one norm's bias, as ComfyUI tells it; facts of the file come first."""
+    bias = np.random.default_rng(0).normal(0.0, spread, 320).astype(np.float16)
+    stored = {"model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias": bias}
+    assert find_prediction("sd2", stored, {}, 4, None)[0] == prediction
+    assert find_prediction("sd2", stored, {"global_step": "875000"}, 4, None)[0] == "epsilon"
+    assert find_prediction("sd2", stored, {}, 9, None)[0] == "epsilon"
+    assert find_prediction("sdxl", stored, {}, 4, None)[0] == "epsilon"
 
 
 def test_a_terminal_snr_of_zero_survives_the_round_trip(made, tmp_path: Path):

@@ -36,12 +36,13 @@ from sdjax.checkpoints.families import (
     find_family,
     find_prediction,
     scheduler_config,
+    with_ldm_names,
 )
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import Kind, Put, Shapes, Writable, check_shapes, listed, stored_shapes
 from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
 from sdjax.checkpoints.original_keys import SQUEEZED, Piece, SplitTensor, inward, outward, without_prefix
-from sdjax.checkpoints.storage.weights import Source, read_file
+from sdjax.checkpoints.storage.weights import Source, Weights, read_file
 from sdjax.core.assets import ASSETS
 from sdjax.core.errors import UserError, unknown
 from sdjax.models.adm_classifier import VARIANTS
@@ -91,13 +92,18 @@ class Network(NamedTuple):
         return {self.prefix + key: whole.shape for key, whole in outward(self.pieces, arrays).items()}
 
 
+def _read(source: Source) -> Weights:
+    stored = read_file(source)
+    return stored._replace(tensors=with_ldm_names(stored.tensors))
+
+
 def detect(source: Source, *, family: str | None = None, prediction: str | None = None) -> Detected:
-    """The model that `read_single_file` takes a file for; of a safetensors file only the header is read.
+    """The model that `read_single_file` takes a file for; of a safetensors file hardly more than the header is read.
 
     Raises:
         UserError: as `read_single_file`.
     """
-    tensors, facts, path = read_file(source)
+    tensors, facts, path = _read(source)
     name = find_family(shapes_of(tensors), family, path)
     prefix = "" if FAMILIES[name].kind == PIXELS else UNET
     in_channels = shapes_of(tensors)[prefix + FIRST][1]
@@ -126,7 +132,7 @@ def read_single_file(
         UserError: the file is missing or corrupt, is of no family here (the message says what it looks like), or lacks
             keys of its family or has scales of quantised weights.
     """
-    stored = read_file(source)
+    stored = _read(source)
     found, path = detect(stored, family=family, prediction=prediction), stored.path
     row, how = FAMILIES[found.family], ReadOptions(dtype, place)
     kept = chosen_weights(stored.tensors, weights or (None if row.kind == LDM else "model"), path)
