@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sdjax.core.errors import UserError
-from sdjax.data.loader import Loader, Prefetch, Shard, Transform, rows_of_each, transformed
+from sdjax.data.loader import KEY, Loader, Prefetch, Shard, Transform, rows_of_each, transformed
 from sdjax.data.sources.base import Source
 
 
@@ -156,6 +156,6 @@ def _refuse_small(names: Int[np.ndarray, " buckets"], counts: Int[np.ndarray, " 
     small = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < batch_size]
     if small:
         raise UserError(
-            f"batch_size {batch_size} is more than the rows of bucket {', '.join(small)}; choose a smaller one, "
+            f"{KEY}={batch_size} is more than the rows of bucket {', '.join(small)}; choose a smaller one, "
             "prepare the data with fewer buckets, or leave such rows out"
         )

@@ -16,6 +16,7 @@ from absl import flags
 from sdjax.core.errors import UserError
 from sdjax.data.sources.base import Source
 
+KEY = "config.train.batch_size"
 Transform = grain.transforms.Map | grain.transforms.RandomMap
 
 
@@ -104,7 +105,7 @@ def loader(
     """
     rows = rows_of_each(batch_size, shard)
     if batch_size > len(source):
-        raise UserError(f"batch_size {batch_size} is more than the {len(source)} examples of the data set")
+        raise UserError(f"{KEY}={batch_size} is more than the {len(source)} examples of the data set")
     # Grain's own order of things: repeating after the shuffle makes each epoch a permutation of its own.
     examples = transformed(grain.MapDataset.source(source).seed(seed).shuffle().repeat(), transforms)
     identity = {"examples": len(source), "batch_size": batch_size, "seed": seed}
@@ -127,7 +128,7 @@ def rows_of_each(batch_size: int, shard: Shard) -> int:
     """
     rows, rest = divmod(batch_size, shard.count)
     if rest or rows < 1:
-        raise UserError(f"batch_size {batch_size} cannot be divided between {shard.count} processes")
+        raise UserError(f"{KEY}={batch_size} cannot be divided between {shard.count} processes")
     return rows
 
 

@@ -107,9 +107,11 @@ def test_rows_without_a_bucket_are_never_read():
 
 
 def test_impossible_batches_and_other_data_are_refused():
-    with pytest.raises(UserError, match=r"batch_size 14 is more than the rows of bucket 0 \(13\), 3 \(4\); choose"):
+    with pytest.raises(
+        UserError, match=r"config\.train\.batch_size=14 is more than the rows of bucket 0 \(13\), 3 \(4\); choose"
+    ):
         bucketed(SOURCE, BUCKETS, 14, 0)
-    with pytest.raises(UserError, match="batch_size 3 cannot be divided between 2 processes"):
+    with pytest.raises(UserError, match=r"config\.train\.batch_size=3 cannot be divided between 2 processes"):
         bucketed(SOURCE, BUCKETS, 3, 0, shard=Shard(0, 2))
     other = BUCKETS.copy()
     other[[0, np.flatnonzero(BUCKETS[0] != BUCKETS)[0]]] = other[[np.flatnonzero(BUCKETS[0] != BUCKETS)[0], 0]]

@@ -115,7 +115,7 @@ def test_error_in_a_picture_reaches_the_user_as_it_is():
 
 
 def test_impossible_batches_are_refused():
-    with pytest.raises(UserError, match="batch_size 5 cannot be divided between 2 processes"):
+    with pytest.raises(UserError, match=r"config\.train\.batch_size=5 cannot be divided between 2 processes"):
         loader(SOURCE, 5, 0, shard=Shard(0, 2))
-    with pytest.raises(UserError, match="batch_size 13 is more than the 12 examples"):
+    with pytest.raises(UserError, match=r"config\.train\.batch_size=13 is more than the 12 examples"):
         loader(SOURCE, 13, 0)
