@@ -26,7 +26,7 @@ class Published(NamedTuple):
     Attributes:
         title: what they are, for messages.
         files: names under which they are known, the customary one first.
-        home: where a user finds them.
+        url: of the first file, as its publisher has it.
         table: of `rules`.
         shapes: of the parameters.
         ours: tensors that come with this package.
@@ -34,7 +34,7 @@ class Published(NamedTuple):
 
     title: str
     files: tuple[str, ...]
-    home: str
+    url: str
     table: Callable[[], KeyTable]
     shapes: Callable[[], Mapping[str, Any]]
     ours: Callable[[], Mapping[str, Stored]] = dict
@@ -44,7 +44,7 @@ PUBLISHED = {
     "vgg16": Published(
         "VGG16, of ImageNet",
         ("vgg16-397923af.pth", "vgg16.safetensors"),
-        "torchvision",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
         lambda: perceptual.LPIPS_TABLE,
         perceptual.lpips_shapes,
         lambda: read_safetensors(LINEAR),
@@ -56,7 +56,7 @@ PUBLISHED = {
             "weights-inception-2015-12-05-6726825d.pth",
             "inception-2015-12-05.safetensors",
         ),
-        "pytorch-fid or torch-fidelity",
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
         inception.table,
         inception.shapes,
     ),
@@ -79,10 +79,10 @@ def find(name: str) -> Path | None:
 
 def missing(name: str) -> str:
     """The message for where `find` finds nothing."""
-    wanted = PUBLISHED[name]
+    wanted, (first, *others) = PUBLISHED[name], folders()
     return (
-        f"no weights of {wanted.title}: {wanted.files[0]} (from {wanted.home}) is in none of "
-        f"{', '.join(map(str, folders()))}; ${FOLDER} names another folder"
+        f"no weights of {wanted.title}: download {wanted.url} to {first / wanted.files[0]} (also looked for in "
+        f"{', '.join(map(str, others))}; ${FOLDER} names another folder)"
     )
 
 

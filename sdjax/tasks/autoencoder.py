@@ -8,6 +8,7 @@ and discriminator (weight, start, layers, width, criterion; a weight of 0: witho
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
@@ -43,6 +43,8 @@ from sdjax.tasks.base import batches, gathered
 from sdjax.tasks.first_stage.objective import CRITERIA, MOST, Adversary, adversarial, reconstruction
 from sdjax.tasks.variants import sizes_of
 from sdjax.training.task import DevicePut, Metrics, Task
+
+logger = logging.getLogger("sdjax")
 
 DISCRIMINATOR, PERCEPTUAL, LOGVAR = "discriminator", "lpips", "logvar"
 ERRORS = {"l1": jnp.abs, "l2": jnp.square}
@@ -155,7 +157,7 @@ def _adversary(config: Config, values: int) -> tuple[PatchDiscriminator, Adversa
 def _perceives(weight: float) -> bool:
     """True if LPIPS takes part: it is wanted, and its weights are there."""
     if weight and metric_weights.find("vgg16") is None:
-        logging.warning("training goes on without the perceptual loss: %s", metric_weights.missing("vgg16"))
+        logger.warning("training goes on without the perceptual loss: %s", metric_weights.missing("vgg16"))
         return False
     return bool(weight)
 

@@ -111,11 +111,12 @@ def test_a_fresh_discriminator_is_drawn_as_the_original():
     assert (scales.mean(), scales.std()) == (pytest.approx(1.0, abs=0.005), pytest.approx(0.02, rel=0.15))
 
 
-def test_missing_weights_name_searched_folders(monkeypatch, tmp_path):
+def test_missing_weights_name_their_address_and_a_place(monkeypatch, tmp_path):
     monkeypatch.setenv("SDJAX_WEIGHTS", str(tmp_path / "mine"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert metric_weights.find("vgg16") is None
     said = metric_weights.missing("vgg16")
-    for part in ("vgg16-397923af.pth", "torchvision", "mine", "torch/hub/checkpoints", "SDJAX_WEIGHTS"):
+    place = f"download https://download.pytorch.org/models/vgg16-397923af.pth to {tmp_path}/mine/vgg16-397923af.pth "
+    for part in (place, "torch/hub/checkpoints", "$SDJAX_WEIGHTS"):
         assert part in said
