@@ -32,6 +32,7 @@ from sdjax.parallel.sharding import check_batch, sharded_put
 from sdjax.tasks.make import make_task
 from sdjax.training.checkpoint import Checkpoints
 from sdjax.training.export import exported, local_folder, write_export
+from sdjax.training.limits import check_limits, is_due
 from sdjax.training.metrics import Metrics
 from sdjax.training.optim import make_optimizer
 from sdjax.training.preemption import Preemption
@@ -85,6 +86,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
         UserError: the config, the data or the workdir is not what it should be, or the loss is not finite.
     """
     # ---- the first stage, unless it is a folder already ----
+    check_limits(config)
     root = open_workdir(workdir)
     config = config.copy_and_resolve_references()
     if first := config.task.get(FIRST_STAGE, ""):
@@ -124,12 +126,12 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
                 profile.stepped(step, metrics)
                 log.report(step, metrics)
                 stop, last = preemption.reached(), step == options.steps
-                if stop or last or step % options.checkpoint_every == 0:
+                if stop or last or is_due(step, options.checkpoint_every):
                     means = log.means()  # a loss that is not finite must stop the run before its parameters are kept
                     checkpoints.save(state, batches.get_state(), means)
                 if stop:
                     raise SystemExit(0)
-                if last or step % options.sample_every == 0:
+                if (last and options.sample_every) or is_due(step, options.sample_every):
                     log.image(step, "samples", task.preview(merge(frozen, state.ema)))
 
         # ---- what others can load ----

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.parallel.distributed import is_first
+from sdjax.training.limits import is_due
 from sdjax.training.workdir import is_remote
 
 # The packages with which tensorboardX writes to a bucket.
@@ -81,7 +82,7 @@ class Metrics:
         speed = self._steps * self._batch_size / elapsed
         self._bar.update()
         self._bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.1f}"}, refresh=False)
-        if step % self._every == 0:
+        if is_due(step, self._every):
             shown = {name: float(value) for name, value in metrics.items()}
             shown |= {"images_per_second": speed, "data_wait_share": min(self._waited / elapsed, 1.0)}
             for name, value in shown.items():

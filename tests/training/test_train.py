@@ -19,6 +19,7 @@ from sdjax.core.errors import UserError, run_or_exit
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import sharded_put
 from sdjax.tasks.make import make_task
+from sdjax.training.limits import check_limits
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import init_state
 from sdjax.training.task import split_frozen
@@ -140,7 +141,18 @@ BAD = {
     "section": (["--config.optimizer.b1=1"], "optimizer"),
     "value": (["--config.train.steps=many"], "many"),
     "mesh": (["--config.mesh.data=3"], "does not cover the 1 devices"),
-    "batch": (["--config.train.batch_size=0"], "a batch has at least one row"),
+    "batch": (["--config.train.batch_size=0"], "config.train.batch_size=0 must be at least 1"),
+    "parts": (["--config.train.accumulate=3"], "config.train.accumulate=3 does not divide config.train.batch_size=8"),
+    "no part": (["--config.train.accumulate=0"], "config.train.accumulate=0 must be at least 1"),
+    "no step": (["--config.train.steps=0"], "config.train.steps=0 must be at least 1"),
+    "kept": (["--config.train.keep_checkpoints=0"], "keep_checkpoints=0 must be at least 1 (to retain all, a large"),
+    "all kept": (["--config.train.keep_checkpoints=-1"], "config.train.keep_checkpoints=-1 must be at least 1"),
+    "checkpoints": (["--config.train.checkpoint_every=-5"], "checkpoint_every=-5 must be at least 0 (0: never)"),
+    "threads": (["--config.data.threads=0"], "config.data.threads=0 must be at least 1"),
+    "rate": (["--config.optim.learning_rate=nan"], "config.optim.learning_rate=nan must be at least 0"),
+    "average": (["--config.optim.ema_decay=1.0"], "config.optim.ema_decay=1.0 must be at least 0 and below 1"),
+    "clipping": (["--config.optim.clip_norm=0.0"], "config.optim.clip_norm=0.0 must be more than 0"),
+    "seed": (["--config.train.seed=-1"], "config.train.seed=-1 must be at least 0"),
     "source": (["--config.data.source=imagenet"], "unknown data source 'imagenet'; choose one of"),
     "crop": (["--config.task.crop=17"], "multiples of 2"),
     "reconstruction": (["--config.task.reconstruction=l3"], "unknown reconstruction loss 'l3'"),
@@ -166,6 +178,30 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, caps
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_python_configs_have_types(make_config):
+    """The command line checks types; a config file may say 1e5, or True, or change one network's settings."""
+    for section, key, value in (("train", "steps", 1e5), ("train", "batch_size", True), ("optim", "eps", "tiny")):
+        config = make_config("autoencoder_tiny")
+        with config.ignore_type():
+            config[section][key] = value
+        with pytest.raises(UserError, match=rf"config\.{section}\.{key}={value!r} is not an? (integer|number)"):
+            check_limits(config)
+    config = make_config("autoencoder_tiny")
+    config.optim.components = {"vae": {"learning_rate": -1.0}}
+    with pytest.raises(UserError, match=r"config\.optim\.components\.vae\.learning_rate=-1\.0 must be at least 0"):
+        check_limits(config)
+
+
+def test_zero_is_never(make_config, two_layers, tmp_path):
+    """No previews, no lines, no checkpoint but the last."""
+    config = make_config("autoencoder_tiny", 3)
+    config.train.update(checkpoint_every=0, sample_every=0, log_every=0)
+    train.train_and_evaluate(config, tmp_path / "run")
+    assert kept(tmp_path / "run") == {"3"}
+    assert not (tmp_path / "run/samples").exists()
 
 
 def test_check_data_reports_every_bad_row(pictures, tmp_path, monkeypatch, capsys):
