@@ -125,6 +125,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
                     state, metrics = step_fn(state, frozen, put_batch(batch, mesh))
                 profile.stepped(step, metrics)
                 log.report(step, metrics)
+                checkpoints.check()
                 stop, last = preemption.reached(), step == options.steps
                 if stop or last or is_due(step, options.checkpoint_every):
                     means = log.means()  # a loss that is not finite must stop the run before its parameters are kept

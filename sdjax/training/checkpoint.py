@@ -2,61 +2,87 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import logging
 import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt32
-from orbax.checkpoint import checkpoint_managers as policies
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.parallel.distributed import is_first, sync
-from sdjax.parallel.trees import path_name
+from sdjax.training.checkpoint_folder import (
+    CORRUPT,
+    SEAL,
+    SUSPECT,
+    put_aside,
+    read_notes,
+    remove,
+    seal,
+    tidy,
+    whole_steps,
+)
+from sdjax.training.fingerprint import fingerprint
+from sdjax.training.metrics import NotFinite
 from sdjax.training.step import TrainState
-from sdjax.training.workdir import CHECKPOINTS
+from sdjax.training.workdir import CHECKPOINTS, unwritable
 
 LATEST, PREVIOUS = "latest", "previous"
-COMPLETE = "commit_success.txt"  # the last thing that Orbax writes into a checkpoint
 
 logger = logging.getLogger("sdjax")
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs a traceback of what it raises, and asyncio those of its tasks; here such an error is one line."""
+    return "orbax" not in f"{record.pathname} {record.getMessage()}"
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_not_of_orbax)
 
 
 class Checkpoints:
     """The checkpoints of a workdir, written in the background.
 
     Of those there are, the newest `train.keep_checkpoints` are retained; where `train.keep_best` names a metric, as
-    many with its lowest means beside them.
+    many with its lowest means beside them. One more is there while a run goes on: the newest is only known to be good
+    when the loss of its parameters is.
     """
 
     def __init__(self, workdir: epath.Path, config: Config):
-        """Opens workdir/checkpoints, making it if need be; what a killed writer left there is put aside.
+        """Opens workdir/checkpoints, making it if need be; what a killed run left there is removed or put aside.
 
         Raises:
-            UserError: `config.train.restore` is unknown.
+            UserError: `config.train.restore` is unknown, or nothing can be written there.
         """
         options = config.train
         if options.restore not in (LATEST, PREVIOUS):
             raise unknown("choice", options.restore, (LATEST, PREVIOUS), "config.train.restore")
-        self._folder, self._restore = workdir / CHECKPOINTS, options.restore
+        self._folder, self._restore = (workdir / CHECKPOINTS).absolute(), options.restore
+        self._count, self._best = options.keep_checkpoints, options.keep_best
         self._metadata = {"config": config.to_dict(), "jax": jax.__version__, "orbax": ocp.__version__}
         if is_first():
-            _put_partial_aside(self._folder)
+            with unwritable(workdir):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                tidy(self._folder)
         sync("checkpoints")
-        self._manager = ocp.CheckpointManager(self._folder.absolute(), options=_retention(options))
+        self._means = {step: self._means_of(step) for step in whole_steps(self._folder)}
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._deleting = ThreadPoolExecutor(1, "delete checkpoints")
+        self._deletions: list[Future[None]] = []
 
     @property
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
-        return self._manager.latest_step()
+        return max(self._means, default=None)
 
     def save(self, state: TrainState, position: bytes, metrics: dict[str, float]) -> None:
         """Begins to write; returns before the disk is done.
@@ -65,20 +91,33 @@ class Checkpoints:
             state: of all processes.
             position: of the data iterator.
             metrics: their means since the checkpoint before; not finite ones are left out.
+
+        Raises:
+            UserError: the state holds a NaN or an infinity, or the checkpoint before could not be written.
         """
         step = int(state.step)
         if step == self.latest:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
-                data=ocp.args.JsonSave(json.loads(position)),
-                metadata=ocp.args.JsonSave({**self._metadata, "sums": fingerprint(state)}),
-            ),
-            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
-            force=True,
+        self._wait()
+        self._prune()
+        sums, ruined = fingerprint(state)
+        if ruined:
+            raise UserError(f"{ruined[0]} is not finite after step {step}, so it is not kept; {self._intact()}")
+        means = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        notes, metadata = json.loads(position), {**self._metadata, "sums": sums, "metrics": means}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()),
+            data=ocp.args.JsonSave(notes),
+            metadata=ocp.args.JsonSave({**metadata, SEAL: seal(notes, metadata)}),
         )
+        self._means[step] = means
+        with self._writing():
+            self._checkpointer.save(self._folder / str(step), args=args)
+
+    def check(self) -> None:
+        """Raises a UserError if a checkpoint could not be written in the background; waits for nothing."""
+        with self._writing():
+            self._checkpointer.check_for_errors()
 
     def restore(self, like: TrainState) -> tuple[TrainState, bytes]:
         """The newest checkpoint, in the shapes and shardings of `like`, which is donated.
@@ -88,7 +127,7 @@ class Checkpoints:
         Raises:
             UserError: it cannot be read; the message names it.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = sorted(self._means, reverse=True)
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         jax.tree.map(lambda array: array.delete(), like)
         try:
@@ -100,95 +139,113 @@ class Checkpoints:
                 hint = f"--config.train.restore={PREVIOUS} goes back to step {steps[1]}"
                 raise UserError(f"{error}; {hint}") from error
             logger.warning("%s; going on from step %d", error, steps[1])
-        if is_first():
-            _put_aside(self._folder / str(steps[0]), "corrupt")
-        sync("put aside")
-        self._manager.reload()
+        self._put_newest_aside(CORRUPT)
         return self._read(steps[1], shapes)
 
     def _read(self, step: int, shapes: Any) -> tuple[TrainState, bytes]:
         """One checkpoint; where one process cannot read it, all say so."""
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore(), metadata=ocp.args.JsonRestore()
-        )
-        restored, reason, cause = None, "", None
+        path = self._folder / str(step)
+        restored, notes, reason, cause = None, None, "", None
         try:
-            restored = self._manager.restore(step, args=args)
+            notes = read_notes(path)
+            restored = self._checkpointer.restore(path, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))
         except Exception as error:  # whatever the reader stumbled on, the run must not go on
-            reason, cause = str(error).splitlines()[0] if str(error) else type(error).__name__, error
+            reason, cause = _line(error), error
         if _any_process(restored is None):
-            raise UserError(f"cannot restore {self._folder / str(step)}: {reason or 'another process'}") from cause
+            raise UserError(f"cannot restore {path}: {reason or 'another process'}") from cause
         assert restored is not None
-        state, sums = TrainState(**restored["state"]), restored["metadata"]["sums"]
-        wrong = [name for name, value in fingerprint(state).items() if sums.get(name) != value]
+        assert notes is not None
+        state, sums = TrainState(**restored["state"]), notes.metadata["sums"]
+        wrong = [name for name, value in fingerprint(state).sums.items() if sums.get(name) != value]
+        wrong += ["step"] if int(state.step) != step else []
         if wrong:
-            raise UserError(f"cannot restore {self._folder / str(step)}: {wrong[0]} is not what was saved")
-        return state, json.dumps(restored["data"]).encode()
+            raise UserError(f"cannot restore {path}: {wrong[0]} is not what was saved")
+        return state, json.dumps(notes.position).encode()
+
+    def _wait(self) -> None:
+        """Waits until everything is written, and everything deleted."""
+        with self._writing():
+            self._checkpointer.wait_until_finished()
+        with unwritable(self._folder):
+            for deletion in self._deletions:
+                deletion.result()
+
+    def _prune(self) -> None:
+        """Begins to delete what need not be retained."""
+        retained = _retained(self._means, self._count, self._best)
+        outdated = [self._folder / str(step) for step in self._means if step not in retained]
+        self._means = {step: means for step, means in self._means.items() if step in retained}
+        self._deletions = [self._deleting.submit(remove, path) for path in outdated] if is_first() else []
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Names the checkpoint that could not be written, and the one that is intact; Orbax's errors have no type."""
+        try:
+            yield
+        except Exception as error:
+            step = self.latest
+            self._means.pop(step, None)
+            message = f"cannot write the checkpoint of step {step} to {self._folder}: {_line(error)}"
+            raise UserError(f"{message}; {self._intact()}") from error
+
+    def _intact(self) -> str:
+        return "there is no checkpoint before it" if self.latest is None else f"that of step {self.latest} is intact"
+
+    def _put_newest_aside(self, why: str) -> None:
+        step = self.latest
+        if is_first():
+            put_aside(self._folder / str(step), why)
+        self._means.pop(step)
+        sync("put aside")
+
+    def _means_of(self, step: int) -> dict[str, float]:
+        """Metrics beside a checkpoint; of the newest it is only known when it is restored whether they can be read."""
+        try:
+            return read_notes(self._folder / str(step)).metrics
+        except UserError:
+            return {}
 
     def __enter__(self) -> Checkpoints:
         """For `with`."""
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Waits until everything is on disk. Of a loss that is not finite it says which checkpoint is intact.
+
+        Raises:
+            UserError: the last checkpoint could not be written, or `error` was a NotFinite.
+        """
+        try:
+            self._wait()
+            intact = self._distrust(error) if isinstance(error, NotFinite) else ""
+            self._prune()
+            self._wait()
+            if intact:
+                raise UserError(f"{error}; {intact}") from error
+        finally:
+            self._deleting.shutdown()
+            self._checkpointer.close()
+
+    def _distrust(self, error: NotFinite) -> str:
+        """The checkpoint whose parameters gave a loss that is not finite is put aside; which one remains."""
+        step, is_data = self.latest, _any_process(error.is_data)
+        if step is None or error.step != step + 1 or is_data:
+            return self._intact()
+        self._put_newest_aside(SUSPECT)
+        return f"its parameters are those of checkpoint {step}, which is now {step}{SUSPECT}; {self._intact()}"
 
 
-def fingerprint(state: TrainState) -> dict[str, int]:
-    """The sum of the bits of every array, as numbers modulo 2^32, by path: the same on every mesh.
-
-    The file format checks its indices and not its numbers: a changed byte would become a changed parameter.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(state._asdict())
-    sharding = leaves[0][1].sharding
-    everywhere = jax.NamedSharding(sharding.mesh, jax.P()) if isinstance(sharding, jax.NamedSharding) else sharding
-    sums = np.asarray(_sums(everywhere)([leaf for _, leaf in leaves]))
-    names = (path_name(path) for path, _ in leaves)
-    return dict(zip(names, sums.tolist(), strict=True))
-
-
-@functools.cache
-def _sums(sharding: Any) -> Any:
-    return jax.jit(lambda leaves: jnp.stack([_sum_of_bits(leaf) for leaf in leaves]), out_shardings=sharding)
-
-
-def _sum_of_bits(array: Array) -> UInt32[Array, ""]:
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return array.astype(jnp.uint32).sum(dtype=jnp.uint32)
-    bits = jnp.uint16 if array.dtype.itemsize == 2 else jnp.uint32
-    return jax.lax.bitcast_convert_type(array, bits).astype(jnp.uint32).sum(dtype=jnp.uint32)
-
-
-def _retention(options: Config) -> ocp.CheckpointManagerOptions:
-    def mean(metrics: dict[str, float]) -> float:
-        return metrics.get(options.keep_best, math.inf)
-
-    keep: list[Any] = [policies.LatestN(options.keep_checkpoints)]
-    if options.keep_best:
-        best = policies.BestN(
-            get_metric_fn=mean, reverse=True, n=options.keep_checkpoints, keep_checkpoints_without_metrics=False
-        )
-        keep.append(best)
-    return ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep), best_fn=mean, create=True
-    )
-
-
-def _put_partial_aside(folder: epath.Path) -> None:
-    """Orbax writes under another name and renames, or, in a bucket, looks for the same file; a copy may be cut, too."""
-    steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-    for path in steps:
-        if not (path / COMPLETE).exists():
-            _put_aside(path, "partial")
-
-
-def _put_aside(path: epath.Path, why: str) -> None:
-    names = (f"{path.name}.{why}{number or ''}" for number in range(1000))
-    aside = next(path.parent / name for name in names if not (path.parent / name).exists())
-    path.rename(aside)
-    logger.warning("%s is %s; it is now %s", path, why, aside)
+def _retained(means: dict[int, dict[str, float]], count: int, best: str) -> set[int]:
+    """Steps of the newest, and of those with the lowest mean of the metric `best`."""
+    with_mean = [step for step in means if best in means[step]]
+    lowest = sorted(with_mean, key=lambda step: (means[step][best], -step))
+    return {*sorted(means)[-count:], *lowest[:count]}
 
 
 def _any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any()) if jax.process_count() > 1 else flag
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error, without the paths of a library's source."""
+    return str(error).strip().split("\n")[0].partition(" [source")[0] or type(error).__name__

@@ -7,9 +7,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
@@ -24,6 +25,14 @@ from sdjax.training.workdir import is_remote
 
 # The packages with which tensorboardX writes to a bucket.
 WRITERS = {"gs": ("google.cloud.storage", "google-cloud-storage"), "s3": ("boto3", "boto3")}
+
+
+class NotFinite(UserError):
+    """A loss that is not finite, at `step`; `is_data` if a batch of the run itself is not."""
+
+    def __init__(self, message: str, step: int, is_data: bool):
+        super().__init__(message)
+        self.step, self.is_data = step, is_data
 
 
 class Metrics:
@@ -44,7 +53,8 @@ class Metrics:
         self._bar = tqdm(
             total=options.steps, initial=start, unit="step", dynamic_ncols=True, desc=name, disable=not self._shows
         )
-        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._batch: Any = None
+        self._pending: tuple[int, dict[str, Any], Any] | None = None
         self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
         self._sums: dict[str, float] = {}
         self._summed = 0
@@ -52,30 +62,32 @@ class Metrics:
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """The next batch; the time that it takes is counted as waiting for data."""
         before = time.monotonic()
-        batch = next(batches)
+        self._batch = next(batches)
         self._waited += time.monotonic() - before
-        return batch
+        return self._batch
 
     def report(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes the metrics of `step`, still being computed, and shows those of the step before.
 
         Raises:
-            UserError: a loss is not finite; the message names its step. Or `train.keep_best` is no metric.
+            UserError: a loss is not finite, a NotFinite that names its step. Or `train.keep_best` is no metric.
         """
         self.flush()
         if self._best and self._best not in metrics:
             raise unknown("metric", self._best, metrics, "config.train.keep_best")
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, self._batch)
 
     def flush(self) -> None:
         """Shows what is pending."""
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, batch = self._pending
         self._pending = None
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}; the last checkpoint before it is intact")
+            wrong = _not_finite(batch)
+            data = f", whose batch is not finite in {', '.join(wrong)}" if wrong else ""
+            raise NotFinite(f"the loss is {loss} at step {step}{data}", step, bool(wrong))
         self._add({"loss": loss} | ({self._best: float(metrics[self._best])} if self._best else {}))
         self._steps += 1
         elapsed = time.monotonic() - self._since
@@ -127,6 +139,12 @@ class Metrics:
         finally:
             self._bar.close()
             self._writer.close()
+
+
+def _not_finite(batch: Mapping[str, np.ndarray]) -> list[str]:
+    """Names of this process's columns that hold a NaN or an infinity."""
+    floats = {name: rows for name, rows in batch.items() if jnp.issubdtype(np.asarray(rows).dtype, jnp.floating)}
+    return [name for name, rows in floats.items() if not np.isfinite(np.asarray(rows, np.float32)).all()]
 
 
 def open_writer(folder: str, **options: Any) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -43,6 +45,16 @@ def open_workdir(name: str | os.PathLike) -> epath.Path:
         needed = "; gs:// needs pip install gcsfs google-cloud-storage" if isinstance(error, ImportError) else ""
         raise UserError(f"cannot open the workdir {folder}: {reason}{needed}") from error
     return folder
+
+
+@contextlib.contextmanager
+def unwritable(folder: epath.Path) -> Iterator[None]:
+    """Makes an error of the file system, of what is written below `folder`, a UserError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot write {error.filename or folder}: {reason}") from error
 
 
 def is_remote(folder: epath.Path) -> bool:

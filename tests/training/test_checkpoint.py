@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +17,14 @@ from launching import corrupt
 
 from configs.common import base
 from sdjax.core.errors import UserError
-from sdjax.training.checkpoint import Checkpoints, fingerprint
+from sdjax.training.checkpoint import Checkpoints
+from sdjax.training.checkpoint_folder import COMPLETE
+from sdjax.training.fingerprint import fingerprint
 from sdjax.training.step import TrainState
 
-POSITION = b'{"step": 1}'
+
+def position_at(step: int) -> bytes:
+    return b'{"step": %d, "seed": 0}' % step
 
 
 def state_at(step: int) -> TrainState:
@@ -31,7 +39,7 @@ def save(workdir, *at: int, losses=(), **options) -> list[int]:
     with Checkpoints(epath.Path(workdir), config) as checkpoints:
         for i, step in enumerate(at):
             metrics = {"loss": losses[i]} if losses else {"loss": 1.0}
-            checkpoints.save(state_at(step), POSITION, metrics)
+            checkpoints.save(state_at(step), position_at(step), metrics)
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
@@ -42,8 +50,8 @@ def restored(workdir, **options) -> int:
     with Checkpoints(epath.Path(workdir), config) as checkpoints:
         assert checkpoints.latest
         state, position = checkpoints.restore(state_at(0))
-    assert position == POSITION
     step = int(state.step)
+    assert position == position_at(step)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), state, state_at(step))
     return step
 
@@ -80,6 +88,131 @@ def test_corrupt_checkpoint_stops_the_run(tmp_path):
     assert restored(tmp_path, restore="previous") == 4
 
 
+def changes_of(path: Path) -> list[bytes]:
+    """A file cut in its middle; and with another byte there, or in JSON another digit."""
+    raw = path.read_bytes()
+    if path.name in ("metadata", "metrics"):  # JSON: other numbers, and a key that is not there
+        digits = [i for i, byte in enumerate(raw) if chr(byte).isdigit()]
+        digits = digits[:: max(len(digits) // 3, 1)]
+        other = [raw[:i] + (b"1" if raw[i : i + 1] == b"0" else b"0") + raw[i + 1 :] for i in digits]
+        return [raw[: len(raw) // 2], raw.replace(b'"seal"', b'"sfal"'), *other]
+    middle = len(raw) // 2
+    return [raw[:middle], raw[:middle] + bytes([raw[middle] ^ 64]) + raw[middle + 1 :]]
+
+
+def refusal(workdir) -> str:
+    """The message; or "" where everything is restored as it was saved."""
+    try:
+        assert restored(workdir) == 2
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_no_file_of_a_checkpoint_can_change_what_is_restored(tmp_path):
+    """Whatever is done to one of its files, a checkpoint is restored to the bit, with its position, or refused."""
+    save(tmp_path / "good", 2)
+    files = [path for path in (tmp_path / "good").rglob("*") if path.is_file() and path.name != COMPLETE]
+    refused = set()
+    for path in files:
+        for changed in changes_of(path):
+            if changed == path.read_bytes():
+                continue
+            shutil.copytree(tmp_path / "good", tmp_path / "bad")
+            (tmp_path / "bad" / path.relative_to(tmp_path / "good")).write_bytes(changed)
+            if message := refusal(tmp_path / "bad"):
+                assert "checkpoints/2" in message
+                assert "\n" not in message
+                refused.add(path.relative_to(tmp_path / "good/checkpoints/2").parts[0])
+            shutil.rmtree(tmp_path / "bad")
+    assert refused == {"state", "data", "metadata"}
+
+
+@pytest.mark.parametrize(("old", "new"), [(b'"step": 2', b'"step": 0'), (b'"seed": 0', b'"seed": 1')])
+def test_another_data_position_is_refused(old, new, tmp_path):
+    save(tmp_path, 2)
+    path = tmp_path / "checkpoints/2/data/metadata"
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(UserError, match=r"checkpoints/2: its data position .* is not what was saved"):
+        restored(tmp_path)
+
+
+def test_the_position_is_that_of_the_step(tmp_path):
+    """Whole notes of another step are refused."""
+    save(tmp_path, 2, 4)
+    for item in ("data", "metadata"):
+        shutil.rmtree(tmp_path / "checkpoints/4" / item)
+        shutil.copytree(tmp_path / "checkpoints/2" / item, tmp_path / "checkpoints/4" / item)
+    with pytest.raises(UserError, match=r"checkpoints/4: its data position is of step 2; .*restore=previous"):
+        restored(tmp_path)
+
+
+def test_a_damaged_checkpoint_does_not_hide_the_others(tmp_path, caplog):
+    """Of an older one the log says that it is damaged; of the newest a run says it, unless it may go back."""
+    save(tmp_path, 2, 4, 6, keep_checkpoints=3)
+    (tmp_path / "checkpoints/4/metadata/metadata").write_text('{"config": {"da')
+    with caplog.at_level(logging.WARNING, "sdjax"):
+        assert restored(tmp_path) == 6
+    assert names(tmp_path) == {"2", "4.corrupt", "6"}
+    assert len(caplog.messages) == 1
+    assert re.search(r"4/metadata/metadata is damaged: .*; that checkpoint is now .*4\.corrupt", caplog.text)
+    (tmp_path / "checkpoints/6/metadata/metadata").write_text("")
+    with pytest.raises(UserError, match=r"checkpoints/6/metadata/metadata is damaged.*goes back to step 2"):
+        restored(tmp_path)
+    assert restored(tmp_path, restore="previous") == 2
+
+
+def test_what_a_killed_run_was_writing_or_deleting_is_removed(tmp_path):
+    """Also where an earlier version left it. What is newer than all whole checkpoints was copied, perhaps: it stays."""
+    save(tmp_path, 4)
+    folder = tmp_path / "checkpoints"
+    for name in ("2", "2.partial", "3.partial1", "8", "9.partial", "2.orbax-checkpoint-tmp", "2.deleted", "2.mine"):
+        (folder / name / "state").mkdir(parents=True)
+    shutil.copytree(folder / "4", folder / "3.deleted")
+    assert restored(tmp_path) == 4
+    assert names(tmp_path) == {"4", "8.partial", "9.partial", "2.mine"}
+
+
+def test_a_state_that_is_not_finite_is_not_kept(tmp_path):
+    """Of its parameters, its average or its moments."""
+    save(tmp_path, 2)
+    state = state_at(4)
+    state = state._replace(ema={**state.ema, "a": state.ema["a"].at[3, 3].set(jnp.inf)})
+    message = r"ema/a is not finite after step 4, so it is not kept; that of step 2 is intact"
+    with Checkpoints(epath.Path(tmp_path), base()) as checkpoints, pytest.raises(UserError, match=message):
+        checkpoints.save(state, position_at(4), {})
+    assert restored(tmp_path) == 2
+
+
+@pytest.mark.parametrize("best", ["", "loss"])
+def test_checkpoints_of_version_0_1_are_restored(best, tmp_path):
+    """They have no seal, and a file of metrics: a position of another step is refused, a cut file names itself."""
+    shutil.unpack_archive(Path(__file__).with_name("checkpoints_0_1.zip"), tmp_path)
+    (tmp_path / "checkpoints/1/metrics/metrics").write_text('{"loss')
+
+    def read() -> tuple[dict, bytes]:
+        config = base()
+        config.train.keep_best = best
+        zeros = {"a": jnp.zeros((4, 4))}
+        with Checkpoints(epath.Path(tmp_path), config) as checkpoints:
+            state, position = checkpoints.restore(
+                TrainState(jnp.zeros((), jnp.int32), zeros, zeros, {"count": jnp.zeros((), jnp.int32)})
+            )
+        return state._asdict(), position
+
+    state, position = read()
+    expected = 2 * np.arange(16, dtype=np.float32).reshape(4, 4)
+    np.testing.assert_array_equal(state["params"]["a"], expected)
+    np.testing.assert_array_equal(state["ema"]["a"], expected)
+    assert (int(state["step"]), int(state["opt_state"]["count"])) == (2, 2)
+    assert json.loads(position) == {"step": 2, "examples": 32, "batch_size": 8, "seed": 0}
+    assert names(tmp_path) == {"1.corrupt", "2"}
+    path = tmp_path / "checkpoints/2/data/metadata"
+    path.write_text(path.read_text().replace('"step": 2', '"step": 0'))
+    with pytest.raises(UserError, match=r"checkpoints/2: its data position is of step 0; there is none before it"):
+        read()
+
+
 def test_there_may_be_none_before(tmp_path):
     save(tmp_path, 2)
     corrupt(tmp_path / "checkpoints/2")
@@ -100,12 +233,12 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
 
 def test_a_fingerprint_is_of_all_bits():
-    one = fingerprint(state_at(3))
-    assert one == fingerprint(state_at(3))
+    one = fingerprint(state_at(3)).sums
+    assert one == fingerprint(state_at(3)).sums
     assert one["step"] == 3
     params = state_at(3).params
     bits = jax.lax.bitcast_convert_type(params["a"], jnp.uint32).at[7, 7].add(1)
     changed = state_at(3)._replace(params={**params, "a": jax.lax.bitcast_convert_type(bits, jnp.float32)})
-    other = fingerprint(changed)
+    other = fingerprint(changed).sums
     assert {name for name in one if one[name] != other[name]} == {"params/a"}
     assert (other["params/a"] - one["params/a"]) % 2**32 == 1

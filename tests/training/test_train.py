@@ -126,14 +126,35 @@ def test_a_workdir_of_another_config_is_refused(make_config, two_layers, tmp_pat
     assert not (tmp_path / "run/checkpoints/4").exists()
 
 
-def test_non_finite_loss_stops_the_run(make_config, two_layers, tmp_path):
+def kept(workdir: Path) -> set[str]:
+    return {path.name for path in (workdir / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("rate", [1e38, 3e38])
+def test_ruined_parameters_are_not_kept(rate, make_config, two_layers, tmp_path):
+    """Step 2 moves every parameter by the rate: its checkpoint gave the loss of step 3, or was never written."""
     config = make_config("autoencoder_tiny", 4)
-    config.optim.update(name="adamw", learning_rate=1e38, warmup_steps=1)
-    config.train.checkpoint_every = 1
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step 3"):
+    config.optim.update(name="adamw", learning_rate=rate, warmup_steps=1)
+    config.train.update(checkpoint_every=1, keep_checkpoints=1)
+    with pytest.raises(UserError, match=r"step [23]\b.*; that of step 1 is intact") as error:
         train.train_and_evaluate(config, tmp_path / "run")
-    kept = {path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()}
-    assert kept == {"1", "2"}
+    assert "\n" not in str(error.value)
+    before = kept(tmp_path / "run")
+    assert {name for name in before if name.isdigit()} == {"1"}
+    config.train.steps = 1  # it can be restored
+    train.train_and_evaluate(config, tmp_path / "run")
+    assert kept(tmp_path / "run") == before
+
+
+def test_data_that_is_not_finite_is_named(make_config, two_layers, monkeypatch, tmp_path):
+    """The parameters are not to blame: the checkpoint before remains what a run goes on from."""
+    monkeypatch.setattr(tiny_run, "NAN", 3)
+    config = make_config("autoencoder_tiny", 4)
+    config.train.checkpoint_every = 2
+    message = r"the loss is nan at step 4, whose batch is not finite in x; that of step 2 is intact"
+    with pytest.raises(UserError, match=message):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert kept(tmp_path / "run") == {"2"}
 
 
 BAD = {

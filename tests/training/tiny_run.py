@@ -24,6 +24,7 @@ from sdjax.training.task import Task
 
 WIDTH, ROWS = 64, 32
 PAUSE = float(os.environ.get("TINY_PAUSE", "0"))
+NAN = -1  # the batch that holds a NaN
 FAIL = os.environ.get("TINY_FAIL", "")  # "PROCESS:STEP": where one process fails
 
 
@@ -76,7 +77,8 @@ def slow(batches):
         time.sleep(PAUSE)
         if f"{jax.process_index()}:{self.step}" == FAIL:
             raise OSError("the disk is gone")
-        return plain(self)
+        batch = plain(self)
+        return {**batch, "x": batch["x"] * np.float32("nan")} if self.step == NAN + 1 else batch
 
     batches.__class__ = type("Slow", (type(batches),), {"__next__": wait})
     return batches
