@@ -33,6 +33,7 @@ from sdjax.tasks.make import make_task
 from sdjax.training.checkpoint import Checkpoints
 from sdjax.training.export import exported, local_folder, write_export
 from sdjax.training.limits import check_limits, is_due
+from sdjax.training.lock import Lock
 from sdjax.training.metrics import Metrics
 from sdjax.training.optim import make_optimizer
 from sdjax.training.preemption import Preemption
@@ -103,7 +104,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
     step_fn = make_step(task, optimizer, options.seed, decay=config.optim.ema_decay, accumulate=options.accumulate)
     profile = Profile(root, options.profile, options.steps)
 
-    with jax.set_mesh(mesh), Preemption() as preemption, Checkpoints(root, config) as checkpoints:
+    with jax.set_mesh(mesh), Preemption() as preemption, Lock(root) as lock, Checkpoints(root, config) as checkpoints:
         # ---- restore, or begin ----
         start = checkpoints.latest or 0
         if start >= options.steps and exported(root, start):
@@ -125,6 +126,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
                     state, metrics = step_fn(state, frozen, put_batch(batch, mesh))
                 profile.stepped(step, metrics)
                 log.report(step, metrics)
+                lock.check()
                 checkpoints.check()
                 stop, last = preemption.reached(), step == options.steps
                 if stop or last or is_due(step, options.checkpoint_every):

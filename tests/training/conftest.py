@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import fsspec
 import pytest
+from etils import epath
+from etils.epath import backend, gpath
 from ml_collections import ConfigDict
 
 from configs import openmoji
@@ -19,3 +22,18 @@ def make_config(pictures):
         return config
 
     return make
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A bucket in memory: no system call reaches it, all goes through epath and fsspec."""
+    memory = fsspec.filesystem("memory")
+
+    class Memory(type(backend.fsspec_backend)):
+        def fs(self, path):
+            del path
+            return memory
+
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Memory())
+    yield epath.Path("gs://bucket/run")
+    memory.rm("/", recursive=True)

@@ -5,34 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import fsspec
 import jax
 import numpy as np
 import pytest
 import tiny_run
 from etils import epath
-from etils.epath import backend, gpath
+from etils.epath import gpath
 
 import train
 from sdjax.core.errors import UserError
 from sdjax.training.export import exported, local_folder, write_export
 from sdjax.training.metrics import check_tensorboard
 from sdjax.training.workdir import check_owner, claim, is_remote, open_workdir
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """A bucket in memory: no system call reaches it, all goes through epath and fsspec."""
-    memory = fsspec.filesystem("memory")
-
-    class Memory(type(backend.fsspec_backend)):
-        def fs(self, path):
-            del path
-            return memory
-
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Memory())
-    yield epath.Path("gs://bucket/run")
-    memory.rm("/", recursive=True)
 
 
 def test_owner_and_export_in_a_bucket(bucket, tmp_path):
