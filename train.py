@@ -35,7 +35,7 @@ from sdjax.training.export import exported, local_folder, write_export
 from sdjax.training.limits import check_limits, is_due
 from sdjax.training.lock import Lock
 from sdjax.training.metrics import Metrics
-from sdjax.training.optim import make_optimizer
+from sdjax.training.optim import learning_rates, make_optimizer, warn_of_changed_rates
 from sdjax.training.preemption import Preemption
 from sdjax.training.profile import Profile
 from sdjax.training.step import init_state, make_step
@@ -100,7 +100,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
     check_batch(options.batch_size // options.accumulate, mesh, "train.batch_size / train.accumulate")
     check_owner(root, config.to_dict(), FREE)
     task = make_task(config, mesh)
-    optimizer = make_optimizer(config.optim, options.steps)
+    optimizer, rates = make_optimizer(config.optim, options.steps), learning_rates(config.optim, options.steps)
     step_fn = make_step(task, optimizer, options.seed, decay=config.optim.ema_decay, accumulate=options.accumulate)
     profile = Profile(root, options.profile, options.steps)
 
@@ -117,9 +117,10 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
             state, position = checkpoints.restore(state)
             batches.set_state(position)
             start = int(state.step)
+            warn_of_changed_rates(config.optim, checkpoints.config["train"]["steps"], options.steps, start)
 
         # ---- train ----
-        with Metrics(root, start, options) as log, profile:
+        with Metrics(root, start, options, rates) as log, profile:
             for step in range(start + 1, options.steps + 1):
                 with profile.step(step):
                     batch = log.next_batch(batches)

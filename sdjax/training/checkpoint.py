@@ -78,6 +78,8 @@ class Checkpoints:
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._deleting = ThreadPoolExecutor(1, "delete checkpoints")
         self._deletions: list[Future[None]] = []
+        self.config: dict[str, Any] = self._metadata["config"]
+        """Of the run that wrote the checkpoint that was restored."""
 
     @property
     def latest(self) -> int | None:
@@ -160,6 +162,7 @@ class Checkpoints:
         wrong += ["step"] if int(state.step) != step else []
         if wrong:
             raise UserError(f"cannot restore {path}: {wrong[0]} is not what was saved")
+        self.config = notes.metadata["config"]
         return state, json.dumps(notes.position).encode()
 
     def _wait(self) -> None:

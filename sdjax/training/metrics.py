@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
@@ -38,8 +39,14 @@ class NotFinite(UserError):
 class Metrics:
     """Reports one step behind the device, so that it never waits for the host."""
 
-    def __init__(self, workdir: epath.Path, start: int, options: Config):
-        """Opens workdir/tensorboard and a bar; `options` is the `train` section of a config.
+    def __init__(self, workdir: epath.Path, start: int, options: Config, rates: Mapping[str, optax.Schedule]):
+        """Opens workdir/tensorboard and a bar.
+
+        Args:
+            workdir: of the run.
+            start: steps taken before.
+            options: the `train` section of a config.
+            rates: learning rates as functions of the steps taken, by the names that they have among the metrics.
 
         Raises:
             UserError: TensorBoard files cannot be written there.
@@ -53,6 +60,7 @@ class Metrics:
         self._bar = tqdm(
             total=options.steps, initial=start, unit="step", dynamic_ncols=True, desc=name, disable=not self._shows
         )
+        self._rates = rates
         self._batch: Any = None
         self._pending: tuple[int, dict[str, Any], Any] | None = None
         self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
@@ -96,6 +104,7 @@ class Metrics:
         self._bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.1f}"}, refresh=False)
         if is_due(step, self._every):
             shown = {name: float(value) for name, value in metrics.items()}
+            shown |= {name: float(rate(step - 1)) for name, rate in self._rates.items()}
             shown |= {"images_per_second": speed, "data_wait_share": min(self._waited / elapsed, 1.0)}
             for name, value in shown.items():
                 self._writer.add_scalar(f"train/{name}", value, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from sdjax.core.config import Config
 from sdjax.core.errors import unknown
 
 SCHEDULES = ("constant", "cosine")
+
+logger = logging.getLogger("sdjax")
 
 
 def learning_rate(optim: Config, steps: int) -> optax.Schedule:
@@ -27,6 +30,24 @@ def learning_rate(optim: Config, steps: int) -> optax.Schedule:
         total = max(steps, warmup + 1)
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total, peak * optim.final_fraction)
     raise unknown("learning-rate schedule", optim.schedule, SCHEDULES, "config.optim.schedule")
+
+
+def learning_rates(optim: Config, steps: int) -> dict[str, optax.Schedule]:
+    """The rate of the optimiser, and that of each network with its own, by their names among the metrics."""
+    own = {f"learning_rate_{name}": _changed(optim, name) for name in optim.components}
+    return {name: learning_rate(section, steps) for name, section in {"learning_rate": optim, **own}.items()}
+
+
+def warn_of_changed_rates(optim: Config, before: int, steps: int, start: int) -> None:
+    """Says where a run of `before` steps goes on as one of `steps` with other learning rates, from step `start`."""
+    rates = zip(learning_rates(optim, before).items(), learning_rates(optim, steps).values(), strict=True)
+    for (name, was), now in rates:
+        if any(float(was(step)) != float(now(step)) for step in (start, min(before, steps))):
+            logger.warning(
+                "config.train.steps was %d and is %d, which changes config.optim.schedule=%r: the %s of the next step "
+                "is %.3g, and would have been %.3g",
+                *(before, steps, optim.schedule, name.replace("_", " "), float(now(start)), float(was(start))),
+            )
 
 
 def make_optimizer(optim: Config, steps: int) -> optax.GradientTransformation:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_run
+from tensorboardX.proto.event_pb2 import Event
 from torch_reference import drawn
 
 import train
@@ -144,6 +147,36 @@ def test_ruined_parameters_are_not_kept(rate, make_config, two_layers, tmp_path)
     config.train.steps = 1  # it can be restored
     train.train_and_evaluate(config, tmp_path / "run")
     assert kept(tmp_path / "run") == before
+
+
+def scalars(workdir: Path, name: str) -> dict[int, float]:
+    """Of TensorBoard's files: TFRecords, each of a length, its check, an event, its check."""
+    found = {}
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        raw = path.read_bytes()
+        while raw:
+            (size,) = struct.unpack("<Q", raw[:8])
+            event = Event.FromString(raw[12 : 12 + size])
+            found.update((event.step, value.simple_value) for value in event.summary.value if value.tag == name)
+            raw = raw[16 + size :]
+    return found
+
+
+def test_another_number_of_steps_is_another_schedule(make_config, two_layers, caplog, tmp_path):
+    """A cosine from 2 steps ends at 0; resumed to 4 it has another value at step 3, which the log says. The rates are
+    among the metrics, each as the step used it."""
+    for steps in (2, 4):
+        config = make_config("autoencoder_tiny", steps)
+        config.optim.update(schedule="cosine", warmup_steps=0, learning_rate=0.01)
+        config.optim.components = {"net": {"learning_rate": 0.02}}
+        train.train_and_evaluate(config, tmp_path)
+    rates = [0.01, 0.005, 0.005, 0.01 * (1 + math.cos(0.75 * math.pi)) / 2]
+    assert scalars(tmp_path, "train/learning_rate") == pytest.approx(dict(enumerate(rates, 1)), rel=1e-5)
+    doubled = {step: 2 * rate for step, rate in enumerate(rates, 1)}
+    assert scalars(tmp_path, "train/learning_rate_net") == pytest.approx(doubled, rel=1e-5)
+    said = [message for message in caplog.messages if "config.train.steps was 2 and is 4" in message]
+    assert len(said) == 2
+    assert "the learning rate of the next step is 0.005, and would have been 0" in said[0]
 
 
 def test_data_that_is_not_finite_is_named(make_config, two_layers, monkeypatch, tmp_path):
