@@ -16,6 +16,7 @@ With twice as many output channels as latents have the variance is learned, by t
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion.loss import hybrid_loss, posterior_tables
 from sdjax.diffusion_model.conditioner import Columns, Conditioner
 from sdjax.diffusion_model.conditioners import TEXT
-from sdjax.diffusion_model.conditioners.text import NULL
+from sdjax.diffusion_model.conditioners.text import NULL, TextConditioner
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, DiffusionModel, backbone_of, check_fit
 from sdjax.models import autoencoder, unet, unet2d
 from sdjax.models.autoencoder import autoencoder_of
@@ -46,7 +47,7 @@ from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training
 from sdjax.tasks.latents import latent_source, open_prepared
 from sdjax.tasks.objective import objective_of
 from sdjax.tasks.pretrained import init_component, read_components
-from sdjax.tasks.preview import preview
+from sdjax.tasks.preview import preview, preview_prompts
 from sdjax.tasks.variants import sizes_of
 from sdjax.training.task import DevicePut, Metrics, Task, select
 
@@ -66,6 +67,10 @@ def make(config: Config, mesh: Mesh) -> Task:
     bounds = posterior_tables(objective.schedule) if learned else None
     shapes = jax.eval_shape(lambda key: init_all(model, key), jax.random.key(0))
     trainable, frozen = split_trainable(config, condition, shapes)
+
+    @functools.cache
+    def prompts() -> tuple[str, ...]:
+        return preview_prompts(config) if isinstance(model.conditioner, TextConditioner) else ()
 
     def init(key: PRNGKeyArray) -> Params:
         made = {name: init_component(model, name, jax.random.fold_in(key, i)) for i, name in enumerate(trainable)}
@@ -101,7 +106,7 @@ def make(config: Config, mesh: Mesh) -> Task:
         return source.batches(params)
 
     def show(params: Params) -> UInt8[np.ndarray, "h w 3"]:
-        return preview(config, model, condition, params)
+        return preview(config, model, condition, params, prompts())
 
     def batch_spec(rows: int) -> dict[str, Any]:
         return {name: jax.ShapeDtypeStruct((rows, *row.shape), row.dtype) for name, row in source.spec.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import grain
@@ -27,16 +28,30 @@ from sdjax.tasks.base import gathered
 from sdjax.tasks.conditions import TrainingCondition
 from sdjax.tasks.latents import IMAGE
 
+logger = logging.getLogger("sdjax")
 
-def preview(config: Config, model: DiffusionModel, condition: TrainingCondition, params: Params) -> np.ndarray:
-    """A sheet of `config.sample.prompts`, or of conditions of the data below their own images, uint8 [h w 3].
+
+def preview_prompts(config: Config) -> tuple[str, ...]:
+    """`config.sample.prompts`, or where it names none, captions of the data, evenly chosen; the log says which."""
+    if config.sample.prompts:
+        return tuple(config.sample.prompts)
+    images, count = sources.source(config.data.source, "train"), config.sample.columns
+    chosen = tuple(images[i * len(images) // count]["caption"] for i in range(count))
+    logger.info("samples while training: %s; --config.sample.prompts changes them", ", ".join(map(repr, chosen)))
+    return chosen
+
+
+def preview(
+    config: Config, model: DiffusionModel, condition: TrainingCondition, params: Params, prompts: tuple[str, ...]
+) -> np.ndarray:
+    """A sheet of prompts, or without any, of conditions of the data below their own images, uint8 [h w 3].
 
     Raises:
         UserError: the sampler or a prompt does not fit.
     """
     options, size = config.sample, (config.data.size, config.data.size)
-    if "prompts" in options:
-        columns, rows = prompt_columns(config, model, condition), [np.zeros((0, *size, 3), np.uint8)]
+    if prompts:
+        columns, rows = prompt_columns(config, model, condition, prompts), [np.zeros((0, *size, 3), np.uint8)]
     else:
         batch = preview_batch(config, condition, options.count)
         columns, rows = condition.columns(batch), [batch[IMAGE]]
@@ -64,11 +79,13 @@ def sample_columns(
     return np.stack([paste_back(made, given, mask, model.conditioner.traits.feather) for made, given, mask in pairs])
 
 
-def prompt_columns(config: Config, model: DiffusionModel, condition: TrainingCondition) -> dict[str, np.ndarray]:
-    """Columns of `config.sample.prompts`, unweighted."""
+def prompt_columns(
+    config: Config, model: DiffusionModel, condition: TrainingCondition, prompts: tuple[str, ...]
+) -> dict[str, np.ndarray]:
+    """Columns of prompts, unweighted."""
     size = (config.data.size, config.data.size)
     host = Host("the model", {}, condition.loaded, size, model.latent_shape(size)[:2])
-    inputs = [{"prompt": prompt, "negative_prompt": None, "syntax": "plain"} for prompt in config.sample.prompts]
+    inputs = [{"prompt": prompt, "negative_prompt": None, "syntax": "plain"} for prompt in prompts]
     rows = [model.conditioner.encode(one, host) for one in inputs]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
