@@ -11,10 +11,10 @@ import numpy as np
 from sdjax.checkpoints.mapping import read
 from sdjax.checkpoints.metric_weights import FOLDER, folders
 from sdjax.checkpoints.networks import clip, clip_image
-from sdjax.checkpoints.storage.safetensors import read_json
 from sdjax.checkpoints.storage.weights import find_weights
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Tree
+from sdjax.core.untrusted import read_json
 from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.clip_image import CLIPImageConfig
 

@@ -34,9 +34,10 @@ from sdjax.checkpoints.families import PREDICTIONS, kind_of_shapes
 from sdjax.checkpoints.layouts.diffusers import FIRST_STAGE, INDEX, class_of_index, present, read_component, read_folder
 from sdjax.checkpoints.layouts.original import read_autoencoder_file, read_single_file, shapes_of
 from sdjax.checkpoints.mapping import Put
-from sdjax.checkpoints.storage.safetensors import read_json, read_weight_map
+from sdjax.checkpoints.storage.safetensors import read_weight_map
 from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, candidates, read_file, read_groups
 from sdjax.core.errors import UserError, unknown
+from sdjax.core.untrusted import read_json
 from sdjax.data.text.textual_inversion import fit, read_embedding
 from sdjax.data.text.word_pieces import FILE
 from sdjax.models.clip import extend_vocabulary

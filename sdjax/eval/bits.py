@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from sdjax.checkpoints.layouts.diffusers import read_component
-from sdjax.checkpoints.storage.safetensors import read_json
 from sdjax.core.errors import UserError
 from sdjax.core.prng import stream
+from sdjax.core.untrusted import read_json
 from sdjax.data.sources.base import Images
 from sdjax.data.transforms.images import adm_square
 from sdjax.diffusion.bound import VARIANCES, bits_per_dimension

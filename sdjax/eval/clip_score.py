@@ -5,7 +5,6 @@ As torchmetrics' CLIPScore: without CLIPScore's 2.5 and with the mean, not each 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from sdjax.checkpoints.clip_pair import CLIPPair
 from sdjax.core.errors import UserError
+from sdjax.core.untrusted import read_json
 from sdjax.data.sources.base import Images
 from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.models.clip import CLIPText
@@ -82,11 +82,9 @@ def captions_of(folder: Path, images: Images) -> list[str]:
 
 def _caption(path: Path) -> str:
     record = path.with_suffix(".json")
-    try:
-        said = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} has no prompt: cannot read {record.name} beside it: {error}") from error
-    prompt = said.get("prompt") if isinstance(said, dict) else None
+    if not record.is_file():
+        raise UserError(f"{path} has no prompt: there is no {record.name} beside it")
+    prompt = read_json(record).get("prompt")
     if not isinstance(prompt, str):
         raise UserError(f"{record} holds no prompt")
     return prompt

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sdjax.checkpoints.storage.safetensors import read_json, read_safetensors, read_sharded, write_safetensors
+from sdjax.checkpoints.storage.safetensors import read_safetensors, read_sharded, write_safetensors
 from sdjax.core.errors import UserError
 
 WEIGHTS = {
@@ -133,20 +133,6 @@ def test_missing_files_and_files_cut_later_are_refused(tmp_path: Path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match="was cut"):
         np.asarray(tensors["scalar"])
-
-
-def test_json_that_is_none_is_refused(tmp_path: Path):
-    path = tmp_path / "config.json"
-    for content, words in (
-        (None, "cannot read"),
-        (b"{", "is not JSON"),
-        (b"\xff", "is not JSON"),
-        (b"[]", "no JSON obj"),
-    ):
-        if content is not None:
-            path.write_bytes(content)
-        with pytest.raises(UserError, match=words):
-            read_json(path)
 
 
 def test_a_file_of_the_users_is_never_overwritten(tmp_path: Path):

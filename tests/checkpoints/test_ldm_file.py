@@ -187,7 +187,7 @@ def test_words_need_berts_vocabulary(tmp_path, monkeypatch):
     with (tmp_path / "many" / "vocab.txt").open("a") as file:
         file.writelines(f"word{i}\n" for i in range(30522))
     for flags, message in (
-        ((f"--tokenizer={tmp_path}",), r"cannot read the tokenizer .*vocab.txt"),
+        ((f"--tokenizer={tmp_path}",), r"cannot read .*vocab.txt"),
         ((f"--tokenizer={tmp_path / 'many'}",), r"has 305\d\d tokens; the model knows 30522"),
         (("--prediction=epsilon",), "--prediction epsilon is not for .*; what is: --dtype, --family, --weights"),
         (("--family=sd9",), "unknown family 'sd9'; choose one of: celebahq"),

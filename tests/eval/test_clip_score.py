@@ -86,5 +86,5 @@ def test_eval_command_needs_images_and_clip(folder, pictures, tmp_path, monkeypa
         command.main()
     (pictures / "00002.json").unlink()
     monkeypatch.setattr(sys, "argv", ["eval", f"--fake={pictures}", f"--clip={folder}"])
-    with pytest.raises(UserError, match=r"00002.png has no prompt: cannot read 00002.json beside it"):
+    with pytest.raises(UserError, match=r"00002.png has no prompt: there is no 00002.json beside it"):
         command.main()

@@ -170,7 +170,7 @@ def test_every_model_by_two_processes(on_one_device, files, folder_of, tmp_path)
         ("layout", {"layout": [{"class": 7, "box": [0, 0, 1, 1]}]}, "layout 7: layout has the classes 0 to 1"),
         ("layout", {"layout": [{"box": [0, 0, 1, 1]}]}, 'a list of {"class": ..., "box": [x, y, width, height]}'),
         ("layout", {"layout": [{"class": 0, "box": [0, 1]}]}, 'a list of {"class": ..., "box": [x, y, width, height]}'),
-        ("layout", {"layout": "none.json"}, "cannot read the layout none.json"),
+        ("layout", {"layout": "none.json"}, "cannot read none.json"),
         ("semantic_synthesis", {"label_map": np.full((8, 8), 9, np.uint8)}, "label_map holds uint8 [8, 8] up to 9"),
         (
             "inpainting",

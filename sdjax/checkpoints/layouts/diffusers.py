@@ -30,11 +30,12 @@ from sdjax.checkpoints.checkpoint import (
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import Put, export
 from sdjax.checkpoints.networks import autoencoder, clip, unet, unet2d
-from sdjax.checkpoints.storage.safetensors import read_json, write_json, write_safetensors
+from sdjax.checkpoints.storage.safetensors import write_json, write_safetensors
 from sdjax.checkpoints.storage.weights import find_weights
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.files import atomic_write, recover
 from sdjax.core.precision import dtype_named
+from sdjax.core.untrusted import read_json
 from sdjax.models.autoencoder import VQConfig
 from sdjax.models.unet2d import UNet2DConfig
 

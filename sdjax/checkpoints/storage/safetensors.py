@@ -1,4 +1,4 @@
-"""Safetensors files and JSON, read defensively and written atomically.
+"""Safetensors files, read defensively and written atomically.
 
 The format (huggingface/safetensors, README): eight bytes with the header's length, little-endian; the header, JSON from
 names to {"dtype", "shape", "data_offsets"}; then the data, without gaps.
@@ -10,47 +10,27 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
 from sdjax.checkpoints.mapping import Writable, finite
+from sdjax.checkpoints.storage import stored
+from sdjax.checkpoints.storage.stored import MAX_RANK, MAX_SIZE, StoredTensor, is_size
 from sdjax.core.errors import UserError
 from sdjax.core.files import atomic_write, recover, write_text
+from sdjax.core.untrusted import parse_json, read_json
 
-NAMES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-NAMES |= {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
-NAMES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
-DTYPES: dict[str, np.dtype] = {code: np.dtype(dtype) for code, dtype in NAMES.items()}
+NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+NAMES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+DTYPES = {code: stored.DTYPES[name] for code, name in NAMES.items()}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # what the reference reader accepts
 SMALL_HEADER = 2**18
-MAX_RANK, MAX_SIZE = 32, 2**48  # more than any tensor has of axes and of elements, and less than makes arithmetic slow
 METADATA = {"format": "pt", "writer": "sdjax"}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file; `np.asarray` reads it, and it alone."""
-
-    path: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        count = math.prod(self.shape)
-        try:
-            array = np.fromfile(self.path, self.dtype, count, offset=self.start)
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror}") from error
-        if array.size != count:
-            raise UserError(f"{self.path} was cut while it was being read")
-        return array.reshape(self.shape).astype(dtype or self.dtype, copy=False)
 
 
 def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
@@ -86,8 +66,7 @@ def open_safetensors(path: str | Path) -> tuple[dict[str, StoredTensor], dict[st
         end = last
     if end != size:
         raise UserError(f"{path} has {size - end} bytes after its last tensor")
-    metadata = header.get("__metadata__", {})
-    return tensors, {key: value for key, value in metadata.items() if isinstance(value, str)}
+    return tensors, header.get("__metadata__", {})
 
 
 def read_weight_map(index: str | Path) -> dict[str, str]:
@@ -150,24 +129,6 @@ def check_target_file(path: Path) -> None:
         raise UserError(f"{path} exists and was not written by sdjax; it is left as it is")
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        UserError: it is missing or is not one.
-    """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Sorted and indented, as diffusers writes its own."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -183,20 +144,20 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             # A header is held several times while it is parsed; no real one is much of its file, unless both are small.
             if length > min(MAX_HEADER, size - 8, max(SMALL_HEADER, size // 4)):
                 raise UserError(f"{path} is truncated or no safetensors file: its header does not fit in {size} bytes")
-            header = json.loads(file.read(length))
+            text = file.read(length)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} has a corrupt header: {error}") from error
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
-        raise UserError(f"{path} has a corrupt header: it is no JSON object of tensors")
+    header = parse_json(text, f"the header of {path}") if text.startswith(b"{") else None
+    metadata = header.get("__metadata__", {}) if header is not None else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{path} has a corrupt header: it is no JSON object of tensors, and of metadata that are text")
     return header, 8 + length
 
 
 def _entry(entry: Any, name: str, path: Path) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
     try:
         code, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        natural = all(type(n) is int and 0 <= n < MAX_SIZE for n in (*shape, first, last)) and len(shape) <= MAX_RANK
+        natural = all(map(is_size, (*shape, first, last))) and len(shape) <= MAX_RANK
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} has a corrupt header: {name} lacks a dtype, a shape or two offsets") from error
     if not isinstance(code, str) or code not in DTYPES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
@@ -10,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from sdjax.core.errors import UserError
+from sdjax.core.untrusted import parse_json
 
 CAPTION_KEYS = ("text", "caption")
 
@@ -79,10 +79,7 @@ def read_json(data: bytes, place: str) -> Mapping[str, Any]:
     Raises:
         UserError: it is not JSON.
     """
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:  # what is not UTF-8 is a ValueError, too
-        raise UserError(f"{place} is not JSON: {error}") from error
+    value = parse_json(data, place)
     return value if isinstance(value, dict) else {}
 
 

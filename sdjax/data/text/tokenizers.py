@@ -7,7 +7,6 @@ each piece is then merged by byte-pair encoding with `</w>` at its end (openai/C
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +19,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from sdjax.core.errors import UserError
+from sdjax.core.untrusted import read_json, read_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+SPECIALS = ("bos_token", "eos_token", "pad_token")
 LENGTH = 77
+MAX_TOKENS = 2**20  # more than any text encoder has
+SHOWN = 80
 WORD_END = "</w>"
 PIECES = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -134,20 +137,23 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
     """
     folder = Path(folder)
     vocab, merges = _vocabulary(folder)
-    config = _read_json(folder / "tokenizer_config.json", {}) | _read_json(folder / "special_tokens_map.json", {})
-    bos, eos, pad = (
-        _content(config.get(f"{name}_token"), EOS if name != "bos" else BOS) for name in ("bos", "eos", "pad")
-    )
+    config: dict[str, Any] = {}
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        config |= read_json(path) if path.exists() else {}
+    bos, eos, pad = (_special(config, name, BOS if name == "bos_token" else EOS, folder) for name in SPECIALS)
     for token in (bos, eos, pad):
         if token not in vocab:
-            raise UserError(f"the vocabulary in {folder} has no token {token!r}")
+            raise UserError(f"the vocabulary in {folder} has no token {token[:SHOWN]!r}")
+    said = config.get("model_max_length", LENGTH) if length is None else length
+    if isinstance(said, bool) or not isinstance(said, int | float) or not said > 2:
+        raise UserError(f"the tokenizer {folder} is for texts of {said!r} tokens; they have 3 at least")
     return Tokenizer(
         backend=make_backend(vocab, merges, [bos, eos, pad]),
         bos=vocab[bos],
         eos=vocab[eos],
         pad=vocab[pad],
-        length=length or min(int(config.get("model_max_length", LENGTH)), LENGTH),
-        vocab_size=len(vocab),
+        length=length or int(min(said, LENGTH)),
+        vocab_size=max(vocab.values()) + 1,
     )
 
 
@@ -170,35 +176,37 @@ def make_backend(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], sp
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
-        lines = _read_text(folder / "merges.txt").splitlines()
-        vocab = _read_json(folder / "vocab.json")
-        pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+        lines = read_text(folder / "merges.txt").splitlines()
+        vocab: Any = read_json(folder / "vocab.json")
+        pairs: Any = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
     else:  # what transformers 5 writes
-        model = _read_json(folder / "tokenizer.json").get("model", {})
-        vocab = model.get("vocab", {})
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
-    wrong = [pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocab]
-    if wrong or not vocab:
-        what = f"the merge {' '.join(wrong[0])!r} does not fit the vocabulary" if wrong else "there is no vocabulary"
-        raise UserError(f"{folder} does not hold a CLIP tokenizer: {what}")
-    return vocab, [(left, right) for left, right in pairs]
+        model = read_json(folder / "tokenizer.json").get("model")
+        vocab, pairs = (model.get("vocab"), model.get("merges", [])) if isinstance(model, dict) else (None, [])
+    if not isinstance(vocab, dict) or not is_numbered(vocab):
+        raise UserError(f"{folder} holds no CLIP tokenizer: there is no vocabulary of numbered tokens")
+    return vocab, [_merge(pair, vocab, folder) for pair in (pairs if isinstance(pairs, list) else [pairs])]
 
 
-def _content(token: Any, default: str) -> str:
-    return default if token is None else token["content"] if isinstance(token, dict) else token
+def is_numbered(vocab: Mapping[str, Any]) -> bool:
+    """Tell whether every token has a number of its own, and there is one at least."""
+    numbers = set(vocab.values()) if all(type(number) is int for number in vocab.values()) else set()
+    return 0 < len(vocab) == len(numbers) and min(numbers) >= 0 and max(numbers) < MAX_TOKENS
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the tokenizer file {path}: {error}") from error
+def _merge(pair: Any, vocab: Mapping[str, int], folder: Path) -> tuple[str, str]:
+    parts = pair.split(" ") if isinstance(pair, str) else pair
+    whole = isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, str) for part in parts)
+    if not whole or any(token not in vocab for token in (*parts, "".join(parts))):
+        said = " ".join(map(str, parts)) if isinstance(parts, list) else str(pair)
+        raise UserError(
+            f"{folder} does not hold a CLIP tokenizer: the merge {said[:SHOWN]!r} does not fit the vocabulary"
+        )
+    return parts[0], parts[1]
 
 
-def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    if default is not None and not path.exists():
-        return default
-    try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+def _special(config: Mapping[str, Any], name: str, default: str, folder: Path) -> str:
+    said = config.get(name)
+    token = said.get("content") if isinstance(said, dict) else default if said is None else said
+    if not isinstance(token, str):
+        raise UserError(f"{name} of the tokenizer {folder} is no text: {str(token)[:SHOWN]!r}")
+    return token

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from jaxtyping import Int
 from tokenizers import BertWordPieceTokenizer
 
 from sdjax.core.errors import UserError
+from sdjax.core.untrusted import read_json, read_text
+from sdjax.data.text.tokenizers import is_numbered
 
 FILE, OTHER_FILE = "vocab.txt", "tokenizer.json"
 CLS, SEP, PAD, UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
@@ -53,15 +54,13 @@ def read_vocabulary(folder: str | Path) -> dict[str, int]:
         UserError: neither file can be read.
     """
     path, other = Path(folder) / FILE, Path(folder) / OTHER_FILE
-    try:
-        if not path.exists() and other.exists():
-            vocabulary = json.loads(other.read_text(encoding="utf-8"))["model"]["vocab"]
-            if sorted(vocabulary.values()) != list(range(len(vocabulary))):
-                raise ValueError("its tokens are not numbered from 0 on")
-            return {str(token): number for token, number in vocabulary.items()}
-        return {token: i for i, token in enumerate(path.read_text(encoding="utf-8").splitlines())}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error}") from error
+    if path.exists() or not other.exists():
+        return {token: i for i, token in enumerate(read_text(path).splitlines())}
+    model = read_json(other).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict) or not is_numbered(vocabulary) or max(vocabulary.values()) >= len(vocabulary):
+        raise UserError(f"cannot read the tokenizer {other}: its tokens are not numbered from 0 on")
+    return vocabulary
 
 
 def write_vocabulary(folder: Path, tokens: Mapping[str, int]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from jaxtyping import Array, Key, PRNGKeyArray
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
+from sdjax.core.untrusted import parse_json, read_bytes
 from sdjax.data.text.box_tokens import LayoutTokens
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits, required
 from sdjax.diffusion_model.conditioners.class_label import class_number
@@ -99,7 +99,7 @@ class LayoutConditioner(TokenConditioner):
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         layout = required(inputs, "layout", host.name)
-        objects = _read_json(layout) if isinstance(layout, str | Path) else list(layout)
+        objects = parse_json(read_bytes(layout), layout) if isinstance(layout, str | Path) else list(layout)
         try:
             if not isinstance(objects, list) or not all(isinstance(one, Mapping) for one in objects):
                 raise TypeError("not objects")
@@ -119,10 +119,3 @@ def layout_tokens(sizes: BertConfig, classes: int) -> LayoutTokens:
     if rest or objects < 1:
         raise UserError(f"config.model.bert.max_length={sizes.max_length}; choose 3 times the objects, and 2 more")
     return LayoutTokens(classes, sizes.vocab_size, objects)
-
-
-def _read_json(path: str | Path) -> Sequence[Any]:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read the layout {path}: {error}") from error
