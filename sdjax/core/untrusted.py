@@ -95,10 +95,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _integer(digits: str) -> int:
+def _integer(digits: str) -> int | float:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"a number has {len(digits)} digits")
-    return int(digits)
+    return int(digits) if digits != "-0" else -0.0  # which is no integer
 
 
 def _constant(name: str) -> float:

@@ -147,8 +147,8 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             text = file.read(length)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    header = parse_json(text, f"the header of {path}") if text.startswith(b"{") else None
-    metadata = header.get("__metadata__", {}) if header is not None else None
+    header: Any = parse_json(text, f"the header of {path}") if text.startswith(b"{") else {"__metadata__": None}
+    metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path} has a corrupt header: it is no JSON object of tensors, and of metadata that are text")
     return header, 8 + length
