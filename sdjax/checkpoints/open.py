@@ -36,6 +36,7 @@ from sdjax.checkpoints.layouts.original import read_autoencoder_file, read_singl
 from sdjax.checkpoints.mapping import Put
 from sdjax.checkpoints.storage.safetensors import read_weight_map
 from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, candidates, read_file, read_groups
+from sdjax.core.config import EXPORT
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.untrusted import read_json
 from sdjax.data.text.textual_inversion import fit, read_embedding
@@ -76,8 +77,9 @@ def resolve(
     """The local folder or file that `source` means.
 
     Args:
-        source: a local path; or `owner/name`, a model of the Hub, or `owner/name/file.safetensors`, a file there;
-            either may end in `@revision`. Of a model only what is read here is downloaded, one precision of it.
+        source: a local path, where the workdir of a finished run means its export; or `owner/name`, a model of the
+            Hub, or `owner/name/file.safetensors`, a file there; either may end in `@revision`. Of a model only what is
+            read here is downloaded, one precision of it.
         variant: e.g. "fp16": weights of that name are taken where there are some.
         cache_dir, endpoint: instead of those that HF_HOME and HF_ENDPOINT name.
 
@@ -86,7 +88,7 @@ def resolve(
     """
     path = Path(source).expanduser()
     if str(source) and path.exists():
-        return path
+        return within_workdir(path)
     match = ID.fullmatch(str(source))
     name = match["repo"] if match else ""
     file = match["file"] if match else None
@@ -98,6 +100,11 @@ def resolve(
     except FAILURES as error:
         raise UserError(_reason(place, error)) from error
     return folder if file is None else folder / file
+
+
+def within_workdir(path: Path) -> Path:
+    """The export of a finished run's workdir; any other path as it is."""
+    return path / EXPORT if (path / EXPORT).is_dir() and not (path / INDEX).exists() else path
 
 
 def _folder(place: Location, variant: str | None) -> Path:

@@ -27,6 +27,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from sdjax.checkpoints.open import within_workdir
 from sdjax.core.compilation import keep_compiled
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.files import check_target, write_text
@@ -83,11 +84,11 @@ def _figures(values: flags.FlagValues) -> dict[str, Any]:
         return compare(_sampled(flag["fake"]), Real("", None, {}), metrics, options, _say)
     real = _real(require(values, "real"), flag["limit"])
     if flag["autoencoder"]:
-        return judge(Path(flag["autoencoder"]), real, options, _say)
+        return judge(within_workdir(Path(flag["autoencoder"])), real, options, _say)
     if flag["pixels"]:
         if real.images is None:
             raise UserError(f"{real.name} holds statistics; bits are those of images")
-        return bits(Path(flag["pixels"]), real.images, flag["steps"], flag["batch_size"])
+        return bits(within_workdir(Path(flag["pixels"])), real.images, flag["steps"], flag["batch_size"])
     return compare(_sampled(flag["fake"]), real, metrics, options, _say)
 
 

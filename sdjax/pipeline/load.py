@@ -15,7 +15,7 @@ from sdjax.checkpoints.checkpoint import CLASSIFIERS, TOKENIZERS, Checkpoint, Co
 from sdjax.checkpoints.layouts.diffusers import INDEX, read_component
 from sdjax.checkpoints.layouts.original import read_adm_classifier
 from sdjax.checkpoints.mapping import Put
-from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae, resolve
+from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae, resolve, within_workdir
 from sdjax.core.config import EXPORT
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
@@ -107,10 +107,10 @@ def read_classifier(path: Path, place: Put | None = None) -> Component:
     (name,) = CLASSIFIERS
     if path.is_file():
         return read_adm_classifier(path, place=place)
-    folders = [folder for folder in (path, path / EXPORT) if (folder / name / "config.json").is_file()]
-    if not folders:
+    folder = within_workdir(path) / name
+    if not (folder / "config.json").is_file():
         raise UserError(f"there is no classifier in {path}: neither {name}/config.json nor a file of ADM's")
-    return read_component(folders[0] / name, name, place=place)
+    return read_component(folder, name, place=place)
 
 
 def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer | WordPieces]:
@@ -131,9 +131,8 @@ def find(source: Source, variant: str | None = None) -> Path:
     """
     path = resolve(source, variant=variant)
     if path.is_dir():
-        for folder in (path, path / EXPORT):
-            if (folder / INDEX).is_file():
-                return folder.resolve()
+        if (path / INDEX).is_file():
+            return path.resolve()
         if (path / "checkpoints").is_dir():
             raise UserError(f"{path} is a workdir without {EXPORT}: train.py writes it when training ends")
         raise UserError(f"{path} is no checkpoint: it has no {INDEX}; give {UNDERSTOOD}")

@@ -28,6 +28,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
 from sdjax.checkpoints.checkpoint import Checkpoint, Component
 from sdjax.checkpoints.layouts.diffusers import read_config, write_checkpoint
+from sdjax.checkpoints.open import within_workdir
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
@@ -147,7 +148,7 @@ def first_stage_of(config: Config) -> Any:
     if folder == PIXELS:
         return None
     if folder:
-        return read_config(Path(folder) / AUTOENCODER, AUTOENCODER)
+        return read_config(within_workdir(Path(folder)) / AUTOENCODER, AUTOENCODER)
     return sizes_of(config.model.autoencoder, autoencoder.VARIANTS, "config.model.autoencoder")
 
 

@@ -62,10 +62,14 @@ def write_export(
 
 
 def local_folder(folder: str) -> str:
-    """The same, or where a local copy of a folder in a bucket now is: weights are read with ordinary system calls."""
+    """The same, or where a local copy of a folder in a bucket now is: weights are read with ordinary system calls.
+
+    Of a finished run's workdir the export is copied.
+    """
     path = epath.Path(folder)
     if not is_remote(path):
         return folder
+    path = path / EXPORT if (path / EXPORT).exists() else path
     copy = epath.Path(tempfile.mkdtemp(prefix="sdjax-"))
     copy_tree(path, copy)
     return str(copy)

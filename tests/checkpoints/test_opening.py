@@ -16,12 +16,12 @@ from tiny_checkpoints import assert_same, tiny_checkpoint, write_tokenizer
 from torch_reference import drawn
 
 from sdjax.checkpoints.checkpoint import tokenizers_of
-from sdjax.checkpoints.layouts.diffusers import write_checkpoint
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.checkpoints.mapping import export
 from sdjax.checkpoints.networks import unet2d
-from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae
+from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae, resolve
 from sdjax.checkpoints.storage import safetensors, weights
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
@@ -160,3 +160,14 @@ def test_another_autoencoder_leaves_the_rest(sdxl, tmp_path):
     assert_same(sdxl, replace_vae(tmp_path / "model")(other))
     with pytest.raises(UserError, match="the model diffuses pixels"):
         replace_vae(tmp_path / "model")(dataclasses.replace(sdxl, components={"unet": sdxl.components["unet"]}))
+
+
+def test_a_workdir_means_its_export(sdxl, tmp_path):
+    """A whole model's and a first stage's, which has no index; a folder of diffusers is itself, whatever lies in it."""
+    write_component(tmp_path / "stage/export/vae", "vae", sdxl.components["vae"])
+    write_checkpoint(tmp_path / "run/export", sdxl)
+    write_checkpoint(tmp_path / "model", sdxl)
+    (tmp_path / "model/export").mkdir()
+    found = {name: resolve(tmp_path / name) for name in ("stage", "run", "model")}
+    assert found == {"stage": tmp_path / "stage/export", "run": tmp_path / "run/export", "model": tmp_path / "model"}
+    assert_same(replace_vae(tmp_path / "stage")(sdxl), sdxl)

@@ -6,6 +6,7 @@ Every condition's images are compared in test_ldm_references.py.
 from __future__ import annotations
 
 import json
+import shutil
 
 import diffusers
 import diffusers_pixels
@@ -33,7 +34,7 @@ from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.embedders import ClassEmbedder, ClassEmbedderConfig, Rescaler, RescalerConfig
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import sharded_put
-from sdjax.tasks.diffusion import drop_condition, make_model
+from sdjax.tasks.diffusion import drop_condition, first_stage_of, make_model
 from sdjax.tasks.make import make_task
 
 SOURCES = {"layout": "openmoji_scenes", "semantic_synthesis": "openmoji_regions"}
@@ -124,6 +125,11 @@ def test_the_loss_is_that_of_the_original(first_stage, tmp_path):
         low = channels_first(batch["low_res"].astype(np.float32) / 127.5 - 1.0)
         made = unet(torch.cat((x, low), dim=1), torch.from_numpy(np.array(t))).sample
     assert float(value) == pytest.approx(float((made - noise).square().mean()), rel=1e-4)
+
+
+def test_a_first_stage_is_read_from_the_workdir_of_its_run(first_stage, tmp_path):
+    shutil.copytree(first_stage, tmp_path / "run/export")
+    assert first_stage_of(config_of("celebahq", tmp_path / "run")) == zoo.VAES["vq_f4"]
 
 
 @pytest.mark.parametrize("written_by", ["us", "diffusers"])

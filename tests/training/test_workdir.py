@@ -37,6 +37,7 @@ def test_owner_and_export_in_a_bucket(bucket, tmp_path):
     assert not exported(bucket, 4)
     copy = Path(local_folder(str(bucket / "export")))
     np.testing.assert_array_equal(np.load(copy / "net" / "a.npy"), np.arange(3))
+    assert sorted(path.name for path in Path(local_folder(str(bucket))).iterdir()) == ["net"]  # a workdir's export
     assert local_folder(str(tmp_path)) == str(tmp_path)
 
 
