@@ -36,7 +36,7 @@ from sdjax.training.limits import check_limits, is_due
 from sdjax.training.lock import Lock
 from sdjax.training.metrics import Metrics
 from sdjax.training.optim import learning_rates, make_optimizer, warn_of_changed_rates
-from sdjax.training.preemption import Preemption
+from sdjax.training.preemption import Preemption, end_well_before
 from sdjax.training.profile import Profile
 from sdjax.training.step import init_state, make_step
 from sdjax.training.task import split_frozen
@@ -144,4 +144,5 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
 
 
 if __name__ == "__main__":
+    end_well_before("the first step")
     run_together(main)

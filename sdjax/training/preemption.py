@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import signal
 from types import FrameType
@@ -13,6 +14,8 @@ from jax.experimental import multihost_utils
 # Counts the steps of a process over all its runs, such as a first stage and what follows: JAX's agreement is on the
 # next number that no process has reached, so numbers must never go back.
 _STEPS = itertools.count(1)
+
+logger = logging.getLogger("sdjax")
 
 
 class Preemption:
@@ -37,15 +40,34 @@ class Preemption:
         return multihost_utils.reached_preemption_sync_point(step) if self._together else self._asked
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Gives the signals back; one that came after the last step ends the process here, with exit code 0."""
+        """Gives the signals back; one that came after the last step ends the process here, with exit code 0.
+
+        A run that was asked to stop stops: schedulers repeat themselves.
+        """
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._asked else handler)
         if self._asked and kind is None:
             raise SystemExit(0)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self._asked = True
+
+
+def end_well_before(what: str) -> None:
+    """Until a `Preemption` is entered the signals end this process with exit code 0: there is nothing to save.
+
+    Once several processes have met, they stop together, after their first step.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if jax.distributed.is_initialized():
+            return _as_sigterm(number, frame)
+        logger.warning("%s before %s: there is nothing to save", signal.Signals(number).name, what)
+        raise SystemExit(0)
+
+    for number in SIGNALS:
+        signal.signal(number, end)
 
 
 def _as_sigterm(number: int, frame: FrameType | None) -> None:

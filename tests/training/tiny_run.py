@@ -20,6 +20,7 @@ from sdjax.data.loader import Shard, loader
 from sdjax.data.sources.open import ArraySource
 from sdjax.parallel.distributed import run_together
 from sdjax.tasks.base import loader_options
+from sdjax.training.preemption import end_well_before
 from sdjax.training.task import Task
 
 WIDTH, ROWS = 64, 32
@@ -85,5 +86,6 @@ def slow(batches):
 
 
 if __name__ == "__main__":
+    end_well_before("the first step")
     train.make_task = make_task
     run_together(train.main)
