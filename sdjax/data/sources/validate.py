@@ -13,7 +13,7 @@ from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
-from sdjax.core.errors import UserError, unknown
+from sdjax.core.errors import UserError, printable, unknown
 from sdjax.data.sources import array_records, folder, webdataset
 from sdjax.data.sources.base import DatasetRow, Example, Source
 from sdjax.data.sources.open import KINDS, source
@@ -81,7 +81,7 @@ def report(
             rows += 1
             if bad is not None:
                 bad_rows += 1
-                bar.write(str(bad), file=output)
+                bar.write(printable(bad), file=output)
     print(f"{name} ({split}): {rows} rows, {bad_rows} bad", file=output)
     return bad_rows
 
