@@ -34,6 +34,7 @@ from sdjax.checkpoints.families import PREDICTIONS, kind_of_shapes
 from sdjax.checkpoints.layouts.diffusers import FIRST_STAGE, INDEX, class_of_index, present, read_component, read_folder
 from sdjax.checkpoints.layouts.original import read_autoencoder_file, read_single_file, shapes_of
 from sdjax.checkpoints.mapping import Put
+from sdjax.checkpoints.storage.hub_answers import check_answers
 from sdjax.checkpoints.storage.safetensors import read_weight_map
 from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, candidates, read_file, read_groups
 from sdjax.core.config import EXPORT
@@ -95,6 +96,7 @@ def resolve(
     if match is None or name.endswith(WEIGHTS) or (file is not None and not file.endswith(WEIGHTS)):
         raise UserError(f"there is no file or folder {str(source)!r}, nor is it an id of the Hub (owner/name)")
     place = Location(name, file, match["revision"], cache_dir, endpoint)
+    check_answers()
     try:
         folder = _folder(place, variant)
     except FAILURES as error:

@@ -42,6 +42,7 @@ class Hub:
     def __init__(self, root: Path) -> None:
         hub = self
         self.root, self.gated, self.served = root, {"acme/gated"}, list[str]()
+        self.sha, self.etag, self.oid, self.listed = SHA, "", "", list[str]()  # of hostile ones
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -77,24 +78,28 @@ class Hub:
             return self.send(to, 200, json.dumps(self.listing(folder, rest[:1])).encode(), {}, body)
         file = folder / "/".join(rest[2:])
         if not file.is_file():
-            return self.send(to, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": SHA}, body)
+            return self.send(to, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.sha}, body)
         if body:
             self.served.append("/".join(rest[2:]))
         content = file.read_bytes()
         digest = hashlib.sha1(content).hexdigest()
-        return self.send(to, 200, content, {"ETag": f'"{digest}"', "X-Repo-Commit": SHA}, body)
+        etag = self.etag or f'"{digest}"'
+        return self.send(to, 200, content, {"ETag": etag, "X-Repo-Commit": self.sha}, body)
 
     def listing(self, folder: Path, kind: list[str]) -> object:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         names = [str(path.relative_to(folder)) for path in files]
+        names += self.listed if kind == ["tree"] else []
+        files += files[: len(names) - len(files)]
         if kind == ["tree"]:
             oids = [hashlib.sha1(path.read_bytes()).hexdigest() for path in files]
             sizes = [path.stat().st_size for path in files]
             return [
-                {"type": "file", "path": name, "size": size, "oid": oid}
+                {"type": "file", "path": name, "size": size, "oid": self.oid or oid}
                 for name, size, oid in zip(names, sizes, oids, strict=True)
             ]
-        return {"id": "/".join(folder.parts[-2:]), "sha": SHA, "siblings": [{"rfilename": name} for name in names]}
+        siblings = [{"rfilename": name} for name in (*names, *self.listed)]
+        return {"id": "/".join(folder.parts[-2:]), "sha": self.sha, "siblings": siblings}
 
     @staticmethod
     def send(to: BaseHTTPRequestHandler, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
@@ -264,3 +269,26 @@ def test_the_clients_own_settings_are_followed(hub: Hub, tmp_path: Path):
     assert run(HF_HUB_OFFLINE="1").stdout == online.stdout
     alone = run(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "other"))
     assert "UserError: acme/xl is neither a local path nor in the cache, and the Hub cannot be reached" in alone.stderr
+
+
+CLIMBING = "../../../../climbed"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"sha": sha} for sha in (CLIMBING, "/climbed", "..", SHA[:-1], f"{SHA}/../..", "", "main")),
+        *({"etag": f'"{etag}"'} for etag in (CLIMBING, "..", "a/b", "W/..", "a" * 200, "")),
+        *({"oid": oid} for oid in (CLIMBING, "a/b", "..")),
+        *({"listed": [name]} for name in (CLIMBING, "/climbed", "scheduler/../../../climbed.json", "a\\b", "..")),
+    ],
+    ids=str,
+)
+def test_an_endpoint_that_answers_paths_is_refused(change: dict[str, Any], hub: Hub, tmp_path: Path):
+    vars(hub).update(change)
+    before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    with pytest.raises(UserError, match=r"127\.0\.0\.1 answers as no Hub does: .* is no (commit|digest|name)") as error:
+        resolve("acme/xl", cache_dir=tmp_path / "some" / "cache" / "hub", endpoint=hub.url)
+    assert "\n" not in str(error.value)
+    assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} - before <= {tmp_path / "some"}
+    assert not [path for path in (tmp_path / "some").rglob("*") if "climbed" in path.name]
