@@ -7,8 +7,8 @@ ADM's (openai/guided-diffusion, the flags in its README).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from sdjax.checkpoints.original_keys import Heads
 from sdjax.core.errors import UserError, unknown
 
 T = TypeVar("T")
+Claims: TypeAlias = Sequence[tuple[str | None, str]]
 UNET, VAE, COND = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 FIRST, POOL = "input_blocks.0.0.weight", "out.2.positional_embedding"
 SGM, VECTOR = "conditioner.embedders.0.", "label_emb.0.0.weight"
@@ -35,6 +36,7 @@ PREDICTIONS = {
     **{"epsilon": "epsilon", "eps": "epsilon", "sample": "sample"},
     **dict.fromkeys(("v", "v_prediction", "v-prediction"), "v_prediction"),
 }
+ONE_STEP = re.compile(r"1step(_unet)?_x0", re.IGNORECASE)  # the names of SDXL-Lightning's files that predict x0
 
 
 class Family(NamedTuple):
@@ -347,20 +349,24 @@ def _adm_family(shapes: Shapes, names: Iterable[str], place: object) -> str:
 
 
 def find_prediction(
-    family: str, tensors: Mapping[str, Stored], facts: Mapping[str, str], in_channels: int, requested: str | None
+    family: str, tensors: Mapping[str, Stored], facts: Mapping[str, str], in_channels: int, claims: Claims = ()
 ) -> tuple[str, str]:
     """The network's prediction, and why that is believed.
 
     Stable Diffusion 2's base and v models differ in nothing but their weights: the number of training steps tells the
     first base model (875000), and the spread of one tensor others. Without it v is assumed, as in diffusers.
 
+    Args:
+        claims: what is known from elsewhere, the first of which is believed, and why; None is no claim.
+
     Raises:
-        UserError: `requested` is no prediction type.
+        UserError: a claim is no prediction type.
     """
-    if requested is not None:
-        if requested not in PREDICTIONS:
-            raise unknown("prediction", requested, PREDICTIONS)
-        return PREDICTIONS[requested], "as requested"
+    for claim, reason in claims:
+        if claim is not None:
+            if claim not in PREDICTIONS:
+                raise unknown("prediction", claim, PREDICTIONS)
+            return PREDICTIONS[claim], reason
     said = facts.get("modelspec.prediction_type", "").lower()
     if said in PREDICTIONS:
         return PREDICTIONS[said], "the file's metadata say so"
@@ -379,11 +385,17 @@ def find_prediction(
     return "v_prediction", "assumed: SD 2 files do not say; give the prediction for a base model of 512 pixels"
 
 
-def scheduler_config(family: str, prediction: str, keys: Iterable[str]) -> dict[str, Any]:
-    """The scheduler's config; models trained to a terminal SNR of zero are sampled from the last timestep."""
-    config = {**FAMILIES[family].scheduler, "prediction_type": prediction}
+def scheduler_config(
+    family: str, prediction: str, keys: Iterable[str], own: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The scheduler's config, `own` entries before the family's.
+
+    Models trained to a terminal SNR of zero are sampled from the last timestep.
+    """
+    own = {**(own or {}), "prediction_type": prediction}
+    config = {**FAMILIES[family].scheduler, **own}
     if "ztsnr" in set(keys):
         if config["_class_name"] == "PNDMScheduler":  # which has no such option
-            config = {**_DDIM, "prediction_type": prediction}
+            config = {**_DDIM, **own}
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple, cast
 
 from huggingface_hub import HfApi, snapshot_download
@@ -121,13 +121,19 @@ def _folder(place: Location, variant: str | None) -> Path:
     if place.file is not None:
         if place.file not in names:
             raise UserError(f"{place} has no file {place.file!r}")
-        return _download(place, [place.file])
+        return _download(place, _with_settings(place.file))
     if INDEX not in names:
         files = [f"{place.repo}/{name}" for name in names if name.endswith(WEIGHTS)]
         hint = f"give one of its files: {', '.join(files[:5])}" if files else "it holds no weights either"
         raise UserError(f"{place} has no {INDEX}, so it is no diffusers folder; {hint}")
     folder = _download(place, SETTINGS)
     return _download(place, (*SETTINGS, *_weight_files(folder, names, place, variant)))
+
+
+def _with_settings(file: str) -> tuple[str, ...]:
+    """A file, and what may stand beside it: LDM's config, as the file is named, or a network's."""
+    path = PurePosixPath(file)
+    return file, str(path.with_suffix(".yaml")), str(path.with_name("config.json"))
 
 
 def _download(place: Location, patterns: Collection[str], local: bool = False) -> Path:
@@ -146,7 +152,7 @@ def _download(place: Location, patterns: Collection[str], local: bool = False) -
 def _cached(place: Location, variant: str | None, error: Exception) -> Path:
     """The folder that an earlier download left; `error` is why there is no other."""
     try:
-        folder = _download(place, SETTINGS if place.file is None else [place.file], local=True)
+        folder = _download(place, SETTINGS if place.file is None else _with_settings(place.file), local=True)
         names = [str(path.relative_to(folder)) for path in folder.rglob("*")]
         wanted = list(_weight_files(folder, names, place, variant)) if place.file is None else [place.file]
     except (LocalEntryNotFoundError, UserError):

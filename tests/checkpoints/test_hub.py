@@ -22,6 +22,7 @@ from torch_reference import drawn
 from sdjax.checkpoints.checkpoint import ALL_FORMATS, Checkpoint, Component
 from sdjax.checkpoints.families import FAMILIES
 from sdjax.checkpoints.layouts.diffusers import read_folder, write_checkpoint
+from sdjax.checkpoints.ldm_config import config_beside
 from sdjax.checkpoints.open import resolve
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
@@ -208,9 +209,11 @@ def test_a_download_that_broke_off_is_no_model(hub: Hub, tmp_path: Path):
 
 def test_one_file_of_a_repository(hub: Hub, tmp_path: Path):
     cache = tmp_path / "cache"
+    (hub.root / "acme" / "xl" / "xl_base.yaml").write_text("model: {params: {parameterization: v}}")
     path = resolve("acme/xl/xl_base.safetensors@v1", cache_dir=cache, endpoint=hub.url)
     assert path.read_bytes() == b"all in one file"
-    assert weights(hub.served) == {"xl_base.safetensors"}
+    assert config_beside(path).prediction == "v_prediction"
+    assert weights(hub.served) == {"xl_base.safetensors", "xl_base.yaml"}
     hub.stop()
     assert resolve("acme/xl/xl_base.safetensors@v1", cache_dir=cache, endpoint=hub.url) == path
     with pytest.raises(UserError, match=r"acme/xl/other\.ckpt is neither a local path nor in the cache"):

@@ -220,10 +220,83 @@ def test_a_spread_tells_what_stable_diffusion_2_predicts(spread: float, predicti
     """Of one norm's bias, as ComfyUI tells it; facts of the file come first."""
     bias = np.random.default_rng(0).normal(0.0, spread, 320).astype(np.float16)
     stored = {"model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias": bias}
-    assert find_prediction("sd2", stored, {}, 4, None)[0] == prediction
-    assert find_prediction("sd2", stored, {"global_step": "875000"}, 4, None)[0] == "epsilon"
-    assert find_prediction("sd2", stored, {}, 9, None)[0] == "epsilon"
-    assert find_prediction("sdxl", stored, {}, 4, None)[0] == "epsilon"
+    assert find_prediction("sd2", stored, {}, 4)[0] == prediction
+    assert find_prediction("sd2", stored, {"global_step": "875000"}, 4)[0] == "epsilon"
+    assert find_prediction("sd2", stored, {}, 9)[0] == "epsilon"
+    assert find_prediction("sdxl", stored, {}, 4)[0] == "epsilon"
+
+
+LDM_YAML = "model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: {timesteps: 1000%s}}"
+SGM_YAML = (
+    "model: {target: sgm.models.diffusion.DiffusionEngine, params: {scale_factor: 0.13025, denoiser_config: "
+    "{params: {scaling_config: {target: sgm.modules.diffusionmodules.denoiser_scaling.%s}}}}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "content", "prediction"),
+    [
+        ("sd1", LDM_YAML % ", parameterization: v", "v_prediction"),
+        ("sd1", LDM_YAML % ", parameterization: x0", "sample"),
+        ("sd2", LDM_YAML % ", parameterization: v", "v_prediction"),
+        ("sd2", LDM_YAML % "", "epsilon"),
+        ("sdxl", SGM_YAML % "VScaling", "v_prediction"),
+        ("sdxl", SGM_YAML % "EpsScaling", "epsilon"),
+        ("sdxl", "training: {steps: 3}", "epsilon"),
+    ],
+)
+def test_a_config_beside_a_file_is_followed(family, content, prediction, tensors, tmp_path: Path):
+    """By its name, as A1111 does; it wins over the file's metadata, and what is requested wins over it."""
+    path, other = tmp_path / "model.safetensors", {"epsilon": "v", "v_prediction": "epsilon", "sample": "v"}
+    beside = content.startswith("model")
+    save_file(tensors[family], path, {"modelspec.prediction_type": other[prediction] if beside else prediction})
+    (tmp_path / "model.yaml").write_text(content)
+    found = read_single_file(path)
+    assert found.scheduler["prediction_type"] == prediction
+    assert ("model.yaml says so" in str(detect(path))) == beside
+    for requested, expected in (("epsilon", "epsilon"), ("v", "v_prediction")):
+        assert detect(path, prediction=requested).prediction == expected
+    assert found.components["vae"].config.scaling_factor == (0.13025 if family == "sdxl" else 0.18215)
+
+
+def test_a_configs_noise_schedule_and_scale(tensors, tmp_path: Path):
+    save_file(tensors["sd1"], tmp_path / "model.safetensors")
+    said = ", linear_start: 0.0015, linear_end: 0.0195, beta_schedule: cosine, scale_factor: 0.3, use_ema: false"
+    (tmp_path / "model.yaml").write_text(LDM_YAML % said)
+    found = read_single_file(tmp_path / "model.safetensors")
+    schedule = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "squaredcos_cap_v2"}
+    assert schedule.items() <= found.scheduler.items()
+    assert found.components["vae"].config.scaling_factor == 0.3
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("model: {", "is not YAML"),
+        ("!!python/object/apply:os.getcwd []", "is not YAML"),
+        (LDM_YAML % ", parameterization: velocity", "unknown parameterization 'velocity' in .*; choose one of: eps, v"),
+        (LDM_YAML % ", parameterization: [v]", r"unknown parameterization \['v'\]"),
+        (LDM_YAML % ", beta_schedule: sqrt", "unknown beta_schedule 'sqrt'"),
+        (LDM_YAML % ", linear_end: none", "linear_end = 'none' in .* is no positive number"),
+        (LDM_YAML % ", scale_factor: -1", "scale_factor = -1 in .* is no positive number"),
+        (SGM_YAML % "EDMScaling", "unknown scaling_config 'EDMScaling'"),
+    ],
+)
+def test_a_config_that_cannot_be_followed_is_named(content: str, words: str, tensors, tmp_path: Path):
+    save_file(tensors["sd1"], tmp_path / "model.safetensors")
+    (tmp_path / "model.yaml").write_text(content)
+    with pytest.raises(UserError, match=words) as error:
+        detect(tmp_path / "model.safetensors")
+    assert "model.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_of_x0_is_followed(tensors, tmp_path: Path):
+    """SDXL-Lightning's models of one step, whose files say it nowhere else."""
+    for name in ("sdxl_lightning_1step_x0", "sdxl_lightning_1step_unet_x0"):
+        save_file(tensors["sdxl"], tmp_path / f"{name}.safetensors", {"modelspec.prediction_type": "epsilon"})
+        assert detect(tmp_path / f"{name}.safetensors").prediction == "sample"
+    assert detect(tmp_path / f"{name}.safetensors", prediction="v").prediction == "v_prediction"
 
 
 def test_a_terminal_snr_of_zero_survives_the_round_trip(made, tmp_path: Path):

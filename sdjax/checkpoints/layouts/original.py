@@ -28,6 +28,7 @@ from sdjax.checkpoints.families import (
     COND,
     FAMILIES,
     FIRST,
+    ONE_STEP,
     SCALES,
     SKIPPED,
     UNET,
@@ -39,6 +40,7 @@ from sdjax.checkpoints.families import (
     with_ldm_names,
 )
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
+from sdjax.checkpoints.ldm_config import LDMConfig, config_beside
 from sdjax.checkpoints.mapping import Kind, Put, Shapes, Writable, check_shapes, listed, stored_shapes
 from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
 from sdjax.checkpoints.original_keys import SQUEEZED, Piece, SplitTensor, inward, outward, without_prefix
@@ -57,8 +59,8 @@ OLD_CLIP = r"^((cond_stage_model|conditioner\.embedders\.0)\.transformer\.)(embe
 
 
 class Detected(NamedTuple):
-    """The family that a single file was taken for, what it predicts ("epsilon" or "v_prediction") and why that is
-    believed, and the channels of its UNet: 4, or 9 for inpainting, 5 for depth, 7 for the upscaler."""
+    """The family that a single file was taken for, what it predicts ("epsilon", "v_prediction" or "sample") and why
+    that is believed, and the channels of its UNet: 4, or 9 for inpainting, 5 for depth, 7 for the upscaler."""
 
     family: str
     prediction: str
@@ -92,22 +94,32 @@ class Network(NamedTuple):
         return {self.prefix + key: whole.shape for key, whole in outward(self.pieces, arrays).items()}
 
 
-def _read(source: Source) -> Weights:
-    stored = read_file(source)
-    return stored._replace(tensors=with_ldm_names(stored.tensors))
-
-
 def detect(source: Source, *, family: str | None = None, prediction: str | None = None) -> Detected:
     """The model that `read_single_file` takes a file for; of a safetensors file hardly more than the header is read.
 
     Raises:
         UserError: as `read_single_file`.
     """
-    tensors, facts, path = _read(source)
+    stored = _read(source)
+    return _detect(stored, config_beside(stored.path), family, prediction)
+
+
+def _read(source: Source) -> Weights:
+    stored = read_file(source)
+    return stored._replace(tensors=with_ldm_names(stored.tensors))
+
+
+def _detect(stored: Weights, config: LDMConfig, family: str | None, prediction: str | None) -> Detected:
+    tensors, facts, path = stored
     name = find_family(shapes_of(tensors), family, path)
     prefix = "" if FAMILIES[name].kind == PIXELS else UNET
     in_channels = shapes_of(tensors)[prefix + FIRST][1]
-    return Detected(name, *find_prediction(name, tensors, facts, in_channels, prediction), in_channels)
+    claims = (
+        (prediction, "as requested"),
+        (config.prediction, f"{config.name} says so"),
+        ("sample" if ONE_STEP.search(path.stem) else None, "its name says x0"),
+    )
+    return Detected(name, *find_prediction(name, tensors, facts, in_channels, claims), in_channels)
 
 
 def read_single_file(
@@ -124,7 +136,7 @@ def read_single_file(
     Args:
         dtype, place: as in `sdjax.checkpoints.checkpoint.Reading`.
         family: one of `FAMILIES`; None to find out.
-        prediction: "epsilon" or "v_prediction"; None to find out.
+        prediction: "epsilon", "v_prediction" or "sample"; None to find out, also in a `.yaml` beside the file.
         weights: "model", or "ema" for the UNet's average over training, which some files hold besides; None takes
             averages of the LDM paper's models where the file has them, as the paper samples.
 
@@ -133,13 +145,14 @@ def read_single_file(
             keys of its family or has scales of quantised weights.
     """
     stored = _read(source)
-    found, path = detect(stored, family=family, prediction=prediction), stored.path
+    path, config = stored.path, config_beside(stored.path)
+    found = _detect(stored, config, family, prediction)
     row, how = FAMILIES[found.family], ReadOptions(dtype, place)
     kept = chosen_weights(stored.tensors, weights or (None if row.kind == LDM else "model"), path)
     averaged = any(kept[key] is not stored.tensors[key] for key in kept)
     logger.info("%s is taken for %s%s", path.name, found, "; averaged weights" if averaged else "")
     tensors = wanted(kept)
-    scale = _own_scale(stored.tensors, path) if row.kind == LDM else None
+    scale = (_own_scale(stored.tensors, path) if row.kind == LDM else None) or config.scale
     networks = networks_in(shapes_of(tensors), found, path, scale)
     tensors = as_expected(tensors, networks)
     check_fit(tensors, networks, path)
@@ -150,7 +163,7 @@ def read_single_file(
     folders = {n.name: "open_clip" if n.is_open_clip else "clip_l" for n in networks if n.name in TOKENIZERS}
     return Checkpoint(
         components=components,
-        scheduler=scheduler_config(found.family, found.prediction, stored.tensors),
+        scheduler=scheduler_config(found.family, found.prediction, stored.tensors, config.scheduler),
         conditioning=row.conditioning or pixel_conditioning(components["unet"].config, path),
         settings=settings,
         tokenizers={name: TOKENIZER_FOLDERS / folder for name, folder in folders.items()},
