@@ -28,9 +28,17 @@ class Distilled(NamedTuple):
 
 # By sampler: luosimiao's LCM (diffusers, LatentConsistencyModelPipeline) and jabir-zheng's TCD.
 SAMPLED = {"lcm": Distilled(4, 8.5, "lcm", None), "tcd": Distilled(4, 0.0, "tcd", None)}
-# By name: stabilityai/sdxl-turbo (1 to 4 steps), ByteDance/SDXL-Lightning (as many as the file's name says).
-NAMED = {"lightning": Distilled(4, 0.0, "euler", "trailing"), "turbo": Distilled(4, 0.0, "euler_a", "trailing")}
-STEPS = re.compile(r"(\d{1,2})[ _-]?steps?\b")
+FEW = r"(?<!\d)([1-8])[ _-]?steps?(?![a-z])"
+# By name. A word alone is also in names of plain models: it counts with the number of steps, as ByteDance's
+# (SDXL-Lightning, Hyper-SD) and tianweiy's (DMD2) files have it; Stability's Turbo by its whole name; LCM is no word.
+NAMED = (
+    ("lightning", rf"(?i)lightning.*{FEW}|{FEW}.*lightning", Distilled(4, 0.0, "euler", "trailing")),
+    ("hyper", rf"(?i)hyper.*{FEW}|{FEW}.*hyper", Distilled(8, 0.0, "ddim", "trailing")),
+    ("dmd", rf"(?i)dmd.*{FEW}|{FEW}.*dmd", Distilled(4, 0.0, "lcm", None)),
+    ("turbo", r"(?i)(?<![a-z])sd[ _-]?(xl)?[ _-]?turbo(?![a-z])", Distilled(4, 0.0, "euler_a", "trailing")),
+    ("lcm", r"(?<![a-zA-Z])lcm(?![a-z])|(?<![A-Z])LCM(?![a-z])", SAMPLED["lcm"]),
+)
+AMBIGUOUS = re.compile("lightning|turbo", re.IGNORECASE)
 
 
 def few_step_defaults(
@@ -43,15 +51,16 @@ def few_step_defaults(
         guidance_condition: whether the UNet is conditioned on the guidance scale, as LCMs are.
         single_file: whether `scheduler_config` is not the checkpoint's own.
     """
-    lower = name.lower()
-    word = next((word for word in NAMED if word in lower), "few-step")
-    found = NAMED.get(word) or SAMPLED.get("lcm" if guidance_condition else sampler_of(scheduler_config))
+    own = SAMPLED.get("lcm" if guidance_condition else sampler_of(scheduler_config))
+    word, found = next(((word, way) for word, sign, way in NAMED if re.search(sign, name)), ("few-step", own))
     if found is None:
+        if word := AMBIGUOUS.search(name):
+            logger.info("%s is sampled as a plain model; if it is a %s one, give steps and guidance", name, word[0])
         return {}
-    steps = STEPS.search(lower)
+    steps = re.search(FEW, name, re.IGNORECASE)
     # An LCM without that condition is one by LoRA, which has learned to do without guidance.
     plain = found.sampler == "lcm" and not guidance_condition
-    chosen: dict[str, Any] = {"steps": int(steps[1]) if steps and int(steps[1]) else found.steps}
+    chosen: dict[str, Any] = {"steps": int(steps[1]) if steps else found.steps}
     chosen["guidance_scale"] = 1.0 if plain else found.guidance_scale
     if single_file:
         chosen["sampler"] = found.sampler

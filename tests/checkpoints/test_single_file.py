@@ -179,6 +179,18 @@ def test_networks_of_two_families_are_no_checkpoint(tensors, tmp_path: Path):
         detect(tmp_path / "x.safetensors")
 
 
+def test_latent_consistency_models(tensors, tmp_path: Path):
+    """Whose UNet is conditioned on the guidance scale, under LDM's spelling and under that of diffusers' script."""
+    made = tiny_checkpoint("sd1_lcm", TOKENIZER_FOLDERS / "clip_l", VOCABULARY)
+    write_single_file(tmp_path / "lcm.safetensors", made)
+    assert_same(made, read_single_file(tmp_path / "lcm.safetensors"))
+    file = load_file(tmp_path / "lcm.safetensors")
+    stem = "model.diffusion_model"
+    file[f"{stem}.time_embedding.cond_proj.weight"] = file.pop(f"{stem}.time_embed.cond_proj.weight")
+    save_file(file, tmp_path / "other.safetensors")
+    assert_same(made, read_single_file(tmp_path / "other.safetensors"))
+
+
 def test_pickles_are_read_as_well(made, tensors, tmp_path: Path):
     torch.save({"state_dict": tensors["sd2"], "global_step": 875000}, tmp_path / "model.ckpt")
     assert_same(made["sd2"][0], read_single_file(tmp_path / "model.ckpt"))

@@ -23,6 +23,7 @@ from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.checkpoints.networks.unet import shapes as unet_shapes
 from sdjax.core.errors import UserError
+from sdjax.pipeline.few_step import few_step_defaults
 
 TOLERANCE = 1e-3
 SIZE, LATENT = zoo.SIDE, zoo.SIDE // 2
@@ -244,6 +245,36 @@ def test_few_step_files_have_settings_of_their_own(name, expected, single_file, 
     assert ("is sampled as a" in caplog.text) == (expected[0] < 50)
     assert f"{name} is taken for SDXL" in caplog.text
     assert chosen(pipe, steps=9, guidance_scale=3.0)[:2] == (9, 3.0)
+
+
+LIGHTNING, TURBO = ("euler", "trailing"), ("euler_a", "trailing")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sdxl_lightning_8step_unet", (8, 0.0, *LIGHTNING)),
+        ("sdxl_lightning_1step_unet_x0", (1, 0.0, *LIGHTNING)),
+        ("SDXL-Lightning-4-steps", (4, 0.0, *LIGHTNING)),
+        ("realvis_4step_Lightning", (4, 0.0, *LIGHTNING)),
+        ("sdxl-turbo", (4, 0.0, *TURBO)),
+        ("sd_turbo", (4, 0.0, *TURBO)),
+        ("Hyper-SDXL-8steps", (8, 0.0, "ddim", "trailing")),
+        ("dmd2_sdxl_4step_unet_fp16", (4, 1.0, "lcm", None)),
+        ("dreamshaper_8LCM", (4, 1.0, "lcm", None)),
+        ("lcm-sdxl", (4, 1.0, "lcm", None)),
+        *((name, None) for name in ("lightning_bolts_v2", "thunderLightning", "lightning_30steps", "turbokid_xl")),
+        *((name, None) for name in ("hyperrealism_v3", "calcmodel", "welcome", "misd_turbocharged", "sd_xl_base_1.0")),
+    ],
+)
+def test_names_of_few_step_models(name, expected, caplog):
+    """A word of a way of distilling is also in names of plain models; their log says how to sample it otherwise."""
+    with caplog.at_level("INFO", "sdjax"):
+        found = few_step_defaults(name, {"_class_name": "EulerDiscreteScheduler"}, False, True)
+    names = ("steps", "guidance_scale", "sampler", "schedule")
+    assert (tuple(map(found.get, names)) if found else None) == expected
+    if expected is None and ("lightning" in name.lower() or "turbo" in name):
+        assert "is sampled as a plain model; if it is a" in caplog.text
 
 
 def test_hub_models_keep_their_names(single_file, tmp_path, monkeypatch):

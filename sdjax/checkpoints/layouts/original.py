@@ -54,8 +54,15 @@ logger = logging.getLogger("sdjax")
 TOKENIZER_FOLDERS = ASSETS / "clip"
 AVERAGES, WEIGHTS = "model_ema.", ("ema", "model")
 UNSQUEEZED = Piece("", Kind(SQUEEZED.outward, SQUEEZED.inward))
-# The first files were written before transformers had the inner name.
-OLD_CLIP = r"^((cond_stage_model|conditioner\.embedders\.0)\.transformer\.)(embeddings|encoder|final_layer_norm)\."
+OTHER_NAMES = (
+    # The first files were written before transformers had the inner name.
+    (
+        r"^((cond_stage_model|conditioner\.embedders\.0)\.transformer\.)(embeddings|encoder|final_layer_norm)\.",
+        r"\1text_model.\3.",
+    ),
+    # LDM's UNets are not conditioned on the guidance scale; diffusers' script of conversion leaves its own name.
+    (r"^(model\.diffusion_model\.)time_embedding\.cond_proj\.", r"\1time_embed.cond_proj."),
+)
 
 
 class Detected(NamedTuple):
@@ -202,7 +209,9 @@ def wanted(tensors: Mapping[str, Writable]) -> dict[str, Writable]:
     Inpainting models of the LDM paper's name their first stage twice: it is their condition's network, too.
     """
     skipped = re.compile("|".join(f"({pattern})" for pattern in SKIPPED))
-    kept = {re.sub(OLD_CLIP, r"\1text_model.\3.", key): t for key, t in tensors.items() if not skipped.fullmatch(key)}
+    kept = {key: tensor for key, tensor in tensors.items() if not skipped.fullmatch(key)}
+    for pattern, replacement in OTHER_NAMES:
+        kept = {re.sub(pattern, replacement, key): tensor for key, tensor in kept.items()}
     twins = {COND + key.removeprefix(VAE) for key in kept if key.startswith(VAE)}
     return {key: tensor for key, tensor in kept.items() if key not in twins}
 

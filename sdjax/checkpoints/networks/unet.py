@@ -33,6 +33,7 @@ UP = {False: "UpBlock2D", True: "CrossAttnUpBlock2D"}
 SIZE_WIDTH = "addition_time_embed_dim"
 """SDXL's sinusoidal features of each size and crop: 256, and fewer in small models. They are made outside of the
 network, so its sizes do not tell, and a config.json's own value is kept."""
+GUIDANCE = "time_embed.cond_proj.weight"  # of latent consistency models, which are conditioned on the guidance scale
 DEFAULT_CHANNELS = (320, 640, 1280, 1280)
 VECTOR_DIM = "projection_class_embeddings_input_dim"
 
@@ -247,6 +248,7 @@ def original_config(found: Shapes, heads: Heads, place: object) -> UNetConfig:
         heads=found_heads,
         context_dim=sizes.axis("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
         vector_dim=sizes.axis("label_emb.0.0.weight", 1) if "label_emb.0.0.weight" in sizes else None,
+        guidance_dim=sizes.axis(GUIDANCE, 1) if GUIDANCE in sizes else None,
         classes=classes,
         # The x4 upscaler, which alone has classes, has no self-attention but at the coarsest level.
         cross_only=tuple(level for level in range(last) if classes and depths[level]),
