@@ -6,7 +6,12 @@ Global batch i is a pure function of (source, seed, i): neither the number of pr
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
+import os
+import re
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +23,12 @@ from sdjax.data.sources.base import Source
 
 KEY = "config.train.batch_size"
 Transform = grain.transforms.Map | grain.transforms.RandomMap
+
+KILLED = re.compile(r"[Ww]orker process was terminated unexpectedly with exit code (-?\d+)")
+"""Grain's words, in an error that has no type of its own."""
+FEWER = "choose fewer config.data.workers or config.data.threads"
+
+logger = logging.getLogger("sdjax")
 
 
 class Shard(NamedTuple):
@@ -41,6 +52,7 @@ class Loader(Iterator[dict[str, Any]]):
     def __init__(self, batches: grain.MapDataset, shard: Shard, reading: Prefetch, identity: dict[str, int]):
         """Starts at step 0. `batches` are those of all processes, in turn."""
         self._batches, self._shard, self._reading, self._identity = batches, shard, reading, identity
+        self._restarted = -1
         self._start(0)
 
     @property
@@ -49,7 +61,26 @@ class Loader(Iterator[dict[str, Any]]):
         return self._step
 
     def __next__(self) -> dict[str, Any]:
-        batch = next(self._iterator)
+        """The next batch. Where a worker was killed all are started anew, once a batch: no batch depends on them.
+
+        Raises:
+            UserError: an example cannot be read, memory is short, or workers are killed again and again.
+        """
+        try:
+            batch = next(self._iterator)
+        except MemoryError as error:
+            raise UserError(f"batch {self._step + 1}: not enough memory to read data; {FEWER}") from error
+        except RuntimeError as error:
+            if not (killed := KILLED.search(str(error))):
+                raise
+            reason = f"batch {self._step + 1}: a worker that reads data ended with exit code {killed[1]}"
+            if self._step == self._restarted:
+                raise UserError(f"{reason}, as one did before; if memory is short, {FEWER}") from error
+            logger.warning("%s; its work is done again", reason)
+            self._restarted = self._step
+            self._iterator.close()
+            self._start(self._step)
+            return next(self)
         self._step += 1
         return batch
 
@@ -78,7 +109,7 @@ class Loader(Iterator[dict[str, Any]]):
             if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, which are not on this command line
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
-            batches = batches.mp_prefetch(options, worker_init_fn=_leave_signals)
+            batches = batches.mp_prefetch(options, worker_init_fn=_follow_parent)
         self._step, self._iterator = step, iter(batches)
 
 
@@ -112,12 +143,22 @@ def loader(
     return Loader(examples.batch(rows, drop_remainder=True), shard, reading, identity)
 
 
-def _leave_signals(index: int, count: int) -> None:
-    """Ignore termination signals in worker processes: schedulers signal every process, but only the training process
-    may decide when loading stops."""
+def _follow_parent(index: int, count: int) -> None:
+    """Let a worker end when the training process does, and no sooner.
+
+    Schedulers signal every process, but only the training process may decide when loading stops; and one that was
+    killed cannot tell its workers.
+    """
     del index, count
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()  # the kernel closes a pipe
+        os._exit(1)
 
 
 def rows_of_each(batch_size: int, shard: Shard) -> int:

@@ -1,6 +1,11 @@
 """The order of the data: each example once an epoch, the same after a restore, split without loss or overlap."""
 
 import itertools
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import grain
@@ -112,6 +117,87 @@ def test_error_in_a_picture_reaches_the_user_as_it_is():
 
     with pytest.raises(UserError, match=r"x\.png"):
         next(loader(SOURCE, 4, 0, [Broken()]))
+
+
+class Dying:
+    """An iterator over batches, one of whose workers is killed before the next."""
+
+    def __next__(self):
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search the logs above")
+
+    def close(self):
+        pass
+
+
+def test_a_killed_worker_changes_no_batch(caplog):
+    data, plain = flipped(), flipped()
+    for _ in range(3):
+        np.testing.assert_equal(next(data), next(plain))
+        data._iterator = Dying()
+        np.testing.assert_equal(next(data), next(plain))
+    assert len(caplog.messages) == 3
+    assert caplog.messages[0] == "batch 2: a worker that reads data ended with exit code -9; its work is done again"
+
+
+def test_workers_that_die_again_end_the_run(monkeypatch):
+    data = flipped()
+    monkeypatch.setattr(data, "_start", lambda step: None)
+    data._iterator = Dying()
+    with pytest.raises(UserError, match=r"batch 1: .* exit code -9, as one did before; .* fewer config.data.workers"):
+        next(data)
+
+
+def test_too_little_memory_is_one_line():
+    class Large(grain.transforms.Map):
+        def map(self, element):
+            raise MemoryError
+
+    with pytest.raises(UserError, match=r"batch 1: not enough memory to read data; choose fewer config.data.workers"):
+        next(loader(SOURCE, 4, 0, [Large()]))
+
+
+WORKERS = """
+import json, multiprocessing, sys, time
+import numpy as np
+from sdjax.data.loader import Prefetch, loader
+from sdjax.data.sources.open import ArraySource
+if __name__ == "__main__":
+    source = ArraySource({"id": np.arange(12)})
+    data, plain = loader(source, 4, 3, reading=Prefetch(1, 2, 2)), loader(source, 4, 3)
+    for count in range(20):
+        assert next(data)["id"].tolist() == next(plain)["id"].tolist()
+        if count == 4:
+            multiprocessing.active_children()[0].kill()
+    print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_parent(tmp_path):
+    """And one that is killed before is replaced, while the batches stay what they are without workers."""
+    (tmp_path / "parent.py").write_text(WORKERS)
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    try:
+        assert parent.stdout is not None
+        line = parent.stdout.readline()
+        assert line, parent.communicate()[1]
+        workers = json.loads(line)
+        assert len(workers) == 2
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 30.0
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "a worker is left"
+        time.sleep(0.1)
 
 
 def test_impossible_batches_are_refused():
