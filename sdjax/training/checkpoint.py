@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import math
+import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -18,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
+from sdjax.core.files import cannot_write
 from sdjax.parallel.distributed import is_first, sync
 from sdjax.training.checkpoint_folder import (
     CORRUPT,
@@ -33,7 +36,7 @@ from sdjax.training.checkpoint_folder import (
 from sdjax.training.fingerprint import fingerprint
 from sdjax.training.metrics import NotFinite
 from sdjax.training.step import TrainState
-from sdjax.training.workdir import CHECKPOINTS, unwritable
+from sdjax.training.workdir import CHECKPOINTS, Unwritable, unwritable
 
 LATEST, PREVIOUS = "latest", "previous"
 
@@ -188,11 +191,12 @@ class Checkpoints:
         except Exception as error:
             step = self.latest
             self._means.pop(step, None)
-            message = f"cannot write the checkpoint of step {step} to {self._folder}: {_line(error)}"
-            raise UserError(f"{message}; {self._intact()}") from error
+            problem = cannot_write(self._folder / str(step), _os_error(error))
+            raise UserError(f"{problem}; {self._intact()}") from error
 
     def _intact(self) -> str:
-        return "there is no checkpoint before it" if self.latest is None else f"that of step {self.latest} is intact"
+        step = self.latest
+        return "there is no checkpoint before it" if step is None else f"the checkpoint of step {step} is intact"
 
     def _put_newest_aside(self, why: str) -> None:
         step = self.latest
@@ -213,14 +217,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Waits until everything is on disk. Of a loss that is not finite it says which checkpoint is intact.
+        """Waits until everything is on disk. Of what ruins a run or fills the disk it says which checkpoint is intact.
 
         Raises:
-            UserError: the last checkpoint could not be written, or `error` was a NotFinite.
+            UserError: the last checkpoint could not be written, or `error` was a NotFinite or an Unwritable.
         """
         try:
             self._wait()
             intact = self._distrust(error) if isinstance(error, NotFinite) else ""
+            intact = self._intact() if isinstance(error, Unwritable) else intact
             self._prune()
             self._wait()
             if intact:
@@ -247,6 +252,14 @@ def _retained(means: dict[int, dict[str, float]], count: int, best: str) -> set[
 
 def _any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any()) if jax.process_count() > 1 else flag
+
+
+def _os_error(error: Exception) -> OSError:
+    """The error of the file system, which tensorstore has as a number within its message."""
+    if isinstance(error, OSError):
+        return error
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(_line(error))
 
 
 def _line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from sdjax.core.config import EXPORT
 from sdjax.core.tree import Params
 from sdjax.parallel.distributed import is_first, sync
-from sdjax.training.workdir import copy_tree, is_remote, write_whole
+from sdjax.training.workdir import copy_tree, is_remote, unwritable, write_whole
 
 RECORD = "export.json"
 SMALL = 2**16  # bytes; less is not worth a file
@@ -43,9 +43,12 @@ def write_export(
         workdir: export/ is written there, then export.json, which says of which step it is.
         step: of the parameters.
         mesh: of the run.
+
+    Raises:
+        UserError: it cannot be written.
     """
     record, folder = workdir / RECORD, workdir / EXPORT
-    with _scratch(workdir) as scratch:
+    with unwritable(workdir, step), _scratch(workdir) as scratch:
         whole = gathered(params, scratch) if jax.process_count() > 1 else params
         if is_first():
             with _alone(mesh):
@@ -57,7 +60,7 @@ def write_export(
                 copy_tree(epath.Path(scratch / EXPORT), folder)
             else:
                 (scratch / EXPORT).rename(folder)
-            write_whole(record, json.dumps({"step": step}) + "\n")
+            write_whole(record, (json.dumps({"step": step}) + "\n").encode())
     sync("export")
 
 

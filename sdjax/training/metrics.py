@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import io
+import logging
 import math
-import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,10 +21,10 @@ from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.parallel.distributed import is_first
 from sdjax.training.limits import is_due
-from sdjax.training.workdir import is_remote
+from sdjax.training.tensorboard import TensorBoard, check_tensorboard
+from sdjax.training.workdir import unwritable, write_whole
 
-# The packages with which tensorboardX writes to a bucket.
-WRITERS = {"gs": ("google.cloud.storage", "google-cloud-storage"), "s3": ("boto3", "boto3")}
+logger = logging.getLogger("sdjax")
 
 
 class NotFinite(UserError):
@@ -53,12 +52,12 @@ class Metrics:
         """
         check_tensorboard(workdir)
         self._workdir, self._every, self._batch_size = workdir, options.log_every, options.batch_size
-        self._best, self._shows = options.keep_best, is_first()
-        folder = os.fspath(workdir / "tensorboard")
-        self._writer = open_writer(folder, purge_step=start, write_to_disk=self._shows)
+        self._best = options.keep_best
+        with unwritable(workdir, start):
+            self._writer = TensorBoard(workdir / "tensorboard", start) if is_first() else None
         name = workdir.name or "train"
         self._bar = tqdm(
-            total=options.steps, initial=start, unit="step", dynamic_ncols=True, desc=name, disable=not self._shows
+            total=options.steps, initial=start, unit="step", dynamic_ncols=True, desc=name, disable=self._writer is None
         )
         self._rates = rates
         self._batch: Any = None
@@ -78,7 +77,8 @@ class Metrics:
         """Takes the metrics of `step`, still being computed, and shows those of the step before.
 
         Raises:
-            UserError: a loss is not finite, a NotFinite that names its step. Or `train.keep_best` is no metric.
+            UserError: a loss is not finite, a NotFinite that names its step. Or `train.keep_best` is no metric, or the
+                metrics cannot be written.
         """
         self.flush()
         if self._best and self._best not in metrics:
@@ -106,8 +106,9 @@ class Metrics:
             shown = {name: float(value) for name, value in metrics.items()}
             shown |= {name: float(rate(step - 1)) for name, rate in self._rates.items()}
             shown |= {"images_per_second": speed, "data_wait_share": min(self._waited / elapsed, 1.0)}
-            for name, value in shown.items():
-                self._writer.add_scalar(f"train/{name}", value, step)
+            if self._writer:
+                with unwritable(self._workdir, step):
+                    self._writer.scalars({f"train/{name}": value for name, value in shown.items()}, step)
             self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
 
     def means(self) -> dict[str, float]:
@@ -123,13 +124,13 @@ class Metrics:
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """Writes an image to TensorBoard and to workdir/samples."""
-        if not self._shows:
+        if not self._writer:
             return
-        folder = self._workdir / "samples"
-        folder.mkdir(exist_ok=True)
-        with (folder / f"{name}_{step:07d}.png").open("wb") as file:
-            Image.fromarray(image).save(file, "PNG")
-        self._writer.add_image(name, image, step, dataformats="HWC")
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, "PNG")
+        with unwritable(self._workdir, step):
+            write_whole(self._workdir / "samples" / f"{name}_{step:07d}.png", png.getvalue())
+            self._writer.image(name, image, step)
 
     def _add(self, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -140,43 +141,27 @@ class Metrics:
         """For `with`."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Shows what is pending, ends the bar and writes what is buffered."""
         try:
             if kind is None:
                 self.flush()
         finally:
             self._bar.close()
-            self._writer.close()
+            self._close_writer(is_failing=isinstance(error, Exception))
+
+    def _close_writer(self, is_failing: bool) -> None:
+        try:
+            with unwritable(self._workdir):
+                if self._writer:
+                    self._writer.close()
+        except UserError as error:
+            if not is_failing:
+                raise
+            logger.warning("%s", error)  # what ends the run is another error, perhaps of the same disk
 
 
 def _not_finite(batch: Mapping[str, np.ndarray]) -> list[str]:
     """Names of this process's columns that hold a NaN or an infinity."""
     floats = {name: rows for name, rows in batch.items() if jnp.issubdtype(np.asarray(rows).dtype, jnp.floating)}
     return [name for name, rows in floats.items() if not np.isfinite(np.asarray(rows, np.float32)).all()]
-
-
-def open_writer(folder: str, **options: Any) -> Any:
-    """A tensorboardX `SummaryWriter`, made without torch."""
-    is_loaded = "torch" in sys.modules
-    if not is_loaded:
-        # tensorboardX imports torch where it is installed: seconds and memory for tensors that no run has.
-        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if not is_loaded:
-            del sys.modules["torch"]
-    return SummaryWriter(folder, **options)
-
-
-def check_tensorboard(workdir: epath.Path) -> None:
-    """Raises a UserError unless tensorboardX can write to the file system of `workdir`."""
-    if not is_remote(workdir):
-        return
-    scheme = os.fspath(workdir).partition("://")[0]
-    if scheme not in WRITERS:
-        raise UserError(f"the workdir {workdir}: TensorBoard files are written to a local folder, gs:// or s3:// only")
-    module, package = WRITERS[scheme]
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise UserError(f"the workdir {workdir}: TensorBoard files there need pip install {package}")

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from sdjax.core.errors import UserError
+from sdjax.core.files import cannot_write, write_bytes
 from sdjax.parallel.distributed import is_first, sync
 
 OWNER = "config.json"
@@ -47,14 +48,21 @@ def open_workdir(name: str | os.PathLike) -> epath.Path:
     return folder
 
 
+class Unwritable(UserError):
+    """A place in a workdir that cannot be written."""
+
+
 @contextlib.contextmanager
-def unwritable(folder: epath.Path) -> Iterator[None]:
-    """Makes an error of the file system, of what is written below `folder`, a UserError that names the place."""
+def unwritable(folder: epath.Path, step: int | None = None) -> Iterator[None]:
+    """Makes an error of the file system, of what is written below `folder`, an Unwritable with the place and step."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot write {error.filename or folder}: {reason}") from error
+    except (OSError, UserError) as error:
+        cause = error.__cause__ if isinstance(error, UserError) else error
+        if not isinstance(cause, OSError):
+            raise
+        at = "" if step is None else f"step {step}: "
+        raise Unwritable(f"{at}{cannot_write(cause.filename or folder, cause)}") from cause
 
 
 def is_remote(folder: epath.Path) -> bool:
@@ -62,11 +70,13 @@ def is_remote(folder: epath.Path) -> bool:
     return "://" in os.fspath(folder)
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a small file that is there with all its text, or not at all."""
-    beside = path.parent / f"{path.name}.tmp"
-    beside.write_text(text)
-    beside.replace(path)
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a small file that is there with all its data, or not at all; in a bucket they all are."""
+    if is_remote(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    else:
+        write_bytes(os.fspath(path), data)
 
 
 def check_owner(workdir: epath.Path, config: dict[str, Any], free: tuple[str, ...]) -> None:
@@ -115,8 +125,8 @@ def claim(workdir: epath.Path, config: dict[str, Any]) -> None:
     """
     path = workdir / OWNER
     if is_first() and not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(config, indent=2) + "\n")
+        with unwritable(workdir):
+            write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
     sync("claim")
     if not path.exists():
         raise UserError(f"process 0 wrote {path} and this process does not see it; all of them need one file system")

@@ -328,8 +328,8 @@ def test_import_is_light():
 def test_training_does_not_import_torch(tmp_path):
     """Not even where its metrics are written, by a package that looks for torch."""
     code = (
-        "import sys, train; from sdjax.training.metrics import open_writer; "
-        f"open_writer({str(tmp_path)!r}).add_scalar('loss', 1.0, 1); assert 'torch' not in sys.modules"
+        "import sys, train; from etils import epath; from sdjax.training.tensorboard import TensorBoard; "
+        f"TensorBoard(epath.Path({str(tmp_path)!r}), 0).scalars({{'loss': 1.0}}, 1); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 

@@ -178,7 +178,7 @@ def test_a_state_that_is_not_finite_is_not_kept(tmp_path):
     save(tmp_path, 2)
     state = state_at(4)
     state = state._replace(ema={**state.ema, "a": state.ema["a"].at[3, 3].set(jnp.inf)})
-    message = r"ema/a is not finite after step 4, so it is not kept; that of step 2 is intact"
+    message = r"ema/a is not finite after step 4, so it is not kept; the checkpoint of step 2 is intact"
     with Checkpoints(epath.Path(tmp_path), base()) as checkpoints, pytest.raises(UserError, match=message):
         checkpoints.save(state, position_at(4), {})
     assert restored(tmp_path) == 2

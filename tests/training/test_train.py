@@ -139,7 +139,7 @@ def test_ruined_parameters_are_not_kept(rate, make_config, two_layers, tmp_path)
     config = make_config("autoencoder_tiny", 4)
     config.optim.update(name="adamw", learning_rate=rate, warmup_steps=1)
     config.train.update(checkpoint_every=1, keep_checkpoints=1)
-    with pytest.raises(UserError, match=r"step [23]\b.*; that of step 1 is intact") as error:
+    with pytest.raises(UserError, match=r"step [23]\b.*; the checkpoint of step 1 is intact") as error:
         train.train_and_evaluate(config, tmp_path / "run")
     assert "\n" not in str(error.value)
     before = kept(tmp_path / "run")
@@ -184,7 +184,7 @@ def test_data_that_is_not_finite_is_named(make_config, two_layers, monkeypatch, 
     monkeypatch.setattr(tiny_run, "NAN", 3)
     config = make_config("autoencoder_tiny", 4)
     config.train.checkpoint_every = 2
-    message = r"the loss is nan at step 4, whose batch is not finite in x; that of step 2 is intact"
+    message = r"the loss is nan at step 4, whose batch is not finite in x; the checkpoint of step 2 is intact"
     with pytest.raises(UserError, match=message):
         train.train_and_evaluate(config, tmp_path / "run")
     assert kept(tmp_path / "run") == {"2"}

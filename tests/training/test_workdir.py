@@ -15,7 +15,7 @@ from etils.epath import gpath
 import train
 from sdjax.core.errors import UserError
 from sdjax.training.export import exported, local_folder, write_export
-from sdjax.training.metrics import check_tensorboard
+from sdjax.training.tensorboard import check_tensorboard
 from sdjax.training.workdir import check_owner, claim, is_remote, open_workdir
 
 

@@ -1,0 +1,81 @@
+"""A disk that is full: the run stops at once, with one line that says what is intact."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+from etils import epath
+from test_checkpoint import position_at, restored, save, state_at
+
+import train
+from configs.common import base
+from sdjax.core.errors import UserError
+from sdjax.training.checkpoint import Checkpoints
+
+
+@pytest.fixture
+def at_most():
+    """at_most(bytes): no file of this process can be larger, which fails as a full disk does; for ever by default."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int = before[0]) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    limit()
+
+
+def save_and_check(checkpoints: Checkpoints) -> None:
+    checkpoints.save(state_at(4), position_at(4), {})
+    for _ in range(1000):
+        checkpoints.check()
+        time.sleep(0.01)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_once(at_most, tmp_path):
+    """Its writing fails in the background: the next `check` says so, and what is there stays as it is."""
+    save(tmp_path, 2)
+    with Checkpoints(epath.Path(tmp_path), base()) as checkpoints:
+        at_most(1000)
+        message = rf"cannot write {tmp_path}/checkpoints/4: File too large; .*; the checkpoint of step 2 is intact"
+        with pytest.raises(UserError, match=message) as error:
+            save_and_check(checkpoints)
+        at_most()
+        assert "\n" not in str(error.value)
+        assert checkpoints.latest == 2
+    assert restored(tmp_path) == 2
+    assert save(tmp_path, 4) == [2, 4]
+
+
+FAILING = {"metrics": "tensorboard/events", "previews": "samples/samples_0000002.png", "export": "export"}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_what_else_cannot_be_written_names_place_and_step(case, make_config, monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / FAILING[case]))
+
+    monkeypatch.setattr(train, "make_task", tiny_run.make_task)
+    config = make_config("autoencoder_tiny", 2)
+    config.train.update(checkpoint_every=1, log_every=2)
+    if case == "metrics":
+        monkeypatch.setattr("sdjax.training.tensorboard.TensorBoard.scalars", fail)
+    elif case == "previews":
+        monkeypatch.setattr("sdjax.training.workdir.write_bytes", fail)
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    else:
+        monkeypatch.setattr(Path, "rename", fail)
+    kept = 1 if case == "metrics" else 2
+    message = rf"step 2: cannot write {tmp_path / FAILING[case]}.*: No space left on device; make room and run the "
+    with pytest.raises(UserError, match=rf"{message}same command again; the checkpoint of step {kept} is intact"):
+        train.train_and_evaluate(config, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "make_task", tiny_run.make_task)
+    assert (train.train_and_evaluate(config, tmp_path) / "net.safetensors").exists()
