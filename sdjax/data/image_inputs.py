@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
 from sdjax.core.errors import UserError
-from sdjax.data.images import FORMATS, MAX_PIXELS, UNREADABLE, image_size, on_white, read_image
+from sdjax.data.images import FORMATS, MAX_PIXELS, UNREADABLE, image_size, mask_values, on_white, read_image, read_mask
 
 ImageInput = str | Path | Image.Image | np.ndarray
 """A file, or an image in memory."""
@@ -49,11 +49,18 @@ def resize_lanczos(pixels: Float[np.ndarray, "h w 3"], size: tuple[int, int]) ->
 def load_mask(given: ImageInput, size: tuple[int, int]) -> Float[np.ndarray, "H W 1"]:
     """Read a mask over an image: 1 where the given one is at least half white, the part to be made anew, else 0.
 
-    The mask's own nearest pixel counts, as in diffusers; it is cut to the proportions of `size` like the image. Over
+    Of files and Pillow images the grey counts, not the transparency, unless only that varies. Its own nearest pixel
+    counts, as in diffusers; it is cut to the proportions of `size` like the image. Over
     latents of a factor f it is every f-th pixel, `mask[::f, ::f]`. Arguments and errors are those of `load_image`;
     arrays may also be [h w] or [h w 1], and of truth values.
     """
-    grey = centred(rgb(given, "mask"), size) @ LUMA
+    if isinstance(given, str | Path):
+        grey = read_mask(given, "mask") / 255.0
+    elif isinstance(given, Image.Image):
+        grey = mask_values(given) / 255.0
+    else:
+        grey = rgb(given, "mask") @ LUMA
+    grey = centred(grey[..., None], size)[..., 0]
     rows, columns = (np.arange(n) * side // n for n, side in zip(size, grey.shape, strict=True))
     return (grey[np.ix_(rows, columns)] >= 0.5 - 1e-6).astype(np.float32)[..., None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from sdjax.core.errors import UserError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 1 << 26
 ORIENTATION = 0x0112
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+# By these Pillow says why a file cannot be read; over the rest its parsers, of EXIF above all, stumble in hostile ones.
+SAID = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+STUMBLED = (TypeError, AttributeError, LookupError, ArithmeticError, MemoryError, RuntimeError, EOFError, struct.error)
+UNREADABLE = (*SAID, *STUMBLED)
 
 
 def read_image(file: str | Path | bytes, place: str = "") -> UInt8[np.ndarray, "h w 3"]:
@@ -32,6 +36,12 @@ def read_image(file: str | Path | bytes, place: str = "") -> UInt8[np.ndarray, "
     """
     with _opened(file, place) as image:
         return np.asarray(on_white(ImageOps.exif_transpose(image)))
+
+
+def read_mask(file: str | Path | bytes, place: str = "") -> UInt8[np.ndarray, "h w"]:
+    """The grey values of a mask in a file, upright; see `mask_values` and `read_image`, whose errors it raises."""
+    with _opened(file, place) as image:
+        return mask_values(ImageOps.exif_transpose(image))
 
 
 def read_labels(file: str | Path | bytes, size: tuple[int, int], place: str = "") -> UInt8[np.ndarray, "h w"]:
@@ -69,18 +79,39 @@ def _opened(file: str | Path | bytes, place: str) -> Iterator[Image.Image]:
                 raise UserError(f"image {name} has {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read")
             yield image
     except UNREADABLE as error:
-        reason = "not an image in " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else error
+        reason = error if isinstance(error, SAID) else "it is damaged"
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image in " + ", ".join(FORMATS)
         raise UserError(f"cannot read image {name}: {reason}") from error
+
+
+def mask_values(image: Image.Image) -> UInt8[np.ndarray, "h w"]:
+    """Grey values, whatever is transparent, as diffusers' `convert("L")` has them.
+
+    Where those are the same everywhere, and say nothing, the mask is in its transparency, as A1111 reads it.
+    """
+    image = _eight_bits(image)
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("L"))
+    image = image.convert("RGBA")
+    grey = np.asarray(image.convert("L"))
+    return grey if grey.min() < grey.max() else np.asarray(image.getchannel("A"))
 
 
 def on_white(image: Image.Image) -> Image.Image:
     """In RGB, what is transparent on white; 16-bit greys are scaled."""
-    if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = _eight_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image; 16-bit greys scaled, which Pillow would clip."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def to_uint8(images: Float[np.ndarray, "*b h w 3"]) -> UInt8[np.ndarray, "*b h w 3"]:

@@ -42,6 +42,41 @@ def test_masks_take_the_nearest_pixel_as_torch_does(latents):
         np.testing.assert_array_equal(mask[:: 48 // latents[0], :: 48 // latents[1]], expected)
 
 
+SQUARE = np.zeros((48, 48), np.uint8)
+SQUARE[12:32, 16:36] = 255  # 400 of 2,304 pixels
+FULL = np.full_like(SQUARE, 255)
+MASKS = {
+    "white": ("RGBA", (SQUARE, SQUARE, SQUARE, FULL)),
+    "white on transparent": ("RGBA", (SQUARE, SQUARE, SQUARE, SQUARE)),
+    "grey and transparent": ("LA", (SQUARE, SQUARE)),
+    "white under a gradient": ("LA", (SQUARE, np.broadcast_to(np.arange(48, dtype=np.uint8), (48, 48)))),
+    "black on transparent": ("RGBA", (0 * SQUARE, 0 * SQUARE, 0 * SQUARE, SQUARE)),
+    "white everywhere, transparent outside": ("LA", (FULL, SQUARE)),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_transparency_is_no_white(name, tmp_path):
+    """As diffusers reads masks, by `convert("L")`; where that says nothing, the opaque part is made anew."""
+    mode, channels = MASKS[name]
+    mask = Image.merge(mode, [Image.fromarray(channel) for channel in channels])
+    mask.save(tmp_path / "mask.png")
+    for given in (mask, tmp_path / "mask.png"):
+        np.testing.assert_array_equal(load_mask(given, (48, 48))[..., 0], SQUARE / 255)
+        if len(mask.convert("L").getcolors()) > 1:
+            processor = VaeImageProcessor(8, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+            theirs = processor.preprocess(mask, height=48, width=48)
+            np.testing.assert_array_equal(load_mask(given, (48, 48))[..., 0], theirs[0, 0])
+
+
+def test_masks_of_palettes_and_16_bits(tmp_path):
+    Image.fromarray(SQUARE).convert("P").save(tmp_path / "palette.png", transparency=0)
+    Image.fromarray(SQUARE.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(SQUARE).convert("1").save(tmp_path / "bit.png")
+    for name in ("palette", "deep", "bit"):
+        np.testing.assert_array_equal(load_mask(tmp_path / f"{name}.png", (48, 48))[..., 0], SQUARE / 255)
+
+
 def test_a_mask_is_cut_like_its_image():
     """A white square in the image's middle is in the middle of the latents, whatever the proportions."""
     mask = np.zeros((48, 60), np.uint8)
