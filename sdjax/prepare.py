@@ -49,7 +49,7 @@ from sdjax.tasks.precompute import (
     null_embeddings,
     text_conditioner,
 )
-from sdjax.tasks.pretrained import read_components
+from sdjax.tasks.pretrained import frozen_source, read_components
 
 TABLES: dict[str, Callable[[int, int], buckets.Table]] = {
     "square": lambda size, step: (buckets.Size(size, size),),
@@ -190,8 +190,8 @@ def make_encoder(config: Config, batch_size: int) -> BatchEncoder:
     (model, condition), mesh = make_model(config), local_mesh()
     prepared = config.task.text == "prepared"
     names = [AUTOENCODER, *(condition.tokenizers if prepared else ())]
-    put, key = replicated_put(mesh), "config.task.components"
-    params = read_components(config.task.components, model, names, put, key, config.train.seed)
+    key, source = frozen_source(config.task)
+    params = read_components(source, model, names, replicated_put(mesh), f"config.task.{key}", config.train.seed)
     tokenizers = tuple(condition.loaded[name] for name in condition.tokenizers)
     text = "prepared" if prepared else "tokens"
     return BatchEncoder(model, params, tokenizers, text, batch_size * mesh.size, mesh)

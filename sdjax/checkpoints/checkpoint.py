@@ -69,6 +69,17 @@ class Checkpoint:
         """The kind of folder that holds it."""
         return STABLE_DIFFUSION if self.conditioning == "text" else LDM if "vae" in self.components else PIXELS
 
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images it was trained on."""
+        # diffusers keeps them as the UNet's sample_size, 64 where it says nothing.
+        own, size = self.settings.get("size"), self.components["unet"].extra.get("sample_size")
+        if size is None and own is not None:
+            return int(own), int(own)
+        height, width = size if isinstance(size, list | tuple) else (size or 64, size or 64)
+        factor = self.components["vae"].config.factor if "vae" in self.components else 1
+        return height * factor, width * factor
+
     def replace_component(self, name: str, component: Component) -> Checkpoint:
         """The checkpoint with another network in place of the one called `name`."""
         return replace(self, components={**self.components, name: component})

@@ -18,7 +18,7 @@ from sdjax.core.errors import UserError
 from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.diffusion_model.conditioner import Host
 from sdjax.diffusion_model.conditioners.text import TextConditioner
-from sdjax.diffusion_model.model import BACKBONE, DiffusionModel
+from sdjax.diffusion_model.model import DiffusionModel
 from sdjax.models.autoencoder import AnyAutoencoder
 from sdjax.pipeline.devices import Devices
 from sdjax.pipeline.execute import run
@@ -79,13 +79,7 @@ class Pipeline:
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images it was trained on."""
-        # diffusers keeps them as the UNet's sample_size, 64 where it says nothing.
-        own = self.settings.get("size")
-        size = self.checkpoint.components[BACKBONE].extra.get("sample_size")
-        if size is None and own is not None:
-            return int(own), int(own)
-        height, width = size if isinstance(size, list | tuple) else (size or 64, size or 64)
-        return height * self.model.factor, width * self.model.factor
+        return self.checkpoint.default_size
 
     @property
     def begins_from_images(self) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from sdjax.checkpoints.checkpoint import TOKENIZERS, find_tokenizer
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
+from sdjax.checkpoints.open import resolve
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
@@ -41,6 +42,7 @@ from sdjax.diffusion_model.model import BACKBONE, clip_encoders, micro_condition
 from sdjax.models import bert, clip, unet
 from sdjax.models.autoencoder import AutoencoderConfig
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
+from sdjax.tasks.pretrained import frozen_source
 from sdjax.tasks.variants import sizes_of
 
 
@@ -203,12 +205,12 @@ class _LazyTokenizers(dict):
 
 
 def _tokenizer_folder(config: Config, name: str, sizes: clip.CLIPTextConfig) -> Path:
-    """The config's own tokenizer, that of the components' folder, or CLIP's published one."""
+    """The config's own tokenizer, that of the frozen networks' folder, or CLIP's published one."""
     if config.model.get("tokenizer"):
         return Path(config.model.tokenizer)
-    source = Path(config.task.get("components", "") or "-")
-    if source.is_dir():
-        return find_tokenizer(source / TOKENIZERS[name])
+    _, source = frozen_source(config.task)
+    if source and Path(source).expanduser().is_dir():
+        return find_tokenizer(resolve(source) / TOKENIZERS[name])
     return TOKENIZER_FOLDERS / ("clip_l" if sizes.activation == "quick_gelu" else "open_clip")
 
 

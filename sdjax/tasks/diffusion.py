@@ -1,12 +1,13 @@
 """Training of diffusion models: every condition, latents or pixels, whole or in parts (LDM, eq. 2 and 3; DDPM; ADM).
 
 Reads config.model (`unet`; `autoencoder` where no first stage is named; what the condition has), config.data,
-config.sample, config.train.trainable, and of config.task:
+config.sample, config.train.trainable, and of config.task (without a `unet`, see `sdjax.tasks.finetune`):
 
     conditioning   a key of `sdjax.tasks.conditions.CONDITIONS`
     latents        "encoded" in every step, "cached" in memory, "prepared" on disk; "encoded" for pixels, too
-    first_stage    folder with the autoencoder, or the config that trains it; "" for components', "none" for pixels
-    components     source of frozen networks; "" draws them
+    first_stage    folder with the autoencoder, its run's workdir, or the config that trains it; "" for components',
+                   "none" for pixels
+    components     source of frozen networks; "" for that of `initial`, and where there is none, they are drawn
     initial        source of networks that training begins from; "" for fresh ones
     dropout        probability of the null condition
     scheduler, weighting, norm, timesteps, offset_noise, export_dtype
@@ -17,6 +18,7 @@ With twice as many output channels as latents have the variance is learned, by t
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
 from sdjax.checkpoints.checkpoint import Checkpoint, Component
 from sdjax.checkpoints.layouts.diffusers import read_config, write_checkpoint
+from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.open import within_workdir
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
@@ -45,23 +48,22 @@ from sdjax.models import autoencoder, unet, unet2d
 from sdjax.models.autoencoder import autoencoder_of
 from sdjax.models.conditioning import apply
 from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
+from sdjax.tasks.finetune import PIXELS, from_checkpoint, is_finetuning
 from sdjax.tasks.latents import latent_source, open_prepared
 from sdjax.tasks.objective import objective_of
-from sdjax.tasks.pretrained import init_component, read_components
+from sdjax.tasks.pretrained import frozen_source, init_component, read_components
 from sdjax.tasks.preview import preview, preview_prompts
 from sdjax.tasks.variants import sizes_of
 from sdjax.training.task import DevicePut, Metrics, Task, select
 
-PIXELS = "none"
-"""`task.first_stage` of models that diffuse pixels."""
-
 
 def make(config: Config, mesh: Mesh) -> Task:
-    """The task of a config whose `task.name` is "diffusion"; of data and weights nothing is read yet.
+    """The task of a config whose `task.name` is "diffusion"; of data and weights nothing is kept yet.
 
     Raises:
         UserError: a name in the config is not what it should be, or sizes do not fit each other.
     """
+    config = from_checkpoint(config) if is_finetuning(config) else config
     model, condition = make_model(config)
     source, objective = latent_source(config, model, condition, mesh), objective_of(config.task)
     learned = model.config.out_channels == 2 * model.channels
@@ -209,20 +211,17 @@ def read_pretrained(
     Raises:
         UserError: a source cannot be read, or has other sizes than the config describes.
     """
-    seed, task = config.train.seed, config.task
-    initial, components = task.get("initial", ""), task.get("components", "")
-    first_stage = task.get("first_stage", "")
-    read: Params = {}
+    task, sources = config.task, defaultdict(list)
     for name in sorted(frozen - {NULL} | trainable):
-        if name == AUTOENCODER and first_stage:
-            key, source = "first_stage", first_stage
-        elif name in trainable and initial:
-            key, source = "initial", initial
-        elif name in frozen or (components and name != BACKBONE):
-            key, source = "components", components
-        else:
-            continue
-        read |= read_components(source, model, (name,), put, f"config.task.{key}", seed)
+        if name == AUTOENCODER and task.get("first_stage"):
+            sources["first_stage", task.first_stage].append(name)
+        elif name in trainable and task.get("initial"):
+            sources["initial", task.initial].append(name)
+        elif name in frozen or (task.get("components") and name != BACKBONE):
+            sources[frozen_source(task)].append(name)
+    read: Params = {}
+    for (key, source), names in sources.items():
+        read |= read_components(source, model, names, put, f"config.task.{key}", config.train.seed)
     if NULL in frozen:
         constants = open_prepared(config, model).constants
         conditioner: Any = model.conditioner
@@ -235,7 +234,8 @@ def checkpoint_of(config: Config, model: DiffusionModel, condition: TrainingCond
     """A finished model as others read it."""
     side = config.data.size
     extra = {BACKBONE: {"sample_size": side // model.factor}, AUTOENCODER: {"sample_size": side}}
-    for name in condition.tokenizers if config.model.get("tokenizer") and condition.loaded else ():
+    own = [name for name, folder in condition.tokenizers.items() if folder.parent != TOKENIZER_FOLDERS]
+    for name in own if isinstance(model.conditioner, TextConditioner) else ():
         tokenizer = condition.loaded[name]
         extra[name] = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     components = {name: Component(sizes, params[name], extra.get(name, {})) for name, sizes in model.configs().items()}

@@ -21,6 +21,7 @@ from sdjax.data.loader import Loader
 from sdjax.data.prepared.dataset import PreparedSource
 from sdjax.data.sources import open as sources
 from sdjax.data.transforms import images as transforms
+from sdjax.data.transforms.buckets import ToBucket
 from sdjax.data.transforms.images import Select
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
@@ -30,7 +31,8 @@ from sdjax.tasks.base import batches, gathered, loader_options, process_shard, s
 from sdjax.tasks.conditions import TrainingCondition
 from sdjax.tasks.precompute import STORED, check_identity, identity_of
 
-IMAGE, MOMENTS, TOKENS = "image", "moments", "tokens"
+IMAGE, MOMENTS, TOKENS, SIZES = "image", "moments", "tokens", "sizes"
+PIXELS_AT_ONCE = 64 * 128**2  # of images that are encoded in one go, so that large ones fit into memory
 
 
 class LatentSource(NamedTuple):
@@ -57,7 +59,7 @@ def latent_source(config: Config, model: DiffusionModel, condition: TrainingCond
         raise unknown("latents", config.task.latents, SOURCES, "config.task.latents")
     fits = ["encoded"]
     if isinstance(condition.conditioner, TextConditioner):
-        fits = ["cached", "prepared"] if set(condition.spec) == {TOKENS} else ["prepared"]
+        fits = ["cached", "prepared"] if TOKENS in condition.spec else ["prepared"]
     elif not condition.spec and model.autoencoder is not None:
         fits = ["encoded", "cached"]
     if config.task.latents not in fits:
@@ -97,11 +99,17 @@ def encode_sampled(
 
 
 def cached(config: Config, model: DiffusionModel, condition: TrainingCondition, mesh: Mesh) -> LatentSource:
-    """Moments of every image, computed at the start and kept in memory, with the tokens of its caption."""
+    """Moments of every image, computed at the start and kept in memory, with the tokens of its caption.
+
+    Where the condition has SDXL's sizes, they are kept, too.
+    """
 
     def load(params: Params) -> Loader:
-        images = grain.MapDataset.source(sources.source(config.data.source, "train"))
-        images = images.map(transforms.Square(config.data.size, config.data.crop))
+        images, side = grain.MapDataset.source(sources.source(config.data.source, "train")), config.data.size
+        if SIZES in condition.spec:
+            images = images.seed(config.train.seed).random_map(ToBucket(((side, side),), config.data.crop))
+        else:
+            images = images.map(transforms.Square(side, config.data.crop))
         return batches(config, cache_latents(model, params, images, condition), (), mesh)
 
     spec = {MOMENTS: jax.ShapeDtypeStruct(_moments_shape(config, model), jnp.float32), **condition.spec}
@@ -147,14 +155,16 @@ def cache_latents(
         latent = apply(model.autoencoder, params, x, method="encode")  # pyright: ignore[reportArgumentType]
         return gathered(jnp.concatenate([latent.mean, latent.logvar], axis=-1))
 
-    moments, captions, size = [], [], 64
-    for start in range(0, len(images), size):
-        rows: Any = [images[i] for i in range(start, min(start + size, len(images)))]
+    moments, captions, sizes = [], [], []
+    at_once = min(max(PIXELS_AT_ONCE // images[0][IMAGE][..., 0].size, 1), len(images))
+    for start in range(0, len(images), at_once):
+        rows: Any = [images[i] for i in range(start, min(start + at_once, len(images)))]
         stack = np.stack([row[IMAGE] for row in rows])
-        padded = np.pad(stack, [(0, size - len(rows)), (0, 0), (0, 0), (0, 0)])
+        padded = np.pad(stack, [(0, at_once - len(rows)), (0, 0), (0, 0), (0, 0)])
         moments.append(np.asarray(encode(params[AUTOENCODER], padded))[: len(rows)])
         captions += [row["caption"] for row in rows]
-    columns = {MOMENTS: np.concatenate(moments)}
+        sizes += [row[SIZES] for row in rows if SIZES in condition.spec]
+    columns = {MOMENTS: np.concatenate(moments), **({SIZES: np.stack(sizes)} if sizes else {})}
     if condition.spec:
         tokens = [condition.loaded[name].encode(captions) for name in condition.tokenizers]
         columns[TOKENS] = np.stack(tokens, axis=1)

@@ -15,6 +15,7 @@ from sdjax.core.tree import Params
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
 from sdjax.models.conditioning import apply
+from sdjax.tasks.pretrained import frozen_source
 
 STORED = jnp.float16
 """Type of stored moments and embeddings: their values are in its range, and it has more digits than bfloat16."""
@@ -56,7 +57,7 @@ def identity_of(config: Config, model: DiffusionModel) -> dict[str, Any]:
     sizes = model.configs()
     encoders = [repr(sizes[encoder.name]) for encoder in text_conditioner(model).encoders]
     return {
-        "components": config.task.components,
+        "components": frozen_source(config.task)[1],
         "autoencoder": repr(sizes[AUTOENCODER]),
         "text_encoders": encoders if config.task.text == "prepared" else [],
         "text": config.task.text,

@@ -15,6 +15,7 @@ from jaxtyping import PRNGKeyArray
 from sdjax.checkpoints.checkpoint import Component
 from sdjax.checkpoints.layouts.diffusers import read_component
 from sdjax.checkpoints.open import read_checkpoint, resolve
+from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.prng import stream
 from sdjax.core.tree import Params, flatten, unflatten
@@ -34,13 +35,19 @@ def init_component(model: DiffusionModel, name: str, key: PRNGKeyArray) -> Param
     return model.conditioner.init(key)[name]
 
 
+def frozen_source(task: Config) -> tuple[str, str]:
+    """Key and source of frozen networks: `task.components`, or else `task.initial`; "" where they are drawn."""
+    given = [(key, task[key]) for key in ("components", "initial") if task.get(key)]
+    return given[0] if given else ("components", "")
+
+
 def read_components(
     source: str, model: DiffusionModel, names: Iterable[str], put: DevicePut, key: str, seed: int = 0
 ) -> Params:
     """Components of a source, every array on the devices as soon as it is read.
 
     Args:
-        source: a Hub id, a diffusers folder or a single file; "" draws them.
+        source: a Hub id, a diffusers folder, a single file or a finished run's workdir; "" draws them.
         model: whose configs they must have.
         names: e.g. ("vae", "text_encoder").
         put: puts an array onto the devices.

@@ -29,3 +29,13 @@ def sizes_of(section: Mapping[str, Any], variants: Mapping[str, Any], place: str
         if name not in fields:
             raise unknown("size", name, fields, place)
     return dataclasses.replace(variants[variant], **given)
+
+
+def section_of(sizes: Any, variants: Mapping[str, Any]) -> dict[str, Any]:
+    """The shortest section that `sizes_of` reads as these sizes: the nearest row, and what differs from it."""
+
+    def section(name: str) -> dict[str, Any]:
+        own, row = vars(sizes), vars(variants[name])
+        return {"variant": name, **{field: own[field] for field in own if own[field] != row[field]}}
+
+    return min((section(name) for name, row in variants.items() if type(row) is type(sizes)), key=len)
