@@ -3,8 +3,9 @@
     python sample.py --config configs/NAME.py --prompt TEXT [--prompt TEXT ...] | --from_file FILE | --from_image PNG
 
 Jobs
-    --prompt TEXT            in A1111's syntax: (word:1.2), [word], BREAK; models of classes, layouts, label maps or
-                             images take none
+    --prompt TEXT            in A1111's syntax: (word:1.2), [word], BREAK; [from:to:when] and [a|b], which change from
+                             step to step; a cat AND a dog :0.8; models of classes, layouts, label maps or images take
+                             none
     --from_file FILE         one prompt a line, with its own settings after it: a red heart --steps 20 --seed 3
     --from_image PNG         makes an image again from the settings inside it; further flags change them
     --grid "steps=10,20;sampler=euler,dpmpp_2m"      every combination, and a labelled sheet of them

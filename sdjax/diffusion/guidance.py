@@ -32,6 +32,13 @@ def classifier_free(
     return null + per_image(scale, cond) * (cond - null)
 
 
+def composed(
+    conds: Float[Array, "b m h w c"], null: Float[Array, "b h w c"], weights: Float[Array | np.ndarray, "b m"]
+) -> Float[Array, "b h w c"]:
+    """null + sum_i w_i (cond_i - null): guidance of it adds up that of every condition (Liu et al. 2022, eq. 11)."""
+    return null + jnp.sum(per_image(weights, conds) * (conds - null[:, None]), axis=1)
+
+
 def rescale_guidance(
     guided_output: Float[Array, "b h w c"], cond: Float[Array, "b h w c"], phi: Scalar
 ) -> Float[Array, "b h w c"]:

@@ -36,6 +36,7 @@ class Traits(NamedTuple):
         strength: of image to image, where the call names none; None where an init_image is a condition alone.
         feather: pixels within a mask over which the given image fades out, where the call names none.
         step_columns: columns that `wrap` and `steer` read at every step.
+        prompt_columns: columns that prompts decide, of which an image with several prompts has several.
     """
 
     required: tuple[str, ...] = ()
@@ -48,6 +49,7 @@ class Traits(NamedTuple):
     strength: float | None = 0.75
     feather: float = 4.0
     step_columns: tuple[str, ...] = ()
+    prompt_columns: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -58,7 +60,7 @@ class Traits(NamedTuple):
         """Merge the traits of two conditions: tuples are concatenated and channels added; for the rest a non-default
         value overrides the default, `self` taking precedence."""
         usual = Traits()._asdict()
-        added = ("required", "optional", "concat_channels", "step_columns")
+        added = ("required", "optional", "concat_channels", "step_columns", "prompt_columns")
         pairs = [(name, mine, getattr(other, name)) for name, mine in self._asdict().items()]
         return Traits(**{n: a + b if n in added else b if a == usual[n] else a for n, a, b in pairs})
 

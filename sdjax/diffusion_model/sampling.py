@@ -7,7 +7,7 @@ computed is finite.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,9 @@ from sdjax.core.compilation import jit
 from sdjax.core.prng import image_keys
 from sdjax.core.tree import Params
 from sdjax.diffusion.denoise import Denoise, make_denoise, per_image
-from sdjax.diffusion.guidance import guided
+from sdjax.diffusion.guidance import composed, guided
 from sdjax.diffusion.samplers import SamplerTable, first_noise
-from sdjax.diffusion.samplers.scan import State, advance, init_state
+from sdjax.diffusion.samplers.scan import DenoiseAt, State, advance, init_state
 from sdjax.diffusion_model.conditioner import Columns
 from sdjax.diffusion_model.model import BACKBONE, DiffusionModel
 from sdjax.models.conditioning import Cond, apply
@@ -58,6 +58,28 @@ class Start(NamedTuple):
     mask: Float[Array, "b *space 1"]
 
 
+class ConditionSchedule(NamedTuple):
+    """Conditions that change from row to row of the tables, of which a network call may take several.
+
+    Attributes:
+        places: [b n r] among an image's rows of `SamplingBatch.cond`, those that each row's call takes; with guidance
+            the last one is the null condition.
+        weights: [b r-1] of the conditions that are composed.
+    """
+
+    places: Int[Array | np.ndarray, "b n r"]
+    weights: Float[Array | np.ndarray, "b m"]
+
+    def at(self, number: Int[Array, ""], cond: Cond) -> Cond:
+        """The conditions of one row's call, r an image."""
+
+        def chosen(leaf: Array) -> Array:
+            own = leaf.reshape(len(self.places), -1, *leaf.shape[1:])
+            return jax.vmap(lambda rows, places: rows[places])(own, self.places[:, number]).reshape(-1, *leaf.shape[1:])
+
+        return jax.tree.map(chosen, cond)
+
+
 class SamplingBatch(NamedTuple):
     """All that a loop reads and does not change, one row an image.
 
@@ -69,6 +91,7 @@ class SamplingBatch(NamedTuple):
         keys: of the images.
         start: see `Start`.
         noise: of every row of the tables, in place of what the keys draw.
+        schedule: of conditions, if they change from row to row; `cond` then has as many rows an image as it needs.
     """
 
     tables: SamplerTable
@@ -78,6 +101,7 @@ class SamplingBatch(NamedTuple):
     keys: Key[Array, " b"]
     start: Start
     noise: Float[Array, "b n *space z"] | None = None
+    schedule: ConditionSchedule | None = None
 
 
 @jit(static_argnums=2)
@@ -100,16 +124,26 @@ def encode(
     return latents, all_finite(latents)
 
 
-@jit(static_argnames=("model", "guided"))
+@jit(static_argnames=("model", "guided", "scheduled"))
 def condition(
-    model: DiffusionModel, params: Params, columns: Columns, keys: Key[Array, " b"], guidance: Guidance, *, guided: bool
+    model: DiffusionModel,
+    params: Params,
+    columns: Columns,
+    keys: Key[Array, " b"],
+    guidance: Guidance,
+    *,
+    guided: bool,
+    scheduled: bool = False,
 ) -> tuple[Cond, Finite]:
     """The batch's `Cond`.
 
     If `guided`, each image's conditional and null rows are interleaved and encoded in one forward pass, so that both
-    stay on the device that holds the image.
+    stay on the device that holds the image. If `scheduled`, an image has several prompts, [b k ...] in the columns of
+    `Traits.prompt_columns`, and as many times the rows.
     """
     conditioner = model.conditioner
+    if scheduled:
+        columns, keys, guidance = _by_prompt(conditioner.traits.prompt_columns, columns, keys, guidance)
     if guided:
         null = conditioner.null(columns)
         assert null is not None, "guidance needs a null condition"
@@ -122,6 +156,17 @@ def condition(
         # A network distilled to imitate guidance is conditioned on its scale (Luo et al. 2023, LCM).
         cond = cond._replace(guidance=guidance_embedding(jnp.asarray(guidance.scale) - 1.0, model.config.guidance_dim))
     return cond, all_finite(cond)
+
+
+def _by_prompt(names: tuple[str, ...], columns: Columns, keys: Array, guidance: Guidance) -> tuple[Any, Any, Any]:
+    """Columns, keys and guidance with a row for each prompt of an image."""
+    each = next(columns[name].shape[1] for name in names)
+
+    def repeated(values: Array | np.ndarray) -> Array:
+        return jnp.repeat(jnp.asarray(values), each, axis=0)
+
+    rows = {n: c.reshape(-1, *c.shape[2:]) if n in names else repeated(c) for n, c in columns.items()}
+    return rows, repeated(keys), jax.tree.map(repeated, guidance)
 
 
 @jit
@@ -158,8 +203,8 @@ def sample(
     def keep_known(x: Array, sigma: Array) -> Array:
         return start.mask * x + (1.0 - start.mask) * (start.known + per_image(sigma, x) * start.noise)
 
-    denoise = _denoiser(model, params, batch, len(state.x))
-    state = advance(denoise, batch.tables, state, batch.keys, (first, last), keep_known, batch.noise)
+    denoise_at = _denoiser(model, params, batch, len(state.x))
+    state = advance(denoise_at, batch.tables, state, batch.keys, (first, last), keep_known, batch.noise)
     return state, all_finite(state.x)
 
 
@@ -178,8 +223,22 @@ def all_finite(tree: object) -> Finite:
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)
 
 
-def _denoiser(model: DiffusionModel, params: Params, batch: SamplingBatch, images: int) -> Denoise:
-    pairs = {len(leaf) for leaf in jax.tree.leaves(batch.cond)} == {2 * images}
+def _denoiser(model: DiffusionModel, params: Params, batch: SamplingBatch, images: int) -> DenoiseAt:
+    schedule = batch.schedule
+    if schedule is None:
+        pairs = {len(leaf) for leaf in jax.tree.leaves(batch.cond)} == {2 * images}
+        denoise = _conditioned(model, params, batch, 2 if pairs else 1)
+        return lambda number: denoise
+
+    def denoise_at(number: Array) -> Denoise:
+        now = batch._replace(cond=schedule.at(number, batch.cond))
+        return _conditioned(model, params, now, schedule.places.shape[-1])
+
+    return denoise_at
+
+
+def _conditioned(model: DiffusionModel, params: Params, batch: SamplingBatch, rows: int) -> Denoise:
+    """The denoiser under `batch.cond`, which has so many rows an image: more than one are guided."""
 
     def backbone(x: Array, t: Array) -> Array:
         return apply(model.backbone, params[BACKBONE], x, t, batch.cond)
@@ -187,10 +246,13 @@ def _denoiser(model: DiffusionModel, params: Params, batch: SamplingBatch, image
     network = model.conditioner.wrap(params, batch.columns, backbone)
 
     def pair(x: Array, t: Array) -> tuple[Array, Array]:
-        made = network(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2))
-        made = made.reshape(-1, 2, *made.shape[1:])
-        return made[:, 0], made[:, 1]
+        made = network(jnp.repeat(x, rows, axis=0), jnp.repeat(t, rows))
+        made = made.reshape(-1, rows, *made.shape[1:])
+        if rows == 2:
+            return made[:, 0], made[:, 1]
+        assert batch.schedule is not None, "several conditions have weights"
+        return composed(made[:, :-1], made[:, -1], batch.schedule.weights), made[:, -1]
 
-    acting = guided(pair, *batch.guidance) if pairs else network
+    acting = guided(pair, *batch.guidance) if rows > 1 else network
     denoise = make_denoise(acting, model.parameterization)
     return model.conditioner.steer(params, batch.columns, denoise, model.decode)

@@ -152,10 +152,12 @@ def _sample_part(
     elif number == 0 and rows[0].torch is not None:
         noise = devices.shard_batch(np.stack([row.torch[0].first(row.torch[1]) for row in rows]))  # pyright: ignore
     cond, columns = _condition(pipe, parts, rows[0].tile, keys, guidance)
+    schedules = [part.schedule for part in parts]  # all have one, or none has
+    schedule = devices.shard_batch(jax.tree.map(lambda *each: np.stack(each), *schedules))
     start, state = _start(pipe, rows, noise, tables)
     if noisy is not None:
         state = sampling.init_state(noisy)
-    batch = SamplingBatch(tables, cond, columns, guidance, keys, start, _row_noise(pipe, rows, number))
+    batch = SamplingBatch(tables, cond, columns, guidance, keys, start, _row_noise(pipe, rows, number), schedule)
     calls = max(network_calls(part.table) for part in parts)
 
     def finish(first: int, last: int, finite: jax.Array) -> None:
@@ -193,7 +195,8 @@ def _condition(
     )
     for name, images in model.conditioner.images_to_encode(columns).items():
         columns[name] = encode(pipe, images, tile, "masked image")
-    cond, finite = sampling.condition(model, pipe.params, columns, keys, guidance, guided=parts[0].guided)
+    how = {"guided": parts[0].guided, "scheduled": parts[0].schedule is not None}
+    cond, finite = sampling.condition(model, pipe.params, columns, keys, guidance, **how)
     check_finite(pipe, finite, "the text encoder's output" if "prompt" in pipe.inputs else "the condition")
     return cond, {name: columns[name] for name in model.conditioner.traits.step_columns if name in columns}
 

@@ -13,8 +13,11 @@ from jaxtyping import Float
 
 from sdjax.core.errors import UserError
 from sdjax.data.image_inputs import check_mask_size, listed, load_image, load_mask, size_of
+from sdjax.data.text.prompt_editing import Pass
 from sdjax.diffusion.samplers import SamplerTable, network_calls, sampler_of, schedule_of, start_of, table_for
 from sdjax.diffusion_model.conditioners.upscale import NOISE, SMALL
+from sdjax.diffusion_model.sampling import ConditionSchedule
+from sdjax.pipeline.edited_prompts import edit_prompts, needs_null
 from sdjax.pipeline.noise import Draws, TorchNoise
 from sdjax.pipeline.options import OPTIONS, check_int, check_options
 
@@ -36,11 +39,13 @@ class Part(NamedTuple):
         columns: of its conditioner, without the batch axis.
         table: rows of its sampler.
         guided: whether the null condition takes part.
+        schedule: of conditions, if the prompt changes from step to step or is composed of several.
     """
 
     columns: Mapping[str, np.ndarray]
     table: SamplerTable
     guided: bool
+    schedule: ConditionSchedule | None = None
 
 
 class Row(NamedTuple):
@@ -87,8 +92,9 @@ class Row(NamedTuple):
             for p in self.parts
         )
         lengths = tuple(len(part.table.sigma) for part in self.parts)
+        scheduled = tuple(tuple(np.shape(array) for array in part.schedule or ()) for part in self.parts)
         given = self.image is None, self.latents is None, None if self.torch is None else self.torch[0]
-        return self.size, shapes, lengths, given, self.tile
+        return self.size, shapes, lengths, scheduled, given, self.tile
 
     @property
     def calls(self) -> int:
@@ -310,6 +316,7 @@ def _prepare_entry(
     given: Mapping[str, Any],
     size: tuple[int, int],
     tables: Sequence[SamplerTable],
+    earlier_steps: int | None = None,
 ) -> Row:
     guidance = float(given["guidance_scale"])
     image = mask = None
@@ -319,13 +326,17 @@ def _prepare_entry(
         mask = inputs["mask"] = load_mask(entry["mask"], size)
     if entry.get("init_image") is not None and pipe.begins_from_images:
         image = inputs["init_image"] = load_image(entry["init_image"], size)
+    first = 0 if given.get("strength") is None else start_of(given["steps"], given["strength"])
     parts = []
     for one, table in zip([pipe, pipe.refiner], tables, strict=False):
         assert one is not None, "a second table is a refiner's"
-        columns = one.model.conditioner.encode(inputs, one.host(size))
         # 1 or less is none, as in diffusers; so is 0 for models distilled to need none.
         guided = guidance > 1.0 and not one.is_distilled and one.model.has_null
-        parts.append(Part(columns, table, guided))
+        own, schedule = inputs, None
+        if "syntax" in one.inputs and entry["syntax"] == "a1111":
+            guided = guided or needs_null(one, entry["prompt"])
+            own, schedule = edit_prompts(inputs, table, Pass(given["steps"], earlier_steps), first, guided)
+        parts.append(Part(one.model.conditioner.encode(own, one.host(size)), table, guided, schedule))
     feather = given.get("feather", pipe.model.conditioner.traits.feather)
     return Row(
         parts=tuple(parts),
@@ -398,7 +409,7 @@ def _with_second_pass(pipe: Pipeline, row: Row, entry: Mapping[str, Any], given:
     size = tuple(round(side * scale / multiple) * multiple for side in row.size)
     again = {**given, "strength": given.get("hires_strength", HIRES_STRENGTH), "height": size[0], "width": size[1]}
     blank = np.zeros((*size, 3), np.float32)  # stands for what the first pass makes
-    second = _prepare_entry(pipe, entry, again, size, [make_rows(pipe, again)])
+    second = _prepare_entry(pipe, entry, again, size, [make_rows(pipe, again)], given["steps"])
     second = second._replace(index=row.index, image=blank, fresh=False)
     if row.torch is not None:
         total = row.torch[0].batch

@@ -129,6 +129,14 @@ def test_refiner(in_diffusers, refined):
     check(refined(PROMPTS, NEGATIVES, refiner_start=0.6, guidance_scale=4.0, **how), expected)
 
 
+def test_edited_prompts_go_on_in_the_refiner(refined):
+    """It takes over after step 6 of 10; the words change after step 8."""
+    (row,) = refined.prepare("[red heart:flag:8]", steps=10, refiner_start=0.6, sampler="dpmpp_2m")
+    assert [part.schedule is None for part in row.parts] == [True, False]
+    refiner = row.parts[1]
+    assert refiner.schedule.places[refiner.table.active, 0].tolist() == [0, 0, 2, 2]
+
+
 def test_rejects_what_cannot_refine(folders, opened, refined):
     with pytest.raises(UserError, match="sd1_inpainting cannot refine what sdxl makes"):
         sdjax.load(folders("sdxl"), refiner=folders("sd1_inpainting"))
@@ -215,6 +223,8 @@ def test_latent_consistency_model(checkpoints, tmp_path):
     found = ours(PROMPTS, seed=5, rng="torch")
     check(found, expected)
     assert np.abs(ours(PROMPTS, seed=5, rng="torch", guidance_scale=1.0) - found).max() > 0.01
+    with pytest.raises(UserError, match="lcm was distilled to do without the null condition, with which AND composes"):
+        ours.prepare("a red heart AND a cat")
 
 
 @pytest.fixture(scope="module")

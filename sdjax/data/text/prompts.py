@@ -27,9 +27,7 @@ CLOSING = {")": ("(", EMPHASIS), "]": ("[", 1 / EMPHASIS)}
 BREAK = re.compile(r"\bBREAK\b")
 TAG = re.compile(r"<\w+:[^<>]+>")
 NOT_UNDERSTOOD = (
-    (re.compile(r"\[[^\[\]|]*:\s*[.\d]+\s*\]"), "prompt editing is not supported; its words are read, in brackets"),
-    (re.compile(r"\[[^\[\]]*\|[^\[\]]*\]"), "alternating words are not supported; all are read, in brackets"),
-    (re.compile(r"\bAND\b"), "composed prompts are not supported; AND is read as a word"),
+    (re.compile(r"\bAND\b"), "negative prompts are not composed; it is read as a word"),
     (re.compile(rf":(?!\s*{NUMBER}\s*\))\s*[+-]?[.\d]+\s*\)"), "not a weight; it is read as words"),
 )
 

@@ -98,7 +98,7 @@ def make_table(
         )
     plan = SAMPLERS[sampler](schedule, steps, options, start)
     from_scratch = SAMPLERS[sampler](schedule, steps, options, 0) if start else plan
-    return stack(plan, options.limits, len(from_scratch.rows))
+    return stack(plan, options.limits, len(from_scratch.rows), start)
 
 
 def table_for(

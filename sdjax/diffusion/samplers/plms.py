@@ -32,6 +32,7 @@ class _Call(NamedTuple):
     next_x: np.ndarray
     next_anchor: np.ndarray = UNCHANGED
     keep: bool = False
+    begins: bool = True
 
 
 def plms(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
@@ -62,7 +63,10 @@ def _plan(schedule: Schedule, calls: list[_Call], options: SamplerOptions) -> Sa
         into = np.concatenate([[np.sqrt(now)], np.ones(len(UNCHANGED) - 1)])
         sigma = float(abar_to_sigma(now))
         next_x, next_anchor = call.next_x * into / np.sqrt(end), call.next_anchor * into
-        rows.append(SamplerStep(sigma, float(call.timestep), next_x, next_anchor, record(sigma), call.keep))
+        recorded = record(sigma)
+        rows.append(
+            SamplerStep(sigma, float(call.timestep), next_x, next_anchor, recorded, call.keep, begins=call.begins)
+        )
     return SamplerPlan(rows, float(np.sqrt(1.0 / abar[0])))
 
 
@@ -86,7 +90,7 @@ def _plms_calls(schedule: Schedule, called: np.ndarray, stride: int, options: Sa
     # The second call repeats the first step from the anchor, with the mean of both ends' predictions.
     second = int(called[1])
     of_x, of_p = _transfer(schedule, second + stride, second, options)
-    calls.append(_Call(second, weights(anchor=of_x, predictions=[of_p / 2, of_p / 2])))
+    calls.append(_Call(second, weights(anchor=of_x, predictions=[of_p / 2, of_p / 2]), begins=False))
     return calls + _adams_calls(schedule, called[2:], stride, options, kept=1)
 
 
@@ -112,11 +116,11 @@ def _runge_kutta_calls(schedule: Schedule, timesteps: np.ndarray, stride: int, o
         mid_x, mid_p = _transfer(schedule, begin, middle, options)
         end_x, end_p = _transfer(schedule, begin, end, options)
         calls.append(_Call(begin, weights(x=near_x, predictions=[near_p]), KEEP_X, keep=True))
-        calls.append(_Call(middle, weights(anchor=mid_x, predictions=[mid_p])))
+        calls.append(_Call(middle, weights(anchor=mid_x, predictions=[mid_p]), begins=False))
         # x is mid_x anchor + mid_p (second prediction): the anchor takes up the sum of the first three, from which the
         # fourth call makes the step.
         of_x, of_anchor = end_p / 3 / mid_p, end_x - end_p / 3 * mid_x / mid_p
         gathered = weights(x=of_x, anchor=of_anchor, predictions=[end_p / 3, end_p / 6])
-        calls.append(_Call(middle, weights(anchor=end_x, predictions=[end_p]), gathered))
-        calls.append(_Call(end, weights(anchor=1.0, predictions=[end_p / 6])))
+        calls.append(_Call(middle, weights(anchor=end_x, predictions=[end_p]), gathered, begins=False))
+        calls.append(_Call(end, weights(anchor=1.0, predictions=[end_p / 6]), begins=False))
     return calls + _adams_calls(schedule, timesteps[3:], stride, options, kept=3)

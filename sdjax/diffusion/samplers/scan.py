@@ -17,6 +17,9 @@ from sdjax.diffusion.samplers.table import HISTORY, SamplerTable
 Between = Callable[[Float[Array, "b *space c"], Float[Array, " b"]], Float[Array, "b *space c"]]
 """between(x, sigma_next) -> x: applied after every row, e.g. to blend in the known part of an image."""
 
+DenoiseAt = Callable[[Int[Array, ""]], Denoise]
+"""denoise_at(number) -> the denoiser of a row, whose condition may be another than its neighbours'."""
+
 _FIRST_NOISE = 2**31 - 1
 
 
@@ -47,7 +50,7 @@ def init_state(x: Float[Array, "b *space c"]) -> State:
 
 
 def advance(
-    denoise: Denoise,
+    denoise_at: DenoiseAt,
     tables: SamplerTable,
     state: State,
     keys: Key[Array, " b"],
@@ -61,7 +64,8 @@ def advance(
     the same images to the bit.
 
     Args:
-        denoise: denoise(x, sigma [b], timestep [b]) -> x0, or (x0, v) with a learned variance, or `Guided`.
+        denoise_at: of every row, denoise(x, sigma [b], timestep [b]) -> x0, or (x0, v) with a learned variance, or
+            `Guided`.
         tables, state: of `batched`, one table an image, and of `init_state` or an earlier call.
         keys: [b], one an image; noise is drawn from fold_in(key, index of the row), whatever the batch.
         rows: the first row and the one after the last.
@@ -74,7 +78,7 @@ def advance(
     def body(number: Array, state: State) -> State:
         row = jax.tree.map(lambda values: values[:, number], per_row)
         noise = _noise(keys, row.index, state.x.shape[1:]) if given is None else given[:, number]
-        after = _step(denoise, state, row, limits, noise)
+        after = _step(denoise_at(number), state, row, limits, noise)
         if between is not None:
             after = after._replace(x=between(after.x, row.sigma_next))
         # An image whose table has ended, or has not begun, waits for the others.
@@ -94,7 +98,7 @@ def sample(
     """Run all rows of one table for every image; the result is a clean sample in the network's coordinates.
 
     Args:
-        denoise: as in `advance`.
+        denoise: of all rows, as in `advance`.
         table: of `make_table`; its arrays may be traced.
         x_init: in variance-exploding coordinates: first_scale noise, or x0 + sigma[0] noise.
         keys, between, given: as in `advance`.
@@ -104,8 +108,9 @@ def sample(
         on_device = jnp.asarray(values, jnp.float32 if values.dtype == np.float64 else values.dtype)
         return jnp.broadcast_to(on_device, (len(x_init), *values.shape))
 
-    tables = jax.tree.map(rows, table)
-    return advance(denoise, tables, init_state(x_init), keys, (0, jnp.sum(table.active)), between, given).x
+    tables = jax.tree.map(rows, table._replace(step=None))
+    bounds = 0, jnp.sum(table.active)
+    return advance(lambda number: denoise, tables, init_state(x_init), keys, bounds, between, given).x
 
 
 def _step(denoise: Denoise, state: State, row: SamplerTable, limits: Array | np.ndarray, noise: Array) -> State:

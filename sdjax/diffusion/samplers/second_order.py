@@ -36,7 +36,7 @@ def heun(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
         corrected = weights(x=near, anchor=1.0 + far, predictions=[-near, -far], noise=churned.noise[i])
         rows.append(_euler_row(sigma, churned.timesteps[i], target))
         timestep = levels.timesteps[start + i + 1] if start + i + 1 < len(levels.timesteps) else 0.0
-        rows.append(SamplerStep(target, float(timestep), corrected))
+        rows.append(SamplerStep(target, float(timestep), corrected, begins=False))
     return SamplerPlan(rows, churned.first_scale)
 
 
@@ -53,7 +53,7 @@ def dpm2(schedule: Schedule, steps: int, options: SamplerOptions, start: int) ->
         slope = (target - sigma) / middle
         full = weights(x=slope, anchor=1.0, predictions=[-slope], noise=churned.noise[i])
         rows.append(_euler_row(sigma, churned.timesteps[i], middle))
-        rows.append(SamplerStep(middle, float(sigma_to_timestep(np.array(middle), schedule.sigmas)), full))
+        rows.append(_middle_row(schedule, middle, full))
     return SamplerPlan(rows, churned.first_scale)
 
 
@@ -61,6 +61,11 @@ def _euler_row(sigma: float, timestep: float, target: float, noise: float = 0.0)
     """An Euler step to `target` that leaves x in the anchor."""
     ratio = target / sigma
     return SamplerStep(sigma, timestep, weights(x=ratio, predictions=[1.0 - ratio], noise=noise), KEEP_X)
+
+
+def _middle_row(schedule: Schedule, middle: float, full: np.ndarray) -> SamplerStep:
+    """A step's second call, between its ends."""
+    return SamplerStep(middle, float(sigma_to_timestep(np.array(middle), schedule.sigmas)), full, begins=False)
 
 
 def dpm2_a(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
@@ -131,5 +136,5 @@ def _plan(
             continue
         toward, middle, anchor, full = pair(sigma, target)
         rows.append(SamplerStep(sigma, timestep, toward, anchor))
-        rows.append(SamplerStep(middle, float(sigma_to_timestep(np.array(middle), schedule.sigmas)), full))
+        rows.append(_middle_row(schedule, middle, full))
     return SamplerPlan(rows, first_noise_scale(sigmas[0], options))

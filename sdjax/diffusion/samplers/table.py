@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class SamplerStep(NamedTuple):
         log_variance: bounds between which a learned variance lies, as a factor on the noise; (0, 0) without one.
         drift: weight on that variance times the gradient of a guide, see `denoise.Guided`; where it is 0, the gradient
             moves x0.
+        begins: whether this is the first network call of a step.
     """
 
     sigma: float
@@ -43,6 +44,7 @@ class SamplerStep(NamedTuple):
     keep: bool = True
     log_variance: tuple[float, float] = (0.0, 0.0)
     drift: float = 0.0
+    begins: bool = True
 
 
 class SamplerPlan(NamedTuple):
@@ -66,6 +68,7 @@ class SamplerTable(NamedTuple):
         drift: [n].
         first_scale: [] noise times this is where sampling from nothing begins.
         limits: [3] clip range, dynamic threshold's ratio and greatest value; (inf, 0, 1) is neither.
+        step: [n] the sampler's step that the row belongs to, from 0; the host's alone, None on devices.
     """
 
     sigma: np.ndarray
@@ -80,6 +83,7 @@ class SamplerTable(NamedTuple):
     drift: np.ndarray
     first_scale: np.ndarray
     limits: np.ndarray
+    step: np.ndarray | None = None
 
 
 def weights(
@@ -111,13 +115,16 @@ def network_coordinates(rows: list[SamplerStep], sigma: float) -> list[SamplerSt
     return [*rows[:-1], last._replace(next_x=last.next_x / np.sqrt(1.0 + sigma**2))]
 
 
-def stack(plan: SamplerPlan, limits: tuple[float, float, float], rows_without_start: int) -> SamplerTable:
+def stack(
+    plan: SamplerPlan, limits: tuple[float, float, float], rows_without_start: int, start: int = 0
+) -> SamplerTable:
     """Stacks and pads a plan's rows.
 
     Args:
         plan, limits: at least one row, and what `SamplerTable` says of limits.
         rows_without_start: number of rows had the plan begun at its first step: it decides the padded length, so that
             beginning later compiles nothing.
+        start: number of the first step.
 
     Raises:
         UserError: more rows than the longest table holds.
@@ -143,6 +150,7 @@ def stack(plan: SamplerPlan, limits: tuple[float, float, float], rows_without_st
         drift=pad([row.drift for row in rows]),
         first_scale=np.array(plan.first_scale),
         limits=np.array(limits, np.float64),
+        step=pad(start - 1 + np.cumsum([row.begins for row in rows]), np.int32),
     )
 
 
@@ -172,6 +180,5 @@ def batched(tables: Sequence[SamplerTable]) -> SamplerTable:
         array = np.stack(padded)
         return array.astype(np.float32) if array.dtype == np.float64 else array
 
-    return SamplerTable(
-        *(stacked(name, *columns) for name, *columns in zip(SamplerTable._fields, *tables, strict=True))
-    )
+    fields: Any = zip(SamplerTable._fields, *tables, strict=True)
+    return SamplerTable(*(stacked(name, *columns) for name, *columns in fields if name != "step"))

@@ -27,6 +27,8 @@ SIZES, AESTHETICS = 6, 5
 the target size for its refiner (SDXL, section 2.2; Stability-AI/generative-models, configs/inference)."""
 NULL = "null"
 """Component of frozen arrays: the embeddings of the null condition, where embeddings were precomputed."""
+SIDES = ("", "negative_")
+"""Prefixes of the columns of prompts and of negative prompts."""
 READERS = {"a1111": chunk, "plain": plain}
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 
@@ -38,7 +40,8 @@ class TextConditioner(Conditioner):
     """`ids` int32 and `weights` float [b e n l] of e encoders, `keep` float [b], `numbers` float [b k].
 
     `keep` is 1 for the prompt and 0 for the null condition. Sampling has `negative_*` columns beside them. Precomputed
-    embeddings (`context`, `pooled`) may take the place of ids.
+    embeddings (`context`, `pooled`) may take the place of ids. Where prompt and negative prompt are lists, an image has
+    as many rows of all these columns.
 
     Attributes:
         encoders: in the order in which their features are joined.
@@ -64,7 +67,12 @@ class TextConditioner(Conditioner):
             context_width=sum(encoder.width for encoder in self.encoders),
             has_null=True,
             guidance_scale=7.5,
+            prompt_columns=("clip_skip", *(f"{side}{name}" for side in SIDES for name in self._column_names)),
         )
+
+    @property
+    def _column_names(self) -> tuple[str, ...]:
+        return ("ids", "weights", "keep", *(["numbers"] if self.numbers else []))
 
     @property
     def components(self) -> dict[str, Any]:
@@ -84,18 +92,22 @@ class TextConditioner(Conditioner):
         most = min(encoder.max_skip for encoder in self.encoders)
         if skip > most:
             raise UserError(f"clip_skip {skip} does not fit this text encoder; choose 0 to {most}")
-        negative = inputs.get("negative_prompt")
+        several = not isinstance(inputs["prompt"], str)
+        prompts, negatives = (inputs[n] if several else [inputs.get(n)] for n in ("prompt", "negative_prompt"))
+        count = len(prompts)
         tokenizers = [host.tokenizers[encoder.name] for encoder in self.encoders]
-        ids, weights = read_prompts(tokenizers, (inputs["prompt"], negative or ""), inputs["syntax"])  # pyright: ignore
-        columns = {"clip_skip": np.int32(skip)}
-        for row, prefix in enumerate(("", "negative_")):
+        texts = [*prompts, *(negative or "" for negative in negatives)]
+        ids, weights = read_prompts(tokenizers, texts, inputs["syntax"])  # pyright: ignore
+        columns = {"clip_skip": np.full(count, skip, np.int32)}
+        for row, side in enumerate(SIDES):
             # SDXL's base was trained with zeros in place of dropped embeddings, so a missing negative prompt is them.
-            zeros = bool(row) and negative is None and not self.null_ids
-            own = {"ids": ids[row], "weights": weights[row], "keep": np.float32(not zeros)}
+            zeros = [bool(row) and negative is None and not self.null_ids for negative in negatives]
+            rows = slice(row * count, (row + 1) * count)
+            own = {"ids": ids[rows], "weights": weights[rows], "keep": 1.0 - np.array(zeros, np.float32)}
             if self.numbers:
-                own["numbers"] = np.array(self._numbers(inputs, host.size, bool(row)), np.float32)
-            columns |= {f"{prefix}{name}": value for name, value in own.items()}
-        return columns
+                own["numbers"] = np.array([self._numbers(inputs, host.size, bool(row))] * count, np.float32)
+            columns |= {f"{side}{name}": value for name, value in own.items()}
+        return columns if several else {name: values[0] for name, values in columns.items()}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
         text = self.embeddings(params, columns)
