@@ -14,6 +14,7 @@ from sdjax.checkpoints.networks import inception, perceptual
 from sdjax.checkpoints.storage.safetensors import read_safetensors
 from sdjax.checkpoints.storage.weights import read_file
 from sdjax.core.assets import ASSETS
+from sdjax.core.caches import cache_folder
 from sdjax.core.errors import UserError
 
 FOLDER = "SDJAX_WEIGHTS"
@@ -66,9 +67,9 @@ PUBLISHED = {
 def folders() -> list[Path]:
     """The folders where weights are looked for: $SDJAX_WEIGHTS, this project's cache, PyTorch's cache of downloads."""
     own = [Path(os.environ[FOLDER]).expanduser()] if os.environ.get(FOLDER) else []
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    torch = Path(os.environ.get("TORCH_HOME") or cache / "torch").expanduser()
-    return [*own, cache / "sdjax" / "weights", torch / "hub" / "checkpoints"]
+    cache = cache_folder("weights")
+    torch = Path(os.environ.get("TORCH_HOME") or cache.parents[1] / "torch").expanduser()
+    return [*own, cache, torch / "hub" / "checkpoints"]
 
 
 def find(name: str) -> Path | None:

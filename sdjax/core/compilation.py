@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from sdjax.core.caches import cache_folder, own_folder
 
 # XLA gives a CPU's products and convolutions to YNNPACK by default (jaxlib 0.10); most of those of Stable Diffusion's
 # UNet take longer there than in Eigen, which it replaced. Its sums are faster.
@@ -19,8 +19,6 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
 }
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
-
-logger = logging.getLogger("sdjax")
 
 
 def jit(function: Callable[..., Any] | None = None, **how: Any) -> Callable[..., Any]:
@@ -67,16 +65,8 @@ def keep_compiled(folder: Path | None = None) -> Path | None:
     """
     if VARIABLE in os.environ:
         return Path(os.environ[VARIABLE])
+    folder = own_folder(folder or cache_folder("compiled"), "compiled programs")
     if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdjax" / "compiled"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-    except OSError as error:
-        logger.warning("compiled programs are not kept: %s: %s", folder, error.strerror)
-        return None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        logger.warning("compiled programs are not kept: %s is not a folder that you alone may write", folder)
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder

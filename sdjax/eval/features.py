@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from sdjax.checkpoints import metric_weights
+from sdjax.core.caches import cache_folder, own_folder
 from sdjax.core.errors import UserError
 from sdjax.core.files import atomic_write
 from sdjax.data.sources.base import Images
@@ -28,11 +28,6 @@ from sdjax.parallel.sharding import replicated
 Arrays = dict[str, np.ndarray]
 
 logger = logging.getLogger("sdjax")
-
-
-def cache_folder() -> Path:
-    """Cache of image features."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdjax" / "features"
 
 
 def inception_features(images: Images, what: str, size: int | None, batch_size: int) -> Arrays:
@@ -55,9 +50,12 @@ def kept(key: str, make: Callable[[], Arrays], folder: Path | None = None) -> Ar
 
     Args:
         key: whatever it depends on; another key is another file.
-        folder: default `cache_folder()`.
+        folder: default `cache_folder("features")`.
     """
-    path = (folder or cache_folder()) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    folder = own_folder(folder or cache_folder("features"), "features of images")
+    if folder is None:
+        return make()
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)

@@ -104,6 +104,46 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     assert len(source(shards(tmp_path, count=1))) == 4
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keys": np.array([255] * 40, np.uint8)},
+        {"keys": np.array(["a"] * 4)},
+        {"key_ends": np.array([9, 9, -9, 36])},
+        {"key_ends": np.array([9, 90, 27, 36])},
+        {"key_ends": np.array([1.0, 2.0, 3.0, 36.0])},
+        {"spans": np.full((4, 4), 2**62)},
+        {"spans": np.full((4, 4), -1)},
+        {"spans": np.zeros((4, 3), np.int64)},
+        {"spans": np.zeros((3, 4), np.int64)},
+        {"is_json": np.zeros(3, np.uint8)},
+        {"is_json": np.zeros((4, 1), np.uint8)},
+        {"problems": np.zeros(3)},
+        {"problems": np.array([["a"]])},
+        {"stamp": np.zeros(3)},
+        {"spans": np.array(None)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_index_that_is_none_is_built_anew(tmp_path, change):
+    """Somebody else's, with the right stamp."""
+    name = shards(tmp_path, count=1)
+    expected = [source(name)[i]["id"] for i in range(4)]
+    (kept,) = (tmp_path / "cache" / "sdjax" / "tar_index").iterdir()
+    with np.load(kept) as arrays:
+        planted = dict(arrays) | change
+    np.savez(kept, **planted)
+    assert [source(name)[i]["id"] for i in range(4)] == expected
+
+
+def test_an_index_where_others_can_write_is_not_read(tmp_path, caplog):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    assert len(source(shards(tmp_path))) == 12
+    assert caplog.text.count("indices of tar files are not kept") == 1
+    assert not list((tmp_path / "cache").rglob("*.npz"))
+
+
 def link(path):
     with tarfile.open(path, "w") as tar:
         info = tarfile.TarInfo("a.png")

@@ -20,6 +20,8 @@ import resvg_py
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from sdjax.core.caches import cache_folder
+
 SIZE = 128
 HELD_OUT = "held_out"
 ATTRIBUTION = "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
@@ -90,7 +92,7 @@ def default_data_dir() -> Path:
     """$TFDS_DATA_DIR, else `sdjax/datasets` in the user's cache folder."""
     if chosen := os.environ.get("TFDS_DATA_DIR"):
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdjax" / "datasets"
+    return cache_folder("datasets")
 
 
 def prepared(data_dir: str | os.PathLike | None = None) -> OpenMoji:

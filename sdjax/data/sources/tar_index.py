@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from sdjax.core.caches import cache_folder, own_folder
 from sdjax.core.errors import UserError
 from sdjax.core.files import atomic_write
 
@@ -69,7 +70,10 @@ def tar_index(path: Path) -> TarIndex:
         found = path.stat()
         stamp = np.array([VERSION, found.st_size, found.st_mtime_ns], np.int64)
         name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
-        cached = cache_folder() / f"{name}.npz"
+        folder = own_folder(cache_folder("tar_index"), "indices of tar files")
+        if folder is None:
+            return build(path)
+        cached = folder / f"{name}.npz"
         index = _load(cached, stamp)
         if index is None:
             index = build(path)
@@ -77,11 +81,6 @@ def tar_index(path: Path) -> TarIndex:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     return index
-
-
-def cache_folder() -> Path:
-    """`sdjax/tar_index` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdjax" / "tar_index"
 
 
 def build(path: Path) -> TarIndex:
@@ -162,12 +161,22 @@ def _load(cached: Path, stamp: Int64[np.ndarray, " 3"]) -> TarIndex | None:
                 return None
             problems = tuple((str(member), str(reason)) for member, reason in arrays["problems"])
             index = TarIndex(*(arrays[name] for name in TarIndex._fields[:-1]), problems=problems)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return index if _is_whole(index, int(stamp[1])) else None
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    count, size = len(index.key_ends), int(stamp[1])
-    inside = (index.spans >= 0).all() and (index.spans[:, 0::2] + index.spans[:, 1::2] <= size).all()
-    whole = index.spans.shape == (count, 4) and len(index.is_json) == count
-    return index if whole and inside and len(index.keys) == (index.key_ends[-1] if count else 0) else None
+
+
+def _is_whole(index: TarIndex, size: int) -> bool:
+    """Tell whether an index is one of a file of `size` bytes; a ValueError where its keys are no text."""
+    count, ends = len(index.key_ends), np.concatenate([[0], index.key_ends])
+    if [array.dtype.char for array in index[:4]] != ["B", "l", "l", "B"] or index.spans.shape != (count, 4):
+        return False
+    for number in range(count):
+        index.key(number)
+    inside = (index.spans >= 0).all() and (index.spans <= size).all()
+    inside = inside and (index.spans[:, 0::2] + index.spans[:, 1::2] <= size).all()
+    in_order = (np.diff(ends) >= 0).all() and ends[-1] == len(index.keys)
+    return bool(inside and in_order and index.is_json.shape == (count,) and index.keys.ndim == index.key_ends.ndim == 1)
 
 
 def _save(cached: Path, stamp: Int64[np.ndarray, " 3"], index: TarIndex) -> None:
