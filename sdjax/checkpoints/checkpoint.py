@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
-from sdjax.checkpoints.mapping import KeyTable, Put, Stored, read
+from sdjax.checkpoints.mapping import KeyTable, Put, Stored, check_blocks, read
 from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
@@ -191,6 +191,7 @@ def read_params(
     kind = how.dtype if how.dtype is None or isinstance(how.dtype, str) else how.dtype.get(name)
     below = None if place is None else lambda array, path: place(array, f"{name}/{path}")
     dtype = None if kind is None else dtype_named(kind)
+    check_blocks(config.blocks, tensors, source)
     return read(form.table(config), tensors, form.shapes(config), dtype, source, below)
 
 

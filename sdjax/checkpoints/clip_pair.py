@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdjax.checkpoints.mapping import read
+from sdjax.checkpoints.mapping import check_blocks, read
 from sdjax.checkpoints.metric_weights import FOLDER, folders
 from sdjax.checkpoints.networks import clip, clip_image
 from sdjax.checkpoints.storage.weights import find_weights
@@ -72,6 +72,7 @@ def read_clip(folder: Path) -> CLIPPair:
             ("image", ("vision_model.", "visual_projection.")),
         )
     }
+    check_blocks(text_config.blocks + image_config.blocks, tensors, folder)
     return CLIPPair(
         text_config,
         read(clip.TABLE, parts["text"], clip.shapes(text_config), np.float32, folder),

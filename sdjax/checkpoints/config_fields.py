@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sdjax.core.errors import UserError
 
+MAX_SIZE = 2**20  # more than any network has of channels, tokens, classes
+MAX_SIDE = 2**12  # of the images that a network is made for
+MAX_LEVELS = 10
+MAX_STEPS = 10_000  # of sampling
+SHOWN = 200
+
 
 class Field(NamedTuple):
-    """A size: its name here, its key in a config.json, and what a missing key means.
+    """A size: its name here, its key in a config.json, what a missing key means, and the most that it can be.
 
     The default's type is the value's: True or False; a positive number; a positive integer; text, which `check` has
     looked at; None for a positive integer or null.
@@ -18,6 +25,7 @@ class Field(NamedTuple):
     ours: str
     theirs: str
     default: Any
+    most: int = MAX_SIZE
 
 
 def read_fields(config: Mapping[str, Any], fields: Iterable[Field], place: str) -> dict[str, Any]:
@@ -35,11 +43,11 @@ def _value(config: Mapping[str, Any], field: Field, place: str) -> Any:
         if type(value) is not bool:
             raise unsupported(config, field.theirs, place, "true or false")
     elif isinstance(default, float):
-        if type(value) not in (int, float) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
             raise unsupported(config, field.theirs, place, "a positive number")
         return float(value)
     elif not isinstance(default, str) and not (default is None and value is None):
-        return integer(config, field.theirs, default or 0, place)
+        return integer(config, field.theirs, default or 0, place, field.most)
     return value
 
 
@@ -59,6 +67,29 @@ def check(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], pla
             raise unsupported(config, key, place, " or ".join(repr(choice) for choice in choices))
 
 
+def check_sample_size(config: Mapping[str, Any], place: str) -> None:
+    """Holds the size that a network's images have, where its config says one, to a size that can be made.
+
+    Raises:
+        UserError: it is none.
+    """
+    said = config.get("sample_size")
+    sides = said if isinstance(said, list) and len(said) == 2 else [said]
+    if said is not None and not all(_is_size(side, MAX_SIDE) for side in sides):
+        raise unsupported(config, "sample_size", place, f"one or two positive integers, at most {MAX_SIDE}")
+
+
+def check_settings(settings: Mapping[str, Any], place: str) -> None:
+    """Holds what a folder says of sampling it, and of its condition, to values that can be.
+
+    Raises:
+        UserError: naming the key, its value and what it must be.
+    """
+    for key, (fits, wanted) in SETTINGS.items():
+        if key in settings and not fits(settings[key]):
+            raise unsupported(settings, key, place, wanted)
+
+
 def check_groups(groups: int, channels: Sequence[int], place: str) -> None:
     """Holds norm_num_groups to a divisor of every level's channels.
 
@@ -72,25 +103,51 @@ def check_groups(groups: int, channels: Sequence[int], place: str) -> None:
 
 def unsupported(config: Mapping[str, Any], key: str, place: str, wanted: str) -> UserError:
     """The error for a key whose value is not what is wanted."""
-    return UserError(f"{key} = {config.get(key)!r} in {place} is not supported; it must be {wanted}")
+    said = repr(config.get(key))
+    short = said if len(said) <= SHOWN else f"{said[:SHOWN]}..."
+    return UserError(f"{key} = {short} in {place} is not supported; it must be {wanted}")
 
 
-def integer(config: Mapping[str, Any], key: str, default: int, place: str) -> int:
-    """A positive integer."""
+def integer(config: Mapping[str, Any], key: str, default: int, place: str, most: int = MAX_SIZE) -> int:
+    """A positive integer up to `most`."""
     value = config.get(key, default)
-    if type(value) is not int or value < 1:
-        raise unsupported(config, key, place, "a positive integer")
+    if not _is_size(value, most):
+        raise unsupported(config, key, place, f"a positive integer, at most {most}")
     return value
 
 
+def _is_size(value: Any, most: int = MAX_SIZE) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def _are(kind: type) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "classes": (_are(str), "a list of names"),
+    "guidance_scale": (lambda value: type(value) in (int, float) and 0 <= value < MAX_SIZE, "a number of at least 0"),
+    "none": (lambda value: value in (None, 0) or _is_size(value), "the number of a class"),
+    "nothing": (lambda value: _are(int)(value) and all(0 <= token < MAX_SIZE for token in value), "a list of tokens"),
+    "object_classes": (_is_size, f"a positive integer, at most {MAX_SIZE}"),
+    "sampler": (lambda value: isinstance(value, str), "a name"),
+    "schedule": (lambda value: isinstance(value, str), "a name"),
+    "size": (lambda value: _is_size(value, MAX_SIDE), f"a positive integer, at most {MAX_SIDE}"),
+    "steps": (lambda value: _is_size(value, MAX_STEPS), f"a positive integer, at most {MAX_STEPS}"),
+}
+"""Of a checkpoint that this library wrote, in its model_index.json."""
+
+
 def integers(config: Mapping[str, Any], key: str, default: int | tuple[int, ...], levels: int, place: str) -> tuple:
-    """One positive integer a level; a single one is meant for all levels. `levels` 0 takes any number of them."""
+    """One positive integer a level; a single one is meant for all levels. `levels` 0 takes up to MAX_LEVELS of them."""
     value = config.get(key, default)
     values = [value] * levels if type(value) is int else value
-    counted = isinstance(values, list | tuple) and len(values) == (levels or len(values)) and len(values) > 0
-    if not counted or any(type(n) is not int or n < 1 for n in values):
-        wanted = f"a positive integer or {levels} of them" if levels else "a list of positive integers"
-        raise unsupported(config, key, place, wanted)
+    fits = isinstance(values, list | tuple) and len(values) in ((levels,) if levels else range(1, MAX_LEVELS + 1))
+    if not fits or not all(map(_is_size, values)):
+        wanted = (
+            f"a positive integer or {levels} of them" if levels else f"a list of 1 to {MAX_LEVELS} positive integers"
+        )
+        raise unsupported(config, key, place, f"{wanted}, at most {MAX_SIZE}")
     return tuple(values)
 
 
@@ -109,7 +166,8 @@ def attention_levels(
     found: list[list[bool]] = []
     for key, names, default in sides:
         blocks, known = config.get(key, default), {name: here for here, name in names.items()}
-        if not isinstance(blocks, list | tuple) or len(blocks) != levels or any(b not in known for b in blocks):
+        named = isinstance(blocks, list | tuple) and all(isinstance(block, str) for block in blocks)
+        if not named or len(blocks) != levels or any(block not in known for block in blocks):
             raise unsupported(config, key, place, f"{levels} of {' and '.join(known)}")
         found.append([known[block] for block in blocks])
     if found[0] != found[1][::-1]:

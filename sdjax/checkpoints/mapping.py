@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ from sdjax.core.errors import UserError
 from sdjax.core.tree import Tree, flatten, unflatten
 
 SHOWN = 20
+MAX_BLOCKS = 1000  # SDXL's UNet has 97
 
 
 class Kind(NamedTuple):
@@ -247,8 +248,24 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
+def check_blocks(blocks: int, tensors: Collection[str], source: object) -> None:
+    """Hold a config to its weights before its network is traced, which takes time for each block.
+
+    Raises:
+        UserError: there are not as many tensors as blocks, or more blocks than any network has.
+    """
+    if blocks > min(len(tensors), MAX_BLOCKS):
+        raise UserError(
+            f"{source} does not fit the model of its config, which has {blocks} blocks of layers: the weights are "
+            f"{len(tensors)} tensors; at most {MAX_BLOCKS} blocks are read"
+        )
+
+
 def traced(init: Callable[..., Any], *inputs: Any) -> dict[str, Any]:
-    """The parameters of a module's `init`, as a tree of `jax.ShapeDtypeStruct`; equal blocks are traced once."""
+    """The parameters of a module's `init`, as a tree of `jax.ShapeDtypeStruct`; equal blocks are traced once.
+
+    The inputs may be such, too: an untrusted config says how large they are.
+    """
 
     def params(key: jax.Array, *inputs: Any) -> Any:
         with nn.intercept_methods(_once_each()):

@@ -32,6 +32,11 @@ class ClassifierConfig:
     size: int
     classes: int = 1000
 
+    @property
+    def blocks(self) -> int:
+        """Residual blocks, each of which has parameters of its own."""
+        return self.encoder.layers_per_block * len(self.encoder.channels) + 2
+
 
 def _row(size: int, attention: tuple[int, ...], layers: int = 2) -> ClassifierConfig:
     channels = tuple(int(128 * m) for m in MULTIPLIERS[size])

@@ -42,6 +42,11 @@ class AutoencoderConfig:
     mid_attention: bool = True
 
     @property
+    def blocks(self) -> int:
+        """Residual blocks, each of which has parameters of its own."""
+        return (2 * self.layers_per_block + 1) * len(self.channels) + 4
+
+    @property
     def factor(self) -> int:
         """Downsampling factor: pixels along each side of a latent."""
         return 2 ** (len(self.channels) - 1)

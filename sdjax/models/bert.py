@@ -28,6 +28,11 @@ class BertConfig:
     max_length: int = 77
 
     @property
+    def blocks(self) -> int:
+        """Layers, each of which has parameters of its own."""
+        return self.layers
+
+    @property
     def feed_forward(self) -> int:
         """Hidden features of a layer's second half."""
         return 4 * self.width

@@ -44,6 +44,11 @@ class CLIPTextConfig:
     projection_dim: int | None = None
     eos_token_id: int = 2
 
+    @property
+    def blocks(self) -> int:
+        """Layers, each of which has parameters of its own."""
+        return self.layers
+
 
 VARIANTS = {
     "clip_l": CLIPTextConfig(),  # 123,060,480 parameters

@@ -27,6 +27,11 @@ class CLIPImageConfig:
     activation: str = "quick_gelu"
     projection_dim: int = 768
 
+    @property
+    def blocks(self) -> int:
+        """Layers, each of which has parameters of its own."""
+        return self.layers
+
 
 VARIANTS = {
     "clip_l": CLIPImageConfig(),  # 303,966,208 parameters with its projection

@@ -25,6 +25,11 @@ class ClassEmbedderConfig:
     classes: int = 1000
     width: int = 512
 
+    @property
+    def blocks(self) -> int:
+        """Layers, each of which has parameters of its own."""
+        return 1
+
 
 class ClassEmbedder(nn.Module):
     """A class to one token for cross-attention."""
@@ -51,6 +56,11 @@ class RescalerConfig:
     classes: int = 182
     stages: int = 2
     features: int = 3
+
+    @property
+    def blocks(self) -> int:
+        """Layers, each of which has parameters of its own."""
+        return 1
 
 
 class Rescaler(nn.Module):

@@ -53,6 +53,11 @@ class UNetConfig:
     groups: int = 32
 
     @property
+    def blocks(self) -> int:
+        """Residual blocks and transformers, each of which has parameters of its own."""
+        return (2 * self.layers_per_block + 1) * (len(self.channels) + sum(self.depths)) + self.mid_depth + 2
+
+    @property
     def divisor(self) -> int:
         """Sides of latents that are multiples of it are halved evenly at every level."""
         return 2 ** (len(self.channels) - 1)

@@ -75,6 +75,11 @@ class UNet2DConfig:
         """There is no embedding of the guidance scale."""
 
     @property
+    def blocks(self) -> int:
+        """Residual blocks, each of which has parameters of its own."""
+        return (2 * self.layers_per_block + 1) * len(self.channels) + 2
+
+    @property
     def divisor(self) -> int:
         """Sides of latents that are multiples of it are halved evenly at every level."""
         return 2 ** (len(self.channels) - 1)

@@ -27,6 +27,7 @@ from sdjax.checkpoints.checkpoint import (
     read_params,
     write_tokenizer,
 )
+from sdjax.checkpoints.config_fields import check_sample_size, check_settings
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import Put, export
 from sdjax.checkpoints.networks import autoencoder, clip, unet, unet2d
@@ -175,6 +176,7 @@ def read_folder(
     row, names, settings = class_of_index(index), components_in(index, path / INDEX), index.get(OWN, {})
     if not isinstance(settings, dict):
         raise UserError(f"{OWN} in {path / INDEX} is no JSON object")
+    check_settings(settings, f"{OWN} of {path / INDEX}")
     tokenizers = {encoder: path / folder for encoder, folder in TOKENIZER_FOLDERS.items() if encoder in names}
     conditioning, said = "text", {}
     if row.kind == STABLE_DIFFUSION:
@@ -187,6 +189,9 @@ def read_folder(
         if not isinstance(conditioning, str) or not conditioning:
             known = [name for name, other in PIPELINES.items() if other.kind == LDM and other.conditioning]
             raise unknown("pipeline", index["_class_name"], known, str(path / INDEX))
+    low = path / "low_res_scheduler"
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    low_res_scheduler = read_json(low / "scheduler_config.json") if present(index, low.name) else None
     components = {
         name: read_component(path / folder_of(name, row.kind), name, dtype, variant=variant, place=place)
         for name in names
@@ -195,14 +200,13 @@ def read_folder(
         conditioning = pixel_conditioning(components["unet"].config, path / "unet")
     if conditioning == "super_resolution" and OWN not in index:
         components["vae"] = _unscaled(components["vae"])
-    low = path / "low_res_scheduler"
     return Checkpoint(
         components=components,
-        scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
+        scheduler=scheduler,
         conditioning=conditioning,
         settings=settings,
         tokenizers={encoder: folder for encoder, folder in tokenizers.items() if folder.is_dir()},
-        low_res_scheduler=read_json(low / "scheduler_config.json") if present(index, low.name) else None,
+        low_res_scheduler=low_res_scheduler,
         model_index=said,
     )
 
@@ -221,6 +225,7 @@ def read_component(
         UserError: as `read_folder`.
     """
     extra, config = read_json(Path(path) / "config.json"), read_config(path, name)
+    check_sample_size(extra, str(Path(path) / "config.json"))
     tensors = find_weights(Path(path), ALL_FORMATS[name].weights, variant)
     return Component(config, read_params(name, config, tensors, path, ReadOptions(dtype, place)), extra)
 

@@ -85,7 +85,7 @@ TABLE = KeyTable(
 @functools.cache
 def shapes(config: AutoencoderConfig) -> dict[str, Any]:
     """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
-    image = jnp.zeros((1, config.factor, config.factor, 3))
+    image = jax.ShapeDtypeStruct((1, config.factor, config.factor, 3), jnp.float32)
     return mapping.traced(autoencoder_of(config).init, image, jax.random.key(0))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from sdjax.checkpoints import config_fields, mapping
-from sdjax.checkpoints.config_fields import Field
+from sdjax.checkpoints.config_fields import MAX_SIZE, Field
 from sdjax.checkpoints.mapping import KeyTable, Shapes, at, embedding, layer, norm, renamed
 from sdjax.checkpoints.networks.blocks import TRANSFORMER_LAYER
 from sdjax.checkpoints.original_keys import TRANSPOSED, OriginalSizes, Piece
@@ -75,8 +75,8 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "text_encoder/
             config, "num_attention_heads", place, f"a divisor of hidden_size {sizes['width']}"
         )
     eos = config.get("eos_token_id", 49407)
-    if type(eos) is not int:
-        raise config_fields.unsupported(config, "eos_token_id", place, "an integer")
+    if type(eos) is not int or not 0 <= eos < MAX_SIZE:
+        raise config_fields.unsupported(config, "eos_token_id", place, f"an integer below {MAX_SIZE}")
     projection = config_fields.integer(config, "projection_dim", 512, place) if architectures == [PROJECTED] else None
     return CLIPTextConfig(projection_dim=projection, eos_token_id=eos, **sizes)
 

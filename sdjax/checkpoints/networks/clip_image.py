@@ -6,10 +6,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sdjax.checkpoints import config_fields, mapping
-from sdjax.checkpoints.config_fields import Field
+from sdjax.checkpoints.config_fields import MAX_SIDE, Field
 from sdjax.checkpoints.mapping import CONV, SAME, KeyMapping, KeyTable, at, embedding, layer, norm
 from sdjax.checkpoints.networks.blocks import TRANSFORMER_LAYER
 from sdjax.models.clip_image import CLIPImage, CLIPImageConfig
@@ -20,7 +21,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "num_channels": (3,),
 }
 FIELDS = (
-    Field("size", "image_size", 224),
+    Field("size", "image_size", 224, MAX_SIDE),
     Field("patch", "patch_size", 32),
     Field("width", "hidden_size", 768),
     Field("layers", "num_hidden_layers", 12),
@@ -48,7 +49,8 @@ TABLE = KeyTable(
 @functools.cache
 def shapes(config: CLIPImageConfig) -> dict[str, Any]:
     """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
-    return mapping.traced(CLIPImage(config).init, jnp.zeros((1, config.size, config.size, 3)))
+    images = jax.ShapeDtypeStruct((1, config.size, config.size, 3), jnp.float32)
+    return mapping.traced(CLIPImage(config).init, images)
 
 
 def from_config(config: Mapping[str, Any], place: str) -> CLIPImageConfig:

@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sdjax.checkpoints import config_fields, mapping
-from sdjax.checkpoints.config_fields import Field
+from sdjax.checkpoints.config_fields import MAX_LEVELS, Field
 from sdjax.checkpoints.mapping import POINTWISE, KeyMapping, KeyTable, Shapes, at, embedding, layer, norm, renamed
 from sdjax.checkpoints.original_keys import OriginalSizes, Piece
 from sdjax.models.bert import Bert, BertConfig
@@ -36,7 +37,7 @@ BERT_FIELDS = (
 CLASS_FIELDS = (Field("classes", "n_classes", 1000), Field("width", "embed_dim", 512))
 RESCALER_FIELDS = (
     Field("classes", "in_channels", 182),
-    Field("stages", "n_stages", 2),
+    Field("stages", "n_stages", 2, MAX_LEVELS),
     Field("features", "out_channels", 3),
 )
 BERT_LAYER = (
@@ -77,7 +78,8 @@ def class_shapes(config: ClassEmbedderConfig) -> dict[str, Any]:
 @functools.cache
 def rescaler_shapes(config: RescalerConfig) -> dict[str, Any]:
     """The same of a rescaler."""
-    return mapping.traced(Rescaler(config).init, jnp.zeros((1, 2**config.stages, 2**config.stages), jnp.int32))
+    labels = jax.ShapeDtypeStruct((1, 2**config.stages, 2**config.stages), jnp.int32)
+    return mapping.traced(Rescaler(config).init, labels)
 
 
 def bert_from_config(config: Mapping[str, Any], place: str = "bert/config.json") -> BertConfig:

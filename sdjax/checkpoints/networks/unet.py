@@ -6,6 +6,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from sdjax.checkpoints import config_fields, mapping
 from sdjax.checkpoints.config_fields import Field
 from sdjax.checkpoints.mapping import (
@@ -106,7 +108,7 @@ def table(config: UNetConfig) -> KeyTable:
 @functools.cache
 def shapes(config: UNetConfig) -> dict[str, Any]:
     """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
-    return mapping.traced(UNet(config).init, *config.example_inputs())
+    return mapping.traced(UNet(config).init, *jax.eval_shape(config.example_inputs))
 
 
 def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.json") -> UNetConfig:

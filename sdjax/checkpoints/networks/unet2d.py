@@ -10,10 +10,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sdjax.checkpoints import config_fields, mapping
-from sdjax.checkpoints.config_fields import Field
+from sdjax.checkpoints.config_fields import MAX_SIDE, Field
 from sdjax.checkpoints.mapping import SAME, KeyMapping, KeyTable, Shapes, at, conv, embedding, layer, norm, renamed
 from sdjax.checkpoints.networks.blocks import (
     ATTENTION_ALIASES,
@@ -70,6 +71,7 @@ OWN_FIELDS = (
     *(Field("width", "width", None), Field("scale_shift", "scale_shift", False)),
     Field("resblock_updown", "resblock_updown", False),
 )
+CLASSIFIER_FIELDS = (Field("size", "size", 0, MAX_SIDE), Field("classes", "classes", 0))
 
 
 def _side(blocks: str, resampler: str) -> tuple[KeyMapping, ...]:
@@ -105,13 +107,14 @@ CLASSIFIER_TABLE = KeyTable((*TABLE.rows, *at("pool", "out.2", POOL)))
 @functools.cache
 def shapes(config: UNet2DConfig) -> dict[str, Any]:
     """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
-    return mapping.traced(UNet2D(config).init, *config.example_inputs())
+    return mapping.traced(UNet2D(config).init, *jax.eval_shape(config.example_inputs))
 
 
 @functools.cache
 def classifier_shapes(config: ClassifierConfig) -> dict[str, Any]:
     """The same of a classifier."""
-    return mapping.traced(classifier_of(config).init, jnp.zeros((1, config.size, config.size, 3)), jnp.zeros(1))
+    images = jax.ShapeDtypeStruct((1, config.size, config.size, 3), jnp.float32)
+    return mapping.traced(classifier_of(config).init, images, jnp.zeros(1))
 
 
 def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.json") -> UNet2DConfig:
@@ -223,11 +226,11 @@ def classifier_from_config(config: Mapping[str, Any], place: str = "classifier/c
     Raises:
         UserError: a size is missing, or there is one that is unknown.
     """
-    try:
-        encoder: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config["encoder"].items()}
-        return ClassifierConfig(UNet2DConfig(**encoder), config["size"], config["classes"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place} does not describe a classifier: {error}") from error
+    encoder = config.get("encoder")
+    if not isinstance(encoder, dict):
+        raise config_fields.unsupported(config, "encoder", place, "the sizes of a UNet")
+    sizes = config_fields.read_fields(config, CLASSIFIER_FIELDS, place)
+    return ClassifierConfig(from_config({**encoder, "_class_name": OWN_CLASS_NAME}, place), **sizes)
 
 
 def classifier_to_config(config: ClassifierConfig) -> dict[str, Any]:

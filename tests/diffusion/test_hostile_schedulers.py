@@ -1,0 +1,38 @@
+"""Scheduler configs whose values are of other types and sizes than they should be: one line, at once."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import pytest
+
+from sdjax.core.errors import UserError
+from sdjax.diffusion.samplers import options
+from sdjax.diffusion.samplers.options import SamplerOptions, schedule_of
+
+VALUES: list[Any] = [
+    *(None, True, -1, 0, 0.5, 10**12, 10**30, -(10**30), 1e308, float("inf"), -float("inf"), "x", "y" * 5000, "", "1"),
+    *([], {}, [[]], [{}], [None], ["x"], [0], [-1], [10**12], {"a": 1}),
+]
+NAMES = [row.name for row in options._CLASSES.values() if row.name]
+KEYS = {
+    *(field for row in options._CLASSES.values() for field in row.fields),
+    *options._ONLY,
+    *("_class_name", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "trained_betas"),
+    "rescale_betas_zero_snr",
+}
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_values_of_other_types(key: str):
+    for name in dict.fromkeys(NAMES):
+        for value in VALUES:
+            config = {"_class_name": name, "num_train_timesteps": 100, key: value}
+            start = time.monotonic()
+            with contextlib.suppress(UserError):
+                SamplerOptions.from_scheduler_config(config)
+            with contextlib.suppress(UserError):
+                schedule_of(config)
+            assert time.monotonic() - start < 5
