@@ -23,22 +23,35 @@ SHOWN = 80
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+def check_ordinary(path: str | Path) -> int:
+    """The size of a file in bytes.
+
+    Raises:
+        UserError: it is missing or no ordinary file: a pipe would be waited for, and a device has no end.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:  # a name with a null character is a ValueError
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"cannot read {path}: it is no ordinary file")
+    return found.st_size
+
+
 def read_bytes(path: str | Path, most: int = MAX_BYTES) -> bytes:
     """The content of a file.
 
     Raises:
-        UserError: it is missing, no ordinary file (a pipe would be waited for), or has more than `most` bytes.
+        UserError: as `check_ordinary`; or it has more than `most` bytes.
     """
+    size = check_ordinary(path)
+    if size > most:
+        raise UserError(f"{path} has {size} bytes; such files have at most {most}")
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"cannot read {path}: it is no ordinary file")
-        if found.st_size > most:
-            raise UserError(f"{path} has {found.st_size} bytes; such files have at most {most}")
         with open(path, "rb") as file:
             return file.read(most)
-    except (OSError, ValueError) as error:  # a name with a null character is a ValueError
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def read_text(path: str | Path) -> str:

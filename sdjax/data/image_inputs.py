@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
 from sdjax.core.errors import UserError
+from sdjax.data.arrays import read_npy
 from sdjax.data.images import FORMATS, MAX_PIXELS, UNREADABLE, image_size, mask_values, on_white, read_image, read_mask
 
 ImageInput = str | Path | Image.Image | np.ndarray
@@ -87,11 +87,8 @@ def load_depth(given: ImageInput, latents: tuple[int, int]) -> Float[np.ndarray,
 
 def read_embeddings(path: Path, place: str) -> Float[np.ndarray, "k d"]:
     """Read a NumPy file of embeddings, e.g. of CLIP, as float32; a UserError where it holds something else."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{place}: cannot read {path}: {error}") from error
-    fits = isinstance(array, np.ndarray) and array.ndim == 2 and len(array) and array.dtype.kind == "f"
+    array = read_npy(path, place)
+    fits = array.ndim == 2 and len(array) and array.dtype.kind == "f"
     if not fits or not np.isfinite(array).all():
         raise UserError(f"{place}: {path} holds no finite embeddings of shape [k, d]")
     return array.astype(np.float32)
@@ -176,7 +173,7 @@ def centred(pixels: Float[np.ndarray, "h w c"], size: tuple[int, int]) -> Float[
 
 def _depth(image: Any) -> Float[np.ndarray, "h w 1"]:
     if isinstance(image, str | Path):
-        image = _read_array(image) if Path(image).suffix == ".npy" else _read_grey(image)
+        image = read_npy(image, "depth") if Path(image).suffix == ".npy" else _read_grey(image)
     elif isinstance(image, Image.Image):
         image = np.asarray(image) if image.mode[0] in "IF" else np.asarray(image.convert("RGB")) @ LUMA
     values = np.asarray(image)
@@ -186,15 +183,6 @@ def _depth(image: Any) -> Float[np.ndarray, "h w 1"]:
     if values.dtype.kind not in "uif" or not np.isfinite(values).all():
         raise UserError(f"depth holds {values.dtype} values that are not all finite numbers")
     return values.astype(np.float32)[..., None]
-
-
-def _read_array(path: str | Path) -> np.ndarray:
-    try:
-        # Mapped, so that a header that promises more than the file holds allocates nothing.
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not an array of numbers"
-        raise UserError(f"cannot read depth {path}: {reason}") from error
 
 
 def _read_grey(path: str | Path) -> np.ndarray:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from sdjax.checkpoints import metric_weights
 from sdjax.checkpoints.clip_pair import find_clip, missing_clip, read_clip
 from sdjax.core.errors import UserError, unknown
+from sdjax.data.arrays import read_npz
 from sdjax.data.sources.base import Images
 from sdjax.data.sources.plain_folder import PlainFolder
 from sdjax.data.transforms.images import square
@@ -251,15 +252,14 @@ def read_statistics(path: Path) -> dict[str, Gaussian]:
     Raises:
         UserError: it cannot be read, or holds none.
     """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            found = {
-                metric: Gaussian(*(np.asarray(stored[key], np.float64) for key in keys))
-                for metric, keys in STORED.items()
-                if set(keys) <= set(stored.files)
-            }
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    stored = read_npz(path, [key for keys in STORED.values() for key in keys])
+    if any(array.dtype.kind != "f" for array in stored.values()):
+        raise UserError(f"{path} holds statistics that are no floating-point numbers")
+    found = {
+        metric: Gaussian(*(np.asarray(stored[key], np.float64) for key in keys))
+        for metric, keys in STORED.items()
+        if set(keys) <= set(stored)
+    }
     if not found:
         wanted: Sequence[str] = [" and ".join(keys) for keys in STORED.values()]
         raise UserError(f"{path} holds neither {' nor '.join(wanted)}")

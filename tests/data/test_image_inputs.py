@@ -176,10 +176,10 @@ def npy(header: bytes) -> bytes:
         (np.zeros((8, 8, 3)), r"depth has the shape \[8, 8, 3\]; a depth map is \[height, width\]"),
         (np.zeros((8, 0)), r"depth has the shape \[8, 0\]"),
         (np.array([["a"]]), "depth holds <U1 values"),
-        (b"", "cannot read depth .*: it is not an array"),
-        (b"\x93NUMPY\x01\x00", "cannot read depth"),
-        (npy(b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 9999999)}\n"), "cannot read depth"),
-        (npy(b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 2)}\n") + bytes(99), "cannot read depth"),
+        (b"", "depth: cannot read .*: it is not an array"),
+        (b"\x93NUMPY\x01\x00", "depth: cannot read"),
+        (npy(b"{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 9999999)}\n"), "depth: cannot read"),
+        (npy(b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 2)}\n") + bytes(99), "depth: cannot read"),
     ],
 )
 def test_rejects_what_is_no_depth(given, message, tmp_path):
