@@ -42,7 +42,7 @@ def check_answer(response: Any) -> None:
 
 
 def _named(response: Any) -> Iterator[tuple[Any, Any]]:
-    """What an answer says that becomes part of a path, and what it must look like."""
+    """Facts of an answer that become part of a path, each with its form."""
     headers = response.headers
     if "X-Repo-Commit" in headers:
         yield COMMIT, headers["X-Repo-Commit"]
