@@ -15,6 +15,7 @@ from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree
+from sdjax.data.text.added_tokens import ADDED, CONFIG, WHOLE, apart, write_added
 from sdjax.data.text.tokenizers import Tokenizer, load_tokenizer, with_placeholders
 from sdjax.data.text.word_pieces import read_vocabulary, write_vocabulary
 from sdjax.models.unet2d import UNet2DConfig
@@ -209,7 +210,7 @@ def pixel_conditioning(config: Any, place: object) -> str:
 BERT = "bert"
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """The folder of the tokenizer of each of CLIP's text encoders."""
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", WHOLE, CONFIG, "special_tokens_map.json", ADDED)
 
 
 def find_tokenizer(path: Path) -> Path:
@@ -223,8 +224,8 @@ def find_tokenizer(path: Path) -> Path:
     return path
 
 
-def write_tokenizer(encoder: str, source: Path, target: Path) -> None:
-    """Writes the tokenizer of a text encoder into a new folder.
+def write_tokenizer(encoder: str, source: Path, target: Path, added: Mapping[str, int]) -> None:
+    """Writes the tokenizer of a text encoder into a new folder, with the ids of tokens that are `added` to it.
 
     Raises:
         UserError: `source` holds none.
@@ -239,6 +240,27 @@ def write_tokenizer(encoder: str, source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if added:
+        write_added(target, added)
+
+
+def added_tokens(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    """The ids of the tokens that the checkpoint's placeholders add, by text encoder.
+
+    Raises:
+        UserError: a tokenizer has fewer tokens than its text encoder had, so that transformers would number them anew.
+    """
+    found: dict[str, dict[str, int]] = {}
+    if not checkpoint.placeholders:
+        return found
+    for name, tokenizer in zip(check_text_encoders(checkpoint), tokenizers_of(checkpoint), strict=True):
+        own = tokenizer.placeholders[-len(checkpoint.placeholders) :]
+        if own[0].ids[0] != tokenizer.vocab_size:
+            raise UserError(
+                f"word {own[0].word!r}: the {name} has more tokens than its tokenizer; it cannot be written"
+            )
+        found[name] = apart(own)
+    return found
 
 
 def check_text_encoders(checkpoint: Checkpoint) -> list[str]:

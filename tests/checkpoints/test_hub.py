@@ -141,7 +141,9 @@ def weights(names: list[str]) -> set[str]:
 
 def test_hub_download_is_cached(checkpoint, hub: Hub, tmp_path: Path):
     cache = tmp_path / "cache"
+    (hub.root / "acme" / "xl" / "tokenizer" / "added_tokens.json").write_text("{}")
     first = resolve("acme/xl", cache_dir=cache, endpoint=hub.url)
+    assert (first / "tokenizer" / "added_tokens.json").is_file()
     assert_same(checkpoint, read_folder(first))
     expected = {f"{name}/{STEM}.safetensors" for name in ("unet", "vae")}
     expected |= {f"{name}/model.safetensors" for name in ("text_encoder", "text_encoder_2")}

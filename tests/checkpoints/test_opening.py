@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import transformers
 from original_names import unet2d_original
 from safetensors.numpy import save_file
 from test_ldm_file import PIXELS, original, save
@@ -136,6 +137,34 @@ def test_words_are_added_one_after_another(sdxl, tmp_path):
         np.testing.assert_array_equal(rows, np.concatenate([np.asarray(file[part]) for file in wanted]))
     with pytest.raises(UserError, match="there are two textual inversions for the word 'toy'"):
         add_embeddings([first])(one)
+
+
+@pytest.mark.parametrize("form", ["vocab.json", "tokenizer.json"])
+def test_words_that_were_added_are_written(form, sdxl, tmp_path):
+    """Into both tokenizers, whichever files they have: of the copy they are the same ids, here and in transformers."""
+    folder = next(iter(sdxl.tokenizers.values()))
+    if form == "tokenizer.json":
+        transformers.CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "tokenizer")
+        folder = tmp_path / "tokenizer"
+    base = dataclasses.replace(sdxl, tokenizers=dict.fromkeys(sdxl.tokenizers, folder))
+    first, second = (embedding(tmp_path / f"{n}.safetensors", i, i) for i, n in enumerate(("toy", "style"), 2))
+    added = add_embeddings([first])(base)
+    write_checkpoint(tmp_path / "copy", added)
+    found = read_checkpoint(tmp_path / "copy")
+    assert_same(added, found)
+    size = sdxl.components["text_encoder"].config.vocab_size
+    for part, ours, theirs in zip(
+        ("tokenizer", "tokenizer_2"), tokenizers_of(added), tokenizers_of(found), strict=True
+    ):
+        ids = ours.encode(["a toy of red"])
+        np.testing.assert_array_equal(theirs.encode(["a toy of red"]), ids)
+        continued = transformers.CLIPTokenizer.from_pretrained(tmp_path / "copy" / part)("a toy toy_1 of red").input_ids
+        assert continued == list(ids[0, : len(continued)])
+        assert continued[2:4] == [size, size + 1]
+    again = add_embeddings([second])(found)
+    assert tokenizers_of(again)[1].encode(["toy style"])[0, 1:6].tolist() == list(range(size, size + 5))
+    with pytest.raises(UserError, match="there are two textual inversions for the word 'toy'"):
+        tokenizers_of(add_embeddings([first])(found))
 
 
 def test_words_in_pickles(tmp_path):

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import CLIPTokenizer
 
 from sdjax.core.errors import UserError
 from sdjax.data.sources import openmoji
+from sdjax.data.text.added_tokens import apart, write_added
 from sdjax.data.text.tokenizer_training import train_tokenizer
-from sdjax.data.text.tokenizers import load_tokenizer
+from sdjax.data.text.tokenizers import BOS, EOS, load_tokenizer
 
 SHIPPED = Path(__file__).parents[2] / "checkpoints/openmoji/tokenizer"
 ODD = [
@@ -71,6 +73,76 @@ def test_reads_the_single_file_that_transformers_5_writes(folder, tmp_path):
     CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     assert not (tmp_path / "vocab.json").exists()
     np.testing.assert_array_equal(load_tokenizer(tmp_path).encode(ODD), load_tokenizer(folder).encode(ODD))
+
+
+TOY, LEARNT = (
+    "<cat-toy>",
+    ["a <cat-toy> on a flag", "<CAT-TOY>, red", "cat-toy <cat-toy>s <cat-toy><style-1>", "<style-1>"],
+)
+
+
+def in_tokenizer_json(folder, path):
+    made = CLIPTokenizer.from_pretrained(folder)
+    made.add_tokens([TOY, "<style-1>"])
+    made.save_pretrained(path)
+
+
+def in_added_tokens(folder, path):
+    shutil.copytree(folder, path)
+    (path / "added_tokens.json").write_text(json.dumps({TOY: 2048, "<style-1>": 2049}))
+
+
+def in_config(folder, path):
+    shutil.copytree(folder, path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    specials = {str(number): {"content": token, "special": True} for number, token in ((2046, BOS), (2047, EOS))}
+    words = {"2048": {"content": TOY}, "2049": {"content": "<style-1>"}}
+    (path / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": {**specials, **words}}))
+
+
+@pytest.mark.parametrize("write", [in_tokenizer_json, in_added_tokens, in_config])
+def test_words_of_a_saved_textual_inversion(write, folder, tmp_path):
+    """Wherever transformers of some version keeps them, they are one token each, in any case."""
+    write(folder, tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    assert tokenizer.vocab_size == 2050
+    ids = tokenizer.encode([*LEARNT, *ODD])
+    assert ids[0, 2] == 2048
+    np.testing.assert_array_equal(ids, reference(tmp_path / "tokenizer", [*LEARNT, *ODD]))
+
+
+def test_a_word_of_several_vectors_is_as_many_tokens(folder, tmp_path):
+    """As diffusers' pipelines continue it (loaders/textual_inversion.py)."""
+    shutil.copytree(folder, tmp_path / "tokenizer")
+    write_added(tmp_path / "tokenizer", apart([(TOY, (2048, 2049, 2051)), ("<style>", (2050,))]))
+    found = load_tokenizer(tmp_path / "tokenizer").encode(["<cat-toy> <style>", "<cat-toy>_1"])
+    continued = TextualInversionLoaderMixin()._maybe_convert_prompt(
+        "<cat-toy> <style>", CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    )
+    assert continued == "<cat-toy> <cat-toy>_1 <cat-toy>_2 <style>"
+    assert list(found[0, 1:6]) == [2048, 2049, 2051, 2050, 2047]
+    assert list(found[1, 1:3]) == [2049, 2047]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {TOY: "2048"}),
+        ("added_tokens.json", {TOY: -1}),
+        ("added_tokens.json", {" ": 2048}),
+        ("tokenizer.json", {"added_tokens": [{"content": TOY}]}),
+        ("tokenizer.json", {"added_tokens": [TOY]}),
+        ("tokenizer.json", {"added_tokens": {TOY: 2048}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [TOY]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"many": {"content": TOY}}}),
+    ],
+)
+def test_added_tokens_that_are_none_are_named(name, content, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"added.token") as error:
+        load_tokenizer(tmp_path / "tokenizer")
+    assert str(tmp_path) in str(error.value)
 
 
 def test_trained_vocabulary_is_clips_layout(folder):

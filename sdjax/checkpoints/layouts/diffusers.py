@@ -21,6 +21,7 @@ from sdjax.checkpoints.checkpoint import (
     Component,
     Dtypes,
     ReadOptions,
+    added_tokens,
     check_text_encoders,
     find_tokenizer,
     pixel_conditioning,
@@ -259,13 +260,14 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: str | None
     path = Path(path).resolve()
     if checkpoint.kind == STABLE_DIFFUSION:
         check_text_encoders(checkpoint)
+    added = added_tokens(checkpoint)
     check_target_folder(path)
     with atomic_write(path) as partial:
         partial.mkdir()
         for name, component in checkpoint.components.items():
             write_component(partial / folder_of(name, checkpoint.kind), name, component, dtype)
         for encoder, tokenizer in checkpoint.tokenizers.items():
-            write_tokenizer(encoder, tokenizer, partial / TOKENIZER_FOLDERS[encoder])
+            write_tokenizer(encoder, tokenizer, partial / TOKENIZER_FOLDERS[encoder], added.get(encoder, {}))
         for folder, config in _schedulers(checkpoint).items():
             write_json(partial / folder / "scheduler_config.json", config)
         write_json(partial / INDEX, _index(checkpoint))

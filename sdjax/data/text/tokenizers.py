@@ -20,11 +20,11 @@ from tokenizers.models import BPE
 
 from sdjax.core.errors import UserError
 from sdjax.core.untrusted import read_json, read_text
+from sdjax.data.text.added_tokens import MAX_TOKENS, joined, read_added
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 SPECIALS = ("bos_token", "eos_token", "pad_token")
 LENGTH = 77
-MAX_TOKENS = 2**20  # more than any text encoder has
 SHOWN = 80
 WORD_END = "</w>"
 PIECES = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
@@ -130,7 +130,8 @@ def _whole(word: str) -> str:
 def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint's folder; `length` overrides the folder's `model_max_length`.
 
-    The padding token is the folder's own: Stable Diffusion 1 pads with EOS, OpenCLIP's models with "!", which is id 0.
+    Words that were added to it are placeholders. The padding token is the folder's own: Stable Diffusion 1 pads with
+    EOS, OpenCLIP's models with "!", which is id 0.
 
     Raises:
         UserError: a file is missing or is not a CLIP tokenizer's.
@@ -147,13 +148,15 @@ def load_tokenizer(folder: str | Path, length: int | None = None) -> Tokenizer:
     said = config.get("model_max_length", LENGTH) if length is None else length
     if isinstance(said, bool) or not isinstance(said, int | float) or not said > 2:
         raise UserError(f"the tokenizer {folder} is for texts of {said!r} tokens; they have 3 at least")
+    added = {token: number for token, number in read_added(folder).items() if token not in (bos, eos, pad)}
     return Tokenizer(
         backend=make_backend(vocab, merges, [bos, eos, pad]),
         bos=vocab[bos],
         eos=vocab[eos],
         pad=vocab[pad],
         length=length or int(min(said, LENGTH)),
-        vocab_size=max(vocab.values()) + 1,
+        vocab_size=max(*vocab.values(), *added.values()) + 1,
+        placeholders=tuple(Placeholder(word, ids) for word, ids in joined(added).items()),
     )
 
 
