@@ -105,6 +105,9 @@ class Lock:
                 file.write(text)
         except FileExistsError:
             return False
+        except OSError:
+            self._path.unlink(missing_ok=True)
+            raise
         return True
 
     def _read(self) -> dict[str, Any] | None:

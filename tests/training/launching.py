@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -19,9 +20,12 @@ QUIET = ["--config.optim.schedule=constant", "--config.optim.name=adamw", "--con
 QUIET += ["--config.train.sample_every=100000"]
 
 
-def start(workdir: Path, *flags: str, devices: int = 1, script: Path = TINY, **variables: str) -> subprocess.Popen:
-    """One process; its stderr goes to a pipe."""
+def start(
+    workdir: Path, *flags: str, devices: int = 1, script: Path = TINY, shell: str = "{command}", **variables: str
+) -> subprocess.Popen:
+    """One process, of a shell's script if there is one; its stderr goes to a pipe."""
     command = [sys.executable, str(script), "--config=configs/openmoji.py:autoencoder_tiny", f"--workdir={workdir}"]
+    line = shell.format(command=shlex.join([*command, *QUIET, *flags]))
     environment = {
         "XLA_FLAGS": children.devices(devices),
         "PYTHONPATH": str(ROOT),
@@ -29,7 +33,11 @@ def start(workdir: Path, *flags: str, devices: int = 1, script: Path = TINY, **v
         **variables,
     }
     return subprocess.Popen(
-        [*command, *QUIET, *flags], cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True
+        ["sh", "-c", line] if shell != "{command}" else shlex.split(line),
+        cwd=ROOT,
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
