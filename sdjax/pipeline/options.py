@@ -25,7 +25,7 @@ Pair = Sequence[int]
 Images = ImageInput | Sequence[ImageInput]
 Progress = Callable[[int, int], None]
 """progress(done, total) network calls."""
-MAX_SEED, MAX_SIDE = 2**32 - 1, 2**14
+MAX_SEED, MAX_SIDE, MAX_BITS = 2**32 - 1, 2**14, 1023
 Scope = Literal["image", "call", "load"]
 
 
@@ -105,7 +105,7 @@ class Options(TypedDict, total=False):
     seed: Annotated[int | None, Option("with an image's index it decides all its noise", 0, MAX_SEED, label="Seed")]
     width: Annotated[int | None, Option("in pixels", 1, MAX_SIDE)]
     height: Annotated[int | None, Option("in pixels", 1, MAX_SIDE)]
-    num_images: Annotated[int | None, Option("of each prompt", 1, grid=False)]
+    num_images: Annotated[int | None, Option("of each prompt", 1, 2**20, grid=False)]
     first_index: Annotated[int | None, Option("of the first image", 0, 2**31 - 1, label="Image index", grid=False)]
     clip_skip: Annotated[
         int | None, _condition("layers of the text encoders to skip, as diffusers counts", 0, grid=True)
@@ -255,6 +255,8 @@ def check_int(name: str, value: Any, least: Number = -math.inf, most: Number = m
 def check_float(name: str, value: Any, least: Number = -math.inf, most: Number = math.inf, place: str = "") -> float:
     """A finite number in a range; a UserError where it is not."""
     number = isinstance(value, Number | np.floating | np.integer) and not isinstance(value, bool)
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:  # beyond what a float holds
+        number = False
     if not number or not math.isfinite(value) or not least <= value <= most:
         raise UserError(f"{name} {value!r}{_in(place)}: choose a number of {_range(least, most)}")
     return float(value)
