@@ -1,13 +1,14 @@
 """Sample images with a trained model.
 
-    python sample.py --config configs/NAME.py --prompt TEXT [--prompt TEXT ...] | --from_file FILE | --from_image PNG
+    python sample.py --config configs/NAME.py --prompt TEXT [--prompt TEXT ...] | --from_file FILE | --from_image FILE
 
 Jobs
     --prompt TEXT            in A1111's syntax: (word:1.2), [word], BREAK; [from:to:when] and [a|b], which change from
                              step to step; a cat AND a dog :0.8; models of classes, layouts, label maps or images take
                              none
     --from_file FILE         one prompt a line, with its own settings after it: a red heart --steps 20 --seed 3
-    --from_image PNG         makes an image again from the settings inside it; further flags change them
+    --from_image FILE        makes an image again from the settings inside it, of this program, A1111, Forge, SD.Next,
+                             ComfyUI, Fooocus, InvokeAI or NovelAI (PNG, JPEG, WebP); further flags change them
     --grid "steps=10,20;sampler=euler,dpmpp_2m"      every combination, and a labelled sheet of them
     --outdir DIR             without it, a new folder of outputs/; images that a killed run of the same command left in
                              it are kept
@@ -43,10 +44,11 @@ from tqdm import tqdm
 
 import sdjax
 from sdjax.cli.grids import Axis, cells, contact_sheet, parse_grid, sheet
-from sdjax.cli.jobs import ImageJob, expand_jobs, prepare_jobs
+from sdjax.cli.jobs import ImageJob, expand_jobs, prepare_jobs, suit_encoder
 from sdjax.cli.outputs import Found, find_outputs, image_path, new_folder, open_folder, write_grid
 from sdjax.cli.prompt_files import PromptLine, read_prompt_file
-from sdjax.cli.records import read_parameters, write_image
+from sdjax.cli.records import write_image
+from sdjax.cli.settings.read import read_settings
 from sdjax.core.compilation import keep_compiled
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
@@ -73,6 +75,7 @@ class Request(NamedTuple):
         sources: checkpoint and options of `sdjax.load`.
         outdir: None for a new folder.
         batch_size: images of one pass; None suits their size.
+        penultimate: options of an image's own settings, and their values for models other than Stable Diffusion 1.
     """
 
     jobs: list[ImageJob]
@@ -80,6 +83,7 @@ class Request(NamedTuple):
     sources: dict[str, Any]
     outdir: Path | None
     batch_size: int | None = None
+    penultimate: Mapping[str, tuple[Any, Any]] = {}
 
 
 def main() -> None:
@@ -129,9 +133,11 @@ def read_request(config: Config, flag: Mapping[str, Any]) -> Request:
     if flag["prompt"] is not None and flag["from_file"] is not None:
         raise UserError("give one of --prompt, --from_file and --from_image")
     given = {name: value for name, value in flag.items() if value is not None}
-    record, settings = {}, dict(cast(Any, config.sample))
+    axes = parse_grid(flag["grid"]) if flag["grid"] is not None else ()
+    record, penultimate, settings = {}, {}, dict(cast(Any, config.sample))
     if flag["from_image"] is not None:
-        record = read_parameters(flag["from_image"])
+        found = read_settings(flag["from_image"], {*given, *(axis.name for axis in axes)})
+        record, penultimate = found.values, found.penultimate
         # Of the config only the model counts, for images that do not name theirs.
         settings = {name: settings[name] for name in ("checkpoint", "dtype") if name in settings} | record
         # The files that an image names are read on its word.
@@ -143,15 +149,15 @@ def read_request(config: Config, flag: Mapping[str, Any]) -> Request:
         lines = read_prompt_file(Path(flag["from_file"]))
     else:
         lines = [PromptLine(prompt, {}) for prompt in flag["prompt"] or [record.get("prompt") or None]]
-    axes = parse_grid(flag["grid"]) if flag["grid"] is not None else ()
     common = {name: settings[name] for name in IMAGE if settings.get(name) is not None and name != "first_index"}
-    first = flag["first_index"] if flag["first_index"] is not None else record.get("index", 0)
+    first = flag["first_index"] if flag["first_index"] is not None else record.get("index") or 0
     return Request(
         jobs=expand_jobs(lines, common, cells(axes) if axes else [{}], first),
         axes=axes,
         sources={name: settings[name] for name in SOURCES if settings.get(name)},
         outdir=None if flag["outdir"] is None else Path(flag["outdir"]),
         batch_size=flag["batch_size"],
+        penultimate={name: (record[name], value) for name, value in penultimate.items() if name not in given},
     )
 
 
@@ -173,7 +179,7 @@ def generate_all(request: Request, pipe: sdjax.Pipeline, sources: Mapping[str, A
     Raises:
         UserError: a setting or a file is not what it should be; nothing has been overwritten.
     """
-    jobs, outdir = request.jobs, request.outdir
+    jobs, outdir = suit_encoder(pipe, request.jobs, request.penultimate), request.outdir
     rows = prepare_jobs(pipe, jobs)
     records = {job.number: {**row.settings, **sources, "index": job.index} for job, row in zip(jobs, rows, strict=True)}
     found = Found() if outdir is None else find_outputs(outdir, records)

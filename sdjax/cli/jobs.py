@@ -59,6 +59,23 @@ def _shared(job: ImageJob) -> dict[str, Any]:
     return {name: value for name, value in job.options.items() if name != "negative_prompt"}
 
 
+def suit_encoder(pipe: Pipeline, jobs: list[ImageJob], penultimate: Mapping[str, tuple[Any, Any]]) -> list[ImageJob]:
+    """The jobs, with options that mean another thing for this model's text encoder replaced.
+
+    Args:
+        pipe, jobs: of which Stable Diffusion 1, alone with OpenAI's CLIP, keeps its jobs.
+        penultimate: by option, a value for that, and the one that takes its place for others.
+    """
+    encoders = pipe.text.encoders
+    if len(encoders) == 1 and encoders[0].config.activation == "quick_gelu":
+        return jobs
+    suited = []
+    for job in jobs:
+        changed = {name: other for name, (own, other) in penultimate.items() if job.options.get(name) == own}
+        suited.append(job._replace(options={**job.options, **changed}))
+    return suited
+
+
 def prepare_jobs(pipe: Pipeline, jobs: Sequence[ImageJob]) -> list[Row]:
     """Rows of all jobs in their order; a UserError for whatever is wrong, before the first image is made."""
     rows = []

@@ -132,6 +132,23 @@ def test_an_image_is_made_again_from_itself(run, tmp_path):
     assert np.abs(first - pixels(tmp_path / "other" / "00001.png")).max() > 20
 
 
+def test_an_image_of_another_program_is_made_with_flags_that_win(run, ours, tmp_path):
+    """A JPEG of A1111's, whose sampler is not known here, and whose strength acts on no image."""
+    text = "red heart\nNegative prompt: cat\nSteps: 2, Sampler: Restart, CFG scale: 2, Seed: 5, Size: 16x16, "
+    text += "Denoising strength: 0.7"
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "x.jpg", exif=exif)
+    check_error(*run("--from_image=x.jpg"), "unknown sampler 'Restart' in x.jpg; choose one of: ddim")
+    code, _, err = run("--from_image=x.jpg", "--sampler=euler", "--schedule=karras", "--outdir=made")
+    assert code == 0, err
+    how = {"sampler": "euler", "schedule": "karras", "seed": 5, "steps": 2, "guidance_scale": 2, "batch_size": 2}
+    expected = ours(["red heart"], "cat", **how)[0]
+    np.testing.assert_allclose(pixels(tmp_path / "made" / "00000.png") / 255.0, expected, atol=1.01 / 255.0)
+    assert run("--from_image=x.jpg", "--grid=sampler=euler,lms", "--outdir=grid")[0] == 0
+    assert [record["sampler"] for record in records(tmp_path / "grid")] == ["euler", "lms"]
+
+
 def test_every_line_may_have_settings_of_its_own(run, ours, tmp_path):
     """Lines with as many network calls share a batch, whatever their samplers."""
     lines = "red heart --sampler heun --steps 3\n# not this\nflag --n ugly --steps 5\nflag --w 32\nflag --w 32\n"

@@ -1,0 +1,79 @@
+"""Texts inside image files: PNG's chunks, and EXIF's comments of JPEG, WebP and PNG."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sdjax.core.errors import UserError
+from sdjax.data.images import MAX_PIXELS, UNREADABLE
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_CHARACTERS = 2**22
+# Tags of EXIF 2.32: the directory that holds most comments, and those that programs write texts to.
+EXIF_IFD, USER_COMMENT, DESCRIPTION, MAKE, MODEL = 0x8769, 0x9286, 0x010E, 0x010F, 0x0110
+# The first eight bytes of a comment name its characters.
+UNICODE, PREFIXES = b"UNICODE\0", (b"ASCII\0\0\0", b"JIS\0\0\0\0\0", b"\0" * 8)
+# A text whose first word is the name of a chunk, as ComfyUI writes into tags of WebP.
+NAMED = re.compile(r"(prompt|workflow):\s*(?=\{)", re.IGNORECASE)
+
+
+def read_texts(path: str | Path, names: Collection[str]) -> dict[str, str]:
+    """Texts by the names of PNG's chunks; an EXIF comment is `parameters`.
+
+    Only a PNG that has none of the names before its pixels is decoded.
+
+    Raises:
+        UserError: the file cannot be read, is none of these formats, or a text is longer than 4 million characters.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            texts = _chunks(image.info)
+            missing = image.format == "PNG" and "exif" not in image.info and texts.keys().isdisjoint(names)
+            if missing and image.width * image.height <= MAX_PIXELS:
+                image.load()  # chunks may stand after the pixels
+                texts = _chunks(image.info)
+            if "exif" in image.info or image.format != "PNG":
+                texts = {**dict(_exif(image.getexif())), **texts}
+    except UNREADABLE as error:
+        reason = "it is no PNG, JPEG or WebP, or a damaged one"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else reason
+        raise UserError(f"cannot read the settings of {path}: {reason}") from error
+    for name, text in texts.items():
+        if len(text) > MAX_CHARACTERS:
+            raise UserError(f"the {name[:40]} text of {path} is longer than {MAX_CHARACTERS} characters")
+    return texts
+
+
+def _chunks(info: dict[Any, Any]) -> dict[str, str]:
+    return {name: str(text) for name, text in info.items() if isinstance(name, str) and isinstance(text, str)}
+
+
+def _exif(exif: Image.Exif) -> Iterator[tuple[str, str]]:
+    """Named texts of EXIF, the weakest first."""
+    comments = [exif.get(DESCRIPTION), exif.get(MAKE), exif.get(MODEL), exif.get(USER_COMMENT)]
+    comments.append(exif.get_ifd(EXIF_IFD).get(USER_COMMENT))
+    for comment in comments:
+        text = decode_comment(comment) if isinstance(comment, bytes) else comment
+        if isinstance(text, str) and (match := NAMED.match(text)):
+            yield match[1].lower(), text[match.end() :].rstrip("\0")
+        elif isinstance(text, str) and comment in comments[-2:] and text.strip("\0 "):
+            yield "parameters", text.strip("\0")
+
+
+def decode_comment(comment: bytes) -> str:
+    """EXIF's UserComment, with or without its eight bytes, and UTF-16 of either byte order."""
+    if comment.startswith(UNICODE):
+        data = comment[len(UNICODE) :]
+        data = data[: len(data) // 2 * 2]
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return data.decode("utf-16", "replace")
+        # Most characters of settings are ASCII, whose high byte is 0.
+        order = "be" if data[::2].count(0) >= data[1::2].count(0) else "le"
+        return data.decode(f"utf-16-{order}", "replace")
+    data = next((comment[len(prefix) :] for prefix in PREFIXES if comment.startswith(prefix)), comment)
+    return data.decode("utf-8", "replace")
