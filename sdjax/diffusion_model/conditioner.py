@@ -37,6 +37,7 @@ class Traits(NamedTuple):
         feather: pixels within a mask over which the given image fades out, where the call names none.
         step_columns: columns that `wrap` and `steer` read at every step.
         prompt_columns: columns that prompts decide, of which an image with several prompts has several.
+        draws_latents: whether latents of `images_to_encode` are drawn from their posterior; else they are its mean.
     """
 
     required: tuple[str, ...] = ()
@@ -50,6 +51,7 @@ class Traits(NamedTuple):
     feather: float = 4.0
     step_columns: tuple[str, ...] = ()
     prompt_columns: tuple[str, ...] = ()
+    draws_latents: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:

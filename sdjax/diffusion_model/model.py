@@ -120,9 +120,14 @@ class DiffusionModel(NamedTuple):
 
     def encode(self, params: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w z"]:
         """Scaled latents, the posterior's mean, of images in [-1, 1]."""
+        return jnp.split(self.moments(params, images), 2, axis=-1)[0]
+
+    def moments(self, params: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w 2*z"]:
+        """Mean and standard deviation of scaled latents of images in [-1, 1], the posterior's; pixels are certain."""
         if self.autoencoder is None:
-            return images
-        return apply(self.autoencoder, params[AUTOENCODER], images, method="encode").mean * self.scale
+            return jnp.concatenate([images, jnp.zeros_like(images)], axis=-1)
+        found = apply(self.autoencoder, params[AUTOENCODER], images, method="encode")
+        return jnp.concatenate([found.mean, found.std], axis=-1) * self.scale
 
     def decode(self, params: Params, latents: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
         """Images of scaled latents in float32, 0 black and 1 white, not clipped."""

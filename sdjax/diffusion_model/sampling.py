@@ -30,6 +30,8 @@ Finite = Bool[Array, ""]
 # Folded into an image's key for every model after the first (the refiner); larger than any row index, so that streams
 # of noise cannot collide.
 _LATER = 2**31 - 2
+# The same for the draw from the posterior of an image that is encoded.
+_ENCODED = 2**31 - 3
 
 
 class Guidance(NamedTuple):
@@ -118,10 +120,25 @@ def draw_noise(
 @jit(static_argnums=0)
 def encode(
     model: DiffusionModel, params: Params, images: Float[Array, "b H W 3"]
-) -> tuple[Float[Array, "b h w z"], Finite]:
-    """Scaled latents of images in [-1, 1]."""
-    latents = model.encode(params, images).astype(jnp.float32)
-    return latents, all_finite(latents)
+) -> tuple[Float[Array, "b h w 2*z"], Finite]:
+    """Mean and standard deviation of scaled latents of images in [-1, 1]."""
+    moments = model.moments(params, images).astype(jnp.float32)
+    return moments, all_finite(moments)
+
+
+@jit
+def draw_latents(
+    moments: Float[Array, "b h w 2*z"],
+    keys: Key[Array, " b"],
+    stream: Int[Array, ""],
+    noise: Float[Array, "b h w z"] | None = None,
+) -> Float[Array, "b h w z"]:
+    """Scaled latents drawn from the moments of `encode`: by `noise`, or by the images' own keys in a stream of them."""
+    mean, std = jnp.split(moments, 2, axis=-1)
+    if noise is None:
+        own = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, _ENCODED), stream))(keys)
+        noise = first_noise(own, mean.shape[1:])
+    return mean + std * noise
 
 
 @jit(static_argnames=("model", "guided", "scheduled"))

@@ -95,10 +95,15 @@ class Posterior(NamedTuple):
     mean: Float[Array, "b h w z"]
     logvar: Float[Array, "b h w z"]
 
+    @property
+    def std(self) -> Float[Array, "b h w z"]:
+        """Standard deviation."""
+        return jnp.exp(0.5 * self.logvar)
+
     def sample(self, key: PRNGKeyArray) -> Float[Array, "b h w z"]:
         """One draw; with the key of a batch all images draw together."""
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
-        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+        return self.mean + self.std * noise
 
     def kl(self) -> Float[Array, " b"]:
         """KL to a standard normal in nats, summed over an image (LDM, appendix G)."""
@@ -116,6 +121,11 @@ class Point(NamedTuple):
     """A latent that is known: what a `Posterior` without variance would be."""
 
     mean: Float[Array, "b h w z"]
+
+    @property
+    def std(self) -> Float[Array, "b h w z"]:
+        """Zeros."""
+        return jnp.zeros_like(self.mean)
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "b h w z"]:
         """The latent itself."""

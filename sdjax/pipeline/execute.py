@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -16,8 +17,9 @@ from sdjax.diffusion_model import sampling
 from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
 from sdjax.diffusion_model.tiles import Coder, decode_tiled, encode_tiled
 from sdjax.parallel.sharding import check_batch
+from sdjax.pipeline.noise import GIVEN, MASKED, TorchRow
 from sdjax.pipeline.options import Progress
-from sdjax.pipeline.prepare import Part, Row
+from sdjax.pipeline.prepare import Row
 
 if TYPE_CHECKING:
     from sdjax.pipeline.pipeline import Pipeline
@@ -150,14 +152,15 @@ def _sample_part(
     if number == 0 and rows[0].latents is not None:
         noise = devices.shard_batch(np.stack([np.asarray(row.latents) for row in rows]))
     elif number == 0 and rows[0].torch is not None:
-        noise = devices.shard_batch(np.stack([row.torch[0].first(row.torch[1]) for row in rows]))  # pyright: ignore
-    cond, columns = _condition(pipe, parts, rows[0].tile, keys, guidance)
+        noise = _torch_noise(pipe, rows, TorchRow.first)
+    cond, columns = _condition(pipe, rows, number, keys, guidance)
     schedules = [part.schedule for part in parts]  # all have one, or none has
     schedule = devices.shard_batch(jax.tree.map(lambda *each: np.stack(each), *schedules))
-    start, state = _start(pipe, rows, noise, tables)
+    start, state = _start(pipe, rows, noise, tables, keys)
     if noisy is not None:
         state = sampling.init_state(noisy)
-    batch = SamplingBatch(tables, cond, columns, guidance, keys, start, _row_noise(pipe, rows, number), schedule)
+    steps = _torch_noise(pipe, rows, lambda row: row.steps(number))
+    batch = SamplingBatch(tables, cond, columns, guidance, keys, start, steps, schedule)
     calls = max(network_calls(part.table) for part in parts)
 
     def finish(first: int, last: int, finite: jax.Array) -> None:
@@ -187,21 +190,25 @@ def check_finite(pipe: Pipeline, finite: Any, stage: str) -> None:
 
 
 def _condition(
-    pipe: Pipeline, parts: Sequence[Part], tile: int, keys: jax.Array, guidance: Guidance
+    pipe: Pipeline, rows: Sequence[Row], number: int, keys: jax.Array, guidance: Guidance
 ) -> tuple[Any, Any]:
-    model = pipe.model
+    model, parts = pipe.model, [row.parts[number] for row in rows]
     columns = pipe.devices.shard_batch(
         {name: np.stack([part.columns[name] for part in parts]) for name in parts[0].columns}
     )
     for name, images in model.conditioner.images_to_encode(columns).items():
-        columns[name] = encode(pipe, images, tile, "masked image")
+        moments = encode(pipe, images, rows[0].tile, "masked image")
+        if model.conditioner.traits.draws_latents:
+            columns[name] = _drawn(pipe, rows, moments, keys, MASKED)
+        else:
+            columns[name] = jnp.split(moments, 2, axis=-1)[0]
     how = {"guided": parts[0].guided, "scheduled": parts[0].schedule is not None}
     cond, finite = sampling.condition(model, pipe.params, columns, keys, guidance, **how)
     check_finite(pipe, finite, "the text encoder's output" if "prompt" in pipe.inputs else "the condition")
     return cond, {name: columns[name] for name in model.conditioner.traits.step_columns if name in columns}
 
 
-def _start(pipe: Pipeline, rows: Sequence[Row], noise: jax.Array, tables: Any) -> tuple[Start, Any]:
+def _start(pipe: Pipeline, rows: Sequence[Row], noise: jax.Array, tables: Any, keys: jax.Array) -> tuple[Start, Any]:
     """Pure noise, or given images with some."""
     model, devices = pipe.model, pipe.devices
     h, w, z = model.latent_shape(rows[0].size)
@@ -209,7 +216,7 @@ def _start(pipe: Pipeline, rows: Sequence[Row], noise: jax.Array, tables: Any) -
         known = devices.shard_batch(np.zeros((len(rows), h, w, z), np.float32))
     else:
         images = np.stack([np.asarray(row.image, np.float32) for row in rows]) * np.float32(2.0) - np.float32(1.0)
-        known = encode(pipe, images, rows[0].tile, "given image")
+        known = _drawn(pipe, rows, encode(pipe, images, rows[0].tile, "given image"), keys, GIVEN)
     anew = np.ones((len(rows), h, w, 1), np.float32)
     for mask, row in zip(anew, rows, strict=True):
         if row.blend and row.mask is not None:
@@ -219,11 +226,16 @@ def _start(pipe: Pipeline, rows: Sequence[Row], noise: jax.Array, tables: Any) -
     return Start(known, noise, anew), state
 
 
-def _row_noise(pipe: Pipeline, rows: Sequence[Row], number: int) -> Any:
-    if rows[0].torch is None:
-        return None
-    steps = [row.torch[0].steps(number, row.torch[1]) for row in rows if row.torch is not None]
-    return None if steps[0] is None else pipe.devices.shard_batch(np.stack([np.asarray(one) for one in steps]))
+def _drawn(pipe: Pipeline, rows: Sequence[Row], moments: jax.Array, keys: jax.Array, stream: int) -> jax.Array:
+    """Latents drawn from the moments of `encode`."""
+    noise = _torch_noise(pipe, rows, lambda row: row.encoded(stream))
+    return sampling.draw_latents(moments, keys, pipe.devices.replicate(np.int32(stream)), noise)
+
+
+def _torch_noise(pipe: Pipeline, rows: Sequence[Row], draw: Callable[[TorchRow], np.ndarray | None]) -> Any:
+    """Noise that PyTorch draws for each row; None where rows have noise of their own, or nothing is drawn."""
+    drawn = [draw(row.torch) for row in rows if row.torch is not None]
+    return None if not drawn or drawn[0] is None else pipe.devices.shard_batch(np.stack(drawn))
 
 
 def _paste(row: Row, image: np.ndarray) -> np.ndarray:
@@ -233,13 +245,16 @@ def _paste(row: Row, image: np.ndarray) -> np.ndarray:
 
 
 def encode(pipe: Pipeline, images: Any, tile: int, name: str) -> jax.Array:
-    """Scaled latents of images in [-1, 1], all finite, in tiles where a side is longer than `tile` pixels."""
+    """Mean and standard deviation of scaled latents of images in [-1, 1], all finite.
+
+    They are encoded in tiles where a side is longer than `tile` pixels.
+    """
     coder, checks = _checked(sampling.encode, pipe)
     factor = pipe.model.factor
     side, overlap = _tiling(tile, factor, images.shape[1:3])
-    latents = encode_tiled(coder, pipe.devices.shard_batch(images), side, overlap, factor)
+    moments = encode_tiled(coder, pipe.devices.shard_batch(images), side, overlap, factor)
     check_finite(pipe, all(checks), f"the autoencoder's encoding of the {name}")
-    return latents
+    return moments
 
 
 def decode(pipe: Pipeline, latents: jax.Array, tile: int) -> Float[np.ndarray, "b H W c"]:

@@ -10,25 +10,25 @@ from jaxtyping import Float
 
 from sdjax.core.torch_rng import TorchGenerator
 
+GIVEN, MASKED = 0, 1  # streams of draws from posteriors
+
 
 class Draws(NamedTuple):
     """Numbers that a call of diffusers draws before its first step, in this order.
 
     Attributes:
         small: (h, w, 3) of an upscaler's small image; None for other models.
-        posteriors: given images that are encoded, each of which draws from its posterior.
+        given: given images that are encoded, each of which draws from its posterior.
         masked: images that are encoded a second time, masked, after the noise of the latents.
     """
 
     small: tuple[int, ...] | None
-    posteriors: int
+    given: int
     masked: int
 
 
 class TorchNoise(NamedTuple):
     """Noise that `torch.Generator("cpu").manual_seed(seed)` gives diffusers for one batch.
-
-    Draws from a posterior are not used: its mean is taken, whose difference is far below a byte.
 
     Attributes:
         seed: of the generator.
@@ -44,43 +44,66 @@ class TorchNoise(NamedTuple):
     noisy: tuple[tuple[bool, ...], ...]
     draws: Draws
 
-    def small(self, index: int) -> Float[np.ndarray, "h w 3"]:
-        """Noise of the small image of an upscaler, of the image with this index."""
-        small = _drawn(self)[0]
+
+class TorchRow(NamedTuple):
+    """One image's share of the noise.
+
+    Attributes:
+        noise: of its batch.
+        index: of the image in the batch.
+        given: of its given image among those that are encoded.
+    """
+
+    noise: TorchNoise
+    index: int
+    given: int = 0
+
+    def small(self) -> Float[np.ndarray, "h w 3"]:
+        """Noise of an upscaler's small image."""
+        small = _drawn(self.noise).small
         assert small is not None, "an upscaler's"
-        return small[index]
+        return small[self.index]
 
-    def first(self, index: int) -> Float[np.ndarray, "h w z"]:
-        """Standard normal first noise of the image with this index."""
-        return _drawn(self)[1][index]
+    def encoded(self, stream: int) -> Float[np.ndarray, "h w z"] | None:
+        """Draw from the posterior of the given image, or of the masked one; None where that is not encoded."""
+        drawn = _drawn(self.noise).encoded[stream]
+        return None if drawn is None else drawn[self.given]
 
-    def steps(self, part: int, index: int) -> Float[np.ndarray, "n h w z"] | None:
-        """Noise of every row of a model's table, for the image with this index; None where no row adds any."""
-        steps = _drawn(self)[2][part]
+    def first(self) -> Float[np.ndarray, "h w z"]:
+        """Standard normal first noise."""
+        return _drawn(self.noise).first[self.index]
+
+    def steps(self, part: int) -> Float[np.ndarray, "n h w z"] | None:
+        """Noise of every row of a model's table; None where no row adds any."""
+        steps = _drawn(self.noise).steps[part]
         if steps is None:
             return None
-        rows = np.zeros((len(self.noisy[part]), *self.shape), np.float32)
-        rows[np.flatnonzero(self.noisy[part])] = steps[:, index]
+        noisy = self.noise.noisy[part]
+        rows = np.zeros((len(noisy), *self.noise.shape), np.float32)
+        rows[np.flatnonzero(noisy)] = steps[:, self.index]
         return rows
 
 
-@functools.lru_cache(maxsize=2)  # a call and its second pass
-def _drawn(noise: TorchNoise) -> tuple[np.ndarray | None, np.ndarray, list[np.ndarray | None]]:
-    """The small image's noise [b h w 3], the first noise [b h w z], and that of each model's noisy rows [n b h w z]."""
-    generator = TorchGenerator(noise.seed)
+class _Drawn(NamedTuple):
+    """Noise of a batch: of small images, of posteriors by stream, of the latents, and of each model's noisy rows."""
 
-    def draw(count: int, shape: tuple[int, ...]) -> np.ndarray:
+    small: Float[np.ndarray, "b h w 3"] | None
+    encoded: dict[int, Float[np.ndarray, "m h w z"] | None]
+    first: Float[np.ndarray, "b h w z"]
+    steps: list[Float[np.ndarray, "n b h w z"] | None]
+
+
+@functools.lru_cache(maxsize=2)  # a call and its second pass
+def _drawn(noise: TorchNoise) -> _Drawn:
+    generator, draws = TorchGenerator(noise.seed), noise.draws
+
+    def draw(count: int, shape: tuple[int, ...] = noise.shape) -> np.ndarray:
         h, w, c = shape
         return generator.normal((count, c, h, w)).transpose(0, 2, 3, 1)
 
-    small = None if noise.draws.small is None else draw(noise.batch, noise.draws.small)
-    if noise.draws.posteriors:
-        draw(noise.draws.posteriors, noise.shape)
-    first = draw(noise.batch, noise.shape)
-    if noise.draws.masked:
-        draw(noise.draws.masked, noise.shape)
-    steps = [
-        np.stack([draw(noise.batch, noise.shape) for _ in range(sum(rows))]) if any(rows) else None
-        for rows in noise.noisy
-    ]
-    return small, first, steps
+    small = None if draws.small is None else draw(noise.batch, draws.small)
+    given = draw(draws.given) if draws.given else None
+    first = draw(noise.batch)
+    masked = draw(draws.masked) if draws.masked else None
+    steps = [np.stack([draw(noise.batch) for _ in range(sum(rows))]) if any(rows) else None for rows in noise.noisy]
+    return _Drawn(small, {GIVEN: given, MASKED: masked}, first, steps)

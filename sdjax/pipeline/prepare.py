@@ -18,7 +18,7 @@ from sdjax.diffusion.samplers import SamplerTable, network_calls, sampler_of, sc
 from sdjax.diffusion_model.conditioners.upscale import NOISE, SMALL
 from sdjax.diffusion_model.sampling import ConditionSchedule
 from sdjax.pipeline.edited_prompts import edit_prompts, needs_null
-from sdjax.pipeline.noise import Draws, TorchNoise
+from sdjax.pipeline.noise import Draws, TorchNoise, TorchRow
 from sdjax.pipeline.options import OPTIONS, check_int, check_options
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Row(NamedTuple):
         fresh: whether sampling begins from pure noise.
         paste: pixels of feather with which `image` is put back outside of the mask; None not to.
         latents: standard normal first noise; None for the image's own.
-        torch: PyTorch's noise, and this image's place in it; None for the image's own.
+        torch: PyTorch's noise; None for the image's own.
         tile: pixels of the autoencoder's tiles; 0 for none.
         second: the second pass, whose `image` is what the first pass makes; None without one.
         settings: every option that the image depends on, those that the checkpoint chose included.
@@ -81,7 +81,7 @@ class Row(NamedTuple):
     settings: Mapping[str, Any]
     index: int = 0
     latents: np.ndarray | None = None
-    torch: tuple[TorchNoise, int] | None = None
+    torch: TorchRow | None = None
     second: Row | None = None
 
     @property
@@ -93,7 +93,7 @@ class Row(NamedTuple):
         )
         lengths = tuple(len(part.table.sigma) for part in self.parts)
         scheduled = tuple(tuple(np.shape(array) for array in part.schedule or ()) for part in self.parts)
-        given = self.image is None, self.latents is None, None if self.torch is None else self.torch[0]
+        given = self.image is None, self.latents is None, None if self.torch is None else self.torch.noise
         return self.size, shapes, lengths, scheduled, given, self.tile
 
     @property
@@ -375,26 +375,29 @@ def _with_noise(pipe: Pipeline, rows: list[Row], given: Mapping[str, Any], entri
     total = check_int("torch_batch", given.get("torch_batch", last), last)
     # diffusers encodes an image once however many are made of it.
     several = "init_image" in given and len(listed(given["init_image"])) > 1
-    images = -(-total * entries // (last - first)) if several else 1
-    return [_with_torch_noise(pipe, row, given, total, images) for row in rows]
+    each = (last - first) // entries if several else total
+    return [_with_torch_noise(pipe, row, total, each) for row in rows]
 
 
-def _with_torch_noise(pipe: Pipeline, row: Row, given: Mapping[str, Any], total: int, images: int) -> Row:
+def _with_torch_noise(pipe: Pipeline, row: Row, total: int, each: int) -> Row:
+    """The row with PyTorch's noise for `total` images, of which `each` are made of one given image."""
+    images = -(-total // each)
     # An inpainting model's given image is not encoded where nothing of it is left.
     unseen = row.mask is not None and row.fresh and "mask" in pipe.inputs
     small = row.parts[0].columns.get(SMALL)
     draws = Draws(
         small=None if small is None else small.shape,
-        posteriors=0 if row.image is None or unseen else images,
+        given=0 if row.image is None or unseen else images,
         masked=images if row.mask is not None else 0,
     )
     adds = [part.table.active & np.any(part.table.weights[..., -1] != 0.0, axis=-1) for part in row.parts]
     noisy = tuple(tuple(map(bool, rows)) for rows in adds)
     noise = TorchNoise(row.seed, total, pipe.model.latent_shape(row.size), noisy, draws)
-    row = row._replace(torch=(noise, row.index), settings={**row.settings, "torch_batch": total})
+    torch = TorchRow(noise, row.index, row.index // each)
+    row = row._replace(torch=torch, settings={**row.settings, "torch_batch": total})
     if small is None:
         return row
-    columns = {**row.parts[0].columns, NOISE: noise.small(row.index)}
+    columns = {**row.parts[0].columns, NOISE: torch.small()}
     return row._replace(parts=(row.parts[0]._replace(columns=columns), *row.parts[1:]))
 
 
@@ -412,6 +415,5 @@ def _with_second_pass(pipe: Pipeline, row: Row, entry: Mapping[str, Any], given:
     second = _prepare_entry(pipe, entry, again, size, [make_rows(pipe, again)], given["steps"])
     second = second._replace(index=row.index, image=blank, fresh=False)
     if row.torch is not None:
-        total = row.torch[0].batch
-        second = _with_torch_noise(pipe, second, again, total, total)
+        second = _with_torch_noise(pipe, second, row.torch.noise.batch, 1)
     return row._replace(second=second)

@@ -122,7 +122,8 @@ def generate(
         size: height and width in pixels.
     """
     encoded = {
-        name: sampling.encode(model, params, x)[0] for name, x in model.conditioner.images_to_encode(columns).items()
+        name: jnp.split(sampling.encode(model, params, x)[0], 2, axis=-1)[0]
+        for name, x in model.conditioner.images_to_encode(columns).items()
     }
     columns = {**columns, **encoded}
     null = model.config.guidance_dim is None and model.has_null and bool(np.any(np.asarray(guidance.scale) > 1.0))

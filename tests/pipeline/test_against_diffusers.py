@@ -82,22 +82,40 @@ def test_scale_of_one_or_less_is_no_guidance(scale, theirs, ours, noise):
     check(ours(PROMPTS, steps=3, latents=noise, **settings), expected)
 
 
-@pytest.mark.parametrize("strength", [0.45, 1.0])
-def test_image_to_image(strength, in_diffusers, ours, picture):
+@pytest.mark.parametrize(("strength", "count"), [(0.45, 2), (1.0, 1)])
+def test_image_to_image(strength, count, in_diffusers, ours, picture):
+    """From one image for both prompts, which is drawn from its posterior once, or one for each."""
+    pictures = [picture, picture.transpose(Image.Transpose.ROTATE_90)][:count]
     pipe = in_diffusers("StableDiffusionImg2ImgPipeline", "sd1", SAMPLERS["dpmpp_2m"])
     settings = {"guidance_scale": 4.0, "strength": strength}
     generator = torch.Generator().manual_seed(7)
     expected = pipe(
         PROMPTS,
-        picture,
+        pictures,
         negative_prompt=NEGATIVES,
         num_inference_steps=10,
         generator=generator,
         output_type="np",
         **settings,
     ).images
-    how = {"sampler": "dpmpp_2m", "seed": 7, "rng": "torch", "init_image": picture}
+    how = {"sampler": "dpmpp_2m", "seed": 7, "rng": "torch", "init_image": pictures}
     check(ours(PROMPTS, NEGATIVES, steps=10, **how, **settings), expected)
+
+
+def test_given_images_are_drawn_from_their_posterior(theirs, ours, picture):
+    """By the images' own keys; where nothing is made anew, the latents are those of the given image."""
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1.0
+    with torch.no_grad():
+        posterior = theirs.vae.encode(x).latent_dist
+    given = {"init_image": picture, "mask": np.zeros((SIZE, SIZE)), "steps": 2, "output": "latent", "batch_size": 2}
+    known = ours("", num_images=16, **given)
+    mean, std = (moment.numpy().transpose(0, 2, 3, 1) for moment in (posterior.mean, posterior.std))
+    assert std.min() > 0.1, "the posterior is narrow"
+    noise = (known - mean) / std
+    assert abs(noise.mean()) < 0.06  # of 4,096 values; 4 standard errors
+    assert abs(noise.std() - 1.0) < 0.05
+    assert np.abs(np.corrcoef(noise.reshape(16, -1)) - np.eye(16)).max() < 0.3
+    np.testing.assert_allclose(ours("", first_index=5, **given)[0], known[5], atol=1e-4)
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])

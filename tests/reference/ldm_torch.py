@@ -64,7 +64,8 @@ def sample_label_map(folder: Path, label_maps: np.ndarray, noise: np.ndarray, st
 def sample_inpainting(folder: Path, images: np.ndarray, masks: np.ndarray, noise: np.ndarray, steps: int) -> np.ndarray:
     """Images whose masked part is generated (scripts/inpaint.py).
 
-    The masked image is encoded as it is, without the latents' scaling factor (`cond_stage_model.encode`).
+    The masked image is encoded as it is, without the latents' scaling factor (`cond_stage_model.encode`); of a
+    posterior its mode is taken (ddpm.py, `get_learned_conditioning`).
 
     Args:
         images: uint8 [b H W 3].

@@ -45,6 +45,7 @@ class InpaintConditioner(Conditioner):
             concat_channels=self.latent_channels + 1,
             strength=1.0,
             feather=4.0 if self.stable_diffusion else 0.0,
+            draws_latents=self.stable_diffusion,  # LDM conditions on the mode (ddpm.py, get_learned_conditioning)
         )
 
     def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
