@@ -10,6 +10,7 @@ from sdjax.cli.prompt_files import PromptLine
 from sdjax.core.errors import UserError
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.prepare import Row
+from sdjax.pipeline.seeds import RANDOM, drawn_seed
 
 
 class ImageJob(NamedTuple):
@@ -77,7 +78,16 @@ def suit_encoder(pipe: Pipeline, jobs: list[ImageJob], penultimate: Mapping[str,
 
 
 def prepare_jobs(pipe: Pipeline, jobs: Sequence[ImageJob]) -> list[Row]:
-    """Rows of all jobs in their order; a UserError for whatever is wrong, before the first image is made."""
+    """Rows of all jobs in their order; a UserError for whatever is wrong, before the first image is made.
+
+    All that leave their seed to chance share the one that is drawn, and differ by their indices.
+    """
+    if any(job.options.get("seed") == RANDOM for job in jobs):
+        seed = drawn_seed(RANDOM)
+        jobs = [
+            job._replace(options={**job.options, "seed": seed}) if job.options.get("seed") == RANDOM else job
+            for job in jobs
+        ]
     rows = []
     for group in groups(jobs):
         options: Any = {**_shared(group[0]), "first_index": group[0].index}

@@ -108,10 +108,13 @@ class SamplingBatch(NamedTuple):
 
 @jit(static_argnums=2)
 def draw_noise(
-    seeds: Int[Array, " b"], indices: Int[Array, " b"], shape: tuple[int, ...], part: Int[Array, ""]
+    seeds: Int[Array, "b 2"], indices: Int[Array, " b"], shape: tuple[int, ...], part: Int[Array, ""]
 ) -> tuple[Key[Array, " b"], Float[Array, "b *space z"]]:
-    """The key and the first noise of each image; models after the first, those of a higher `part`, have other keys."""
-    keys = image_keys(seeds, indices)
+    """The key and the first noise of each image; models after the first, those of a higher `part`, have other keys.
+
+    Seeds are as of `seed_words`.
+    """
+    keys = image_keys(seeds[:, 0], indices, seeds[:, 1])
     later = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, _LATER), part))(keys)
     keys = jnp.where(part > 0, later, keys)
     return keys, first_noise(keys, shape)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sdjax.core.errors import UserError
+from sdjax.core.prng import seed_words
 from sdjax.data.image_inputs import paste_back, resize_lanczos
 from sdjax.diffusion.samplers import batched, network_calls
 from sdjax.diffusion_model import sampling
@@ -141,8 +142,7 @@ def _sample_part(
 ) -> tuple[jax.Array, int]:
     """Scaled latents after one model's rows, from `noisy` latents of the model before where there is one."""
     model, devices, parts = pipe.model, pipe.devices, [row.parts[number] for row in rows]
-    # jax.random.key reads the bits, so that large seeds need no 64-bit integers.
-    seeds = np.array([row.seed for row in rows], np.uint32).view(np.int32)
+    seeds = seed_words([row.seed for row in rows])
     indices = np.array([row.index for row in rows], np.int32)
     guidance = Guidance(*np.array([row.guidance for row in rows], np.float32).T)
     tables = batched([part.table for part in parts])

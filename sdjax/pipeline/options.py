@@ -17,15 +17,17 @@ from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 import numpy as np
 
 from sdjax.core.errors import UserError, unknown
+from sdjax.core.torch_rng import MAX_SEED
 from sdjax.data.image_inputs import ImageInput
 from sdjax.diffusion.samplers import SAMPLERS, SPACINGS
+from sdjax.pipeline.seeds import RANDOM
 
 Number = int | float
 Pair = Sequence[int]
 Images = ImageInput | Sequence[ImageInput]
 Progress = Callable[[int, int], None]
 """progress(done, total) network calls."""
-MAX_SEED, MAX_SIDE, MAX_BITS = 2**32 - 1, 2**14, 1023
+MAX_SIDE, MAX_BITS = 2**14, 1023
 Scope = Literal["image", "call", "load"]
 
 
@@ -46,6 +48,7 @@ class Option:
         table: whether it goes to the sampler's table under its own name.
         file: whether it names a file.
         many: whether a flag may be repeated.
+        none: what None means in a call; None for the checkpoint's choice.
     """
 
     help: str
@@ -60,6 +63,7 @@ class Option:
     table: bool = False
     file: bool = False
     many: bool = False
+    none: Any = None
 
     @property
     def is_number(self) -> bool:
@@ -83,7 +87,7 @@ def _condition(
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of a call; None or nothing leaves the choice to the checkpoint."""
+    """Keyword arguments of a call; None or nothing leaves the choice to the checkpoint, but a seed of None is drawn."""
 
     steps: Annotated[
         int | None, Option("of the sampler; some call the network more than once a step", 1, label="Steps")
@@ -102,7 +106,12 @@ class Options(TypedDict, total=False):
         Number | None,
         Option("factor on the noise of the ancestral and SDE samplers", 0, label="Sigma noise", table=True),
     ]
-    seed: Annotated[int | None, Option("with an image's index it decides all its noise", 0, MAX_SEED, label="Seed")]
+    seed: Annotated[
+        int | None,
+        Option(
+            "with an image's index it decides all its noise; -1 draws one", RANDOM, MAX_SEED, label="Seed", none=RANDOM
+        ),
+    ]
     width: Annotated[int | None, Option("in pixels", 1, MAX_SIDE)]
     height: Annotated[int | None, Option("in pixels", 1, MAX_SIDE)]
     num_images: Annotated[int | None, Option("of each prompt", 1, 2**20, grid=False)]
@@ -203,10 +212,11 @@ def help_of(table: Mapping[str, Option]) -> str:
 
 
 def check_options(given: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """Options of a call that are not None; a UserError: one is unknown, or as in `check_value`."""
+    """Options of a call for which None has a meaning, or that are not; a UserError: unknown, or as in `check_value`."""
     for name in given:
         if name not in OPTIONS:
             raise unknown("option", name, OPTIONS, place)
+    given = {name: OPTIONS[name].none if value is None else value for name, value in given.items()}
     return {name: check_value(name, value, place) for name, value in given.items() if value is not None}
 
 

@@ -20,6 +20,7 @@ from sdjax.diffusion_model.sampling import ConditionSchedule
 from sdjax.pipeline.edited_prompts import edit_prompts, needs_null
 from sdjax.pipeline.noise import Draws, TorchNoise, TorchRow
 from sdjax.pipeline.options import OPTIONS, check_int, check_options
+from sdjax.pipeline.seeds import drawn_seed
 
 if TYPE_CHECKING:
     from sdjax.pipeline.pipeline import Pipeline
@@ -245,6 +246,7 @@ def _resolved(pipe: Pipeline, given: Mapping[str, Any], size: tuple[int, int]) -
         "height": size[0],
         "width": size[1],
     }
+    chosen["seed"] = drawn_seed(chosen["seed"])
     if chosen.get("schedule") == "ays" and pipe.text.numbers:
         chosen["schedule"] = "ays_sdxl"  # SDXL has levels of its own (Sabour et al. 2024)
     if "init_image" in given and pipe.begins_from_images:

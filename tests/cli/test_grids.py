@@ -64,7 +64,7 @@ BAD = {
     "steps=30-10": "steps '30-10' in --grid at character 7: choose a range first-last:step that grows",
     "steps=1-3:0": "steps '1-3:0' in --grid at character 7: choose a range",
     "steps=1-3:x": "steps '1-3:x' in --grid at character 7: choose an integer",
-    "seed=0-99999999999999999999": "seed 9+ in --grid at character 6: choose an integer of 0 to 4294967295",
+    "seed=0-99999999999999999999": "seed 9+ in --grid at character 6: choose an integer of -1 to 18446744073709551615",
     "seed=0-4294967295": "seed '0-4294967295' in --grid at character 6 asks for more than 1000 images",
     "seed=0-99;steps=1-99": "asks for more than 1000 images of each prompt",
     "guidance_scale=nan": "guidance_scale nan in --grid at character 16",

@@ -16,6 +16,7 @@ from PIL import Image
 import sdjax
 from sdjax.checkpoints.layouts.diffusers import read_folder, write_checkpoint
 from sdjax.core.errors import UserError
+from sdjax.core.prng import seed_words, stream
 from sdjax.data import image_inputs
 from sdjax.data.images import to_uint8
 from sdjax.diffusion.samplers import SAMPLERS
@@ -113,6 +114,30 @@ def test_images_depend_on_their_index_and_not_on_their_batch(ours):
     assert np.abs(together[2] - together[3]).max() > 0.05, "two images of one prompt have noise of their own"
     other = ours("blue cat", first_index=3, **{**how, "seed": 2**32 - 1})
     assert np.abs(other[0] - together[3]).max() > 0.05
+
+
+def test_seeds_have_64_bits(ours):
+    """Every bit counts; below 2^32 a seed's keys are those of JAX's own 32-bit seeds."""
+    seeds = [5, 5 + 2**32, 5 + 2**63, 2**32 - 1, 2**64 - 1]
+    indices = np.full(len(seeds), 3, np.int32)
+    words = seed_words([row.seed for seed in seeds for row in ours.prepare("red heart", seed=seed)])
+    keys = jax.random.key_data(sampling.draw_noise(words, indices, (2, 2, 4), np.int32(0))[0])
+    assert len(set(map(tuple, keys.tolist()))) == len(seeds)
+    np.testing.assert_array_equal(keys[0], jax.random.key_data(stream(5, "image", 3)))
+
+
+@pytest.mark.parametrize("seed", [-1, None])
+def test_a_seed_may_be_drawn(seed, ours, caplog):
+    with caplog.at_level("INFO", "sdjax"):
+        calls = [ours.prepare(["red heart", "flag"], seed=seed) for _ in range(2)]
+    drawn = [[row.seed for row in rows] for rows in calls]
+    assert [first for first, _ in drawn] == [second for _, second in drawn]
+    assert drawn[0] != drawn[1]
+    for rows, (one, _) in zip(calls, drawn, strict=True):
+        assert 0 <= one < 2**32
+        assert all(row.settings["seed"] == one for row in rows)
+        assert f"seed {one}, drawn at random" in caplog.text
+    assert ours.prepare("red heart")[0].seed == 0
 
 
 def test_masked_sampling_keeps_known_latents(ours):
@@ -269,7 +294,7 @@ def test_prepare_finds_what_is_wrong(ours):
 
 def test_a_refiner_has_noise_of_its_own():
     """Its rows are counted anew; with the base's keys they would draw the base's noise a second time."""
-    seeds, indices = np.full(4, 3, np.int32), np.arange(4, dtype=np.int32)
+    seeds, indices = seed_words([3] * 4), np.arange(4, dtype=np.int32)
     keys = [sampling.draw_noise(seeds, indices, (2, 2, 4), np.int32(part))[0] for part in (0, 1, 2)]
     words = {tuple(key) for each in keys for key in np.asarray(jax.random.key_data(each)).tolist()}
     assert len(words) == 12
@@ -345,7 +370,8 @@ BAD = {
     "width": ({"width": 33}, "width 33 is not a multiple of 2.*32, 34"),
     "height": ({"height": -4}, "height -4"),
     "guidance": ({"guidance_scale": float("nan")}, "guidance_scale nan"),
-    "seed": ({"seed": -1}, "seed -1.*0 to 4294967295"),
+    "seed": ({"seed": -2}, "seed -2: choose an integer of -1 to 18446744073709551615"),
+    "large seed": ({"seed": 2**64}, "seed 18446744073709551616: choose an integer of -1 to 18446744073709551615"),
     "num_images": ({"num_images": 0}, "num_images 0"),
     "latents": ({"latents": np.zeros((1, 4, 8, 8), np.float32)}, r"\[1, 4, 8, 8\].*\[1, 4, 8, 4\], NHWC"),
     "mask alone": ({"mask": np.zeros((4, 4), bool)}, "init_image"),

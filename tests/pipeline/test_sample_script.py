@@ -268,6 +268,18 @@ def test_the_config_says_what_the_flags_do_not(run, tmp_path):
     assert (record["steps"], record["sampler"], record["guidance_scale"]) == (3, "lms", 2.5)
 
 
+def test_a_random_seed_is_drawn_once_said_and_recorded(run, tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("red heart --seed 3\nflag --seed -1\n")
+    flags = ("--from_file=prompts.txt", "--seed", "-1", "--grid=steps=1,2", "--guidance_scale=2")
+    assert run(*flags, "--outdir=o")[0] == 0
+    assert run("--prompt=flag", "--seed=-1", "--steps=1", "--guidance_scale=2", "--outdir=p")[0] == 0
+    first, second, third, fourth, other = (r["seed"] for folder in "op" for r in records(tmp_path / folder))
+    assert (first, second) == (3, 3)
+    assert third == fourth != other
+    assert caplog.text.count("drawn at random") == 2
+    assert all(f"seed {seed}, drawn at random" in caplog.text for seed in (third, other))
+
+
 def test_given_images_are_read_once(script, run, ours, tmp_path, monkeypatch):
     """A job's rows are prepared once: what checks a request is what is run."""
     Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "given.png")
