@@ -1,6 +1,13 @@
 """Trains what a config describes: python train.py --config configs/NAME.py --workdir DIR [--config.section.key=value].
 
-The same command resumes. SIGTERM and SIGUSR1 write a checkpoint and end the run with exit code 0.
+It says what it does on standard error: the data, what is compiled, the steps with loss, learning rate, images/s and the
+time left, then the results and the command that uses them. Without a terminal that is one line every train.log_every
+steps. The same command resumes. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint and end the run, with exit code 130
+after Ctrl-C, else 0; a second Ctrl-C ends it at once.
+
+Small enough for two CPU cores: configs/finetune.py, which fine-tunes checkpoints/openmoji on a folder of images, in
+minutes; configs/openmoji_ldm.py, configs/pixels.py:openmoji, configs/classifiers.py:openmoji and
+configs/autoencoders.py:openmoji_kl, 10 to 40 minutes each; configs/openmoji.py, 4 hours.
 
 Several processes: SLURM, Open MPI and TPU pods are recognised; elsewhere start each with --coordinator HOST:PORT
 --processes N --process_id I. DIR is one folder for all of them, gs://BUCKET/FOLDER too. --coordinator_timeout SECONDS:
@@ -11,9 +18,12 @@ how long to wait for the others at the start (300); --heartbeat_timeout: how lon
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -24,6 +34,7 @@ from sdjax.core.config import EXPORT, Config
 from sdjax.core.flags import define_processes, processes
 from sdjax.core.scripts import command_line, load_config, require
 from sdjax.core.tree import merge
+from sdjax.data.loader import Loader
 from sdjax.data.sources import validate
 from sdjax.parallel.batches import put_batch
 from sdjax.parallel.distributed import initialise, run_together
@@ -38,15 +49,18 @@ from sdjax.training.metrics import Metrics
 from sdjax.training.optim import learning_rates, make_optimizer, warn_of_changed_rates
 from sdjax.training.preemption import Preemption, end_well_before
 from sdjax.training.profile import Profile
+from sdjax.training.progress import announced, tell
 from sdjax.training.step import init_state, make_step
-from sdjax.training.task import split_frozen
-from sdjax.training.workdir import check_owner, claim, open_workdir
+from sdjax.training.task import Task, split_frozen
+from sdjax.training.workdir import CHECKPOINTS, check_owner, claim, open_workdir
 
 FIRST_STAGE = "first_stage"
 # What may change between two runs in one workdir: how long, how often to tell, what to keep, and on which devices.
 FREE = ("train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep_checkpoints")
 FREE += ("train.keep_best", "train.restore", "train.profile", "data.threads", "data.workers", "mesh", "sample", "eval")
 FREE += (f"task.{FIRST_STAGE}",)
+VIEWER = "pip install tensorboard; tensorboard --logdir {}"
+AGAIN = "the same command goes on from there"
 
 
 def main() -> None:
@@ -60,13 +74,20 @@ def main() -> None:
     workdir = require(values, "workdir")
     keep_compiled()
     initialise(**processes(values))
-    train_and_evaluate(config, workdir)
+    train_and_evaluate(config, workdir, CommandLine(values["config"].config_filename, values["config"].override_values))
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags beside the config and the processes."""
     flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
     flags.DEFINE_bool("check_data", False, "report every bad row of the data and end", flag_values=values)
+
+
+class CommandLine(NamedTuple):
+    """A command line's share in a config: the file, and the values that it changes, by dotted key."""
+
+    config: str = ""
+    changes: Mapping[str, Any] = {}
 
 
 def first_stage(name: str, config: Config) -> Config:
@@ -80,7 +101,11 @@ def first_stage(name: str, config: Config) -> Config:
     return found
 
 
-def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epath.Path:
+def train_and_evaluate(
+    config: Config,
+    workdir: str | os.PathLike,
+    given: CommandLine = CommandLine(),  # noqa: B008  (an immutable tuple)
+) -> Path | epath.Path:
     """Trains, its first stage before it where there is one; returns the folder of what was exported.
 
     Raises:
@@ -108,23 +133,27 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
         # ---- restore, or begin ----
         start = checkpoints.latest or 0
         if start >= options.steps and exported(root, start):
+            tell("%s is finished: %s", root, root / EXPORT)
             return root / EXPORT
-        frozen, initial = split_frozen(task, task.pretrained(sharded_put(mesh)))
-        state = init_state(task, optimizer, options.seed, mesh, initial)
-        batches = task.batch(merge(frozen, state.params))
+        with announced(f"{root}: networks and their first weights"):
+            frozen, initial = split_frozen(task, task.pretrained(sharded_put(mesh)))
+            state = init_state(task, optimizer, options.seed, mesh, initial)
+        with announced(f"data {config.data.get('prepared') or config.data.source}"):
+            batches = task.batch(merge(frozen, state.params))
         claim(root, config.to_dict())
         if start:
             state, position = checkpoints.restore(state)
             batches.set_state(position)
             start = int(state.step)
             warn_of_changed_rates(config.optim, checkpoints.config["train"]["steps"], options.steps, start)
+        tell_start(root, config, start, batches)
 
         # ---- train ----
         with Metrics(root, start, options, rates) as log, profile:
             for step in range(start + 1, options.steps + 1):
                 with profile.step(step):
                     batch = log.next_batch(batches)
-                    state, metrics = step_fn(state, frozen, put_batch(batch, mesh))
+                    state, metrics = log.take(step_fn, state, frozen, put_batch(batch, mesh))
                 profile.stepped(step, metrics)
                 log.report(step, metrics)
                 lock.check()
@@ -134,13 +163,37 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> Path | epa
                     means = log.means()  # a loss that is not finite must stop the run before its parameters are kept
                     checkpoints.save(state, batches.get_state(), means)
                 if stop:
-                    raise SystemExit(0)
+                    kept = root / CHECKPOINTS / str(step)
+                    preemption.stop(f"stopped after step {step:,} of {options.steps:,}; kept {kept}; {AGAIN}")
                 if (last and options.sample_every) or is_due(step, options.sample_every):
-                    log.image(step, "samples", task.preview(merge(frozen, state.ema)))
+                    with announced(f"samples of step {step:,}"):
+                        log.image(step, "samples", task.preview(merge(frozen, state.ema)))
 
         # ---- what others can load ----
-        write_export(task.export, merge(frozen, state.ema), root, int(state.step), mesh)
+        with announced(f"writing {root / EXPORT}"):
+            write_export(task.export, merge(frozen, state.ema), root, int(state.step), mesh)
+    tell_end(root, task, given.config)
     return root / EXPORT
+
+
+def tell_start(root: epath.Path, config: Config, start: int, batches: Loader) -> None:
+    """The lines of the log before training: the data, the steps, and the places of what becomes of them."""
+    options, examples = config.train, json.loads(batches.get_state())["examples"]
+    tell("data: %s images, %s steps an epoch", f"{examples:,}", f"{max(examples // options.batch_size, 1):,}")
+    tell("steps %s to %s of %s images on %s", f"{start + 1:,}", f"{options.steps:,}", options.batch_size, devices())
+    tell("%s: checkpoints/, samples/ (images while training), tensorboard/ (%s)", root, VIEWER.format(root))
+
+
+def tell_end(root: epath.Path, task: Task, config: str) -> None:
+    """The lines of the log after training: the results, and the command that uses them."""
+    tell("finished: %s is the model, %s has its images while training", root / EXPORT, root / "samples")
+    if config and task.use:
+        tell("to use it: %s", task.use.format(config=config, workdir=root))
+
+
+def devices() -> str:
+    """Number and kind of all devices, e.g. "8 x NVIDIA H200"."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ def make(config: Config, mesh: Mesh) -> Task:
         return {PERCEPTUAL: unflatten({name: put(leaf, f"{PERCEPTUAL}/{name}") for name, leaf in weights.items()})}
 
     frozen = {PERCEPTUAL: perceptual.lpips_shapes()} if perceives else {}
-    return Task(init, loss, preview, batch, export, batch_spec, frozen, pretrained)
+    use = "python train.py --config configs/ldm.py:VARIANT --config.task.first_stage={workdir} --workdir ..."
+    return Task(init, loss, preview, batch, export, batch_spec, frozen, pretrained, use)
 
 
 def _adversary(config: Config, values: int) -> tuple[PatchDiscriminator, Adversary | None]:

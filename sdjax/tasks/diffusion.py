@@ -114,7 +114,9 @@ def make(config: Config, mesh: Mesh) -> Task:
     def batch_spec(rows: int) -> dict[str, Any]:
         return {name: jax.ShapeDtypeStruct((rows, *row.shape), row.dtype) for name, row in source.spec.items()}
 
-    return Task(init, loss, show, batch, export, batch_spec, frozen, pretrained)
+    inputs = "".join(f" --{name} ..." for name in model.conditioner.traits.required)
+    use = f"python sample.py --config {{config}} --checkpoint {{workdir}}{inputs}"
+    return Task(init, loss, show, batch, export, batch_spec, frozen, pretrained, use)
 
 
 def make_model(config: Config) -> tuple[DiffusionModel, TrainingCondition]:

@@ -1,4 +1,4 @@
-"""Metrics of a run: a progress bar, TensorBoard files, and previews in the workdir; by the first process alone."""
+"""Metrics of a run: its progress, TensorBoard files, and previews in the workdir; by the first process alone."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
-from tqdm import tqdm
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
+from sdjax.core.tree import Params
 from sdjax.parallel.distributed import is_first
 from sdjax.training.limits import is_due
+from sdjax.training.progress import Pace, Progress, announced, line, new_shapes
+from sdjax.training.step import StepFn, TrainState
 from sdjax.training.tensorboard import TensorBoard, check_tensorboard
 from sdjax.training.workdir import unwritable, write_whole
 
@@ -39,7 +42,7 @@ class Metrics:
     """Reports one step behind the device, so that it never waits for the host."""
 
     def __init__(self, workdir: epath.Path, start: int, options: Config, rates: Mapping[str, optax.Schedule]):
-        """Opens workdir/tensorboard and a bar.
+        """Opens workdir/tensorboard and the bar.
 
         Args:
             workdir: of the run.
@@ -51,27 +54,37 @@ class Metrics:
             UserError: TensorBoard files cannot be written there.
         """
         check_tensorboard(workdir)
-        self._workdir, self._every, self._batch_size = workdir, options.log_every, options.batch_size
-        self._best = options.keep_best
+        self._workdir, self._every, self._best = workdir, options.log_every, options.keep_best
         with unwritable(workdir, start):
             self._writer = TensorBoard(workdir / "tensorboard", start) if is_first() else None
-        name = workdir.name or "train"
-        self._bar = tqdm(
-            total=options.steps, initial=start, unit="step", dynamic_ncols=True, desc=name, disable=self._writer is None
-        )
+        self._progress = Progress(workdir.name or "train", start, options.steps)
+        self._pace, self._is_new = Pace(options.steps - start, options.batch_size), new_shapes()
         self._rates = rates
         self._batch: Any = None
         self._pending: tuple[int, dict[str, Any], Any] | None = None
-        self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
+        self._waited = 0.0
         self._sums: dict[str, float] = {}
         self._summed = 0
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """The next batch; the time that it takes is counted as waiting for data."""
         before = time.monotonic()
+        if self._pending is None:
+            self._pace.mark()
         self._batch = next(batches)
         self._waited += time.monotonic() - before
         return self._batch
+
+    def take(self, step_fn: StepFn, state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        """A step. For a batch of new shapes it is compiled first, which is announced and of which no speed speaks."""
+        if not self._is_new(batch):
+            return step_fn(state, frozen, batch)
+        self.flush()
+        with announced("compiling the training step"):
+            result = jax.block_until_ready(step_fn(state, frozen, batch))
+        self._pace.compiled()
+        self._waited = 0.0
+        return result
 
     def report(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes the metrics of `step`, still being computed, and shows those of the step before.
@@ -97,19 +110,26 @@ class Metrics:
             data = f", whose batch is not finite in {', '.join(wrong)}" if wrong else ""
             raise NotFinite(f"the loss is {loss} at step {step}{data}", step, bool(wrong))
         self._add({"loss": loss} | ({self._best: float(metrics[self._best])} if self._best else {}))
-        self._steps += 1
-        elapsed = time.monotonic() - self._since
-        speed = self._steps * self._batch_size / elapsed
-        self._bar.update()
-        self._bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.1f}"}, refresh=False)
-        if is_due(step, self._every):
-            shown = {name: float(value) for name, value in metrics.items()}
-            shown |= {name: float(rate(step - 1)) for name, rate in self._rates.items()}
-            shown |= {"images_per_second": speed, "data_wait_share": min(self._waited / elapsed, 1.0)}
-            if self._writer:
-                with unwritable(self._workdir, step):
-                    self._writer.scalars({f"train/{name}": value for name, value in shown.items()}, step)
-            self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
+        self._pace.step()
+        self._show(step, metrics, loss)
+
+    def _show(self, step: int, metrics: dict[str, Any], loss: float) -> None:
+        due, pace = is_due(step, self._every), self._pace
+        if not due and not self._progress.is_bar:
+            return
+        rates = {name: float(rate(step - 1)) for name, rate in self._rates.items()}
+        self._progress.show(step, line(loss, rates["learning_rate"], pace), due)
+        if not due:
+            return
+        shown = {name: float(value) for name, value in metrics.items()} | rates
+        if pace.images_per_second is not None:
+            shown["images_per_second"] = pace.images_per_second
+            shown["data_wait_share"] = min(self._waited / pace.seconds, 1.0)
+        if self._writer:
+            with unwritable(self._workdir, step):
+                self._writer.scalars({f"train/{name}": value for name, value in shown.items()}, step)
+        pace.restart()
+        self._waited = 0.0
 
     def means(self) -> dict[str, float]:
         """The means of the loss and of `train.keep_best` since this was asked last; shows what is pending.
@@ -147,7 +167,7 @@ class Metrics:
             if kind is None:
                 self.flush()
         finally:
-            self._bar.close()
+            self._progress.close()
             self._close_writer(is_failing=isinstance(error, Exception))
 
     def _close_writer(self, is_failing: bool) -> None:

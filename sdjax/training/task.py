@@ -37,6 +37,7 @@ class Task(NamedTuple):
         frozen: shapes of the parameters that are not trained.
         pretrained: reads parameters from files: every frozen one, and the trained ones that do not begin from random
             numbers, which replace those of `init`. Called with a function that puts each array on its devices.
+        use: a command that uses what was exported, with {config} and {workdir} in it; "" for none.
     """
 
     init: Callable[[PRNGKeyArray], Params]
@@ -47,6 +48,7 @@ class Task(NamedTuple):
     batch_spec: Callable[[int], Any]
     frozen: Params = {}  # noqa: RUF012  (nobody writes into it)
     pretrained: Callable[[DevicePut], Params] = _fresh
+    use: str = ""
 
 
 def split_frozen(task: Task, params: Params) -> tuple[Params, Params]:
