@@ -9,6 +9,9 @@ Small enough for two CPU cores: configs/finetune.py, which fine-tunes checkpoint
 minutes; configs/openmoji_ldm.py, configs/pixels.py:openmoji, configs/classifiers.py:openmoji and
 configs/autoencoders.py:openmoji_kl, 10 to 40 minutes each; configs/openmoji.py, 4 hours.
 
+A value that is given for two stages (configs that name a first one in task.first_stage) is both stages': of the
+sections data, mesh and train; others of which both have the key are refused until the first stage is finished.
+
 Several processes: SLURM, Open MPI and TPU pods are recognised; elsewhere start each with --coordinator HOST:PORT
 --processes N --process_id I. DIR is one folder for all of them, gs://BUCKET/FOLDER too. --coordinator_timeout SECONDS:
 how long to wait for the others at the start (300); --heartbeat_timeout: how long for one that is silent (100).
@@ -31,9 +34,10 @@ from etils import epath
 
 from sdjax.core.compilation import keep_compiled
 from sdjax.core.config import EXPORT, Config
+from sdjax.core.errors import UserError
 from sdjax.core.flags import define_processes, processes
 from sdjax.core.scripts import command_line, load_config, require
-from sdjax.core.tree import merge
+from sdjax.core.tree import flatten, merge
 from sdjax.data.loader import Loader
 from sdjax.data.sources import validate
 from sdjax.parallel.batches import put_batch
@@ -42,7 +46,7 @@ from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import check_batch, sharded_put
 from sdjax.tasks.make import make_task
 from sdjax.training.checkpoint import Checkpoints
-from sdjax.training.export import exported, local_folder, write_export
+from sdjax.training.export import exported, exported_step, local_folder, write_export
 from sdjax.training.limits import check_limits, is_due
 from sdjax.training.lock import Lock
 from sdjax.training.metrics import Metrics
@@ -59,6 +63,8 @@ FIRST_STAGE = "first_stage"
 FREE = ("train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep_checkpoints")
 FREE += ("train.keep_best", "train.restore", "train.profile", "data.threads", "data.workers", "mesh", "sample", "eval")
 FREE += (f"task.{FIRST_STAGE}",)
+# Sections of which a value given on the command line is the first stage's, too.
+SHARED = ("data", "mesh", "train")
 VIEWER = "pip install tensorboard; tensorboard --logdir {}"
 AGAIN = "the same command goes on from there"
 
@@ -90,14 +96,28 @@ class CommandLine(NamedTuple):
     changes: Mapping[str, Any] = {}
 
 
-def first_stage(name: str, config: Config) -> Config:
-    """The first stage's config; where it names no data, it sees those of the second.
+def first_stage(name: str, config: Config, workdir: epath.Path, changes: Mapping[str, Any]) -> Config:
+    """The first stage's config, with the changes of a command line whose keys both stages have.
+
+    Where it names no data, it sees those of the second. One that is finished already stays as it is, but for a change
+    of the data, which its workdir refuses.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or a change cannot be meant for both stages.
     """
-    found = load_config(name)
+    found, finished = load_config(name), exported_step(workdir)
+    both = {key: value for key, value in changes.items() if key.replace(".", "/") in flatten(found.to_dict())}
+    shared = {key: value for key, value in both.items() if key.split(".")[0] in (("data",) if finished else SHARED)}
+    if not finished and (own := sorted(both.keys() - shared.keys())):
+        raise UserError(
+            f"--config.{own[0]}: the first stage has this key, too, and needs a value of its own; train it alone first "
+            f"(python train.py --config {name} --workdir {workdir}), then give this command again"
+        )
+    if shared:
+        tell("the first stage, %s, takes %s from the command line, too", name, ", ".join(sorted(shared)))
+    found.update_from_flattened_dict(shared)
     found.data.source = found.data.source or config.data.source
+    found.train.steps = finished or found.train.steps
     return found
 
 
@@ -116,8 +136,10 @@ def train_and_evaluate(
     root = open_workdir(workdir)
     config = config.copy_and_resolve_references()
     if first := config.task.get(FIRST_STAGE, ""):
-        folder = train_and_evaluate(first_stage(first, config), root / FIRST_STAGE) if ".py" in first else first
-        config.task[FIRST_STAGE] = local_folder(str(folder))
+        if ".py" in first:
+            before = root / FIRST_STAGE
+            first = train_and_evaluate(first_stage(first, config, before, given.changes), before)
+        config.task[FIRST_STAGE] = local_folder(str(first))
 
     # ---- what is trained, on which devices, in whose folder ----
     options = config.train

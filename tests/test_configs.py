@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 
 import train
 from configs import autoencoders, ldm, openmoji, pixels, stable_diffusion
 from sdjax.checkpoints.families import FAMILIES
 from sdjax.checkpoints.open import ID
+from sdjax.core.errors import UserError
 from sdjax.tasks.base import loader_options
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +50,16 @@ def test_configs_and_families_have_the_same_facts(name):
     assert config.sample.get("guidance_scale", 1.0) == family.settings.get("guidance_scale", 1.0)
 
 
-TRAINING = ("autoencoders", "classifiers", "ldm", "openmoji", "openmoji_ldm", "pixels", "stable_diffusion_training")
+TRAINING = (
+    "autoencoders",
+    "classifiers",
+    "finetune",
+    "ldm",
+    "openmoji",
+    "openmoji_ldm",
+    "pixels",
+    "stable_diffusion_training",
+)
 
 
 def names_in_code() -> set[str]:
@@ -92,13 +103,41 @@ def test_every_training_says_how_its_data_are_read(name):
     assert config.data.crop in ("centre", "adm", "random")
 
 
-def test_a_first_stage_keeps_its_own_config(monkeypatch):
-    """Changes of the second's keys are none of its, but it sees the second's data where it names none."""
-    changes = ["--config.model.class_embedder.classes=10", "--config.train.steps=3"]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config=configs/ldm.py:cin256_tiny", *changes])
-    second = ldm.get_config("cin256_tiny")
+SECOND = "configs/ldm.py:cin256_tiny"
+CHANGES = {"data.source": "folder:mine", "train.steps": 3, "model.class_embedder.classes": 10}
+FLAGS = [f"--config={SECOND}", *(f"--config.{key}={value}" for key, value in CHANGES.items())]
+
+
+def test_a_first_stage_takes_the_changes_whose_keys_it_has(monkeypatch, tmp_path, caplog):
+    """Of a command line; one that is finished takes the data alone. What has no such change is its own config."""
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", f"--config={SECOND}", *(f"--config.{k}={v}" for k, v in CHANGES.items())]
+    )
+    second, workdir = ldm.get_config("cin256_tiny"), epath.Path(tmp_path)
     second.data.source = "folder:somewhere"
     wanted = autoencoders.get_config("vq_f4_tiny")
-    wanted.data.source = "folder:somewhere"
-    assert train.first_stage(second.task.first_stage, second).to_dict() == wanted.to_dict()
-    assert train.first_stage("configs/openmoji.py:autoencoder", second).data.source == "openmoji"
+    for changes, source, steps in (({}, "folder:somewhere", 4), (CHANGES, "folder:mine", 3)):
+        wanted.data.source, wanted.train.steps = source, steps
+        with caplog.at_level("INFO", "sdjax"):
+            assert train.first_stage(second.task.first_stage, second, workdir, changes).to_dict() == wanted.to_dict()
+    assert f"the first stage, {second.task.first_stage}, takes data.source, train.steps from" in caplog.text
+    assert train.first_stage("configs/openmoji.py:autoencoder", second, workdir, {}).data.source == "openmoji"
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export.json").write_text('{"step": 4}')
+    wanted.train.steps = 4
+    assert train.first_stage(second.task.first_stage, second, workdir, CHANGES).to_dict() == wanted.to_dict()
+
+
+def test_a_change_that_both_stages_cannot_share_is_refused(tmp_path):
+    second, changes = ldm.get_config("cin256_tiny"), {"optim.learning_rate": 1e-3, "train.steps": 3}
+    with pytest.raises(UserError, match=r"^--config\.optim\.learning_rate: the first stage has this key, too, [^\n]*$"):
+        train.first_stage(second.task.first_stage, second, epath.Path(tmp_path), changes)
+
+
+def test_a_command_line_hands_its_changes_to_the_run(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train, "train_and_evaluate", lambda config, workdir, line: given.append(line))
+    monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, f"--workdir={tmp_path}"])
+    train.main()
+    assert given == [train.CommandLine(SECOND, CHANGES)]

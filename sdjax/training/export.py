@@ -25,10 +25,15 @@ RECORD = "export.json"
 SMALL = 2**16  # bytes; less is not worth a file
 
 
+def exported_step(workdir: epath.Path) -> int:
+    """The step whose export is there, all of it; 0 where there is none."""
+    record = workdir / RECORD
+    return json.loads(record.read_text())["step"] if record.exists() and (workdir / EXPORT).exists() else 0
+
+
 def exported(workdir: epath.Path, step: int) -> bool:
     """True if the export of `step` is there, all of it."""
-    record = workdir / RECORD
-    return record.exists() and json.loads(record.read_text()).get("step") == step and (workdir / EXPORT).exists()
+    return exported_step(workdir) == step
 
 
 def write_export(
