@@ -44,6 +44,7 @@ from sdjax.parallel.batches import put_batch
 from sdjax.parallel.distributed import initialise, run_together
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import check_batch, sharded_put
+from sdjax.tasks.base import row_rules
 from sdjax.tasks.make import make_task
 from sdjax.training.checkpoint import Checkpoints
 from sdjax.training.export import exported, exported_step, local_folder, write_export
@@ -62,7 +63,7 @@ FIRST_STAGE = "first_stage"
 # What may change between two runs in one workdir: how long, how often to tell, what to keep, and on which devices.
 FREE = ("train.steps", "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep_checkpoints")
 FREE += ("train.keep_best", "train.restore", "train.profile", "data.threads", "data.workers", "mesh", "sample", "eval")
-FREE += (f"task.{FIRST_STAGE}",)
+FREE += (f"task.{FIRST_STAGE}", "data.on_bad")
 # Sections of which a value given on the command line is the first stage's, too.
 SHARED = ("data", "mesh", "train")
 VIEWER = "pip install tensorboard; tensorboard --logdir {}"
@@ -76,7 +77,7 @@ def main() -> None:
     values = command_line(__doc__, define_flags, define_processes)
     config = require(values, "config")
     if values["check_data"].value:
-        raise SystemExit(2 if validate.report(config.data.source) else 0)
+        raise SystemExit(2 if validate.report(config.data.source, rules=row_rules(config)) else 0)
     workdir = require(values, "workdir")
     keep_compiled()
     initialise(**processes(values))

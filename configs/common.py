@@ -28,6 +28,9 @@ def base() -> Config:
                 "size": 128,
                 "crop": "centre",  # "adm", or "random" squares
                 "crop_sides": (1.0, 1.0),  # of random squares, as shares of the shorter side
+                "on_bad": "stop",  # at a row that cannot be used, or "skip" it: counted, and listed in the log
+                "minimum_side": 0,  # pixels; images with a shorter side are bad
+                "links": (),  # folders outside of the data's own that links in it may lead to
                 "threads": 8,  # that make batches, each one at a time
                 "workers": 0,  # processes with as many threads each, in place of this one's
             },

@@ -3,8 +3,9 @@
     python -m sdjax.prepare --config configs/stable_diffusion_training.py:sdxl --outdir DATA --config.data.source=SOURCE
 
 SOURCE is what `--config.data.source` takes everywhere: openmoji, tfds:NAME, folder:PATH, webdataset:PATTERN or
-array_record:PATTERN. Run it again after an interruption and it computes what is missing; run it on several hosts, with
-the flags or the environment of a cluster (docs/cluster.md), and each computes its part.
+array_record:PATTERN. Of several captions of an image one is drawn and stored. Run it again after an interruption and it
+computes what is missing; run it on several hosts, with the flags or the environment of a cluster (docs/cluster.md), and
+each computes its part.
     --batch_size 16                images encoded at a time, on each device
     --coordinator HOST:PORT --processes N --process_id I       by hand, where the environment does not say
 """
@@ -34,12 +35,13 @@ from sdjax.core.scripts import require
 from sdjax.core.tree import Params
 from sdjax.data.loader import Shard
 from sdjax.data.prepared.writer import PreparedRow, PreparedWriter, Range
-from sdjax.data.sources import open as sources
 from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.data.transforms import buckets
+from sdjax.data.transforms.conditions import DRAW_CAPTION
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
 from sdjax.parallel.batches import local_mesh, put_batch, replicated_put
 from sdjax.parallel.distributed import end_by_signals, initialise, run_together, sync
+from sdjax.tasks.base import open_images
 from sdjax.tasks.diffusion import make_model
 from sdjax.tasks.precompute import (
     STORED,
@@ -89,7 +91,7 @@ def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
         raise UserError(f"config.task.latents is {config.task.get('latents')!r}; data is made for 'prepared'")
     if config.data.buckets not in TABLES:
         raise unknown("buckets", config.data.buckets, TABLES, "config.data.buckets")
-    images = sources.source(config.data.source, "train")
+    images = open_images(config)
     table = TABLES[config.data.buckets](config.data.size, config.data.bucket_step)
     if len(table) > 1:  # a batch is of one bucket, so a bucket has a batch at least
         table = buckets.occupied(images, table, config.train.batch_size)
@@ -102,6 +104,7 @@ def prepare(config: Config, folder: Path, batch_size: int = 16) -> None:
     shard = Shard(jax.process_index(), jax.process_count())
     writer = PreparedWriter(folder, identity, table, len(images), config.data.rows_per_shard, shard)
     cut = grain.MapDataset.source(images).seed(config.train.seed).random_map(buckets.ToBucket(table, config.data.crop))
+    cut = cut.random_map(DRAW_CAPTION)  # of several captions one is stored
     parts = list(writer.pending())
     with tqdm(total=sum(part.stop - part.start for part in parts), unit="picture", dynamic_ncols=True) as bar:
         for part in parts:

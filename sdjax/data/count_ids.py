@@ -31,6 +31,7 @@ from sdjax.data.bucketed import bucketed
 from sdjax.data.loader import Loader, Shard, loader
 from sdjax.data.sources.base import Images
 from sdjax.data.sources.open import source
+from sdjax.data.sources.rules import ANY
 from sdjax.data.transforms.buckets import assign, table, without_small
 
 
@@ -76,7 +77,7 @@ def main() -> None:
     given: dict[str, Any] = {name: values[name].value for name in NAMES}
     if given["source"] is None:
         raise UserError("--source is required")
-    images = source(given["source"], given["split"])
+    images = source(given["source"], given["split"], rules=ANY)
     groups, make = _prepare(images, given["batch_size"], given["seed"], given["buckets"])
     processes = (given["processes"], given["resume_with"] or given["processes"])
     counts = count(make, [images.id(i) for i in range(len(images))], groups, processes, given["epochs"])

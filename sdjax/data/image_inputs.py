@@ -85,7 +85,7 @@ def load_depth(given: ImageInput, latents: tuple[int, int]) -> Float[np.ndarray,
     return (2.0 * (values - low) / (high - low) - 1.0).astype(np.float32)[..., None]
 
 
-def read_embeddings(path: Path, place: str) -> Float[np.ndarray, "k d"]:
+def read_embeddings(path: str | Path, place: str) -> Float[np.ndarray, "k d"]:
     """Read a NumPy file of embeddings, e.g. of CLIP, as float32; a UserError where it holds something else."""
     array = read_npy(path, place)
     fits = array.ndim == 2 and len(array) and array.dtype.kind == "f"

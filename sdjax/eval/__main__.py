@@ -34,8 +34,9 @@ from sdjax.core.files import check_target, write_text
 from sdjax.core.flags import parse_flags
 from sdjax.core.scripts import require
 from sdjax.data.sources.base import Images
+from sdjax.data.sources.folder import FolderSource, plain_images
 from sdjax.data.sources.open import source
-from sdjax.data.sources.plain_folder import PlainFolder
+from sdjax.data.sources.rules import ANY
 from sdjax.eval.bits import bits
 from sdjax.eval.checkpoint import evaluate
 from sdjax.eval.comparison import METRICS, MetricOptions, Real, chosen, compare, read_statistics
@@ -92,9 +93,9 @@ def _figures(values: flags.FlagValues) -> dict[str, Any]:
     return compare(_sampled(flag["fake"]), real, metrics, options, _say)
 
 
-def _sampled(folder: str) -> PlainFolder:
+def _sampled(folder: str) -> FolderSource:
     """A folder of images, without the sheet of all of them that sample.py puts beside."""
-    return PlainFolder(Path(folder).expanduser(), without=("grid.png",))
+    return plain_images(Path(folder).expanduser(), without=("grid.png",))
 
 
 def _real(name: str, limit: int | None) -> Real:
@@ -102,11 +103,11 @@ def _real(name: str, limit: int | None) -> Real:
     if path.suffix == ".npz":
         return Real(name, None, read_statistics(path))
     if path.is_dir():
-        images: Images = PlainFolder(path)
+        images: Images = plain_images(path)
     elif name.startswith("openmoji:"):
-        images = source("openmoji", name.partition(":")[2])
+        images = source("openmoji", name.partition(":")[2], rules=ANY)
     else:
-        images = source(name)
+        images = source(name, rules=ANY)
     return Real(f"{name} {limit}", images if limit is None else Evenly(images, limit), {})
 
 

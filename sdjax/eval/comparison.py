@@ -17,7 +17,7 @@ from sdjax.checkpoints.clip_pair import find_clip, missing_clip, read_clip
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.arrays import read_npz
 from sdjax.data.sources.base import Images
-from sdjax.data.sources.plain_folder import PlainFolder
+from sdjax.data.sources.folder import FolderSource
 from sdjax.data.transforms.images import square
 from sdjax.eval.clip_score import captions_of, clip_score
 from sdjax.eval.features import Arrays, identity, inception_features, kept
@@ -155,7 +155,7 @@ def _clip_score(given: Comparison) -> Figures:
     folder = find_clip(given.options.clip)
     if folder is None:
         raise UserError(missing_clip())
-    if not isinstance(given.fake, PlainFolder):
+    if not isinstance(given.fake, FolderSource):
         raise UserError("clip_score is of a folder of images with their prompts beside them")
     captions = captions_of(given.fake.folder, given.fake)
     return {"clip_score": clip_score(read_clip(folder), given.fake, captions, given.options.batch_size)}

@@ -39,7 +39,7 @@ from sdjax.models.conditioning import apply
 from sdjax.models.layers import Conv
 from sdjax.models.lpips import LPIPS
 from sdjax.models.patchgan import PatchDiscriminator
-from sdjax.tasks.base import batches, gathered
+from sdjax.tasks.base import batches, gathered, open_images
 from sdjax.tasks.first_stage.objective import CRITERIA, MOST, Adversary, adversarial, reconstruction
 from sdjax.tasks.variants import sizes_of
 from sdjax.training.task import DevicePut, Metrics, Task
@@ -183,7 +183,7 @@ def _last_layer(model: AnyAutoencoder, params: Params, features: Array) -> Calla
 
 
 def _images(config: Config, split: str) -> sources.Source:
-    images = grain.MapDataset.source(sources.source(config.data.source, split))
+    images = grain.MapDataset.source(open_images(config, split))
     return sources.CachedSource(images.map(transforms.Square(config.data.size, config.data.crop)))
 
 

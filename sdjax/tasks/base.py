@@ -12,6 +12,7 @@ from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.data.loader import Loader, Prefetch, Shard, Transform, loader
 from sdjax.data.sources import open as sources
+from sdjax.data.sources.rules import RowRules
 from sdjax.data.transforms import crops
 from sdjax.ops.partition import constrain
 from sdjax.parallel.batches import rows_of_process
@@ -26,6 +27,33 @@ def process_shard(mesh: Mesh) -> Shard:
     return Shard(*rows_of_process(mesh))
 
 
+NEEDS = {
+    "text": ("caption",),
+    "text_bert": ("caption",),
+    "class_conditional": ("label",),
+    "layout": ("objects",),
+    "semantic_synthesis": ("label_map",),
+    "retrieval": ("neighbours",),
+}
+"""Keys that examples must have for a value of `task.conditioning`."""
+
+
+def row_rules(config: Config) -> RowRules:
+    """Rules for the rows of a run's data."""
+    data, task = config.data, config.task
+    needs = ("label",) if task.name == "classifier" else NEEDS.get(task.get("conditioning", ""), ())
+    return RowRules(needs, data.minimum_side, data.size, data.on_bad, tuple(data.links))
+
+
+def open_images(config: Config, split: str = "train") -> sources.UsableRows:
+    """The images of `config.data.source`, held to the rules of the run.
+
+    Raises:
+        UserError: as `sources.source`.
+    """
+    return sources.source(config.data.source, split, rules=row_rules(config))
+
+
 def square_crops(config: Config) -> tuple[sources.Source, list[Any]]:
     """The training images of config.data.source, as large as config.data.size, cut as config.data.crop says.
 
@@ -36,7 +64,7 @@ def square_crops(config: Config) -> tuple[sources.Source, list[Any]]:
         UserError: no such source or crop.
     """
     data = config.data
-    return crops.squares(sources.source(data.source, "train"), data.size, data.crop, data.crop_sides)
+    return crops.squares(open_images(config), data.size, data.crop, data.crop_sides)
 
 
 def batches(config: Config, images: sources.Source, transforms: Sequence[Transform], mesh: Mesh) -> Loader:

@@ -27,7 +27,6 @@ from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Params
 from sdjax.data.images import tile
 from sdjax.data.loader import Loader
-from sdjax.data.sources import open as sources
 from sdjax.data.transforms import crops
 from sdjax.data.transforms import images as transforms
 from sdjax.diffusion.denoise import q_sample
@@ -35,7 +34,7 @@ from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import schedule_of
 from sdjax.models.adm_classifier import VARIANTS, Classifier, ClassifierConfig, classifier_of
 from sdjax.models.conditioning import apply
-from sdjax.tasks.base import batches, square_crops
+from sdjax.tasks.base import batches, open_images, square_crops
 from sdjax.tasks.variants import sizes_of
 from sdjax.training.task import Metrics, Task
 
@@ -77,7 +76,7 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     def preview(params: Params) -> UInt8[np.ndarray, "h w 3"]:
         """Images, evenly chosen; what is taken for another class is dark."""
-        found = crops.still(sources.source(config.data.source, "train"), side, config.data.crop).map(known)
+        found = crops.still(open_images(config), side, config.data.crop).map(known)
         rows: Any = [found[i * len(found) // config.sample.count] for i in range(config.sample.count)]
         images = np.stack([row[IMAGE] for row in rows])
         right = classify(model, params[NAME], images).argmax(-1) == np.array([row[LABEL] for row in rows])

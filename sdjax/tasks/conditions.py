@@ -19,7 +19,7 @@ from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
 from sdjax.data.text.tokenizers import Tokenizer, load_tokenizer
 from sdjax.data.text.word_pieces import load_word_pieces
-from sdjax.data.transforms.conditions import Layout, TokenizeWords
+from sdjax.data.transforms.conditions import DRAW_CAPTION, Layout, TokenizeWords
 from sdjax.data.transforms.degradation import LowResolution
 from sdjax.data.transforms.images import InRange, OfShape
 from sdjax.data.transforms.masks import RandomMask
@@ -116,7 +116,8 @@ def _bert_text(config: Config, first_stage: Any, backbone: Any) -> TrainingCondi
     null = tuple(int(token) for token in tokenizer.encode([""])[0]) if config.task.dropout else ()
     spec = {TOKENS: jax.ShapeDtypeStruct((sizes.max_length,), np.int32)}
     folders = {BERT: Path(config.model.tokenizer)}
-    return TrainingCondition(BertTextConditioner(sizes, null), (TokenizeWords(tokenizer),), spec, tokenizers=folders)
+    transforms = (DRAW_CAPTION, TokenizeWords(tokenizer))
+    return TrainingCondition(BertTextConditioner(sizes, null), transforms, spec, tokenizers=folders)
 
 
 def _layout(config: Config, first_stage: Any, backbone: Any) -> TrainingCondition:

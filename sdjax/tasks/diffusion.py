@@ -37,7 +37,6 @@ from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Params
 from sdjax.data.loader import Loader
-from sdjax.data.sources import open as sources
 from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion.loss import hybrid_loss, posterior_tables
 from sdjax.diffusion_model.conditioner import Columns, Conditioner
@@ -47,6 +46,7 @@ from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, DiffusionModel, b
 from sdjax.models import autoencoder, unet, unet2d
 from sdjax.models.autoencoder import autoencoder_of
 from sdjax.models.conditioning import apply
+from sdjax.tasks.base import open_images
 from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
 from sdjax.tasks.finetune import PIXELS, from_checkpoint, is_finetuning
 from sdjax.tasks.latents import latent_source, open_prepared
@@ -256,7 +256,7 @@ def settings_of(config: Config, model: DiffusionModel, condition: TrainingCondit
         return {}
     if config.task.conditioning == TEXT:
         return {name: config.sample[name] for name in ("steps", "guidance_scale")}
-    names = getattr(sources.source(config.data.source, "train"), "classes", ())
+    names = open_images(config).classes
     return {
         "size": config.data.size,
         "steps": config.sample.steps,

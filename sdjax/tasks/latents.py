@@ -22,12 +22,13 @@ from sdjax.data.prepared.dataset import PreparedSource
 from sdjax.data.sources import open as sources
 from sdjax.data.transforms import images as transforms
 from sdjax.data.transforms.buckets import ToBucket
+from sdjax.data.transforms.conditions import Draw
 from sdjax.data.transforms.images import Select
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
 from sdjax.models.autoencoder import posterior
 from sdjax.models.conditioning import apply
-from sdjax.tasks.base import batches, gathered, loader_options, process_shard, square_crops
+from sdjax.tasks.base import batches, gathered, loader_options, open_images, process_shard, square_crops
 from sdjax.tasks.conditions import TrainingCondition
 from sdjax.tasks.precompute import STORED, check_identity, identity_of
 
@@ -105,12 +106,13 @@ def cached(config: Config, model: DiffusionModel, condition: TrainingCondition, 
     """
 
     def load(params: Params) -> Loader:
-        images, side = grain.MapDataset.source(sources.source(config.data.source, "train")), config.data.size
+        images, side = grain.MapDataset.source(open_images(config)), config.data.size
         if SIZES in condition.spec:
             images = images.seed(config.train.seed).random_map(ToBucket(((side, side),), config.data.crop))
         else:
             images = images.map(transforms.Square(side, config.data.crop))
-        return batches(config, cache_latents(model, params, images, condition), (), mesh)
+        draws = [Draw(TOKENS, TOKENS)] if condition.spec else []
+        return batches(config, cache_latents(model, params, images, condition), draws, mesh)
 
     spec = {MOMENTS: jax.ShapeDtypeStruct(_moments_shape(config, model), jnp.float32), **condition.spec}
     return LatentSource(spec, _from_moments(model), load)
@@ -147,7 +149,7 @@ def open_prepared(config: Config, model: DiffusionModel) -> PreparedSource:
 def cache_latents(
     model: DiffusionModel, params: Params, images: sources.Source, condition: TrainingCondition
 ) -> sources.ArraySource:
-    """Moments of every image's latents, float32, and the tokens of its caption: a row an image."""
+    """Moments of every image's latents, float32, and the tokens of each of its captions: a row an image."""
 
     @jax.jit
     def encode(params: Params, images: Array) -> Array:
@@ -162,12 +164,13 @@ def cache_latents(
         stack = np.stack([row[IMAGE] for row in rows])
         padded = np.pad(stack, [(0, at_once - len(rows)), (0, 0), (0, 0), (0, 0)])
         moments.append(np.asarray(encode(params[AUTOENCODER], padded))[: len(rows)])
-        captions += [row["caption"] for row in rows]
+        captions += [row.get("captions", (row["caption"],)) for row in rows]
         sizes += [row[SIZES] for row in rows if SIZES in condition.spec]
-    columns = {MOMENTS: np.concatenate(moments), **({SIZES: np.stack(sizes)} if sizes else {})}
+    columns: dict[str, Any] = {MOMENTS: np.concatenate(moments), **({SIZES: np.stack(sizes)} if sizes else {})}
     if condition.spec:
-        tokens = [condition.loaded[name].encode(captions) for name in condition.tokenizers]
-        columns[TOKENS] = np.stack(tokens, axis=1)
+        texts = [text for several in captions for text in several]
+        tokens = np.stack([condition.loaded[name].encode(texts) for name in condition.tokenizers], axis=1)
+        columns[TOKENS] = np.split(tokens, np.cumsum([len(several) for several in captions])[:-1])
     return sources.ArraySource(columns)
 
 

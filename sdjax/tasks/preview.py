@@ -16,7 +16,6 @@ from sdjax.core.prng import image_keys
 from sdjax.core.tree import Params
 from sdjax.data.image_inputs import paste_back
 from sdjax.data.images import tile, to_uint8
-from sdjax.data.sources import open as sources
 from sdjax.data.transforms import crops
 from sdjax.data.transforms import images as transforms
 from sdjax.diffusion.samplers import SamplerTable, batched, first_noise, table_for
@@ -24,7 +23,7 @@ from sdjax.diffusion_model import sampling
 from sdjax.diffusion_model.conditioner import Columns, Host
 from sdjax.diffusion_model.model import DiffusionModel
 from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
-from sdjax.tasks.base import gathered
+from sdjax.tasks.base import gathered, open_images
 from sdjax.tasks.conditions import TrainingCondition
 from sdjax.tasks.latents import IMAGE
 
@@ -35,7 +34,7 @@ def preview_prompts(config: Config) -> tuple[str, ...]:
     """`config.sample.prompts`, or where it names none, captions of the data, evenly chosen; the log says which."""
     if config.sample.prompts:
         return tuple(config.sample.prompts)
-    images, count = sources.source(config.data.source, "train"), config.sample.columns
+    images, count = open_images(config), config.sample.columns
     chosen = tuple(images[i * len(images) // count]["caption"] for i in range(count))
     logger.info("samples while training: %s; --config.sample.prompts changes them", ", ".join(map(repr, chosen)))
     return chosen
@@ -94,7 +93,7 @@ def preview_batch(
     config: Config, condition: TrainingCondition, count: int, split: str = "train"
 ) -> dict[str, UInt8[np.ndarray, "..."]]:
     """Images, evenly chosen, with their conditions, as a batch has them; always the same ones."""
-    images = crops.still(sources.source(config.data.source, split), config.data.size, config.data.crop)
+    images = crops.still(open_images(config, split), config.data.size, config.data.crop)
     chosen: Any = images.slice(slice(None, None, max(len(images) // count, 1))).seed(config.train.seed)
     for change in [*condition.transforms, transforms.Select((IMAGE, *condition.spec))]:
         chosen = chosen.random_map(change) if isinstance(change, grain.transforms.RandomMap) else chosen.map(change)

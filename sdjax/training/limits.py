@@ -32,6 +32,7 @@ LIMITS = {
     "train.keep_checkpoints": Limit(int, 1, note=" (to retain all, a large number)"),
     "data.threads": Limit(int, 1),
     "data.workers": Limit(int, 0),
+    "data.minimum_side": Limit(int, 0),
     "optim.learning_rate": SOME,
     "optim.warmup_steps": Limit(int, 0),
     "optim.final_fraction": SOME,

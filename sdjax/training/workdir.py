@@ -17,6 +17,7 @@ from sdjax.parallel.distributed import is_first, sync
 
 OWNER = "config.json"
 ADDED = {"data.crop": "centre", "data.crop_sides": [1.0, 1.0], "train.trainable": []}
+ADDED |= {"data.minimum_side": 0, "data.links": []}
 """Keys that configs of earlier versions lack, with what those did."""
 RENAMED = {
     "noisy_classifier": "classifier",

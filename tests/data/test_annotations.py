@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -69,6 +70,10 @@ def test_a_crop_takes_what_is_said_of_places_with_it(folder):
         ({"label": -1}, "label -1 is neither a name nor a number from 0"),
         ({"label": True}, "label True is neither"),
         ({"objects": {"bbox": [[1, 2, 3]], "categories": ["a"]}}, "boxes of four numbers x, y, width, height"),
+        ({"objects": {"bbox": [[1, 2, 3, 10**30]], "categories": ["a"]}}, "boxes of four numbers"),
+        ({"objects": {"bbox": [[1, 2, 3, math.inf]], "categories": ["a"]}}, "boxes of four numbers"),
+        ({"label": 3_000_000_000}, "label 3000000000 is neither a name nor a number from 0 to 99999"),
+        ({"objects": {"bbox": [[1, 2, 3, 4]], "categories": [3_000_000_000]}}, "names or numbers below 100000"),
         ({"objects": {"bbox": [], "categories": ["a"]}}, "two lists of one length"),
         ({"objects": [1]}, "objects needs bbox and categories"),
         ({"label_map": 3}, "label_map 3 is not the name of a file"),

@@ -96,7 +96,7 @@ def test_command_prints_a_table(tmp_path):
     ("arguments", "said"),
     [
         ((), "error: --source is required"),
-        (("--source=folder:/nowhere",), "error: cannot read /nowhere/metadata.jsonl"),
+        (("--source=folder:/nowhere",), "error: the data folder /nowhere does not exist"),
         (("--source=x", "--processes=0"), "error: flag --processes=0"),
     ],
 )

@@ -14,6 +14,7 @@ from sdjax.data.sources import tar_index
 from sdjax.data.sources.array_records import encode, write_array_record
 from sdjax.data.sources.open import source
 from sdjax.data.sources.record_files import write_records
+from sdjax.data.sources.rules import ANY, RowRules
 from sdjax.data.sources.tensors import pack, unpack
 
 
@@ -209,7 +210,10 @@ def test_what_is_wrong_with_a_tar_is_named(tmp_path, write, said):
     [
         ([("a.png", picture(1)[:40]), ("a.txt", b"x")], r"cannot read image .*a\.tar member a"),
         ([("a.png", picture(1)), ("a.txt", b"\xff\xfe")], r"a\.tar member a\.txt is not UTF-8"),
-        ([("a.png", picture(1)), ("a.json", b'{"caption": 3}')], r"member a\.json needs the string text or caption"),
+        (
+            [("a.png", picture(1)), ("a.json", b'{"caption": 3}')],
+            r"member a\.json: caption is neither a string",
+        ),
         ([("a.png", picture(1)), ("a.json", b"[" * 100_000)], r"member a\.json is not JSON"),
     ],
 )
@@ -241,6 +245,75 @@ def test_splits_of_shards_stand_in_the_pattern(tmp_path):
     assert len(source(f"webdataset:{tmp_path}/{{split}}/*.tar", "test")) == 4
     with pytest.raises(UserError, match="no split 'test'"):
         source(f"webdataset:{tmp_path}/train/*.tar", "test")
+
+
+def test_names_with_dots(tmp_path):
+    """Half of the images have a dot in their names; photo.seg.png is a further kind of photo, in WebDataset's words."""
+    members = []
+    for number in range(4):
+        stem = f"a/photo{'.v' * (number % 2)}{number}"
+        members += [(f"{stem}.png", picture(number)), (f"{stem}.txt", b"%d" % number)]
+    write_tar(tmp_path / "a.tar", [*members, ("a/photo0.seg.png", picture(9))])
+    examples = source(f"webdataset:{tmp_path}/a.tar")
+    assert [examples[i]["caption"] for i in range(len(examples))] == ["0", "1", "2", "3"]
+    assert examples.id(1) == "a/a/photo.v1"
+
+
+def test_further_kinds_are_told(tmp_path, caplog):
+    members = [("a.png", picture(1)), ("a.txt", b"x"), ("a.seg.png", picture(2)), ("a.depth.png", picture(3))]
+    write_tar(tmp_path / "a.tar", members)
+    assert len(source(f"webdataset:{tmp_path}/a.tar")) == 1
+    assert caplog.messages == [f"{tmp_path}/a.tar: 2 further kinds of other examples are left out, e.g. a.seg"]
+    write_tar(tmp_path / "b.tar", [("b.seg.png", picture(2)), ("b.txt", b"x")])
+    with pytest.raises(UserError, match=r"member b has no image \(.*\) \(and 1 more;"):
+        source(f"webdataset:{tmp_path}/b.tar")
+
+
+def test_joined_tars_are_read_to_their_end(tmp_path):
+    """cat a.tar b.tar; each has its own end, padded with zeros to 10 kB."""
+    parts = []
+    for part, numbers in enumerate([(0, 1), (2,), (3, 4)]):
+        images, texts = ((f"{n}.png", picture(n)) for n in numbers), ((f"{n}.txt", b"%d" % n) for n in numbers)
+        write_tar(tmp_path / f"{part}.tar", [*images, *texts])
+        parts.append((tmp_path / f"{part}.tar").read_bytes())
+    (tmp_path / "all.tar").write_bytes(b"".join(parts))
+    examples = source(f"webdataset:{tmp_path}/all.tar")
+    assert [(examples[i]["caption"], int(examples[i]["image"][0, 0, 0])) for i in range(5)] == [
+        (str(number), number) for number in range(5)
+    ]
+    (tmp_path / "all.tar").write_bytes(parts[0] + b"junk" * 200)
+    with pytest.raises(UserError, match=r"all\.tar is truncated or no tar file: .* at byte 10240$"):
+        source(f"webdataset:{tmp_path}/all.tar")
+
+
+def test_captions_and_classes_of_tars(tmp_path):
+    """An autoencoder needs no caption, a class is a number in .cls, and a text model needs every caption."""
+    members = [("0.jpg", picture(0, "JPEG")), ("1.png", picture(1)), ("1.cls", b"3\n"), ("2.png", picture(2))]
+    write_tar(tmp_path / "a.tar", [*members, ("2.txt", b"\xff"), ("2.cls", b"0")])
+    name = f"webdataset:{tmp_path}/a.tar"
+    rows = source(name, rules=ANY)
+    assert [(rows[i]["id"], rows[i]["caption"], int(rows[i].get("label", -1))) for i in range(len(rows))] == [
+        ("a/0", "", -1),
+        ("a/1", "", 3),
+        ("a/2", "", 0),
+    ]
+    assert rows.classes == ("0", "1", "2", "3")
+    with pytest.raises(UserError, match=r"a\.tar member 0 has no caption \(txt, json\) \(and 1 more; "):
+        source(name)
+    with pytest.raises(UserError, match=r"a\.tar member 0 has no class \(cls\)$"):
+        source(name, rules=RowRules(("label",)))
+    assert len(source(name, rules=RowRules(("label",), on_bad="skip"))) == 2
+    for text in (b"3000000000", b"-1", b"dog", b"", b"1" * 5000):
+        write_tar(tmp_path / "b.tar", [("0.png", picture(0)), ("0.cls", text)])
+        with pytest.raises(UserError, match=r"b\.tar member 0 has a cls that is no number from 0 to 99999$"):
+            source(f"webdataset:{tmp_path}/b.tar", rules=ANY)
+
+
+def test_what_systems_hide_in_tars_is_left_out(tmp_path):
+    hidden = ["./._0.png", "__MACOSX/0.png", "d/.ipynb_checkpoints/0.png", "d/.0.txt"]
+    members = [("./0.png", picture(1)), ("./0.txt", b"x"), *[(name, b"\0\5\x16\7") for name in hidden]]
+    write_tar(tmp_path / "a.tar", members)
+    assert len(source(f"webdataset:{tmp_path}/a.tar")) == 1
 
 
 def test_array_records_give_back_what_was_written(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from sdjax.core.errors import UserError
 from sdjax.data.images import read_image
 from sdjax.data.sources import openmoji
-from sdjax.data.sources.open import ArraySource, CachedSource, FolderSource, source
+from sdjax.data.sources.open import ArraySource, CachedSource, source
 
 
 def folder_of(path, rows, pictures=("a.png",)):
@@ -38,7 +38,7 @@ def test_folder_splits(tmp_path):
     folder_of(tmp_path / "test", [{"file_name": "a.png", "text": "y"}])
     assert source(f"folder:{tmp_path}")[0]["caption"] == "x"
     assert source(f"folder:{tmp_path}", "test")[0]["caption"] == "y"
-    with pytest.raises(UserError, match=r"no split 'val' .*val/metadata\.jsonl does not exist"):
+    with pytest.raises(UserError, match=r"no split 'val' in .*/val does not exist, or has no list \(metadata\.jsonl, "):
         source(f"folder:{tmp_path}", "val")
 
 
@@ -46,9 +46,17 @@ def test_folder_splits(tmp_path):
     ("row", "said"),
     [
         ('{"file_name": "a.png"', r"metadata\.jsonl line 2 is not JSON"),
-        ("[1]", r"line 2 needs the strings file_name and text or caption"),
-        ({"file_name": "a.png"}, r"line 2 needs the strings file_name and text or caption"),
-        ({"file_name": 3, "text": "x"}, r"line 2 needs the strings"),
+        ("[1]", r"line 2 has no file_name; its keys are none"),
+        (
+            {"file_name": "a.png", "tags": "x"},
+            r"has no caption \(text, caption, prompt\); its keys are file_name, tags$",
+        ),
+        ({"file": "a.png", "text": "x"}, r"line 2 has no file_name; its keys are file, text$"),
+        ({"file_name": "a.png", "text": None}, r"line 2 has no caption: text is null$"),
+        ({"file_name": "a.png", "text": []}, r"line 2 has no caption: text is \[\]$"),
+        ({"file_name": "a.png", "text": 3}, r"line 2: text is neither a string nor a list of strings"),
+        ({"file_name": "a.png", "text": ["x", None]}, r"line 2: text is neither a string nor a list of strings"),
+        ({"file_name": 3, "text": "x"}, r"line 2: file_name is 3, and should be the name of a file"),
         ({"file_name": "no.png", "text": "x"}, r"line 2 names .*no\.png, which does not exist"),
         ({"file_name": "../out.png", "text": "x"}, r"line 2 names '\.\./out\.png', which is outside the folder"),
         ({"file_name": "/etc/hostname", "text": "x"}, r"line 2 names '/etc/hostname', which is outside the folder"),
@@ -60,7 +68,7 @@ def test_bad_line_is_named(tmp_path, row, said):
 
 
 def test_missing_and_empty_lists_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read .*nowhere/metadata\.jsonl"):
+    with pytest.raises(UserError, match=r"the data folder .*nowhere does not exist$"):
         source(f"folder:{tmp_path}/nowhere")
     with pytest.raises(UserError, match="lists no images"):
         source(folder_of(tmp_path, []))
@@ -154,15 +162,15 @@ def test_any_tfds_name_and_its_mistakes(small_openmoji):
 
 def test_unknown_source_names_the_choices():
     with pytest.raises(
-        UserError, match=r"unknown data source 'openmojis'; choose one of: array_record:PATTERN, folder:PATH, openm"
+        UserError,
+        match=r"unknown data source 'openmojis' in config\.data\.source; choose one of: array_record:PATTERN, folder:P",
     ):
         source("openmojis")
 
 
 def test_cache_reads_once_up_to_its_limit(tmp_path):
     rows = [{"file_name": "a.png", "text": "x"}, {"file_name": "b.png", "text": "y"}]
-    folder_of(tmp_path, rows, ("a.png", "b.png"))
-    cached = CachedSource(FolderSource(tmp_path), limit=40)  # one image has 36 bytes
+    cached = CachedSource(source(folder_of(tmp_path, rows, ("a.png", "b.png"))), limit=40)  # one image has 36 bytes
     first = [cached[i] for i in range(2)]
     for name in ("a.png", "b.png"):
         (tmp_path / name).unlink()

@@ -15,7 +15,7 @@ from torch_reference import randomised
 
 from sdjax.checkpoints.clip_pair import NAME, read_clip
 from sdjax.core.errors import UserError
-from sdjax.data.sources.plain_folder import PlainFolder
+from sdjax.data.sources.folder import plain_images
 from sdjax.eval import __main__ as command
 from sdjax.eval.clip_score import captions_of, clip_score
 
@@ -59,7 +59,7 @@ def test_the_score_is_that_of_transformers(folder, pictures):
         seen = processor(images, return_tensors="pt")["pixel_values"]
         output = model(input_ids=words["input_ids"], attention_mask=words["attention_mask"], pixel_values=seen)
     cosines = (100 * output.image_embeds @ output.text_embeds.T).numpy()
-    source = PlainFolder(pictures, without=("grid.png",))
+    source = plain_images(pictures, without=("grid.png",))
     assert captions_of(pictures, source) == PROMPTS
     best = cosines.argmax(1)  # each image's own best prompt: scores that are surely above zero
     assert cosines.max(1).mean() > 5

@@ -1,4 +1,4 @@
-"""Annotations of an image in a metadata.jsonl besides its caption: a class, objects in boxes, a label map.
+"""Annotations of an image in a folder's list besides its caption: a class, objects in boxes, a label map.
 
     {"file_name": "0.png", "text": "a dog", "label": "dog",
      "objects": {"bbox": [[12, 30, 40, 50]], "categories": ["dog"]}, "label_map": "labels/0.png", "neighbours": "0.npy"}
@@ -16,9 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdjax.core.errors import UserError
+from sdjax.data.images import MAX_PIXELS
 
 LABEL, OBJECTS, LABEL_MAP, NEIGHBOURS = "label", "objects", "label_map", "neighbours"
 Class = str | int
+# More than any data set has: a number beyond would be a name for every number below it.
+MAX_CLASSES = 100_000
 
 
 class Annotations(NamedTuple):
@@ -57,7 +60,7 @@ def parse_annotations(entry: Mapping[str, Any], place: str) -> Annotations:
     """
     label, objects = entry.get(LABEL), entry.get(OBJECTS)
     if label is not None and not _is_class(label):
-        raise UserError(f"{place}: label {label!r} is neither a name nor a number from 0")
+        raise UserError(f"{place}: label {label!r} is neither a name nor a number from 0 to {MAX_CLASSES - 1}")
     named: dict[str, Any] = {key: entry.get(key) for key in (LABEL_MAP, NEIGHBOURS)}
     for key, file in named.items():
         if file is not None and not (isinstance(file, str) and "\0" not in file):
@@ -68,7 +71,10 @@ def parse_annotations(entry: Mapping[str, Any], place: str) -> Annotations:
     if not (isinstance(boxes, list) and isinstance(kinds, list) and len(boxes) == len(kinds)):
         raise UserError(f"{place}: objects needs bbox and categories, two lists of one length")
     if not all(_is_class(kind) for kind in kinds) or not all(_is_box(box) for box in boxes):
-        raise UserError(f"{place}: objects needs boxes of four numbers x, y, width, height, and names or numbers")
+        raise UserError(
+            f"{place}: objects needs boxes of four numbers x, y, width, height, and names or "
+            f"numbers below {MAX_CLASSES}"
+        )
     return Annotations(label, tuple(kinds), tuple(tuple(map(float, box)) for box in boxes), **named)
 
 
@@ -76,9 +82,11 @@ def names(classes: Iterable[Class], place: str) -> tuple[str, ...]:
     """The classes of a data set in the order of their numbers: names sorted, or numbers as they are.
 
     Raises:
-        UserError: names and numbers are mixed.
+        UserError: names and numbers are mixed, or there are too many.
     """
     found = set(classes)
+    if len(found) > MAX_CLASSES:
+        raise UserError(f"{place} names {len(found)} classes; at most {MAX_CLASSES} are read")
     numbers = {kind for kind in found if isinstance(kind, int)}
     if numbers and numbers != found:
         raise UserError(f"{place} has names and numbers as classes, e.g. {sorted(map(str, found))[:4]}; use either")
@@ -104,8 +112,9 @@ def arrays(annotations: Annotations, numbers: Mapping[str, int], size: tuple[int
 
 
 def _is_class(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+    return isinstance(value, str) or (type(value) is int and 0 <= value < MAX_CLASSES)
 
 
 def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(isinstance(x, int | float) for x in value)
+    finite = isinstance(value, list) and all(isinstance(x, int | float) and abs(x) < MAX_PIXELS for x in value)
+    return finite and len(value) == 4

@@ -8,7 +8,7 @@ is needed to write one.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +17,40 @@ from PIL import Image
 
 from sdjax.core.errors import UserError
 from sdjax.data.images import image_size, read_image
-from sdjax.data.sources.base import DatasetRow, Example, bad_row
+from sdjax.data.sources.base import CAPTION, Example, Problem
 from sdjax.data.sources.record_files import RecordFiles, count_records, write_records
-from sdjax.data.sources.shard_globs import named
+from sdjax.data.sources.rules import RowRules
 from sdjax.data.sources.tensors import pack, unpack
 
 
 class ArrayRecordSource:
-    """The examples in ArrayRecord files, in the files' order; one without `id` is called FILE/NUMBER."""
+    """The examples in ArrayRecord files, in the files' order; one without `id` is called FILE/NUMBER.
 
-    def __init__(self, paths: Sequence[Path]):
-        """Opens the files.
+    Attributes:
+        problems: files that cannot be read.
+    """
 
-        Raises:
-            UserError: a file is missing, truncated, or no ArrayRecord file.
-        """
-        self._names = [path.name for path in paths]
-        self._records = RecordFiles(paths, [count_records(path) for path in paths])
+    def __init__(self, paths: Sequence[Path], rules: RowRules):
+        """Opens the files."""
+        problems, counts, total = [], {}, 0
+        for path in paths:
+            try:
+                counts[path] = count_records(path)
+                total += counts[path]
+            except UserError as error:
+                problems.append(Problem(str(path), str(error), total))
+        self._captioned, self.problems = CAPTION in rules.needs, tuple(problems)
+        self._names = [path.name for path in counts]
+        self._records = RecordFiles(list(counts), list(counts.values()))
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        fields, place = self._fields(index), self._records.place(index)
+        fields, place = self._fields(index), self.place(index)
         image = read_image(fields["image"].tobytes(), place)
-        return Example(image=image, caption=_text(fields, "caption", place), id=self._id(index, fields))
+        caption = _text(fields, "caption", place) if self._captioned else ""
+        return Example(image=image, caption=caption, id=self._id(index, fields))
 
     def id(self, index: int) -> str:
         """The record's own, else its file and number."""
@@ -49,33 +58,25 @@ class ArrayRecordSource:
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the image."""
-        return image_size(self._fields(index)["image"].tobytes(), self._records.place(index))
+        return image_size(self._fields(index)["image"].tobytes(), self.place(index))
+
+    def place(self, index: int) -> str:
+        """The file and the record's number in it, from 0."""
+        return self._records.place(index)
 
     def _id(self, index: int, fields: Mapping[str, np.ndarray]) -> str:
         if "id" in fields:
-            return _text(fields, "id", self._records.place(index))
+            return _text(fields, "id", self.place(index))
         file, record = self._records.locate(index)
         return f"{self._names[file]}/{record}"
 
     def _fields(self, index: int) -> dict[str, np.ndarray]:
-        place = self._records.place(index)
+        place = self.place(index)
         fields = unpack(self._records[index], place)
-        for name in ("image", "caption"):
+        for name in ("image", *["caption"] * self._captioned):
             if name not in fields:
                 raise UserError(f"{place} has no {name}, but {', '.join(fields) or 'nothing'}")
         return fields
-
-
-def rows(pattern: str) -> Iterator[DatasetRow]:
-    """Every record of the files, good or bad."""
-    for path in named(pattern):
-        try:
-            source = ArrayRecordSource([path])
-        except UserError as error:
-            yield bad_row(str(path), str(error))
-            continue
-        for index in range(len(source)):
-            yield DatasetRow(f"{path} record {index}", _reader(source, index))
 
 
 def write_array_record(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> int:
@@ -104,10 +105,6 @@ def encode(example: Mapping[str, Any]) -> bytes:
         image = file.getvalue()
     texts = {name: example[name].encode() for name in ("caption", "id") if name in example}
     return pack({name: np.frombuffer(data, np.uint8) for name, data in {"image": image, **texts}.items()})
-
-
-def _reader(source: ArrayRecordSource, index: int) -> Callable[[], Example]:
-    return lambda: source[index]
 
 
 def _text(fields: Mapping[str, np.ndarray], name: str, place: str) -> str:

@@ -1,8 +1,9 @@
-"""The interface of every data set: captioned images by index, and rows for a check of each."""
+"""The interface of every data set: images with what is said of them, by index, and the rows that cannot be used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
@@ -11,13 +12,17 @@ from jaxtyping import Float, Int, UInt8
 from sdjax.core.errors import UserError
 from sdjax.core.untrusted import parse_json
 
-CAPTION_KEYS = ("text", "caption")
+CAPTION = "caption"
+CAPTION_KEYS = ("text", "caption", "prompt")
+MOST_KEYS = 12
 
 
 class Example(TypedDict):
-    """One captioned image; `id` names it within its data set. Some data sets say more.
+    """One image; `id` names it within its data set. Some data sets say more.
 
     Attributes:
+        caption: "" where there is none.
+        captions: all of them, where there are several; `caption` is the first.
         label: the image's class, a place in the source's `classes`.
         objects: the classes of what is in it; `boxes` are theirs: x, y of the upper left corner, width and height, in
             shares of the image's sides.
@@ -28,6 +33,7 @@ class Example(TypedDict):
     image: UInt8[np.ndarray, "h w 3"]
     caption: str
     id: str
+    captions: NotRequired[tuple[str, ...]]
     label: NotRequired[Int[np.ndarray, ""] | np.int32]
     objects: NotRequired[Int[np.ndarray, " n"]]
     boxes: NotRequired[Float[np.ndarray, "n 4"]]
@@ -57,20 +63,67 @@ class Images(Source, Protocol):
         ...
 
 
-class DatasetRow(NamedTuple):
-    """A row as a data set lists it, good or bad: where it stands, and how it is read (which raises if it is bad)."""
+class Problem(NamedTuple):
+    """A row that cannot be used, as was found before any image was read.
+
+    Attributes:
+        place: file and line, tar member, record.
+        message: one line that begins with the place or names it.
+        before: usable rows that stand before it.
+    """
 
     place: str
-    read: Callable[[], Example]
+    message: str
+    before: int
 
 
-def bad_row(place: str, reason: str) -> DatasetRow:
-    """A row of which it is known already that it cannot be read."""
+class Rows(Images, Protocol):
+    """A data set as its files list it: usable rows by index, and the others."""
 
-    def read() -> Example:
-        raise UserError(f"{place} {reason}")
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """Rows that cannot be used."""
+        ...
 
-    return DatasetRow(place, read)
+    def place(self, index: int) -> str:
+        """File and line, tar member or record of a usable row."""
+        ...
+
+
+def captions_of(entry: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    """The captions among metadata, a string or a list of them; () if there is none.
+
+    Raises:
+        UserError: what should be captions is something else.
+    """
+    key = next((key for key in CAPTION_KEYS if entry.get(key) is not None), None)
+    if key is None:
+        return ()
+    captions = entry[key] if isinstance(entry[key], list) else [entry[key]]
+    if not all(isinstance(caption, str) for caption in captions):
+        raise UserError(f"{place}: {key} is neither a string nor a list of strings")
+    return tuple(captions)
+
+
+def captioned(captions: Sequence[str]) -> dict[str, Any]:
+    """`caption` of an example, and `captions` where there are several."""
+    several = {"captions": tuple(captions)} if len(captions) > 1 else {}
+    return {"caption": captions[0] if captions else "", **several}
+
+
+def lacks(entry: Mapping[str, Any], key: str) -> str:
+    """A reason against metadata without `key`, with the keys that are there."""
+    keys = CAPTION_KEYS if key == CAPTION else (key,)
+    if empty := next((key for key in keys if key in entry), None):
+        return f"has no {key}: {empty} is {json.dumps(entry[empty])}"
+    others = f" ({', '.join(keys)})" * (len(keys) > 1)
+    return f"has no {key}{others}; its keys are {keys_of(entry)}"
+
+
+def keys_of(entry: Mapping[str, Any]) -> str:
+    """The keys of metadata, as a message names them."""
+    keys = [repr(key)[1:-1][:80] for key in entry]
+    return ", ".join(keys[:MOST_KEYS] + ["..."] * (len(keys) > MOST_KEYS)) or "none"
 
 
 def read_json(data: bytes, place: str) -> Mapping[str, Any]:
@@ -83,7 +136,13 @@ def read_json(data: bytes, place: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def caption_of(entry: Mapping[str, Any]) -> str | None:
-    """The caption among metadata; None if there is none, or if it is no string."""
-    caption = next((entry[key] for key in CAPTION_KEYS if key in entry), None)
-    return caption if isinstance(caption, str) else None
+def read_text(data: bytes, place: str) -> str:
+    """A caption in UTF-8, without a byte order mark and what is blank around it.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place} is not UTF-8: {error}") from error

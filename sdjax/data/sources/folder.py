@@ -1,13 +1,12 @@
-"""A folder of images with `metadata.jsonl`, Hugging Face's imagefolder (datasets documentation, "image_dataset")."""
+"""A folder of images: those that a list names with their annotations, or all of them."""
 
 from __future__ import annotations
 
-import functools
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Collection
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,180 +14,161 @@ from sdjax.core.errors import UserError
 from sdjax.data.image_inputs import read_embeddings
 from sdjax.data.images import image_size, read_image, read_labels
 from sdjax.data.sources.annotations import NOTHING, Annotations, arrays, names, parse_annotations
-from sdjax.data.sources.base import CAPTION_KEYS, DatasetRow, Example, caption_of, read_json
-
-METADATA = "metadata.jsonl"
-
-
-class Line(NamedTuple):
-    """A line that is not blank: its number from 1, where it begins in bytes, and what it says."""
-
-    number: int
-    start: int
-    text: bytes
+from sdjax.data.sources.base import CAPTION, Example, Problem, captioned, captions_of, keys_of
+from sdjax.data.sources.image_files import SIDECARS, SUFFIXES, ImageFiles
+from sdjax.data.sources.links import DataFolder
+from sdjax.data.sources.listings import FILE_NAME, LISTINGS, Listing, find_listing
+from sdjax.data.sources.rules import ANY, RowRules
 
 
 class FolderEntry(NamedTuple):
-    """An image in the list."""
+    """An image of a listing."""
 
     file: str
-    caption: str
+    captions: tuple[str, ...]
     annotations: Annotations = NOTHING
 
 
 class FolderSource:
-    """The images that a folder's `metadata.jsonl` lists, in its order; `id` is the file's name there.
-
-    Of a row only its line's number and place are kept, 16 bytes.
+    """The images of a listing, in its order; `id` is the file's path below the folder.
 
     Attributes:
-        classes: the names of all classes that the list names; () where it names none.
+        folder: all of them are in it.
+        classes: the names of all classes that the listing names; () where it names none.
+        repeats: times that an epoch has each image; None for once.
+        problems: rows that cannot be used.
     """
 
-    def __init__(self, folder: Path, split: str = "train"):
-        """Reads and checks the list; the images are opened when they are asked for.
+    def __init__(self, folder: DataFolder, listing: Listing, rules: RowRules):
+        """Reads and checks the listing; the images are opened when they are asked for.
 
         Raises:
-            UserError: no list, a line that is not JSON or lacks a key, a missing file, or one outside the folder.
+            UserError: classes are named that cannot be read.
         """
-        self._folder = split_folder(folder, split)
-        check, numbers, starts = checker(self._folder), array("q"), array("q")
-        classes: set[str | int] = set()
-        for line in lines(self._folder / METADATA):
-            classes.update(check(line).annotations.classes())
-            numbers.append(line.number)
-            starts.append(line.start)
-        if not numbers:
-            raise UserError(f"{self._folder / METADATA} lists no images")
-        self._numbers, self._starts = np.array(numbers), np.array(starts)
-        self.classes = names(classes, str(self._folder / METADATA))
+        self.folder, self._files, self._listing, self._needs = folder.path, folder, listing, rules.needs
+        rows, classes = array("q"), set()
+        self.problems: list[Problem] = []
+        for row in range(len(listing)):
+            place = listing.place(row)
+            try:
+                entry = self._entry(row, place)
+                for file in (entry.file, *entry.annotations.files()):
+                    folder.file(file, place)
+            except UserError as error:
+                self.problems.append(Problem(place, str(error), len(rows)))
+                continue
+            classes.update(entry.annotations.classes())
+            rows.append(row)
+        self._rows = np.array(rows) if self.problems else range(len(listing))
+        self.classes = names(classes, str(folder.path))
         self._places = {name: i for i, name in enumerate(self.classes)}
+        repeats = getattr(listing, "repeats", None)
+        self.repeats = None if repeats is None else repeats[np.array(rows, np.int64)]
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        line, entry = self._entry(index)
-        example = read_entry(self._folder, line, entry)
-        example.update(arrays(entry.annotations, self._places, example["image"].shape[:2]))  # type: ignore[typeddict-item]
-        return example
+        entry, place = self._entry_of(index), self._short(index)
+        file, annotations = self._file(entry.file, index), entry.annotations
+        image = read_image(file, place)
+        example: dict[str, Any] = {"image": image, "id": entry.file, **captioned(entry.captions)}
+        if annotations.label_map is not None:
+            example["label_map"] = read_labels(self._file(annotations.label_map, index), image.shape[:2], place)
+        if annotations.neighbours is not None:
+            example["neighbours"] = read_embeddings(self._file(annotations.neighbours, index), place)
+        return {**example, **arrays(annotations, self._places, image.shape[:2])}  # type: ignore[typeddict-item]
 
     def id(self, index: int) -> str:
-        """The image's file name, as the list has it."""
-        return self._entry(index)[1].file
+        """The image's file, as the listing has it."""
+        return self._entry_of(index).file
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the image."""
-        line, entry = self._entry(index)
-        return image_size(self._folder / entry.file, _short(line))
+        return image_size(self._file(self.id(index), index), self._short(index))
 
-    def _entry(self, index: int) -> tuple[Line, FolderEntry]:
-        number, start = int(self._numbers[index]), int(self._starts[index])
-        with _opened(self._folder / METADATA) as file:
-            file.seek(start)
-            line = Line(number, start, file.readline())
-        return line, parse(line, _place(self._folder, line))
+    def place(self, index: int) -> str:
+        """The row of the listing."""
+        return self._listing.place(int(self._rows[index]))
+
+    def _file(self, name: str, index: int) -> str:
+        # Anew each time: a link may be another one than when the folder was opened.
+        return self._files.file(name, self.place(index))
+
+    def _short(self, index: int) -> str:
+        place = self.place(index).removeprefix(f"{self.folder}/")
+        return "" if place == self.id(index) else place
+
+    def _entry_of(self, index: int) -> FolderEntry:
+        return self._entry(int(self._rows[index]), self.place(index))
+
+    def _entry(self, row: int, place: str) -> FolderEntry:
+        entry = self._listing[row]
+        file = entry.get(FILE_NAME)
+        if file is None:
+            raise UserError(f"{place} has no {FILE_NAME}; its keys are {keys_of(entry)}")
+        if not isinstance(file, str) or "\0" in file or not file:
+            raise UserError(f"{place}: {FILE_NAME} is {file!r}, and should be the name of a file")
+        captions = captions_of(entry, place) if CAPTION in self._needs else ()
+        found = FolderEntry(file, captions, parse_annotations(entry, place))
+        for name in self._needs:
+            if not captions if name == CAPTION else getattr(found.annotations, name) is None:
+                raise UserError(f"{place} {self._listing.lacks(entry, name)}")
+        return found
 
 
-def rows(folder: Path, split: str = "train") -> Iterator[DatasetRow]:
-    """Every row of the list, good or bad."""
-    folder = split_folder(folder, split)
-    check = checker(folder)
+def listed_images(path: Path, split: str, rules: RowRules) -> FolderSource:
+    """The images of a folder, in the order of its list, or with captions in files beside them where it has none.
 
-    def read(line: Line) -> Example:
-        return read_entry(folder, line, check(line))
+    Raises:
+        UserError: there is no such folder, split or image.
+    """
+    parent, chosen = DataFolder(path, rules.links), split_folder(path, split)
+    parent.check(os.path.realpath(chosen), f"the split {split}", chosen.name)
+    folder = DataFolder(chosen, rules.links)
+    found = find_listing(chosen)
+    if found is None:
+        return _all_images(folder, rules, concepts=True)
+    folder.file(found.name, str(chosen))
+    listing = LISTINGS[found.name](found)
+    if not len(listing):
+        raise UserError(f"{found} lists no images")
+    return FolderSource(folder, listing, rules)
 
-    for line in lines(folder / METADATA):
-        yield DatasetRow(_place(folder, line), functools.partial(read, line))
+
+def plain_images(path: Path, rules: RowRules = ANY, without: Collection[str] = ()) -> FolderSource:
+    """All images of a folder and of those below it, but those named `without`; captions are not read.
+
+    Raises:
+        UserError: there is no such folder, no image in it, or captions are needed.
+    """
+    if CAPTION in rules.needs:
+        raise UserError(
+            f"pictures:{path} has no captions, and this run needs them; folder:{path} reads {', '.join(LISTINGS)}, or "
+            f"files {' and '.join(SIDECARS)} beside the images"
+        )
+    return _all_images(DataFolder(path, rules.links), rules, without=without)
+
+
+def _all_images(
+    folder: DataFolder, rules: RowRules, without: Collection[str] = (), concepts: bool = False
+) -> FolderSource:
+    listing = ImageFiles(folder, CAPTION in rules.needs, concepts, without)
+    if not len(listing):
+        lists = f" and no list of them ({', '.join(LISTINGS)})" if concepts else ""
+        raise UserError(f"{folder.path} holds no images ({', '.join(SUFFIXES)}){lists}")
+    return FolderSource(folder, listing, rules)
 
 
 def split_folder(folder: Path, split: str) -> Path:
-    """FOLDER/split if it has a list, else FOLDER, which holds the split `train`.
+    """FOLDER/split if it has a list, or if it exists and FOLDER has none; else FOLDER, which holds the split `train`.
 
     Raises:
-        UserError: another split, which has no list.
+        UserError: another split, which does not exist.
     """
-    if (folder / split / METADATA).is_file():
-        return folder / split
+    own = folder / split
+    if find_listing(own) or (own.is_dir() and not find_listing(folder)):
+        return own
     if split != "train":
-        raise UserError(f"no split {split!r} in {folder}: {folder / split / METADATA} does not exist")
+        raise UserError(f"no split {split!r} in {folder}: {own} does not exist, or has no list ({', '.join(LISTINGS)})")
     return folder
-
-
-def lines(path: Path) -> Iterator[Line]:
-    """The lines of a file that are not blank.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    start = 0
-    with _opened(path) as file:
-        for number, text in enumerate(file, 1):
-            if text.strip():
-                yield Line(number, start, text)
-            start += len(text)
-
-
-def parse(line: Line, place: str) -> FolderEntry:
-    """Contents of a line.
-
-    Raises:
-        UserError: it is not JSON, or lacks a key.
-    """
-    entry = read_json(line.text, place)
-    file, caption = entry.get("file_name"), caption_of(entry)
-    if not isinstance(file, str) or "\0" in file or caption is None:
-        raise UserError(f"{place} needs the strings file_name and {' or '.join(CAPTION_KEYS)}")
-    return FolderEntry(file, caption, parse_annotations(entry, place))
-
-
-def checker(folder: Path) -> Callable[[Line], FolderEntry]:
-    """`parse`, then whether the files exist, and within the folder, symbolic links followed."""
-    root = os.path.realpath(folder)
-    # A link to a folder is followed once, not for every image in it.
-    real = functools.lru_cache(maxsize=1024)(os.path.realpath)
-
-    def check_file(place: str, file: str) -> None:
-        path = os.path.join(folder, file)
-        target = os.path.join(real(os.path.dirname(path)), os.path.basename(path))
-        if os.path.islink(target) or os.path.basename(path) in ("", ".", ".."):
-            target = os.path.realpath(target)
-        if os.path.commonpath([root, target]) != root:
-            raise UserError(f"{place} names {file!r}, which is outside the folder")
-        if not os.path.isfile(target):
-            raise UserError(f"{place} names {path}, which does not exist")
-
-    def check(line: Line) -> FolderEntry:
-        place = _place(folder, line)
-        entry = parse(line, place)
-        for file in (entry.file, *entry.annotations.files()):
-            check_file(place, file)
-        return entry
-
-    return check
-
-
-def read_entry(folder: Path, line: Line, entry: FolderEntry) -> Example:
-    """The example of a line."""
-    image = read_image(folder / entry.file, _short(line))
-    example = Example(image=image, caption=entry.caption, id=entry.file)
-    if (file := entry.annotations.label_map) is not None:
-        example["label_map"] = read_labels(folder / file, image.shape[:2], _short(line))
-    if (file := entry.annotations.neighbours) is not None:
-        example["neighbours"] = read_embeddings(folder / file, _short(line))
-    return example
-
-
-def _short(line: Line) -> str:
-    return f"{METADATA} line {line.number}"
-
-
-def _place(folder: Path, line: Line) -> str:
-    return f"{folder / METADATA} line {line.number}"
-
-
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from error

@@ -3,78 +3,123 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
 
-from sdjax.core.errors import unknown
+from sdjax.core.errors import UserError, unknown
 from sdjax.data.sources import openmoji, openmoji_parts
 from sdjax.data.sources.array_records import ArrayRecordSource
-from sdjax.data.sources.base import Example, Images, Source
-from sdjax.data.sources.folder import FolderSource
-from sdjax.data.sources.plain_folder import PlainFolder
+from sdjax.data.sources.base import Example, Rows, Source
+from sdjax.data.sources.folder import listed_images, plain_images
+from sdjax.data.sources.rules import ANY, CAPTIONED, RowRules, UsableRows
 from sdjax.data.sources.shard_globs import files, split_pattern
 from sdjax.data.sources.tfds import TfdsSource, tfds_builder
 from sdjax.data.sources.webdataset import WebDatasetSource
 
-KINDS = (
-    "openmoji",
-    "openmoji_regions",
-    "openmoji_scenes",
-    "tfds:NAME",
-    "folder:PATH",
-    "pictures:PATH",
-    "webdataset:PATTERN",
-    "array_record:PATTERN",
-)
+DataDir = str | os.PathLike | None
 
 
-def source(name: str, split: str = "train", data_dir: str | os.PathLike | None = None) -> Images:
-    """The examples called `name`, prepared on first use.
+class SourceKind(NamedTuple):
+    """A form of names of data sets: KIND or KIND:REST.
+
+    Attributes:
+        rest: what stands after the colon; "" where there is none.
+        open: (rest, split, folder of TensorFlow datasets, rules) -> the data set.
+        rules: where none are given.
+    """
+
+    rest: str
+    open: Callable[[str, str, DataDir, RowRules], Rows]
+    rules: RowRules = CAPTIONED
+
+
+KINDS: dict[str, SourceKind] = {
+    "openmoji": SourceKind("", lambda _, split, at, rules: openmoji_parts.GroupedSource(openmoji.prepared(at), split)),
+    "openmoji_regions": SourceKind(
+        "", lambda _, split, at, rules: openmoji_parts.RegionSource(openmoji.prepared(at), split)
+    ),
+    "openmoji_scenes": SourceKind("", lambda _, split, at, rules: openmoji_parts.SceneSource(split)),
+    "tfds": SourceKind("NAME", lambda name, split, at, rules: TfdsSource(tfds_builder(name, at), split, rules)),
+    "folder": SourceKind("PATH", lambda path, split, at, rules: listed_images(_path(path), split, rules)),
+    "pictures": SourceKind("PATH", lambda path, split, at, rules: plain_images(_path(path), rules), ANY),
+    "webdataset": SourceKind(
+        "PATTERN", lambda pattern, split, at, rules: WebDatasetSource(files(split_pattern(pattern, split)), rules)
+    ),
+    "array_record": SourceKind(
+        "PATTERN", lambda pattern, split, at, rules: ArrayRecordSource(files(split_pattern(pattern, split)), rules)
+    ),
+}
+SUFFIXES = {".tar": "webdataset", ".array_record": "array_record"}
+
+
+def open_rows(name: str, split: str = "train", data_dir: DataDir = None, rules: RowRules | None = None) -> Rows:
+    """The data set called `name` as its files list it, prepared on first use; bad rows are in its `problems`.
 
     Args:
         name: `openmoji` (splits `train`, `held_out`), with the groups of emoji as classes; `openmoji_regions`, with
             label maps; `openmoji_scenes`, with boxes; `tfds:NAME`, e.g. `tfds:oxford_flowers102`; `folder:PATH`,
-            Hugging Face's imagefolder: images and a `metadata.jsonl` whose lines hold `file_name` and `text` (or
-            `caption`), in PATH/split or in PATH; `pictures:PATH`, all images below a folder, without captions, whose
-            only split is `train`; `webdataset:PATTERN`, tar shards as img2dataset writes them;
-            `array_record:PATTERN`, what `array_records.write_array_record` writes. A PATTERN is what `patterns.files`
-            understands, e.g. `shards/{000..127}.tar`; `{split}` in it stands for the split, and without it there is
-            but `train`.
+            images and a list of them with captions (`listings.LISTINGS`), in PATH/split or in PATH, or without a list
+            captions in files beside them (`image_files`); `pictures:PATH`, all images below a folder, without
+            captions, whose only split is `train`; `webdataset:PATTERN`, tar shards as img2dataset writes them;
+            `array_record:PATTERN`, what `array_records.write_array_record` writes. A PATTERN is what
+            `shard_globs.files` understands, e.g. `shards/{000..127}.tar`; `{split}` in it stands for the split, and
+            without it there is but `train`.
         split: a split's name; for TensorFlow datasets anything their slicing knows (`train[:10]`, `a+b`, `all`).
         data_dir: where TensorFlow datasets are kept; default `openmoji.default_data_dir()`.
+        rules: what is read of a row, and what it must have; default a caption, of all but `pictures:PATH`.
 
     Raises:
-        UserError: there is no such data, split or file, or a line of metadata or a shard is wrong.
+        UserError: there is no such data, split or folder.
     """
-    kind, _, rest = name.partition(":")
-    if name == "openmoji":
-        return openmoji_parts.GroupedSource(openmoji.prepared(data_dir), split)
-    if name == "openmoji_regions":
-        return openmoji_parts.RegionSource(openmoji.prepared(data_dir), split)
-    if name == "openmoji_scenes":
-        return openmoji_parts.SceneSource(split)
-    if kind == "tfds" and rest:
-        return TfdsSource(tfds_builder(rest, data_dir), split)
-    if kind == "folder" and rest:
-        return FolderSource(Path(rest).expanduser(), split)
-    if kind == "pictures" and rest:
-        return PlainFolder(Path(rest).expanduser())
-    if kind == "webdataset" and rest:
-        return WebDatasetSource(files(split_pattern(rest, split)))
-    if kind == "array_record" and rest:
-        return ArrayRecordSource(files(split_pattern(rest, split)))
-    raise unknown("data source", name, KINDS)
+    kind, rest = _kind(name)
+    return kind.open(rest, split, data_dir, rules or kind.rules)
+
+
+def source(name: str, split: str = "train", data_dir: DataDir = None, rules: RowRules | None = None) -> UsableRows:
+    """The rows of a data set that a run can use; arguments and errors as of `open_rows`.
+
+    Raises:
+        UserError: a row is bad and shall stop the run, or none is good.
+    """
+    return UsableRows(open_rows(name, split, data_dir, rules), rules or default_rules(name), name)
+
+
+def default_rules(name: str) -> RowRules:
+    """The rules for a data set where a run has none."""
+    return _kind(name)[0].rules
+
+
+def _kind(name: str) -> tuple[SourceKind, str]:
+    kind, colon, rest = name.partition(":")
+    if kind not in KINDS or bool(KINDS[kind].rest) != bool(rest) or (colon and not rest):
+        raise _unknown(name)
+    return KINDS[kind], rest
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _unknown(name: str) -> UserError:
+    """An error for a name that is no data set's, with the one that was probably meant."""
+    path = _path(name)
+    choices = (f"{kind}:{form.rest}" if form.rest else kind for kind, form in KINDS.items())
+    error = unknown("data source", name, choices, "config.data.source")
+    meant = f"folder:{name}, or pictures:{name} for images without captions" if name and path.is_dir() else ""
+    if path.suffix in SUFFIXES:
+        meant = f"{SUFFIXES[path.suffix]}:{name}"
+    return UserError(f"{error}; did you mean {meant}?") if meant else error
 
 
 class ArraySource:
     """Rows of arrays that are in memory already, e.g. cached latents and tokens."""
 
-    def __init__(self, arrays: Mapping[str, Shaped[np.ndarray, "n ..."]]):
-        """Wraps arrays of one length.
+    def __init__(self, arrays: Mapping[str, Shaped[np.ndarray, "n ..."] | Sequence[Shaped[np.ndarray, "..."]]]):
+        """Wraps arrays, or lists of arrays, of one length.
 
         Raises:
             ValueError: their lengths differ.

@@ -103,6 +103,7 @@ class SceneSource:
     """Scenes on white: `objects`, places in SHAPES, and `boxes`, x, y, width, height in shares of the side."""
 
     classes = SHAPES
+    problems = ()
 
     def __init__(self, split: str):
         """Args: `split`, a key of SCENES.
@@ -144,6 +145,10 @@ class SceneSource:
         """Height and width."""
         del index
         return SIZE, SIZE
+
+    def place(self, index: int) -> str:
+        """The scene's name."""
+        return f"openmoji_scenes {self.id(index)}"
 
 
 def _apart(rng: np.random.Generator, count: int) -> np.ndarray:

@@ -37,10 +37,10 @@ class RecordFiles:
         """The files and how many records each has."""
         self._paths, self._ends = list(paths), np.cumsum(np.array(counts, np.int64))
         parts = [RecordFile(os.fspath(path), 0, count, count) for path, count in zip(paths, counts, strict=True)]
-        self._records = ArrayRecordDataSource(parts, READING)
+        self._records = ArrayRecordDataSource(parts, READING) if parts else ()
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if self._ends.size else 0
 
     def __getitem__(self, index: int) -> bytes:
         """The bytes of a record.

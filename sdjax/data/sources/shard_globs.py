@@ -17,29 +17,15 @@ MAX_FILES = 1_000_000
 
 
 def files(pattern: str) -> list[Path]:
-    """Every file that a pattern names, in the pattern's order, a glob's sorted.
+    """Every file that a pattern names, in the pattern's order, a glob's sorted; missing ones, too.
+
+    A glob that matches nothing stands for itself.
 
     Args:
         pattern: e.g. `shards/{000000..000127}.tar`, `a/*.tar,b/*.tar` or `{train,extra}/0.tar`; `~` is the home folder.
 
     Raises:
-        UserError: a file is missing or named twice, a glob matches nothing, or a range cannot be understood.
-    """
-    found = named(pattern)
-    missing = next((path for path in found if not path.is_file()), None)
-    if missing is not None:
-        raise UserError(f"{pattern!r} names {missing}, which does not exist")
-    twice = next((path for path, same in itertools.groupby(sorted(found)) if len(list(same)) > 1), None)
-    if twice is not None:
-        raise UserError(f"{pattern!r} names {twice} twice")
-    return found
-
-
-def named(pattern: str) -> list[Path]:
-    """Every file that a pattern names, missing ones included; a glob that matches nothing stands for itself.
-
-    Raises:
-        UserError: a range cannot be understood, or nothing is named.
+        UserError: nothing is named, a file twice, or a folder, or a range cannot be understood.
     """
     found: list[Path] = []
     for part in _split(pattern):
@@ -48,6 +34,12 @@ def named(pattern: str) -> list[Path]:
             found += [path] if path.is_file() or not glob.has_magic(name) else _glob(path) or [path]
     if not found:
         raise UserError(f"{pattern!r} names no files")
+    folder = next((path for path in found if path.is_dir()), None)
+    if folder is not None:
+        raise UserError(f"{pattern!r} names the folder {folder}; did you mean the files in it, {folder}/*?")
+    twice = next((path for path, same in itertools.groupby(sorted(found)) if len(list(same)) > 1), None)
+    if twice is not None:
+        raise UserError(f"{pattern!r} names {twice} twice")
     return found
 
 

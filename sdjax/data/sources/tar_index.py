@@ -1,7 +1,9 @@
 """Offsets of the members of tar shards, so that any example can be read without those before it.
 
-WebDataset's rule (github.com/webdataset/webdataset): members whose paths agree up to the first dot of the last part are
-one example; what follows the dot is the kind. img2dataset writes such shards, as KEY.jpg, KEY.txt and KEY.json.
+Members whose paths agree up to the last dot are one example, and what follows the dot is the kind: KEY.jpg, KEY.txt and
+KEY.json, as img2dataset writes them, and KEY.cls, the number of a class. WebDataset (github.com/webdataset/webdataset)
+takes the first dot, so that KEY may have no dot, but what it calls a further kind of KEY, such as KEY.seg.png beside
+KEY.jpg, is left out here, too.
 """
 
 from __future__ import annotations
@@ -10,24 +12,32 @@ import hashlib
 import logging
 import mmap
 import os
+import re
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int32, Int64, UInt8
 
 from sdjax.core.caches import cache_folder, own_folder
 from sdjax.core.errors import UserError
 from sdjax.core.files import atomic_write
+from sdjax.data.sources.annotations import MAX_CLASSES
+from sdjax.data.sources.image_files import is_hidden
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
-VERSION = 1
+CLASS = "cls"
+KINDS = (*IMAGE_SUFFIXES, *CAPTIONS, CLASS)
+VERSION = 2
+NO_LABEL = -1
 # What tarfile raises for headers that are wrong; a chain of extended headers is read by recursion.
 BROKEN = (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError, EOFError)
+NOT_ZERO = re.compile(rb"[^\0]")
+DTYPES = "BllBi"  # of a TarIndex's arrays
 PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 logger = logging.getLogger("sdjax")
@@ -40,11 +50,15 @@ class TarIndex(NamedTuple):
     """All keys in UTF-8, one after the other."""
     key_ends: Int64[np.ndarray, " n"]
     spans: Int64[np.ndarray, "n 4"]
-    """Start and size of the image, start and size of the caption, in bytes."""
+    """Start and size of the image, start and size of the caption, in bytes; without caption its size is 0."""
     is_json: UInt8[np.ndarray, " n"]
     """Whether the caption is JSON, rather than text."""
+    labels: Int32[np.ndarray, " n"]
+    """Class of the image, or NO_LABEL."""
     problems: tuple[tuple[str, str], ...]
-    """(member, reason) of what is no whole example; the member "" is the file itself."""
+    """(member, reason) of what is no example; the member "" is the file itself."""
+    notes: tuple[str, ...]
+    """Things worth knowing of the file."""
 
     def key(self, index: int) -> str:
         """The path in the tar, up to the first dot of its last part."""
@@ -60,11 +74,19 @@ class Member(NamedTuple):
     size: int
 
 
+class TarRow(NamedTuple):
+    """An example, as the index keeps it."""
+
+    key: bytes
+    spans: tuple[int, int, int, int]
+    is_json: bool
+    label: int
+
+
 def tar_index(path: Path) -> TarIndex:
     """The index of a tar file, from the user's cache if the file's size and time of change are those of then.
 
-    Raises:
-        UserError: the file cannot be read at all; what is wrong within it is in `problems`.
+    A file that cannot be read has no examples, and says so in `problems`.
     """
     try:
         found = path.stat()
@@ -78,9 +100,9 @@ def tar_index(path: Path) -> TarIndex:
         if index is None:
             index = build(path)
             _save(cached, stamp, index)
+        return index
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    return index
+        return _index([], [("", f"cannot be read: {error.strerror or error}")], ())
 
 
 def build(path: Path) -> TarIndex:
@@ -97,43 +119,83 @@ def build(path: Path) -> TarIndex:
                 examples[item.key][item.kind] = item
     except BROKEN as error:
         problems.append(("", _reason(path, error)))
-    keys, spans, is_json = [], [], []
-    for key, kinds in examples.items():
-        image, caption = (next((k for k in wanted if k in kinds), None) for wanted in (IMAGE_SUFFIXES, CAPTIONS))
-        if image is None or caption is None:
-            lacks = f"image ({', '.join(IMAGE_SUFFIXES)})" if image is None else f"caption ({', '.join(CAPTIONS)})"
-            problems.append((key, f"has no {lacks}"))
-            continue
-        keys.append(key.encode())
-        spans.append((*kinds[image][2:], *kinds[caption][2:]))
-        is_json.append(caption == "json")
+    rows, further = [], []
+    with path.open("rb") as file:
+        for key, kinds in examples.items():
+            if _is_further(key, examples):
+                further.append(key)
+            elif isinstance(row := _row(file, key, kinds), str):
+                problems.append((key, row))
+            else:
+                rows.append(row)
+    note = f"{len(further)} further kinds of other examples are left out, e.g. {further[0]}" if further else ""
+    return _index(rows, problems, (note,) if note else ())
+
+
+def _index(rows: Sequence[TarRow], problems: Sequence[tuple[str, str]], notes: tuple[str, ...]) -> TarIndex:
+    keys, spans, is_json, labels = zip(*rows, strict=True) if rows else ((), (), (), ())
     return TarIndex(
         keys=np.frombuffer(b"".join(keys), np.uint8),
         key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
         spans=np.array(spans, np.int64).reshape(-1, 4),
         is_json=np.array(is_json, np.uint8),
+        labels=np.array(labels, np.int32),
         problems=tuple(problems),
+        notes=notes,
     )
 
 
+def _is_further(key: str, examples: Mapping[str, Mapping[str, Member]]) -> bool:
+    """True for KEY.seg, of KEY.seg.png beside KEY.jpg, unless it is a whole example itself."""
+    folder, slash, name = key.rpartition("/")
+    first = f"{folder}{slash}{name.partition('.')[0]}"
+    whole = _first(examples[key], IMAGE_SUFFIXES) and _first(examples[key], (*CAPTIONS, CLASS))
+    return first != key and not whole and _first(examples.get(first, {}), IMAGE_SUFFIXES) is not None
+
+
+def _first(kinds: Mapping[str, Member], wanted: Sequence[str]) -> Member | None:
+    return next((kinds[kind] for kind in wanted if kind in kinds), None)
+
+
+def _row(file: BinaryIO, key: str, kinds: Mapping[str, Member]) -> TarRow | str:
+    """An example, or why it is none."""
+    image, caption, label = _first(kinds, IMAGE_SUFFIXES), _first(kinds, CAPTIONS), NO_LABEL
+    if image is None:
+        return f"has no image ({', '.join(IMAGE_SUFFIXES)})"
+    if CLASS in kinds:
+        file.seek(kinds[CLASS].start)
+        text = file.read(min(kinds[CLASS].size, 32)).strip()
+        if not text.isdigit() or int(text) >= MAX_CLASSES:
+            return f"has a {CLASS} that is no number from 0 to {MAX_CLASSES - 1}"
+        label = int(text)
+    start, size, kind = (caption.start, caption.size, caption.kind) if caption else (0, 0, "")
+    return TarRow(key.encode(), (image.start, image.size, start, size), kind == "json", label)
+
+
 def _members(path: Path) -> Iterator[Member | tuple[str, str]]:
-    """The images and captions of a tar file, and (name, reason) of members that cannot be read as they are."""
+    """The files of the kinds of a tar file, and (name, reason) of members that cannot be read as they are."""
     # A map answers no read with more than the file has, whatever size a header claims.
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        with tarfile.open(fileobj=content, mode="r:") as tar:  # type: ignore[arg-type]
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  (it would keep them all)
-                yield from _member(info, len(content))
-            end = tar.offset
-        # tarfile takes whatever is no header for the end.
-        if content[end : end + tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"there is no member and no end of the archive at byte {end}")
+        start = 0
+        while start < len(content):
+            content.seek(start)
+            with tarfile.open(fileobj=content, mode="r:") as tar:  # type: ignore[arg-type]
+                while (info := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  (it would keep them all)
+                    yield from _member(info, len(content))
+                end = tar.offset
+            # tarfile takes whatever is no header for the end.
+            if content[end : end + tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"there is no member and no end of the archive at byte {end}")
+            # Archives that were joined (cat a.tar b.tar) each have their end, and zeros after it.
+            following = NOT_ZERO.search(content, end)
+            start = following.start() // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE if following else len(content)
 
 
 def _member(info: tarfile.TarInfo, total: int) -> Iterator[Member | tuple[str, str]]:
-    folder, slash, name = info.name.rpartition("/")
-    stem, _, kind = name.partition(".")
-    if info.isdir() or kind.lower() not in (*IMAGE_SUFFIXES, *CAPTIONS) or not stem:
+    stem, _, kind = info.name.rpartition(".")
+    hidden = any(is_hidden(part) for part in info.name.split("/") if part not in (".", ".."))
+    if info.isdir() or kind.lower() not in KINDS or hidden:
         return
     if info.type not in PLAIN or info.sparse:
         yield info.name, "is a link or a special file"
@@ -142,7 +204,7 @@ def _member(info: tarfile.TarInfo, total: int) -> Iterator[Member | tuple[str, s
     elif not info.name.isprintable():
         yield repr(info.name), "is a name that cannot be printed"
     else:
-        yield Member(f"{folder}{slash}{stem}", kind.lower(), info.offset_data, info.size)
+        yield Member(stem, kind.lower(), info.offset_data, info.size)
 
 
 def _reason(path: Path, error: BaseException) -> str:
@@ -160,7 +222,8 @@ def _load(cached: Path, stamp: Int64[np.ndarray, " 3"]) -> TarIndex | None:
             if not np.array_equal(arrays["stamp"], stamp):
                 return None
             problems = tuple((str(member), str(reason)) for member, reason in arrays["problems"])
-            index = TarIndex(*(arrays[name] for name in TarIndex._fields[:-1]), problems=problems)
+            notes = tuple(map(str, arrays["notes"]))
+            index = TarIndex(*(arrays[name] for name in TarIndex._fields[:-2]), problems=problems, notes=notes)
             return index if _is_whole(index, int(stamp[1])) else None
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
         return None
@@ -169,18 +232,21 @@ def _load(cached: Path, stamp: Int64[np.ndarray, " 3"]) -> TarIndex | None:
 def _is_whole(index: TarIndex, size: int) -> bool:
     """Tell whether an index is one of a file of `size` bytes; a ValueError where its keys are no text."""
     count, ends = len(index.key_ends), np.concatenate([[0], index.key_ends])
-    if [array.dtype.char for array in index[:4]] != ["B", "l", "l", "B"] or index.spans.shape != (count, 4):
+    arrays = index[: len(DTYPES)]
+    if [array.dtype.char for array in arrays] != list(DTYPES) or index.spans.shape != (count, 4):
         return False
     for number in range(count):
         index.key(number)
     inside = (index.spans >= 0).all() and (index.spans <= size).all()
     inside = inside and (index.spans[:, 0::2] + index.spans[:, 1::2] <= size).all()
     in_order = (np.diff(ends) >= 0).all() and ends[-1] == len(index.keys)
-    return bool(inside and in_order and index.is_json.shape == (count,) and index.keys.ndim == index.key_ends.ndim == 1)
+    flat = index.is_json.shape == index.labels.shape == (count,) and index.keys.ndim == index.key_ends.ndim == 1
+    return bool(inside and in_order and flat)
 
 
 def _save(cached: Path, stamp: Int64[np.ndarray, " 3"], index: TarIndex) -> None:
-    arrays = index._asdict() | {"problems": np.array(index.problems, str).reshape(-1, 2)}
+    texts = {"problems": np.array(index.problems, str).reshape(-1, 2), "notes": np.array(index.notes, str)}
+    arrays = index._asdict() | texts
     try:
         with atomic_write(cached) as partial, partial.open("wb") as file:
             np.savez(file, allow_pickle=False, stamp=stamp, **arrays)

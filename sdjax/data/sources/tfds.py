@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -10,25 +11,28 @@ import tensorflow_datasets as tfds
 from sdjax.core.errors import UserError
 from sdjax.data.images import image_size, read_image
 from sdjax.data.sources import openmoji
-from sdjax.data.sources.base import CAPTION_KEYS, Example
+from sdjax.data.sources.base import CAPTION, Example, Problem, captioned
+from sdjax.data.sources.rules import CAPTIONED, RowRules
 from sdjax.data.sources.tfds_annotations import annotated
 
 
 class TfdsSource:
     """A prepared TensorFlow dataset with an image feature; the caption is a text, or else the name of the class."""
 
-    def __init__(self, builder: Any, split: str):
+    problems: Sequence[Problem] = ()
+
+    def __init__(self, builder: Any, split: str, rules: RowRules = CAPTIONED):
         """Opens `split`.
 
         Raises:
-            UserError: no such split, no image or no caption among the features, or records without random access.
+            UserError: no such split, no image among the features or no caption that is needed, or records without
+                random access.
         """
         features: Any = builder.info.features
+        self._place = f"{builder.name} {split} record"
         self._image = _first(features, tfds.features.Image, "image", builder.name)
-        kinds = (tfds.features.Text, tfds.features.ClassLabel)
-        caption = next((key for key in reversed(CAPTION_KEYS) if key in features), None)
-        self._caption = caption or _first(features, kinds, "text or label", builder.name)
-        label = features[self._caption]
+        self._caption = _caption(features, builder.name) if CAPTION in rules.needs else None
+        label = features[self._caption] if self._caption else None
         self._class_name = label.int2str if isinstance(label, tfds.features.ClassLabel) else None
         self._annotated = annotated(features, self._image)
         self.classes = self._annotated.classes
@@ -44,10 +48,8 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Example:
         record = self._records[index]
-        caption = record[self._caption]
-        text = self._class_name(caption).replace("_", " ") if self._class_name else _text(caption)
-        image = read_image(record[self._image], f"index {index}")
-        return Example(image=image, caption=text, id=_id(record, index), **self._annotated.read(record))
+        image, captions = read_image(record[self._image], self.place(index)), captioned(self._captions(record))
+        return Example(image=image, id=_id(record, index), **captions, **self._annotated.read(record))
 
     def id(self, index: int) -> str:
         """The record's own `id`, else its index."""
@@ -55,7 +57,19 @@ class TfdsSource:
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the image."""
-        return image_size(self._records[index][self._image], f"index {index}")
+        return image_size(self._records[index][self._image], self.place(index))
+
+    def place(self, index: int) -> str:
+        """The data set, the split and the record's number in it."""
+        return f"{self._place} {index}"
+
+    def _captions(self, record: Any) -> tuple[str, ...]:
+        if self._caption is None:
+            return ()
+        value = record[self._caption]
+        if self._class_name:
+            return (self._class_name(value).replace("_", " "),)
+        return (_text(value),) if isinstance(value, bytes | str) else tuple(map(_text, value))
 
 
 def tfds_builder(name: str, data_dir: str | os.PathLike | None) -> tfds.core.DatasetBuilder:
@@ -75,6 +89,12 @@ def tfds_builder(name: str, data_dir: str | os.PathLike | None) -> tfds.core.Dat
         raise UserError(f"TensorFlow Datasets knows no {name!r}, and {folder} holds none of that name") from error
     except ImportError as error:  # some builders need TensorFlow, or a package of their own, to write their records
         raise UserError(f"preparing tfds:{name} needs a package that is not installed: {error}") from error
+
+
+def _caption(features: Any, name: str) -> str:
+    kinds = (tfds.features.Text, tfds.features.ClassLabel)
+    found = next((key for key in ("caption", "text", "prompt") if key in features), None)
+    return found or _first(features, kinds, "text or label", name)
 
 
 def _first(features: Any, kinds: Any, wanted: str, name: str) -> str:

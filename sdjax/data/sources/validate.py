@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import itertools
 import os
 import sys
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
-from sdjax.core.errors import UserError, printable, unknown
-from sdjax.data.sources import array_records, folder, webdataset
-from sdjax.data.sources.base import DatasetRow, Example, Source
-from sdjax.data.sources.open import KINDS, source
-from sdjax.data.sources.shard_globs import split_pattern
+from sdjax.core.errors import UserError, printable
+from sdjax.data.sources.base import CAPTION, Problem, Rows
+from sdjax.data.sources.open import default_rules, open_rows
+from sdjax.data.sources.rules import RowRules, faults, remarks
 
 CHUNK = 256
 
@@ -33,42 +32,36 @@ class Bad(NamedTuple):
 
 
 def check(
-    name: str,
-    split: str = "train",
-    data_dir: str | os.PathLike | None = None,
-    minimum_side: int = 0,
+    name: str, split: str = "train", data_dir: str | os.PathLike | None = None, rules: RowRules | None = None
 ) -> Iterator[Bad]:
-    """Reads and decodes the whole data set; yields what is bad, in the data set's order.
+    """Reads and decodes the whole data set as training does; yields what is bad, in the data set's order.
 
-    Bad are: what cannot be read or decoded, a missing file, a line that is not JSON, no caption or an empty one, an id
-    that an earlier row has, and an image that is too small. Of each row a hash of its id is kept.
+    Bad are: what cannot be read or decoded, what is not there, a row that cannot be parsed or lacks what the rules
+    need, an empty caption, an id that an earlier row has, and an image that is too small. Of each row a hash of its id
+    is kept.
 
     Args:
-        name: as `sources.source` takes it.
-        split: likewise.
-        data_dir: likewise.
-        minimum_side: pixels that the shorter side must have; 0 for any.
+        name, split, data_dir: as `open.source` takes them.
+        rules: of the run; default as there.
 
     Raises:
         UserError: there is no such data set, or it has no list of rows at all.
     """
-    return (bad for bad in _judged(name, split, data_dir, minimum_side) if bad is not None)
+    rows = open_rows(name, split, data_dir, rules)
+    return (row.bad for row in _judged(rows, rules or default_rules(name)) if row.bad is not None)
 
 
 def report(
     name: str,
     split: str = "train",
     data_dir: str | os.PathLike | None = None,
-    minimum_side: int = 0,
+    rules: RowRules | None = None,
     output: TextIO | None = None,
 ) -> int:
-    """`check`, printed: a line for each bad row, and one with the counts at the end.
+    """`check`, printed: a line for each bad row, and the counts at the end.
 
     Args:
-        name: as `check` takes it.
-        split: likewise.
-        data_dir: likewise.
-        minimum_side: likewise.
+        name, split, data_dir, rules: as `check` takes them.
         output: default standard output; the progress is on standard error.
 
     Returns:
@@ -76,71 +69,79 @@ def report(
     """
     output = output or sys.stdout
     rows = bad_rows = 0
-    with tqdm(_judged(name, split, data_dir, minimum_side), desc=f"checking {name}", unit="row", leave=False) as bar:
-        for bad in bar:
+    remarked: Counter[str] = Counter()
+    judged = _judged(open_rows(name, split, data_dir, rules), rules or default_rules(name))
+    with tqdm(judged, desc=f"checking {name}", unit="row", leave=False) as bar:
+        for row in bar:
             rows += 1
-            if bad is not None:
+            remarked.update(row.remarks)
+            if row.bad is not None:
                 bad_rows += 1
-                bar.write(printable(bad), file=output)
+                bar.write(printable(str(row.bad)), file=output)
+    for remark, count in sorted(remarked.items()):
+        print(f"{name} ({split}): {count} images are {remark}", file=output)
     print(f"{name} ({split}): {rows} rows, {bad_rows} bad", file=output)
     return bad_rows
 
 
-def _judged(name: str, split: str, data_dir: str | os.PathLike | None, minimum_side: int) -> Iterator[Bad | None]:
-    """Fault of each row, None where there is none."""
-    judge, rows = _Judge(minimum_side), _rows(name, split, data_dir)
+class Judged(NamedTuple):
+    """A row, read.
+
+    Attributes:
+        bad: why it cannot be used, or None.
+        remarks: what is worth knowing of it.
+    """
+
+    bad: Bad | None
+    remarks: tuple[str, ...] = ()
+
+
+class Reading(NamedTuple):
+    """Outcome of reading a row: its id, None if it could not be read, reasons against it, and remarks."""
+
+    id: str | None
+    reasons: list[str]
+    remarks: tuple[str, ...] = ()
+
+
+def _judged(rows: Rows, rules: RowRules) -> Iterator[Judged]:
+    """All rows of a data set in its order; decoding runs in threads, ids are compared in the rows' order."""
+    # Hashes, for the ids of many millions of rows would fill the memory.
+    seen: set[bytes] = set()
+    problems = deque(rows.problems)
     with ThreadPoolExecutor() as pool:
-        while chunk := list(itertools.islice(rows, CHUNK)):
-            read = pool.map(judge.read, chunk)
-            yield from (judge.with_id(row, *found) for row, found in zip(chunk, read, strict=True))
+        for start in range(0, max(len(rows), 1), CHUNK):
+            chunk = range(start, min(start + CHUNK, len(rows)))
+            for index, reading in zip(chunk, pool.map(functools.partial(_read, rows, rules), chunk), strict=True):
+                while problems and problems[0].before <= index:
+                    yield Judged(_known(problems.popleft()))
+                yield _verdict(rows.place(index), reading, seen)
+    yield from (Judged(_known(problem)) for problem in problems)
 
 
-class _Judge:
-    """Tells what is wrong with a row; decoding runs in threads, ids are compared in the rows' order."""
-
-    def __init__(self, minimum_side: int):
-        self._minimum_side = minimum_side
-        # Hashes, for the ids of many millions of rows would fill the memory.
-        self._seen: set[bytes] = set()
-
-    def read(self, row: DatasetRow) -> tuple[str | None, list[str]]:
-        """The row's id, None if it cannot be read, and reasons against it."""
-        try:
-            example = row.read()
-        except UserError as error:
-            return None, [str(error).removeprefix(row.place).lstrip(": ")]
-        return example["id"], list(self._reasons(example))
-
-    def _reasons(self, example: Example) -> Iterator[str]:
-        height, width, _ = example["image"].shape
-        if min(height, width) < self._minimum_side:
-            yield f"the image has {width}x{height} pixels, and {self._minimum_side} are the least for a side"
-        if not example["caption"].strip():
-            yield "the caption is empty"
-
-    def with_id(self, row: DatasetRow, key: str | None, reasons: list[str]) -> Bad | None:
-        """The verdict, when the rows before are known."""
-        if key is not None:
-            digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-            if digest in self._seen:
-                reasons.append(f"an earlier row has its id, {key!r}")
-            self._seen.add(digest)
-        return Bad(row.place, "; ".join(reasons)) if reasons else None
+def _read(rows: Rows, rules: RowRules, index: int) -> Reading:
+    try:
+        example = rows[index]
+    except UserError as error:
+        return Reading(None, [_reason(str(error), rows.place(index))])
+    empty = CAPTION in rules.needs and not example["caption"].strip()
+    reasons = [*faults(example, rules), *["the caption is empty"] * empty]
+    return Reading(example["id"], reasons, tuple(remarks(example, rules)))
 
 
-def _rows(name: str, split: str, data_dir: str | os.PathLike | None) -> Iterator[DatasetRow]:
-    kind, _, rest = name.partition(":")
-    if kind == "folder" and rest:
-        return folder.rows(Path(rest).expanduser(), split)
-    if kind == "webdataset" and rest:
-        return webdataset.rows(split_pattern(rest, split))
-    if kind == "array_record" and rest:
-        return array_records.rows(split_pattern(rest, split))
-    if name == "openmoji" or (kind == "tfds" and rest):
-        return _by_index(name, split, source(name, split, data_dir))
-    raise unknown("data source", name, KINDS)
+def _verdict(place: str, reading: Reading, seen: set[bytes]) -> Judged:
+    reasons = list(reading.reasons)
+    if reading.id is not None:
+        digest = hashlib.blake2b(reading.id.encode(errors="surrogatepass"), digest_size=8).digest()
+        if digest in seen:
+            reasons.append(f"an earlier row has its id, {reading.id!r}")
+        seen.add(digest)
+    return Judged(Bad(place, "; ".join(reasons)) if reasons else None, reading.remarks)
 
 
-def _by_index(name: str, split: str, examples: Source) -> Iterator[DatasetRow]:
-    for index in range(len(examples)):
-        yield DatasetRow(f"{name} {split} record {index}", lambda index=index: examples[index])
+def _known(problem: Problem) -> Bad:
+    return Bad(problem.place, _reason(problem.message, problem.place))
+
+
+def _reason(message: str, place: str) -> str:
+    return message.removeprefix(place).lstrip(": ")

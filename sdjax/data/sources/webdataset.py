@@ -2,140 +2,155 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from sdjax.core.errors import UserError
 from sdjax.data.images import image_size, read_image
-from sdjax.data.sources.base import CAPTION_KEYS, DatasetRow, Example, bad_row, caption_of, read_json
-from sdjax.data.sources.shard_globs import named
-from sdjax.data.sources.tar_index import IMAGE_SUFFIXES, TarIndex, tar_index
+from sdjax.data.sources.annotations import LABEL
+from sdjax.data.sources.base import CAPTION, Example, Problem, captioned, captions_of, lacks, read_json, read_text
+from sdjax.data.sources.rules import RowRules
+from sdjax.data.sources.tar_index import CAPTIONS, CLASS, IMAGE_SUFFIXES, NO_LABEL, TarIndex, tar_index
+
+logger = logging.getLogger("sdjax")
 
 
 class WebDatasetSource:
     """The examples of tar shards, in the shards' order; `id` is SHARD/KEY, e.g. "00012/000120345".
 
-    An example is an image (jpg, jpeg, png, webp) and a caption: a txt, else a json with `text` or `caption`. About 50
-    bytes of memory are needed for each; each is read with two calls of pread.
+    An example is an image (jpg, jpeg, png, webp), a caption, a txt, else a json with a key of `CAPTION_KEYS`, and a
+    class, the number in a cls. About 50 bytes of memory are needed for each; each is read with two calls of pread.
+
+    Attributes:
+        classes: their numbers; () where there are none.
+        problems: what is no example, or lacks what it needs.
     """
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Path], rules: RowRules):
         """Indexes the shards, or reads their indices from the user's cache.
 
         Raises:
-            UserError: a shard is missing or damaged, or an example lacks its image or its caption.
+            UserError: there is nothing in them.
         """
-        self._paths = list(paths)
+        self._captioned = CAPTION in rules.needs
         with ThreadPoolExecutor() as pool:
-            found = pool.map(tar_index, self._paths)
-            self._indices = list(tqdm(found, "indexing", len(self._paths), leave=False, disable=len(self._paths) < 8))
-        self._refuse_problems()
-        self._ends = np.cumsum([len(index.is_json) for index in self._indices])
-        if not len(self):
+            found = pool.map(functools.partial(_shard, rules), paths, names(paths))
+            self._shards = list(tqdm(found, "indexing", len(paths), leave=False, disable=len(paths) < 8))
+        self._ends = np.cumsum([len(shard.rows) for shard in self._shards])
+        most = max(int(shard.index.labels.max(initial=NO_LABEL)) for shard in self._shards)
+        self.classes = tuple(map(str, range(most + 1)))
+        self.problems: Sequence[Problem] = [
+            Problem(shard.place(member), f"{shard.place(member)} {reason}", before)
+            for shard, before in zip(self._shards, [0, *self._ends.tolist()], strict=False)
+            for member, reason in shard.problems
+        ]
+        if not len(self) and not self.problems:
             raise UserError(f"{paths[0]} holds no examples (an image in {', '.join(IMAGE_SUFFIXES)} and its caption)")
-        self._names = names(self._paths)
-
-    def _refuse_problems(self) -> None:
-        count = sum(len(index.problems) for index in self._indices)
-        for path, index in zip(self._paths, self._indices, strict=True):
-            for member, reason in index.problems:
-                others = f" (and {count - 1} more; a check of the data names all)" if count > 1 else ""
-                raise UserError(f"{_place(path, member)} {reason}{others}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Example:
         shard, row = self._locate(index)
-        path = self._paths[shard]
-        return _read(path, self._indices[shard], row, self._names[shard])
+        place, (content, text) = self.place(index), _contents(shard, row, slice(0, 2))
+        captions = _captions(text, bool(shard.index.is_json[row]), place) if self._captioned else ()
+        label = int(shard.index.labels[row])
+        classes: dict[str, Any] = {} if label == NO_LABEL else {LABEL: np.int32(label)}
+        return {"image": read_image(content, place), "id": self.id(index), **captioned(captions), **classes}  # type: ignore[return-value]
 
     def id(self, index: int) -> str:
         """The shard's name and the key in it."""
         shard, row = self._locate(index)
-        return f"{self._names[shard]}/{self._indices[shard].key(row)}"
+        return f"{shard.name}/{shard.index.key(row)}"
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the image."""
-        shard, row = self._locate(index)
-        path, found = self._paths[shard], self._indices[shard]
-        (image,) = _contents(path, found, row, slice(0, 1))
-        return image_size(image, _place(path, found.key(row)))
+        (image,) = _contents(*self._locate(index), slice(0, 1))
+        return image_size(image, self.place(index))
 
-    def _locate(self, index: int) -> tuple[int, int]:
+    def place(self, index: int) -> str:
+        """The shard and the key in it."""
+        shard, row = self._locate(index)
+        return shard.place(shard.index.key(row))
+
+    def _locate(self, index: int) -> tuple[TarShard, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        return shard, index - int(self._ends[shard - 1] if shard else 0)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shards[number]
+        return shard, int(shard.rows[index - int(self._ends[number - 1] if number else 0)])
 
 
-def rows(pattern: str) -> Iterator[DatasetRow]:
-    """Every example of the shards, good or bad."""
-    paths = named(pattern)
-    for path, name in zip(paths, names(paths), strict=True):
-        try:
-            index = tar_index(path)
-        except UserError as error:
-            yield bad_row(str(path), str(error))
-            continue
-        for member, reason in index.problems:
-            yield bad_row(_place(path, member), reason)
-        for row in range(len(index.is_json)):
-            yield DatasetRow(_place(path, index.key(row)), _reader(path, index, row, name))
+class TarShard(NamedTuple):
+    """A tar file.
+
+    Attributes:
+        name: in ids.
+        rows: of the index, those that can be used.
+        problems: (member, reason) of the others.
+    """
+
+    path: Path
+    name: str
+    index: TarIndex
+    rows: Sequence[int] | np.ndarray
+    problems: Sequence[tuple[str, str]]
+
+    def place(self, member: str) -> str:
+        """The file, and the member if it is not ""."""
+        return f"{self.path} member {member}" if member else str(self.path)
 
 
-def names(paths: list[Path]) -> list[str]:
+def _shard(rules: RowRules, path: Path, name: str) -> TarShard:
+    index = tar_index(path)
+    for note in index.notes:
+        logger.warning("%s: %s", path, note)
+    lacks = {
+        f"has no caption ({', '.join(CAPTIONS)})": (index.spans[:, 2] == 0) & (CAPTION in rules.needs),
+        f"has no class ({CLASS})": (index.labels == NO_LABEL) & (LABEL in rules.needs),
+    }
+    missing = [(index.key(row), reason) for reason, found in lacks.items() for row in np.flatnonzero(found).tolist()]
+    bad = np.any(list(lacks.values()), axis=0)
+    rows = np.flatnonzero(~bad).astype(np.int32) if missing else range(len(bad))
+    return TarShard(path, name, index, rows, [*index.problems, *missing])
+
+
+def names(paths: Sequence[Path]) -> list[str]:
     """Names of the shards in ids: their file names without the suffix, or the whole paths where two agree."""
     stems = [path.name.split(".")[0] for path in paths]
     twice = max(Counter(stems).values()) > 1
     return [str(path) for path in paths] if twice else stems
 
 
-def _read(path: Path, index: TarIndex, row: int, name: str) -> Example:
-    key = index.key(row)
-    place = _place(path, key)
-    content, caption = _contents(path, index, row, slice(0, 2))
-    image = read_image(content, place)
-    return Example(image=image, caption=_caption(caption, bool(index.is_json[row]), place), id=f"{name}/{key}")
+def _captions(data: bytes, is_json: bool, place: str) -> tuple[str, ...]:
+    if not is_json:
+        return (read_text(data, f"{place}.txt"),)
+    entry = read_json(data, f"{place}.json")
+    if captions := captions_of(entry, f"{place}.json"):
+        return captions
+    raise UserError(f"{place}.json {lacks(entry, CAPTION)}")
 
 
-def _caption(data: bytes, is_json: bool, place: str) -> str:
-    if is_json:
-        caption = caption_of(read_json(data, f"{place}.json"))
-        if caption is None:
-            raise UserError(f"{place}.json needs the string {' or '.join(CAPTION_KEYS)}")
-        return caption
-    try:
-        return data.decode().strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}.txt is not UTF-8: {error}") from error
-
-
-def _contents(path: Path, index: TarIndex, row: int, which: slice) -> list[bytes]:
+def _contents(shard: TarShard, row: int, which: slice) -> list[bytes]:
     """The bytes of the image, of the caption, or of both."""
-    spans = index.spans[row].reshape(2, 2)[which].tolist()
+    spans = shard.index.spans[row].reshape(2, 2)[which].tolist()
     try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        file = os.open(shard.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
             found = [os.pread(file, size, start) for start, size in spans]
         finally:
             os.close(file)
     except OSError as error:
-        raise UserError(f"cannot read {_place(path, index.key(row))}: {error.strerror}") from error
+        raise UserError(f"cannot read {shard.place(shard.index.key(row))}: {error.strerror}") from error
     if [len(data) for data in found] != [size for _, size in spans]:
-        raise UserError(f"{path} was cut after it was indexed")
+        raise UserError(f"{shard.path} was cut after it was indexed")
     return found
-
-
-def _reader(path: Path, index: TarIndex, row: int, name: str) -> Callable[[], Example]:
-    return lambda: _read(path, index, row, name)
-
-
-def _place(path: Path, member: str) -> str:
-    return f"{path} member {member}" if member else str(path)

@@ -13,6 +13,23 @@ from sdjax.data.transforms.images import Example
 
 
 @dataclasses.dataclass(frozen=True)
+class Draw(grain.transforms.RandomMap):
+    """Draws `name` from the example's `several`, anew each time that the example is read; without them it stays."""
+
+    name: str
+    several: str
+
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        if self.several not in element:
+            return element
+        values = element[self.several]
+        return {**element, self.name: values[int(rng.integers(len(values)))]}
+
+
+DRAW_CAPTION = Draw("caption", "captions")
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizeWords(grain.transforms.Map):
     """Adds `tokens`, int32 [l], the ids of the example's caption."""
 
