@@ -120,6 +120,10 @@ class Options(TypedDict, total=False):
         int | None, _condition("layers of the text encoders to skip, as diffusers counts", 0, grid=True)
     ]
     syntax: Annotated[str | None, Option("of prompts", choices=("a1111", "plain"), condition=True)]
+    wildcard_dir: Annotated[
+        str | Path | None,
+        _condition("folder of text files; __name__ in a prompt is one of name.txt's lines", file=True),
+    ]
     rng: Annotated[str | None, Option("jax, or torch for the noise of PyTorch on a CPU", choices=("jax", "torch"))]
     torch_batch: Annotated[int | None, Option("images that PyTorch draws for together", 1, grid=False)]
     init_image: Annotated[Images | None, _image("image to begin from, to keep part of, or to enlarge")]

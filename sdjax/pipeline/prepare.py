@@ -21,6 +21,7 @@ from sdjax.pipeline.edited_prompts import edit_prompts, needs_null
 from sdjax.pipeline.noise import Draws, TorchNoise, TorchRow
 from sdjax.pipeline.options import OPTIONS, check_int, check_options
 from sdjax.pipeline.seeds import drawn_seed
+from sdjax.pipeline.templates import TEMPLATES, inputs_of_images
 
 if TYPE_CHECKING:
     from sdjax.pipeline.pipeline import Pipeline
@@ -29,6 +30,8 @@ STEPS, PIXEL_STEPS = 50, 250
 REFINER_START, HIRES_STRENGTH, TILE = 0.8, 0.5, 1536
 # Options that a checkpoint may choose.
 SAMPLED = ("steps", "sampler", "schedule", "guidance_scale")
+# Options of jobs, which an image's record has resolved.
+UNRECORDED = ("num_images", "first_index", "wildcard_dir")
 # Options of which a list gives one value a prompt.
 LISTED = ("init_image", "mask", "depth", "class_label", "layout", "label_map", "neighbours", "resemble")
 
@@ -123,10 +126,11 @@ def prepare(
     given = _resolved(pipe, given, size)
     first = check_int("first_index", given.get("first_index", 0), 0, 2**31 - 1 - len(entries) * count)
     tables = [make_rows(pipe, given)] if pipe.refiner is None else hand_over(pipe, given)
-    made = [_prepare_entry(pipe, entry, given, size, tables) for entry in entries]
-    rows = [row._replace(index=first + i * count + j) for i, row in enumerate(made) for j in range(count)]
+    images = inputs_of_images(pipe, entries, given, first)
+    made = {key: _prepare_entry(pipe, entry, given, size, tables) for key, entry in {id(e): e for e in images}.items()}
+    rows = [made[id(entry)]._replace(index=first + i) for i, entry in enumerate(images)]
     rows = _with_noise(pipe, rows, given, len(entries))
-    return [_with_second_pass(pipe, row, entries[i // count], given) for i, row in enumerate(rows)]
+    return [_with_second_pass(pipe, row, entry, given) for row, entry in zip(rows, images, strict=True)]
 
 
 def _entries(
@@ -185,6 +189,7 @@ def _check_used(pipe: Pipeline, given: Mapping[str, Any]) -> None:
         "classifier_scale": ("a classifier", "classifier_scale" in known),
         "hires_strength": ("hires", "hires" in given),
         "torch_batch": ('rng="torch"', given.get("rng") == "torch"),
+        "wildcard_dir": ('syntax="a1111"', given.get("syntax", "a1111") == "a1111"),
     }
     for name, value in given.items():
         idle = (
@@ -358,8 +363,9 @@ def _prepare_entry(
 
 def _record(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that make the image again: resolved options, and the entry's own inputs."""
-    kept = {n: v for n, v in given.items() if OPTIONS[n].scope == "image" and n not in ("num_images", "first_index")}
+    kept = {n: v for n, v in given.items() if OPTIONS[n].scope == "image" and n not in UNRECORDED}
     kept |= {name: entry[name] for name in LISTED if name in given}
+    kept |= {name: entry[name] for name in TEMPLATES.values() if name in entry}
     if "hires" in given:
         kept.setdefault("hires_strength", HIRES_STRENGTH)
     negative = {"negative_prompt": entry["negative_prompt"]} if "prompt" in pipe.inputs else {}

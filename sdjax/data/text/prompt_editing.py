@@ -13,12 +13,13 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from sdjax.data.text.nesting import Group, Piece, nested
 from sdjax.data.text.prompts import NUMBER
 
 # A tag, an escaped character, a mark, words, or what is left.
 SYNTAX = re.compile(r"<\w+:[^<>]+>|\\.|[\[\]():|]|[^\\\[\]():|<]+|.", re.DOTALL)
 WHEN = re.compile(rf"\s*({NUMBER}(?:[eE][+-]?\d+)?)\s*")
-OPENING = {")": "(", "]": "["}
+OPENING, MARKS = {")": "(", "]": "["}, {"[": (":", "|")}
 AND = re.compile(r"\bAND\b")
 WEIGHT = re.compile(rf"\s*{NUMBER}\s*")
 
@@ -35,9 +36,6 @@ class Alternation(NamedTuple):
     """Texts that take turns."""
 
     options: list[list[Piece]]
-
-
-Piece = str | list["Piece"] | Edit | Alternation
 
 
 class Pass(NamedTuple):
@@ -60,40 +58,9 @@ class Pass(NamedTuple):
         return int(min(max(number * (self.steps if is_share else 1), 0.0), self.steps))
 
 
-class _Group:
-    """A bracket that is open: its parts, and the marks between them."""
-
-    def __init__(self, bracket: str) -> None:
-        self.bracket = bracket
-        self.parts: list[list[Piece]] = [[]]
-        self.marks: list[str] = []
-
-    def between(self, first: int, last: int) -> list[Piece]:
-        """Parts `first` to `last`, with the marks between them as characters."""
-        pieces: list[Piece] = [self.parts[first]]
-        for mark, part in zip(self.marks[first:last], self.parts[first + 1 : last + 1], strict=True):
-            pieces += [mark, part]
-        return pieces
-
-    def closed(self, closing: str) -> Piece:
-        """The group as an edit or an alternation, or as the characters that it is written with."""
-        last, colons = len(self.marks), [i for i, mark in enumerate(self.marks) if mark == ":"]
-        when = WHEN.fullmatch(str(self.parts[-1][0])) if len(self.parts[-1]) == 1 else None
-        if when and colons[-1:] == [last - 1] and len(colons) <= 2:
-            first = colons[0] + 1 if len(colons) == 2 else 0
-            return Edit(self.between(0, first - 1) if first else [], self.between(first, last - 1), when[1])
-        if self.marks and not colons:
-            return Alternation(self.parts)
-        return [*self.opened(), closing]
-
-    def opened(self) -> list[Piece]:
-        """The group as characters, never closed."""
-        return [self.bracket, *self.between(0, len(self.marks))]
-
-
 def texts_by_step(prompt: str, over: Pass) -> list[str]:
     """The text of a prompt at each step; brackets that edit nothing stay as they are."""
-    pieces = _parse(prompt)
+    pieces = nested(SYNTAX.findall(prompt), OPENING, MARKS, _closed)
     changes, alternates = {0}, False
     pending = [pieces]
     while pending:
@@ -126,31 +93,14 @@ def _weighted(part: str) -> tuple[str, float]:
     return (text.rstrip(), float(weight)) if colon and WEIGHT.fullmatch(weight) else (part.rstrip(), 1.0)
 
 
-def _parse(prompt: str) -> list[Piece]:
-    groups = [_Group("")]
-    for token in SYNTAX.findall(prompt):
-        inner = groups[-1]
-        if token in "([":
-            groups.append(_Group(token))
-        elif inner.bracket == OPENING.get(token, " "):
-            groups.pop()
-            groups[-1].parts[-1].append(inner.closed(token))
-        elif token in OPENING:  # of another kind, or never opened: whatever is open edits nothing
-            _unfold(groups).append(token)
-        elif token in ":|" and inner.bracket == "[":
-            inner.marks.append(token)
-            inner.parts.append([])
-        else:
-            inner.parts[-1].append(token)
-    return _unfold(groups)
-
-
-def _unfold(groups: list[_Group]) -> list[Piece]:
-    """Turn the open groups into characters; the pieces of the first."""
-    while len(groups) > 1:
-        inner = groups.pop()
-        groups[-1].parts[-1].append(inner.opened())
-    return groups[0].parts[-1]
+def _closed(group: Group) -> Edit | Alternation | None:
+    """A group as an edit or an alternation; None for one that is neither."""
+    last, colons = len(group.marks), [i for i, mark in enumerate(group.marks) if mark == ":"]
+    when = WHEN.fullmatch(group.word(-1)) if group.bracket == "[" else None
+    if when and colons[-1:] == [last - 1] and len(colons) <= 2:
+        first = colons[0] + 1 if len(colons) == 2 else 0
+        return Edit(group.between(0, first - 1) if first else [], group.between(first, last - 1), when[1])
+    return Alternation(group.parts) if group.marks and not colons else None
 
 
 def _text(pieces: Sequence[Piece], step: int, over: Pass) -> str:

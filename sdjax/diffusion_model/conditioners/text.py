@@ -63,7 +63,7 @@ class TextConditioner(Conditioner):
         own = {SIZES: (*sizes, "target_size"), AESTHETICS: (*sizes, "aesthetic_score", "negative_aesthetic_score")}
         return Traits(
             required=("prompt",),
-            optional=("negative_prompt", "syntax", "clip_skip", *own.get(self.numbers, ())),
+            optional=("negative_prompt", "syntax", "wildcard_dir", "clip_skip", *own.get(self.numbers, ())),
             context_width=sum(encoder.width for encoder in self.encoders),
             has_null=True,
             guidance_scale=7.5,
