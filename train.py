@@ -39,12 +39,11 @@ from sdjax.core.flags import define_processes, processes
 from sdjax.core.scripts import command_line, load_config, require
 from sdjax.core.tree import flatten, merge
 from sdjax.data.loader import Loader
-from sdjax.data.sources import validate
 from sdjax.parallel.batches import put_batch
 from sdjax.parallel.distributed import initialise, run_together
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import check_batch, sharded_put
-from sdjax.tasks.base import row_rules
+from sdjax.tasks.base import check_data
 from sdjax.tasks.make import make_task
 from sdjax.training.checkpoint import Checkpoints
 from sdjax.training.export import exported, exported_step, local_folder, write_export
@@ -77,7 +76,7 @@ def main() -> None:
     values = command_line(__doc__, define_flags, define_processes)
     config = require(values, "config")
     if values["check_data"].value:
-        raise SystemExit(2 if validate.report(config.data.source, rules=row_rules(config)) else 0)
+        raise SystemExit(2 if check_data(config) else 0)
     workdir = require(values, "workdir")
     keep_compiled()
     initialise(**processes(values))

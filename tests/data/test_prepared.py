@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from sdjax.core.errors import UserError
 from sdjax.data.bucketed import bucketed
@@ -22,6 +23,7 @@ from sdjax.data.prepared.writer import PreparedRow, PreparedWriter
 from sdjax.data.sources.record_files import write_records
 from sdjax.data.sources.tensors import pack
 from sdjax.data.transforms.buckets import Size
+from sdjax.tasks.base import check_data
 
 TABLE = (Size(8, 16), Size(16, 16), Size(16, 8))
 IDENTITY = {"source": "folder:x", "autoencoder": {"sha256": "ab12"}}
@@ -271,3 +273,26 @@ def test_a_damaged_shard_is_written_again(tmp_path, whole_set):
     assert made == [1, 3]
     here.finish({})
     assert_whole(folder)
+
+
+def test_the_check_reads_precomputed_rows(tmp_path, capsys):
+    """Row 7 holds a NaN: training names it, too, before the loss is one."""
+
+    def rows(part):
+        for index in range(part.start, part.stop):
+            made = row(index)
+            made.arrays["moments"][0, 0, 0] = np.nan if index == 7 else 0
+            yield made
+
+    here = writer(tmp_path)
+    for part in here.pending():
+        here.write(part, rows(part))
+    here.finish({})
+    place = f"{tmp_path}/shard-00001-of-00005.array_record record 2"
+    with pytest.raises(UserError, match=f"{place}: the moments are not all finite; prepare the data again"):
+        PreparedSource(tmp_path)[7]
+    assert check_data(ConfigDict({"data": {"prepared": str(tmp_path)}})) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"{place}: the moments are not all finite; prepare the data again",
+        f"{tmp_path}: 23 rows, 1 bad",
+    ]

@@ -360,6 +360,26 @@ def test_a_damaged_record_file_is_named(tmp_path, damage):
         source(f"array_record:{path}")
 
 
+def test_a_flipped_bit_in_records_gives_no_other_row(tmp_path):
+    """Of 60 damages within what is stored, each row is the one that was written, or an error in one line."""
+    rng, path = np.random.default_rng(0), tmp_path / "a.array_record"
+    rows = [{"image": rng.integers(0, 256, (6, 5, 3), np.uint8), "caption": f"c{i}", "id": f"n{i}"} for i in range(4)]
+    write_array_record(path, rows)
+    whole, errors = path.read_bytes(), []
+    end = len(whole.rstrip(b"\0"))
+    for _ in range(60):
+        data = bytearray(whole)
+        data[rng.integers(0, min(end, 4096))] ^= 1 << rng.integers(0, 8)
+        path.write_bytes(data)
+        for i in range(4):
+            try:
+                np.testing.assert_equal(source(f"array_record:{path}")[i], rows[i])
+            except UserError as error:
+                errors.append(str(error))
+    assert 0 < len(errors) < 240
+    assert not [error for error in errors if "\n" in error]
+
+
 def test_packing_keeps_every_dtype():
     import jax.numpy as jnp
 

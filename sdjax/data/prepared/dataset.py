@@ -29,6 +29,8 @@ class PreparedSource:
     Four bytes a row are kept in memory.
     """
 
+    problems = ()
+
     def __init__(self, folder: str | Path):
         """Reads the index and the shards' lists; the shards are opened when they are read.
 
@@ -73,6 +75,9 @@ class PreparedSource:
         found = Fields.of(row)
         if found != wanted:
             raise UserError(f"{place} holds {found}, and {self._folder / INDEX} says {wanted}")
+        for name, values in row.items():
+            if values.dtype.kind not in "iub" and not np.isfinite(values.astype(np.float32)).all():
+                raise UserError(f"{place}: the {name} are not all finite; prepare the data again")
         return row
 
     def _open(self, index: int) -> None:
@@ -83,6 +88,10 @@ class PreparedSource:
             if count_records(self._paths[shard]) != stop - start:
                 raise UserError(f"{self._paths[shard]} has not the {stop - start} rows that were written")
             self._opened.add(shard)
+
+    def place(self, index: int) -> str:
+        """The shard and the record's number in it."""
+        return self._records.place(index)
 
     def id(self, index: int) -> str:
         """The id of the example that a row was made of."""

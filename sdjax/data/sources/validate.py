@@ -7,14 +7,15 @@ import hashlib
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from tqdm import tqdm
 
 from sdjax.core.errors import UserError, printable
-from sdjax.data.sources.base import CAPTION, Problem, Rows
+from sdjax.data.prepared.dataset import PreparedSource
+from sdjax.data.sources.base import CAPTION, Example, Problem, Rows
 from sdjax.data.sources.open import default_rules, open_rows
 from sdjax.data.sources.rules import RowRules, faults, remarks
 
@@ -47,8 +48,7 @@ def check(
     Raises:
         UserError: there is no such data set, or it has no list of rows at all.
     """
-    rows = open_rows(name, split, data_dir, rules)
-    return (row.bad for row in _judged(rows, rules or default_rules(name)) if row.bad is not None)
+    return (row.bad for row in _judged(*_opened(name, split, data_dir, rules)) if row.bad is not None)
 
 
 def report(
@@ -67,11 +67,23 @@ def report(
     Returns:
         How many rows are bad.
     """
-    output = output or sys.stdout
+    return _report(f"{name} ({split})", _judged(*_opened(name, split, data_dir, rules)), output or sys.stdout)
+
+
+def report_prepared(folder: str, output: TextIO | None = None) -> int:
+    """`report` of a folder of precomputed latents."""
+    rows = PreparedSource(folder)
+
+    def read(index: int) -> Reading:
+        return _attempt(rows, index, lambda _: Reading(rows.id(index), []))
+
+    return _report(folder, _judged(rows, read), output or sys.stdout)
+
+
+def _report(title: str, judged: Iterator[Judged], output: TextIO) -> int:
     rows = bad_rows = 0
     remarked: Counter[str] = Counter()
-    judged = _judged(open_rows(name, split, data_dir, rules), rules or default_rules(name))
-    with tqdm(judged, desc=f"checking {name}", unit="row", leave=False) as bar:
+    with tqdm(judged, desc=f"checking {title}", unit="row", leave=False) as bar:
         for row in bar:
             rows += 1
             remarked.update(row.remarks)
@@ -79,8 +91,8 @@ def report(
                 bad_rows += 1
                 bar.write(printable(str(row.bad)), file=output)
     for remark, count in sorted(remarked.items()):
-        print(f"{name} ({split}): {count} images are {remark}", file=output)
-    print(f"{name} ({split}): {rows} rows, {bad_rows} bad", file=output)
+        print(f"{title}: {count} images are {remark}", file=output)
+    print(f"{title}: {rows} rows, {bad_rows} bad", file=output)
     return bad_rows
 
 
@@ -104,7 +116,29 @@ class Reading(NamedTuple):
     remarks: tuple[str, ...] = ()
 
 
-def _judged(rows: Rows, rules: RowRules) -> Iterator[Judged]:
+class Listed(Protocol):
+    """Rows with the places that they have."""
+
+    problems: Sequence[Problem]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def place(self, index: int) -> str:
+        """File and row."""
+        ...
+
+
+def _opened(
+    name: str, split: str, data_dir: str | os.PathLike | None, rules: RowRules | None
+) -> tuple[Rows, Callable[[int], Reading]]:
+    """A data set and the reading of its rows."""
+    rows, rules = open_rows(name, split, data_dir, rules), rules or default_rules(name)
+    return rows, functools.partial(_attempt, rows, judge=functools.partial(_judge, rules))
+
+
+def _judged(rows: Listed, read: Callable[[int], Reading]) -> Iterator[Judged]:
     """All rows of a data set in its order; decoding runs in threads, ids are compared in the rows' order."""
     # Hashes, for the ids of many millions of rows would fill the memory.
     seen: set[bytes] = set()
@@ -112,18 +146,22 @@ def _judged(rows: Rows, rules: RowRules) -> Iterator[Judged]:
     with ThreadPoolExecutor() as pool:
         for start in range(0, max(len(rows), 1), CHUNK):
             chunk = range(start, min(start + CHUNK, len(rows)))
-            for index, reading in zip(chunk, pool.map(functools.partial(_read, rows, rules), chunk), strict=True):
+            for index, reading in zip(chunk, pool.map(read, chunk), strict=True):
                 while problems and problems[0].before <= index:
                     yield Judged(_known(problems.popleft()))
                 yield _verdict(rows.place(index), reading, seen)
     yield from (Judged(_known(problem)) for problem in problems)
 
 
-def _read(rows: Rows, rules: RowRules, index: int) -> Reading:
+def _attempt(rows: Listed, index: int, judge: Callable[[Any], Reading]) -> Reading:
     try:
-        example = rows[index]
+        row = rows[index]
     except UserError as error:
         return Reading(None, [_reason(str(error), rows.place(index))])
+    return judge(row)
+
+
+def _judge(rules: RowRules, example: Example) -> Reading:
     empty = CAPTION in rules.needs and not example["caption"].strip()
     reasons = [*faults(example, rules), *["the caption is empty"] * empty]
     return Reading(example["id"], reasons, tuple(remarks(example, rules)))
