@@ -9,12 +9,13 @@ images are read from it; every network begins from its weights. It must be condi
 captions for Stable Diffusion 1, 2, XL's base and LDM's text model (of a single file of that one, give
 --config.model.tokenizer=FOLDER, with BERT's vocab.txt), classes, boxes, label maps, or nothing but images.
 
-What learns is --config.train.trainable, of the UNet all by default; "('unet/*attn2*',)" are its cross-attentions. The
-learning rate suits published models; small ones such as checkpoints/openmoji take 1e-4. Latents and text are computed
-as in configs/stable_diffusion_training.py, but the latents once and in memory: for more than some 100,000 images
-prepare them with that file's `_tune` variants.
+What learns is --config.train.trainable, all of the UNet by default; "('unet/*attn2*',)" are its cross-attentions. The
+learning rate suits published models; small ones such as checkpoints/openmoji take 1e-4. Latents for prompts are
+computed once and kept in memory, 128 KiB an image of 512 pixels: where that is too much, prepare them on disk with the
+`_tune` variants of configs/stable_diffusion_training.py.
 
-checkpoints/openmoji is small enough for a CPU: MINUTES.
+checkpoints/openmoji is small enough for two CPU cores: minutes of compilation, which later runs find done, then about
+a second a step.
 """
 
 from ml_collections import config_dict

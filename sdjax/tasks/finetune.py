@@ -93,7 +93,7 @@ def _check_captioned(checkpoint: Checkpoint, source: str) -> None:
 def _sections(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
     """The `model` section."""
     sizes = {name: component.config for name, component in checkpoint.components.items()}
-    found = {SECTIONS.get(n, n): section_of(sizes[n], VARIANTS[n]) for n in sizes if n in VARIANTS}
+    found: dict[str, Any] = {SECTIONS.get(n, n): section_of(sizes[n], VARIANTS[n]) for n in sizes if n in VARIANTS}
     if encoders := {name: found.pop(name) for name in TOKENIZERS if name in found}:
         found["text_encoders"] = encoders
     if EMBEDDER in sizes:
@@ -101,8 +101,12 @@ def _sections(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
         found[EMBEDDER] = {"classes": sizes[EMBEDDER].classes - null, "width": sizes[EMBEDDER].width}
     if RESCALER in sizes:
         found[RESCALER] = {"classes": sizes[RESCALER].classes}
-    if BERT in checkpoint.tokenizers:
-        found["tokenizer"] = config.model.tokenizer or str(checkpoint.tokenizers[BERT])
+    if checkpoint.conditioning == "text_bert":
+        found["tokenizer"] = config.model.tokenizer or str(checkpoint.tokenizers.get(BERT, ""))
+        if not found["tokenizer"]:
+            raise UserError(
+                f"config.model.tokenizer: {config.task.initial} has none; give the folder with BERT's vocab.txt"
+            )
     return found
 
 

@@ -21,7 +21,7 @@ from sdjax.data.loader import Loader
 from sdjax.data.prepared.dataset import PreparedSource
 from sdjax.data.sources import open as sources
 from sdjax.data.transforms import images as transforms
-from sdjax.data.transforms.buckets import ToBucket
+from sdjax.data.transforms.buckets import Size, ToBucket
 from sdjax.data.transforms.conditions import Draw
 from sdjax.data.transforms.images import Select
 from sdjax.diffusion_model.conditioners.text import TextConditioner
@@ -108,7 +108,7 @@ def cached(config: Config, model: DiffusionModel, condition: TrainingCondition, 
     def load(params: Params) -> Loader:
         images, side = grain.MapDataset.source(open_images(config)), config.data.size
         if SIZES in condition.spec:
-            images = images.seed(config.train.seed).random_map(ToBucket(((side, side),), config.data.crop))
+            images = images.seed(config.train.seed).random_map(ToBucket((Size(side, side),), config.data.crop))
         else:
             images = images.map(transforms.Square(side, config.data.crop))
         draws = [Draw(TOKENS, TOKENS)] if condition.spec else []

@@ -12,6 +12,7 @@ import pytest
 import torch
 from every_model import KINDS, write_files
 from PIL import Image
+from test_ldm_file import MODELS, original, save
 from test_stable_diffusion import reference_loss, texts, written
 from tiny_checkpoints import assert_same, tiny_checkpoint
 
@@ -23,6 +24,7 @@ from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
+from sdjax.data.text.tokenizer_training import train_word_pieces
 from sdjax.models import unet, unet2d
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import sharded_put
@@ -100,6 +102,19 @@ def test_a_single_file_and_a_workdir_are_taken(folders, tmp_path):
         np.testing.assert_array_equal(
             read["unet"]["conv_in"]["kernel"], made.components["unet"].params["conv_in"]["kernel"]
         )
+
+
+def test_a_file_of_ldms_text_model_needs_a_vocabulary(tmp_path):
+    """Its file has none; with a folder that has, it is as good as any checkpoint."""
+    save(tmp_path / "model.ckpt", original("text")[0])
+    config = finetune.get_config(str(tmp_path / "model.ckpt"))
+    with pytest.raises(UserError, match=r"^config\.model\.tokenizer: .*model\.ckpt has none; give the folder with "):
+        from_checkpoint(config)
+    train_word_pieces(["a red heart"], tmp_path / "words", 80)
+    config.model.tokenizer = str(tmp_path / "words")
+    model, condition = make_model(from_checkpoint(config))
+    assert model.configs()["bert"] == MODELS["text"][2]["bert"]
+    assert condition.tokenizers == {"bert": tmp_path / "words"}
 
 
 def test_a_section_is_the_shortest_that_gives_the_sizes():
