@@ -109,6 +109,7 @@ def seam(image: np.ndarray, reference: np.ndarray, borders: tuple[int, ...]) -> 
     return max(float((jumps(image, axis) / jumps(reference, axis))[beside].max()) for axis in (1, 2))
 
 
+@pytest.mark.slow
 def test_no_seam_is_seen_in_the_shipped_models_pictures(shipped):
     """Its attention and its norms see a whole tile, so tiles differ from the whole: in tone, but nowhere in a line."""
     decode, encode, pictures = shipped

@@ -215,23 +215,22 @@ def test_a_guide_of_the_wrong_size_or_kind_is_one_line(files, folder_of):
         sdjax.load(folder_of("unconditional"), tokenizer=files["words"])
 
 
-def test_an_image_guides_any_model(files, folder_of):
+@pytest.mark.parametrize("name", ["unconditional", pytest.param("inpainting", marks=pytest.mark.slow)])
+def test_an_image_guides_any_model(name, files, folder_of):
     """The stronger, the nearer are the images, made as small (LDM, appendix C); another scale compiles nothing."""
     small = np.asarray(Image.open(files["quarter"])) / 255.0
-    for name in ("unconditional", "inpainting"):
-        kind = KINDS[name]
-        pipe, common = sdjax.load(folder_of(name)), {"steps": 8, "num_images": 2, **options_of(kind, files)}
-        plain = pipe(**common)
-        distances, compiled = [], 0
-        for scale in (0.0, 0.02, 0.05):
-            made = pipe(**common, resemble=str(files["quarter"]), resemble_scale=scale)
-            compiled = compiled if distances else sampling.sample.compiled()._cache_size()
-            if scale == 0.0:
-                np.testing.assert_allclose(made, plain, atol=1e-4)
-            shrunk = jax.image.resize(made, (2, *small.shape), "cubic", antialias=True)
-            distances.append(float(np.square(shrunk - small).mean()))
-            if name == "inpainting":
-                given, mask = (np.asarray(Image.open(files[n])) for n in ("image", "mask"))
-                assert (np.round(made[:, mask == 0] * 255) == given[mask == 0]).all()
-        assert sampling.sample.compiled()._cache_size() == compiled
-        assert distances[0] > distances[1] > distances[2], name
+    pipe, common = sdjax.load(folder_of(name)), {"steps": 8, "num_images": 2, **options_of(KINDS[name], files)}
+    plain = pipe(**common)
+    distances, compiled = [], 0
+    for scale in (0.0, 0.02, 0.05):
+        made = pipe(**common, resemble=str(files["quarter"]), resemble_scale=scale)
+        compiled = compiled if distances else sampling.sample.compiled()._cache_size()
+        if scale == 0.0:
+            np.testing.assert_allclose(made, plain, atol=1e-4)
+        shrunk = jax.image.resize(made, (2, *small.shape), "cubic", antialias=True)
+        distances.append(float(np.square(shrunk - small).mean()))
+        if name == "inpainting":
+            given, mask = (np.asarray(Image.open(files[n])) for n in ("image", "mask"))
+            assert (np.round(made[:, mask == 0] * 255) == given[mask == 0]).all()
+    assert sampling.sample.compiled()._cache_size() == compiled
+    assert distances[0] > distances[1] > distances[2]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import children
 import numpy as np
+import pytest
 from PIL import Image
 
 from sdjax.data.images import to_uint8
@@ -18,6 +19,7 @@ FLAGS = ("--steps=3", "--guidance_scale=2", "--sampler=euler_a", "--seed=4")
 PROMPTS = ("red heart", "flag", "green apple", "blue heart", "cat", "dog")
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_would(folder, ours, tmp_path):
     """Six prompts, each second one in fewer steps, in two batches over data 2 x fsdp 2.
 

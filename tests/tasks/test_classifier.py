@@ -57,7 +57,9 @@ def test_the_loss_is_the_cross_entropy_of_noisy_pictures(classifier, tmp_path):
     np.testing.assert_allclose(classify(model, read, batch["image"]), clean, atol=1e-5)
 
 
-@pytest.mark.parametrize(("sampler", "schedule"), [("ddpm", "linspace"), ("ddim", "leading")])
+@pytest.mark.parametrize(
+    ("sampler", "schedule"), [("ddpm", "linspace"), pytest.param("ddim", "leading", marks=pytest.mark.slow)]
+)
 def test_a_guide_leads_images_to_their_class(sampler, schedule, classifier, tmp_path):
     """With more of it the classifier is surer; with none, images are those without a classifier.
 

@@ -114,7 +114,7 @@ def reference(modules, changes, x: torch.Tensor, noise: torch.Tensor, logvar: to
     return nll + regular + started * weight * doubt, started * judged, {"d_weight": weight, "g_loss": doubt}
 
 
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])  # 3 has the discriminator, too
 def test_autoencoder_objective_matches_pytorch(case, step):
     """1e-4 of each value; 5e-4 of the length of each network's gradient, and of the longest of its parameters' for each
     of them: a rounding error decides which side of ReLU's kink some of VGG's two million activations are on, and the
