@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from sdjax.core.errors import UserError, unknown
+from sdjax.core.untrusted import read_yaml
 
 logger = logging.getLogger("sdjax")
 
@@ -48,12 +47,7 @@ def config_beside(file: Path) -> LDMConfig:
     path = file.with_suffix(".yaml")
     if not path.is_file():
         return LDMConfig()
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+    content = read_yaml(path)
     params = _at(content, "model", "params")
     if not isinstance(params, Mapping):
         logger.info("%s, which stands beside %s, says nothing of a model", path.name, file.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -87,8 +88,8 @@ def resolve(
     Raises:
         UserError: there is no such path, model or file, it is gated, or neither the network nor the cache has it.
     """
-    path = Path(source).expanduser()
-    if str(source) and path.exists():
+    path = Path(os.path.expanduser(source))  # pathlib's own fails for users that there are none of
+    if str(source) and os.path.exists(path):  # and so does its `exists`, for names that are too long
         return within_workdir(path)
     match = ID.fullmatch(str(source))
     name = match["repo"] if match else ""

@@ -14,12 +14,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sdjax.core.errors import UserError
 
 MAX_BYTES = 2**25  # of a file; the largest that are published, tokenizers, have a few million
+MAX_YAML = 2**17  # bytes, which take a second; a model's config has 3,000
 MAX_DEPTH = 32
 MAX_DIGITS = 40  # transformers writes 10**30 where there is no limit
 SHOWN = 80
+# What PyYAML raises for a value that does not fit its tag, beside its own errors.
+BROKEN_YAML = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -54,14 +59,14 @@ def read_bytes(path: str | Path, most: int = MAX_BYTES) -> bytes:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, most: int = MAX_BYTES) -> str:
     """The content of a file in UTF-8.
 
     Raises:
         UserError: as `read_bytes`; or it is not UTF-8.
     """
     try:
-        return read_bytes(path).decode("utf-8")
+        return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
@@ -98,6 +103,26 @@ def parse_json(data: bytes, place: object) -> Any:
     except ValueError as error:
         raise UserError(f"{place} is not JSON: {error}") from error
     return value
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The value of a YAML file without aliases, of which a few lines can stand for any number of values.
+
+    Raises:
+        UserError: as `read_text`; or it is not YAML, has aliases, or more than MAX_YAML bytes.
+    """
+    text = read_text(path, MAX_YAML)
+    try:
+        return yaml.load(text, _WithoutAliases)  # a SafeLoader
+    except (*BROKEN_YAML, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases, which are not read")
+        return super().compose_node(parent, index)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

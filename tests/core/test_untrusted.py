@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sdjax.core.errors import UserError
-from sdjax.core.untrusted import MAX_BYTES, MAX_DEPTH, parse_json, read_bytes, read_json, read_text
+from sdjax.core.untrusted import MAX_BYTES, MAX_DEPTH, MAX_YAML, parse_json, read_bytes, read_json, read_text, read_yaml
 
 
 @pytest.mark.parametrize(
@@ -97,3 +97,43 @@ def test_files_that_are_none_are_not_waited_for(tmp_path: Path):
         read_json(tmp_path / "list")
     with pytest.raises(UserError, match=r"cannot read .*bytes"):
         read_text(tmp_path / "bytes")
+
+
+LAUGHS = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
+    b"%c: &%c [%s]\n" % (name, name, b", ".join([b"*%c" % (name - 1)] * 9)) for name in range(ord("b"), ord("k"))
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (LAUGHS, "it has aliases"),
+        (b"a: &a {b: 1}\nc: {<<: *a}\n", "it has aliases"),
+        (b"!!python/object/apply:os.mkdir [made]", "could not determine a constructor"),
+        (b"!!timestamp a", "is not YAML"),
+        (b"!!bool a", "is not YAML"),
+        (b"!!int ''", "is not YAML"),
+        (b"!!binary a", "is not YAML"),
+        (b"2001-99-99", "is not YAML"),
+        (b"a: %s" % (b"7" * 5000), "is not YAML"),
+        (b"[" * 1000, "is not YAML"),
+        (b"{[]: 1}", "is not YAML"),
+        (b"a: b: c", "is not YAML"),
+        (b"\x00", "is not YAML"),
+        (b"\xff", "cannot read"),
+        (b"#" * (MAX_YAML + 1), f"at most {MAX_YAML}"),
+    ],
+    ids=lambda value: None if isinstance(value, bytes) else value[:20],
+)
+def test_yaml_that_is_not_read(content: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=f"x.yaml.*{words}|{words}.*x.yaml") as error:
+        read_yaml("x.yaml")
+    assert "\n" not in str(error.value)
+    assert os.listdir() == ["x.yaml"]
+
+
+def test_yaml_is_read(tmp_path: Path):
+    (tmp_path / "x.yaml").write_text("model: {target: ldm.models.x, params: {timesteps: 1000, betas: [0.1, 1e-4]}}")
+    assert read_yaml(tmp_path / "x.yaml")["model"]["params"] == {"timesteps": 1000, "betas": [0.1, "1e-4"]}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from sdjax.core.errors import UserError
+from sdjax.core.untrusted import check_ordinary
 
 LENGTH = 200  # bytes that are looked at
 PICKLES = (b"PK\x03\x04", b"\x80")  # torch's archives, and what it wrote before 1.6
@@ -27,6 +28,7 @@ def format_of(path: Path) -> Literal["safetensors", "pickle", ""]:
     Raises:
         UserError: it cannot be read, or begins as a file that holds no weights, which is named.
     """
+    check_ordinary(path)
     try:
         with path.open("rb") as file:
             head = file.read(LENGTH)
