@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -31,13 +32,20 @@ logger = logging.getLogger("sdjax")
 
 
 def preview_prompts(config: Config) -> tuple[str, ...]:
-    """`config.sample.prompts`, or where it names none, captions of the data, evenly chosen; the log says which."""
+    """`config.sample.prompts`, or where it names none, different captions of the data; the log says which."""
     if config.sample.prompts:
         return tuple(config.sample.prompts)
     images, count = open_images(config), config.sample.columns
-    chosen = tuple(images[i * len(images) // count]["caption"] for i in range(count))
+    captions = [images[i]["caption"] for i in evenly(range(len(images)), 4 * count)]
+    chosen = tuple(evenly(list(dict.fromkeys(captions)), count))
     logger.info("samples while training: %s; --config.sample.prompts changes them", ", ".join(map(repr, chosen)))
     return chosen
+
+
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items, in even steps from the first one."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def preview(
