@@ -80,7 +80,8 @@ def main() -> None:
     workdir = require(values, "workdir")
     keep_compiled()
     initialise(**processes(values))
-    train_and_evaluate(config, workdir, CommandLine(values["config"].config_filename, values["config"].override_values))
+    flag: Any = values["config"]
+    train_and_evaluate(config, workdir, CommandLine(flag.config_filename, flag.override_values))
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -117,7 +117,7 @@ class Metrics:
         due, pace = is_due(step, self._every), self._pace
         if not due and not self._progress.is_bar:
             return
-        rates = {name: float(rate(step - 1)) for name, rate in self._rates.items()}
+        rates = {name: float(np.asarray(rate(step - 1))) for name, rate in self._rates.items()}
         self._progress.show(step, line(loss, rates["learning_rate"], pace), due)
         if not due:
             return
