@@ -15,6 +15,7 @@ from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree
+from sdjax.core.untrusted import read_json
 from sdjax.data.text.added_tokens import ADDED, CONFIG, WHOLE, apart, write_added
 from sdjax.data.text.tokenizers import Tokenizer, load_tokenizer, with_placeholders
 from sdjax.data.text.word_pieces import read_vocabulary, write_vocabulary
@@ -228,17 +229,19 @@ def write_tokenizer(encoder: str, source: Path, target: Path, added: Mapping[str
     """Writes the tokenizer of a text encoder into a new folder, with the ids of tokens that are `added` to it.
 
     Raises:
-        UserError: `source` holds none.
+        UserError: `source` holds none, or a file of another kind under one of its names.
     """
     if encoder == BERT:
         vocabulary = read_vocabulary(source)
         target.mkdir()
         write_vocabulary(target, vocabulary)
         return
-    find_tokenizer(source)
+    load_tokenizer(find_tokenizer(source))
     target.mkdir()
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
+            if name.endswith(".json"):
+                read_json(source / name)  # which may be a link to anything
             shutil.copyfile(source / name, target / name)
     if added:
         write_added(target, added)

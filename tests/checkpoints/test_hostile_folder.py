@@ -13,6 +13,7 @@ from test_hostile_configs import OTHER_TYPES
 from tiny_checkpoints import DDIM, tiny_checkpoint, write_tokenizer
 from torch_reference import drawn
 
+from sdjax.checkpoints import checkpoint
 from sdjax.checkpoints.checkpoint import ALL_FORMATS, Checkpoint, Component, tokenizers_of
 from sdjax.checkpoints.layouts import diffusers
 from sdjax.checkpoints.layouts.diffusers import INDEX, read_folder, write_checkpoint
@@ -52,10 +53,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def opened(folder: Path) -> None:
     """The host's part of loading."""
-    checkpoint = read_folder(folder)
-    text = checkpoint.conditioning == "text"
-    tokenizers = dict(zip(["text_encoder"], tokenizers_of(checkpoint), strict=True)) if text else {}
-    build_model(checkpoint, tokenizers, dtype_named("float32"), folder)
+    found = read_folder(folder)
+    text = found.conditioning == "text"
+    tokenizers = dict(zip(["text_encoder"], tokenizers_of(found), strict=True)) if text else {}
+    build_model(found, tokenizers, dtype_named("float32"), folder)
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +137,19 @@ def test_names_in_an_index_of_shards(folder: Path):
         hidden.rename(weights)
         (unet / "pipe.safetensors").unlink()
     opened(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json", "merges.txt"])
+def test_a_tokenizers_link_to_another_file_is_not_copied(name: str, tmp_path: Path):
+    """Into a folder that is then given to others."""
+    tokenizer, secret = tmp_path / "tokenizer", tmp_path / "secret"
+    write_tokenizer(tokenizer)
+    secret.write_text("a user's key")
+    (tokenizer / name).unlink(missing_ok=True)
+    (tokenizer / name).symlink_to(secret)
+    with pytest.raises(UserError, match=f"{name}|{tokenizer}"):
+        checkpoint.write_tokenizer("text_encoder", tokenizer, tmp_path / "copy", {})
+    assert not [path for path in (tmp_path / "copy").rglob("*") if path.read_bytes() == secret.read_bytes()]
 
 
 @pytest.mark.parametrize("source", ["a" * 5000, "~nobody-of-this-name/model", "a/" * 2000 + "b", "a\nb/c"])

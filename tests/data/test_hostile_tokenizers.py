@@ -24,6 +24,21 @@ CONFIGS = [
     *({"pad_token": "\n" * 5000}, {"pad_token": {"content": "<pad>"}}, {"bos_token": False}),
     *({"model_max_length": length} for length in ("77", 2, -1, None, [], {}, True)),
 ]
+ADDED: list[Any] = [[], 3, {"c": "5"}, {"c": -1}, {"c": 2**40}, {"c": None}, {"c": True}, {"": 5}, {" ": 5}]
+ADDED += [{f"c{i}": i for i in range(10_001)}]
+DECODERS: list[Any] = [[], 3, "a", {"5": 3}, {"5": {}}, {"5": {"content": 3}}, {"a": {"content": "c"}}]
+DECODERS += [{number: {"content": "c"}} for number in ("-1", "9" * 5000, "5.0", "\u0665", "")]
+LISTED: list[Any] = [
+    {},
+    3,
+    "a",
+    [3],
+    [{}],
+    [{"id": 5}],
+    [{"content": "c"}],
+    [{"content": "c", "id": "5"}],
+    [[["c", 5]]],
+]
 MERGES = [3, "a b", {"a": 1}, [3], ["a"], ["a b</w> c"], [["a"]], [["a", 3]], [[["a"], "b</w>"]], [None], ["a c"]]
 
 
@@ -43,6 +58,9 @@ def one_file(vocab: Any, merges: Any) -> dict[str, Any]:
         *({"vocab.json": content, "merges.txt": b""} for content in VOCABULARIES),
         *(FILES | {"tokenizer_config.json": content} for content in CONFIGS),
         *(FILES | {"special_tokens_map.json": content} for content in CONFIGS[:9]),
+        *(FILES | {"added_tokens.json": content} for content in ADDED),
+        *(FILES | {"tokenizer_config.json": {"added_tokens_decoder": content}} for content in DECODERS),
+        *(FILES | {"tokenizer.json": {"added_tokens": content}} for content in LISTED),
         *(FILES | {"merges.txt": content} for content in (b"\xff", b"a", b"a b</w> c", b"a x", b"a  b</w>", b"x a")),
         *(one_file(content, []) for content in VOCABULARIES),
         *(one_file(VOCAB, content) for content in MERGES),

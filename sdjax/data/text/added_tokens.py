@@ -6,6 +6,7 @@ A word of several vectors is as many tokens: `<cat>`, `<cat>_1`, `<cat>_2` (diff
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ DECODER = "added_tokens_decoder"
 # How a token that is no special one is found in a text.
 FOUND = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False}
 MAX_TOKENS = 2**20  # more than any text encoder has
+MAX_ADDED = 10_000  # which are looked for in every prompt
 SHOWN = 80
 
 
@@ -32,9 +34,12 @@ def read_added(folder: Path) -> dict[str, int]:
     if not isinstance(decoder, dict) or not isinstance(listed, list):
         raise UserError(f"{DECODER} or added_tokens of the tokenizer {folder} are no mapping or list")
     tokens = [
-        (_field(entry, "content"), int(number) if number.isdecimal() else -1) for number, entry in decoder.items()
+        (_field(entry, "content"), int(number) if re.fullmatch("[0-9]{1,9}", number) else -1)
+        for number, entry in decoder.items()
     ]
     tokens += [*added.items(), *((_field(entry, "content"), _field(entry, "id")) for entry in listed)]
+    if len(tokens) > MAX_ADDED:
+        raise UserError(f"the tokenizer {folder} lists {len(tokens)} added tokens; at most {MAX_ADDED} are read")
     for token, number in tokens:
         if not isinstance(token, str) or not token.strip() or type(number) is not int or not 0 <= number < MAX_TOKENS:
             raise UserError(f"the tokenizer {folder} lists as an added token {str((token, number))[:SHOWN]}")
