@@ -90,12 +90,23 @@ def check_settings(settings: Mapping[str, Any], place: str) -> None:
             raise unsupported(settings, key, place, wanted)
 
 
+def check_levels(channels: Sequence[int], place: str) -> None:
+    """Refuses more levels than any network has: each doubles the sides of the image that its sizes are made for.
+
+    Raises:
+        UserError: there are more than MAX_LEVELS.
+    """
+    if len(channels) > MAX_LEVELS:
+        raise UserError(f"{place} has a network of {len(channels)} levels; at most {MAX_LEVELS} are read")
+
+
 def check_groups(groups: int, channels: Sequence[int], place: str) -> None:
     """Holds norm_num_groups to a divisor of every level's channels.
 
     Raises:
         UserError: it is none.
     """
+    check_levels(channels, place)
     if any(level % groups for level in channels):
         key = "norm_num_groups"
         raise unsupported({key: groups}, key, place, f"a divisor of each of {list(channels)}")

@@ -22,7 +22,7 @@ from sdjax.core.errors import UserError
 from sdjax.core.tree import Tree, flatten, unflatten
 
 SHOWN = 20
-MAX_BLOCKS = 1000  # SDXL's UNet has 97
+BLOCK, MAX_BLOCKS = 4, 1000  # tensors that any block of layers has; SDXL's UNet has 87 blocks
 
 
 class Kind(NamedTuple):
@@ -249,12 +249,12 @@ def listed(names: list[str]) -> str:
 
 
 def check_blocks(blocks: int, tensors: Collection[str], source: object) -> None:
-    """Hold a config to its weights before its network is traced, which takes time for each block.
+    """Hold a network's sizes to its weights before it is traced, which takes time for each block.
 
     Raises:
-        UserError: there are not as many tensors as blocks, or more blocks than any network has.
+        UserError: there are too few tensors for so many blocks, or more blocks than any network has.
     """
-    if blocks > min(len(tensors), MAX_BLOCKS):
+    if blocks > min(len(tensors) // BLOCK, MAX_BLOCKS):
         raise UserError(
             f"{source} does not fit the model of its config, which has {blocks} blocks of layers: the weights are "
             f"{len(tensors)} tensors; at most {MAX_BLOCKS} blocks are read"

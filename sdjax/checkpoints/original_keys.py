@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
+from sdjax.checkpoints.config_fields import MAX_SIZE
 from sdjax.checkpoints.mapping import SAME, Kind, Shapes, Writable
 from sdjax.core.errors import UserError
 
@@ -134,10 +135,10 @@ class OriginalSizes:
         """The length of one axis of the tensor `key`.
 
         Raises:
-            UserError: there is no such tensor or axis.
+            UserError: there is no such tensor or axis, or it has a length that no network has.
         """
         shape = self._shapes.get(key)
-        if shape is None or not -len(shape) <= axis < len(shape):
+        if shape is None or not -len(shape) <= axis < len(shape) or not 0 < shape[axis] <= MAX_SIZE:
             found = "lacks it" if shape is None else f"has it with shape {list(shape)}"
             raise UserError(f"the sizes of {self.place} follow from {key}, and it {found}")
         return shape[axis]

@@ -27,8 +27,8 @@ class ClassEmbedderConfig:
 
     @property
     def blocks(self) -> int:
-        """Layers, each of which has parameters of its own."""
-        return 1
+        """There are no blocks of layers."""
+        return 0
 
 
 class ClassEmbedder(nn.Module):
@@ -59,8 +59,8 @@ class RescalerConfig:
 
     @property
     def blocks(self) -> int:
-        """Layers, each of which has parameters of its own."""
-        return 1
+        """There are no blocks of layers."""
+        return 0
 
 
 class Rescaler(nn.Module):

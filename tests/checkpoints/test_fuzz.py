@@ -22,6 +22,7 @@ from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS, read_single_fi
 from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.checkpoints.networks.clip import VOCABULARY
 from sdjax.checkpoints.storage.safetensors import read_safetensors, write_safetensors
+from sdjax.checkpoints.storage.weights import Weights
 from sdjax.core.errors import UserError
 
 CASES = 1200
@@ -184,3 +185,35 @@ def test_no_shape_or_name_of_a_checkpoint_crashes(checkpoint_file: bytes, tmp_pa
             said.append(str(error))
     assert len(said) > 40
     assert all(str(path) in message for message in said)
+
+
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.encoder.down.", "cond_stage_model.model."
+LEVEL = ("out_layers.3.weight", (64, 1, 1, 1)), ("op.weight", (1,))
+MISLEADING: dict[str, dict[str, tuple[int, ...]]] = {
+    "levels of an autoencoder": {f"{VAE}{i}.block.0.conv1.weight": (32, 1, 1, 1) for i in range(900)},
+    "levels of a UNet": {f"{UNET}input_blocks.{i}.0.{LEVEL[i % 2][0]}": LEVEL[i % 2][1] for i in range(3, 900)},
+    "blocks of an autoencoder": {f"{VAE}0.block.{i}.conv1.weight": (32,) for i in range(900)},
+    "blocks of a transformer": {
+        f"{UNET}{block}.transformer_blocks.{i}.a": (1,)
+        for i in range(900)
+        for block in ("input_blocks.1.1", "middle_block.1")
+    },
+    "layers of a text encoder": {f"{TEXT}transformer.resblocks.{i}.a": (1,) for i in range(900)},
+    "no channels": {f"{VAE}0.block.0.conv1.weight": (0, 3)},
+    "no channels of a UNet": {f"{UNET}input_blocks.1.0.out_layers.3.weight": (0, 3)},
+    "no features of a text encoder": {f"{TEXT}token_embedding.weight": (VOCABULARY, 0)},
+    "channels without elements": {f"{VAE}0.block.0.conv1.weight": (2**45, 0)},
+    "features without elements": {f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight": (0, 2**45)},
+}
+
+
+@pytest.mark.parametrize("name", MISLEADING)
+def test_sizes_that_follow_from_misleading_keys(name: str, checkpoint_file: bytes, tmp_path: Path):
+    """A few keys and shapes, without data, ask for a network that takes minutes to trace, or for none at all."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(checkpoint_file)
+    tensors = {key: np.broadcast_to(np.float16(0), shape) for key, shape in MISLEADING[name].items()}
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"x\.safetensors"):
+        read_single_file(Weights({**read_safetensors(path), **tensors}, {}, path), "float16")
+    assert time.monotonic() - start < 20

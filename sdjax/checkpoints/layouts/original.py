@@ -41,7 +41,7 @@ from sdjax.checkpoints.families import (
 )
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.ldm_config import LDMConfig, config_beside
-from sdjax.checkpoints.mapping import Kind, Put, Shapes, Writable, check_shapes, listed, stored_shapes
+from sdjax.checkpoints.mapping import Kind, Put, Shapes, Writable, check_blocks, check_shapes, listed, stored_shapes
 from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
 from sdjax.checkpoints.original_keys import SQUEEZED, Piece, SplitTensor, inward, outward, without_prefix
 from sdjax.checkpoints.storage.weights import Source, Weights, read_file
@@ -250,18 +250,25 @@ def networks_in(shapes: Shapes, found: Detected, path: object, scale: float | No
     networks = [backbone, vae._replace(extra={**vae.extra, "sample_size": side})]
     for name, prefix in family.prefixes.items():
         is_open, projected = prefix.endswith(".model."), name == "text_encoder_2"
-        config = clip.original_config(without_prefix(shapes, prefix), is_open, projected, path)
+        below = without_prefix(shapes, prefix)
+        config = _bounded(clip.original_config(below, is_open, projected, path), below, path)
         networks.append(Network(name, prefix, config, {}, clip.pieces(config, is_open)))
     return networks + _conditions_in(shapes, family.conditioning, vae.config.factor, path)
+
+
+def _bounded(config: Any, shapes: Shapes, path: object) -> Any:
+    """The sizes of a network that is traced next, held to its tensors; a UserError where these are too few."""
+    check_blocks(config.blocks, shapes, path)
+    return config
 
 
 def _unet_in(shapes: Shapes, family: Family, extra: Mapping[str, Any], path: object) -> Network:
     prefix = "" if family.kind == PIXELS else UNET
     below = without_prefix(shapes, prefix)
     if family.kind == STABLE_DIFFUSION or any(".transformer_blocks." in key for key in below):
-        config = unet.original_config(below, family.heads, path)
+        config = _bounded(unet.original_config(below, family.heads, path), below, path)
         return Network("unet", prefix, config, extra, unet.pieces(config))
-    sizes = unet2d.original_config(below, family.heads, path)
+    sizes = _bounded(unet2d.original_config(below, family.heads, path), below, path)
     return Network("unet", prefix, sizes, extra, unet2d.pieces(sizes, family.new_order))
 
 
@@ -273,7 +280,7 @@ def vae_in(shapes: Shapes, family: Family, prefix: str, path: object, scale: flo
     """
     # LDM diffuses the latents of a codebook as they are (scale_factor 1.0 in its configs).
     own = 1.0 if autoencoder.CODEBOOK in shapes else family.scaling_factor
-    config = autoencoder.original_config(shapes, own if scale is None else scale, path)
+    config = _bounded(autoencoder.original_config(shapes, own if scale is None else scale, path), shapes, path)
     return Network("vae", prefix, config, family.vae, autoencoder.pieces(config))
 
 
@@ -281,7 +288,8 @@ def _conditions_in(shapes: Shapes, conditioning: str, factor: int, path: object)
     """The network of the condition of an LDM model, if it has one."""
     below, prefix = without_prefix(shapes, COND), f"{COND}transformer."
     if conditioning in ("text_bert", "layout"):
-        config = embedders.original_bert(without_prefix(shapes, prefix), path)
+        below = without_prefix(shapes, prefix)
+        config = _bounded(embedders.original_bert(below, path), below, path)
         return [Network("bert", prefix, config, {}, embedders.bert_pieces(config))]
     if conditioning == "class_conditional":
         sizes = embedders.original_class_embedder(below, path)

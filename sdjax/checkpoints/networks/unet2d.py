@@ -301,6 +301,7 @@ def original_config(found: Shapes, heads: Heads, place: object) -> UNet2DConfig:
     layers = blocks // levels - 1
     firsts = [1 + level * (layers + 1) for level in range(levels)]
     channels = tuple(sizes.axis(f"input_blocks.{i}.0.out_layers.3.weight", 0) for i in firsts)
+    config_fields.check_levels(channels, str(place))
     if any(level % GROUPS for level in channels):
         raise UserError(f"{place} has a UNet of {list(channels)} channels; each must be a multiple of {GROUPS}")
     width = sizes.axis("time_embed.0.weight", 1)
