@@ -40,7 +40,7 @@ from sdjax.core.scripts import command_line, load_config, require
 from sdjax.core.tree import flatten, merge
 from sdjax.data.loader import Loader
 from sdjax.parallel.batches import put_batch
-from sdjax.parallel.distributed import initialise, run_together
+from sdjax.parallel.distributed import check_agreed, initialise, run_together
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import check_batch, sharded_put
 from sdjax.tasks.base import check_data
@@ -56,7 +56,7 @@ from sdjax.training.profile import Profile
 from sdjax.training.progress import announced, tell
 from sdjax.training.step import init_state, make_step
 from sdjax.training.task import Task, split_frozen
-from sdjax.training.workdir import CHECKPOINTS, check_owner, claim, open_workdir
+from sdjax.training.workdir import CHECKPOINTS, check_moved, check_owner, claim, open_workdir
 
 FIRST_STAGE = "first_stage"
 # What may change between two runs in one workdir: how long, how often to tell, what to keep, and on which devices.
@@ -158,12 +158,16 @@ def train_and_evaluate(
         if start >= options.steps and exported(root, start):
             tell("%s is finished: %s", root, root / EXPORT)
             return root / EXPORT
+        with announced(f"data {config.data.get('prepared') or config.data.source}"):
+            data = task.identity()
+        check_agreed("the data", json.dumps(data))
+        check_moved(root, config.to_dict(), data)
         with announced(f"{root}: networks and their first weights"):
             frozen, initial = split_frozen(task, task.pretrained(sharded_put(mesh)))
             state = init_state(task, optimizer, options.seed, mesh, initial)
         with announced(f"data {config.data.get('prepared') or config.data.source}"):
             batches = task.batch(merge(frozen, state.params))
-        claim(root, config.to_dict())
+        claim(root, config.to_dict(), data)
         if start:
             state, position = checkpoints.restore(state)
             batches.set_state(position)

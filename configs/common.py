@@ -57,9 +57,9 @@ def base() -> Config:
                 "remat": "none",
                 "dtype": "float32",
                 "seed": 0,
-                "log_every": 50,
+                "log_every": 50,  # 0: never, as for the next two
                 "sample_every": 1000,
-                "checkpoint_every": 1000,
+                "checkpoint_every": 1000,  # and at the end, always
                 "keep_checkpoints": 2,
                 "keep_best": "",  # a metric: as many checkpoints with its lowest means are retained, too
                 "restore": "latest",  # "previous" goes back by one where the latest cannot be read

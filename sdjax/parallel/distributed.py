@@ -91,6 +91,13 @@ def agreed(text: str) -> str:
     return bytes(multihost_utils.broadcast_one_to_all(said)).rstrip(b"\0").decode()
 
 
+def check_agreed(what: str, mine: str) -> None:
+    """Raises a UserError in each process for which something is not what it is for the first one."""
+    said = agreed(mine)
+    if mine != said:
+        raise UserError(f"{what} of process {jax.process_index()}: {mine}; of process 0: {said}; they must be the same")
+
+
 def is_mine(number: int) -> bool:
     """True if this process is to do the work of that number: all take turns."""
     return number % jax.process_count() == jax.process_index()

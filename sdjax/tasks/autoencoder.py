@@ -39,7 +39,7 @@ from sdjax.models.conditioning import apply
 from sdjax.models.layers import Conv
 from sdjax.models.lpips import LPIPS
 from sdjax.models.patchgan import PatchDiscriminator
-from sdjax.tasks.base import batches, gathered, open_images
+from sdjax.tasks.base import batches, data_identity, gathered, open_images
 from sdjax.tasks.first_stage.objective import CRITERIA, MOST, Adversary, adversarial, reconstruction
 from sdjax.tasks.variants import sizes_of
 from sdjax.training.task import DevicePut, Metrics, Task
@@ -131,7 +131,7 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     frozen = {PERCEPTUAL: perceptual.lpips_shapes()} if perceives else {}
     use = "python train.py --config configs/ldm.py:VARIANT --config.task.first_stage={workdir} --workdir ..."
-    return Task(init, loss, preview, batch, export, batch_spec, frozen, pretrained, use)
+    return Task(init, loss, preview, batch, export, batch_spec, frozen, pretrained, use, lambda: data_identity(config))
 
 
 def _adversary(config: Config, values: int) -> tuple[PatchDiscriminator, Adversary | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -10,7 +11,9 @@ from jaxtyping import Array
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
+from sdjax.data.identity import identity_of
 from sdjax.data.loader import Loader, Prefetch, Shard, Transform, loader
+from sdjax.data.prepared.dataset import PreparedSource
 from sdjax.data.sources import open as sources
 from sdjax.data.sources import validate
 from sdjax.data.sources.rules import RowRules
@@ -66,6 +69,17 @@ def check_data(config: Config) -> int:
     if prepared := config.data.get("prepared", ""):
         return validate.report_prepared(prepared)
     return validate.report(config.data.source, rules=row_rules(config))
+
+
+def data_identity(config: Config) -> dict[str, Any]:
+    """The identity of a run's data: of what was prepared, or of config.data.source.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    if config.task.get("latents") == "prepared":
+        return identity_of(PreparedSource(Path(config.data.prepared).expanduser()))
+    return identity_of(open_images(config))
 
 
 def square_crops(config: Config) -> tuple[sources.Source, list[Any]]:

@@ -34,7 +34,7 @@ from sdjax.diffusion.loss import gather, uniform_timesteps
 from sdjax.diffusion.samplers import schedule_of
 from sdjax.models.adm_classifier import VARIANTS, Classifier, ClassifierConfig, classifier_of
 from sdjax.models.conditioning import apply
-from sdjax.tasks.base import batches, open_images, square_crops
+from sdjax.tasks.base import batches, data_identity, open_images, square_crops
 from sdjax.tasks.variants import sizes_of
 from sdjax.training.task import Metrics, Task
 
@@ -91,7 +91,7 @@ def make(config: Config, mesh: Mesh) -> Task:
         image = jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8)
         return {IMAGE: image, LABEL: jax.ShapeDtypeStruct((rows,), jnp.int32)}
 
-    return Task(init, loss, preview, batch, export, batch_spec)
+    return Task(init, loss, preview, batch, export, batch_spec, identity=lambda: data_identity(config))
 
 
 def sizes_of_classifier(config: Config) -> ClassifierConfig:

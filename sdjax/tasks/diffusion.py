@@ -46,7 +46,7 @@ from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, DiffusionModel, b
 from sdjax.models import autoencoder, unet, unet2d
 from sdjax.models.autoencoder import autoencoder_of
 from sdjax.models.conditioning import apply
-from sdjax.tasks.base import open_images
+from sdjax.tasks.base import data_identity, open_images
 from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
 from sdjax.tasks.finetune import PIXELS, from_checkpoint, is_finetuning
 from sdjax.tasks.latents import latent_source, open_prepared
@@ -116,7 +116,7 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     inputs = "".join(f" --{name} ..." for name in model.conditioner.traits.required)
     use = f"python sample.py --config {{config}} --checkpoint {{workdir}}{inputs}"
-    return Task(init, loss, show, batch, export, batch_spec, frozen, pretrained, use)
+    return Task(init, loss, show, batch, export, batch_spec, frozen, pretrained, use, lambda: data_identity(config))
 
 
 def make_model(config: Config) -> tuple[DiffusionModel, TrainingCondition]:

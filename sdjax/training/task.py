@@ -38,6 +38,7 @@ class Task(NamedTuple):
         pretrained: reads parameters from files: every frozen one, and the trained ones that do not begin from random
             numbers, which replace those of `init`. Called with a function that puts each array on its devices.
         use: a command that uses what was exported, with {config} and {workdir} in it; "" for none.
+        identity: of the data, wherever it lies: processes must agree on it, and it may move between runs.
     """
 
     init: Callable[[PRNGKeyArray], Params]
@@ -49,6 +50,7 @@ class Task(NamedTuple):
     frozen: Params = {}  # noqa: RUF012  (nobody writes into it)
     pretrained: Callable[[DevicePut], Params] = _fresh
     use: str = ""
+    identity: Callable[[], dict[str, Any]] = dict
 
 
 def split_frozen(task: Task, params: Params) -> tuple[Params, Params]:

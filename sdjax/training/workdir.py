@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from sdjax.core.errors import UserError
 from sdjax.core.files import cannot_write, write_bytes
 from sdjax.parallel.distributed import is_first, sync
 
-OWNER = "config.json"
+OWNER, DATA = "config.json", "data.json"
+MOVABLE = ("data.source", "data.prepared")
+"""Keys that may change where the identity of the data, in data.json, does not."""
 ADDED = {"data.crop": "centre", "data.crop_sides": [1.0, 1.0], "train.trainable": []}
 ADDED |= {"data.minimum_side": 0, "data.links": []}
 """Keys that configs of earlier versions lack, with what those did."""
@@ -31,6 +34,8 @@ RENAMED = {
 }
 """Tasks of version 0.1, which had other settings, with their names of today."""
 CHECKPOINTS = "checkpoints"
+
+logger = logging.getLogger("sdjax")
 
 
 def open_workdir(name: str | os.PathLike) -> epath.Path:
@@ -97,10 +102,7 @@ def check_owner(workdir: epath.Path, config: dict[str, Any], free: tuple[str, ..
         if checkpoints.exists() and any(entry.name.isdigit() for entry in checkpoints.iterdir()):
             raise UserError(f"{workdir} has checkpoints but no {OWNER} that says whose they are")
         return
-    try:
-        owner = _dotted(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    owner = _dotted(_read(path))
     task = owner.get("task.name")
     if task in RENAMED:
         raise UserError(
@@ -111,6 +113,7 @@ def check_owner(workdir: epath.Path, config: dict[str, Any], free: tuple[str, ..
     owner = {key: value for key, value in ADDED.items() if key in mine} | owner
     for key in sorted(owner.keys() | mine.keys()):
         allowed = any(key == name or key.startswith(f"{name}.") for name in free)
+        allowed = allowed or (key in MOVABLE and (workdir / DATA).exists())
         if not allowed and owner.get(key) != mine.get(key):
             raise UserError(
                 f"{workdir} belongs to another config: {key} is {owner.get(key)!r} there and {mine.get(key)!r} here; "
@@ -118,19 +121,53 @@ def check_owner(workdir: epath.Path, config: dict[str, Any], free: tuple[str, ..
             )
 
 
-def claim(workdir: epath.Path, config: dict[str, Any]) -> None:
-    """Makes a new workdir this config's own.
+def check_moved(workdir: epath.Path, config: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Holds data that a `MOVABLE` key names anew to be the same; under the same name it may be mended, as the log says.
+
+    Raises:
+        UserError: the workdir belongs to other data.
+    """
+    if not (workdir / DATA).exists():
+        return
+    known = _read(workdir / DATA)
+    there, here = (_dotted(json.loads(json.dumps(found))) for found in (_read(workdir / OWNER), config))
+    moved = [key for key in MOVABLE if there.get(key) != here.get(key)]
+    for key in moved:
+        where = f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+        if known != identity:
+            reason = f"{where}, and {_difference(known, identity)}"
+            raise UserError(f"{workdir} belongs to other data: {reason}; choose another --workdir")
+        logger.info("%s: the same data", where)
+    if known != identity:
+        logger.warning("the data has changed since this run began: %s", _difference(known, identity))
+
+
+def claim(workdir: epath.Path, config: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Makes a new workdir this config's own, and that of the data with this identity.
 
     Raises:
         UserError: another process of this run does not see what the first one wrote.
     """
     path = workdir / OWNER
-    if is_first() and not path.exists():
-        with unwritable(workdir):
-            write_whole(path, (json.dumps(config, indent=2) + "\n").encode())
+    for place, content in ((path, config), (workdir / DATA, identity)):
+        if is_first() and content and not place.exists():
+            with unwritable(workdir):
+                write_whole(place, (json.dumps(content, indent=2) + "\n").encode())
     sync("claim")
     if not path.exists():
         raise UserError(f"process 0 wrote {path} and this process does not see it; all of them need one file system")
+
+
+def _difference(known: dict[str, Any], identity: dict[str, Any]) -> str:
+    name = next(name for name in (*identity, *known) if known.get(name) != identity.get(name))
+    return f"{name} were {known.get(name)} and are {identity.get(name)}".replace("_", " ")
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -41,11 +41,15 @@ def start(
     )
 
 
-def start_together(count: int, workdir: Path, *flags: str, **options) -> list[subprocess.Popen]:
-    """Processes that find each other over loopback."""
+def start_together(
+    count: int, workdir: Path, *flags: str, rows: tuple[int, ...] = (), **options
+) -> list[subprocess.Popen]:
+    """Processes that find each other over loopback; each has so many rows of data, where `rows` are given."""
     address = f"--coordinator=localhost:{children.free_port()}"
+    own = [{"TINY_ROWS": str(number)} for number in rows] or [{}] * count
     return [
-        start(workdir, address, f"--processes={count}", f"--process_id={i}", *flags, **options) for i in range(count)
+        start(workdir, address, f"--processes={count}", f"--process_id={i}", *flags, **options, **own[i])
+        for i in range(count)
     ]
 
 

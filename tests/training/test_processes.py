@@ -124,6 +124,15 @@ def test_one_process_that_fails_ends_the_other(tmp_path):
     assert re.search("process 1 of this run failed|another task died|Connection (closed|reset)", told)
 
 
+@pytest.mark.slow
+def test_two_processes_with_other_data_are_refused(tmp_path):
+    """One has 32 examples and one 31: before a step, one says so, and both end."""
+    (first, told), (second, why) = finish(*start_together(2, tmp_path / "run", FOUR, rows=(32, 31)), timeout=120)
+    assert (first, second) == (2, 2), told + why
+    assert 'error: the data of process 1: {"examples": 31}; of process 0: {"examples": 32}; they must be' in why
+    assert not (tmp_path / "run/tensorboard").exists()
+
+
 def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):
     flags = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--process_id=1", "--coordinator_timeout=2"]
     ((code, errors),) = finish(start(tmp_path / "run", *flags))

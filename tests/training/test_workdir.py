@@ -21,7 +21,7 @@ from sdjax.training.workdir import check_owner, claim, is_remote, open_workdir
 
 def test_owner_and_export_in_a_bucket(bucket, tmp_path):
     assert is_remote(bucket)
-    claim(bucket, {"optim": {"rate": 1}})
+    claim(bucket, {"optim": {"rate": 1}}, {})
     assert json.loads((bucket / "config.json").read_text()) == {"optim": {"rate": 1}}
     with pytest.raises(UserError, match=r"gs://bucket/run belongs to another config: optim.rate is 1 there"):
         check_owner(bucket, {"optim": {"rate": 2}}, ())
@@ -86,7 +86,7 @@ def test_an_export_that_was_cut_short_is_made_again(make_config, monkeypatch, tm
 
 def test_old_workdirs_resume_with_new_keys(tmp_path):
     """Such a run goes on with the default, and is refused with another value."""
-    claim(epath.Path(tmp_path), {"data": {"source": "a"}})
+    claim(epath.Path(tmp_path), {"data": {"source": "a"}}, {})
     check_owner(epath.Path(tmp_path), {"data": {"source": "a", "crop": "centre", "crop_sides": (1.0, 1.0)}}, ())
     check_owner(epath.Path(tmp_path), {"data": {"source": "a"}}, ())
     with pytest.raises(UserError, match=r"data.crop is 'centre' there and 'random' here"):
@@ -97,7 +97,7 @@ def test_old_workdirs_resume_with_new_keys(tmp_path):
 def test_a_run_of_the_first_version_is_refused(task, now, tmp_path):
     """Its tasks had other names and other settings; first stages are what they were."""
     workdir = epath.Path(tmp_path)
-    claim(workdir, {"task": {"name": task, "caption_dropout": 0.1}})
+    claim(workdir, {"task": {"name": task, "caption_dropout": 0.1}}, {})
     message = rf"{tmp_path} was begun by an earlier version, whose task '{task}' this one calls '{now}', .* sdjax 0\.1"
     with pytest.raises(UserError, match=message):
         check_owner(workdir, {"task": {"name": now, "dropout": 0.1}}, ())

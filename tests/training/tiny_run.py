@@ -23,7 +23,7 @@ from sdjax.tasks.base import loader_options
 from sdjax.training.preemption import end_well_before
 from sdjax.training.task import Task
 
-WIDTH, ROWS = 64, 32
+WIDTH, ROWS = 64, int(os.environ.get("TINY_ROWS", "32"))
 PAUSE = float(os.environ.get("TINY_PAUSE", "0"))
 NAN = -1  # the batch that holds a NaN
 FAIL = os.environ.get("TINY_FAIL", "")  # "PROCESS:STEP": where one process fails
@@ -63,7 +63,7 @@ def make_task(config, mesh) -> Task:
     def batch_spec(rows):
         return {"x": jax.ShapeDtypeStruct((rows, WIDTH), jnp.float32)}
 
-    return Task(init, loss, preview, batch, export, batch_spec)
+    return Task(init, loss, preview, batch, export, batch_spec, identity=lambda: {"examples": ROWS})
 
 
 def leaves(tree):
