@@ -27,8 +27,12 @@ SMALL = 2**16  # bytes; less is not worth a file
 
 def exported_step(workdir: epath.Path) -> int:
     """The step whose export is there, all of it; 0 where there is none."""
-    record = workdir / RECORD
-    return json.loads(record.read_text())["step"] if record.exists() and (workdir / EXPORT).exists() else 0
+    try:
+        found = json.loads((workdir / RECORD).read_text())
+    except (FileNotFoundError, ValueError):  # none, or one that a power loss cut: the export is made again
+        return 0
+    is_whole = isinstance(found, dict) and isinstance(found.get("step"), int) and (workdir / EXPORT).exists()
+    return found["step"] if is_whole else 0
 
 
 def exported(workdir: epath.Path, step: int) -> bool:

@@ -103,3 +103,10 @@ def test_a_run_of_the_first_version_is_refused(task, now, tmp_path):
         check_owner(workdir, {"task": {"name": now, "dropout": 0.1}}, ())
     (workdir / "config.json").write_text('{"task": {"name": "autoencoder"}, "train": {}}')
     check_owner(workdir, {"task": {"name": "autoencoder"}, "train": {"trainable": ()}}, ())
+
+
+def test_a_damaged_record_of_the_export_is_no_record(tmp_path):
+    (tmp_path / "export").mkdir()
+    for text, is_whole in (('{"step": 3}', True), ('{"step"', False), ("[3]", False), ("\x00\x00", False)):
+        (tmp_path / "export.json").write_text(text)
+        assert exported(epath.Path(tmp_path), 3) == is_whole
