@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from launching import finish, run, start, state_of, steps
+from launching import finish, run, start, state_of, steps, wait_until
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -69,13 +69,15 @@ def has_begun(workdir: Path, pid: int) -> bool:
 
 
 def kill_once(workdir: Path, rng: random.Random) -> str:
-    """Begins, waits for a while after the imports, and kills; says in what."""
-    process = start(workdir, *FLAGS, TINY_PAUSE="0.01")
-    deadline = time.monotonic() + 240.0
-    while not has_begun(workdir, process.pid) and process.poll() is None:
-        assert time.monotonic() < deadline, "it did not begin"
-        time.sleep(0.01)
-    time.sleep(rng.uniform(0, 6) * rng.random())
+    """Begins, waits for a moment of the start or for some checkpoints more, and kills; says in what."""
+    process, before = start(workdir, *FLAGS, TINY_PAUSE="0.01"), max(steps(workdir), default=0)
+    wait_until(lambda: has_begun(workdir, process.pid), process)
+    if rng.random() < 0.25:
+        time.sleep(rng.uniform(0, 2))
+    else:
+        target = before + EVERY * rng.randint(1, 6)
+        wait_until(lambda: max(steps(workdir), default=0) >= min(target, STEPS), process)
+        time.sleep(rng.uniform(0, 0.2))
     process.kill()
     ((code, errors),) = finish(process)
     assert code in (-signal.SIGKILL, 0), errors
