@@ -189,8 +189,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            step = self.latest
-            self._means.pop(step, None)
+            step = max(self._means)  # the one that was begun last
+            del self._means[step]
             problem = cannot_write(self._folder / str(step), _os_error(error))
             raise UserError(f"{problem}; {self._intact()}") from error
 
@@ -199,10 +199,10 @@ class Checkpoints:
         return "there is no checkpoint before it" if step is None else f"the checkpoint of step {step} is intact"
 
     def _put_newest_aside(self, why: str) -> None:
-        step = self.latest
+        step = max(self._means)
         if is_first():
             put_aside(self._folder / str(step), why)
-        self._means.pop(step)
+        del self._means[step]
         sync("put aside")
 
     def _means_of(self, step: int) -> dict[str, float]:

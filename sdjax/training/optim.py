@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 import optax.contrib
 
@@ -40,13 +41,20 @@ def learning_rates(optim: Config, steps: int) -> dict[str, optax.Schedule]:
 
 def warn_of_changed_rates(optim: Config, before: int, steps: int, start: int) -> None:
     """Says where a run of `before` steps goes on as one of `steps` with other learning rates, from step `start`."""
-    rates = zip(learning_rates(optim, before).items(), learning_rates(optim, steps).values(), strict=True)
-    for (name, was), now in rates:
-        if any(float(was(step)) != float(now(step)) for step in (start, min(before, steps))):
+    points = (start, min(before, steps))
+    was, now = (
+        {
+            name: [float(np.asarray(rate(step))) for step in points]
+            for name, rate in learning_rates(optim, count).items()
+        }
+        for count in (before, steps)
+    )
+    for name in was:
+        if was[name] != now[name]:
             logger.warning(
                 "config.train.steps was %d and is %d, which changes config.optim.schedule=%r: the %s of the next step "
                 "is %.3g, and would have been %.3g",
-                *(before, steps, optim.schedule, name.replace("_", " "), float(now(start)), float(was(start))),
+                *(before, steps, optim.schedule, name.replace("_", " "), now[name][0], was[name][0]),
             )
 
 
