@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults import full_disk
 from ml_collections import ConfigDict
 
 from sdjax.core.errors import UserError
@@ -95,6 +96,17 @@ def test_processes_share_shards_and_resume(tmp_path):
     writers[0][0].finish({})
     assert_whole(tmp_path)
     assert list(writer(tmp_path).pending()) == []
+
+
+@pytest.mark.parametrize("room", [0, 1000])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(room, tmp_path):
+    message = "cannot write .*: File too large; make room and run the same command again"
+    with full_disk(room), pytest.raises(UserError, match=message):
+        write_all(tmp_path)
+    here, _ = write_all(tmp_path)
+    here.finish({})
+    assert_whole(tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 class KilledError(Exception):

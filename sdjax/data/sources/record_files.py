@@ -12,7 +12,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from sdjax.core.errors import UserError
-from sdjax.core.files import atomic_write
+from sdjax.core.files import ADVICE, atomic_write, cannot_write
 
 # One record a chunk makes each a single read; what is stored here is compressed already, or noise.
 WRITING = "group_size:1,uncompressed"
@@ -102,8 +102,10 @@ def write_records(path: Path, records: Iterable[bytes]) -> int:
                 writer.write(record)
                 count += 1
             writer.close()
-        except RuntimeError as error:
-            raise UserError(f"cannot write {path}: {_first_line(error)}") from error
+        except RuntimeError as error:  # which has the system's reason in its text
+            number = next((number for number in ADVICE if os.strerror(number) in str(error)), 0)
+            reason = os.strerror(number) if number else _first_line(error)
+            raise cannot_write(path, OSError(number, reason)) from error
     return count
 
 
