@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -166,8 +167,8 @@ def _taken(path: Path, theirs: Any, record: Record) -> UserError:
 
 
 def _set_aside(path: Path) -> Path:
-    for number in range(10**6):
-        aside = path.with_name(f"{path.name}.damaged{number or ''}")
-        if not aside.exists():
-            return path.rename(aside)
-    raise UserError(f"{path} is damaged, and {aside.parent} is full of such files; {ADVICE}")
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+    try:
+        return path.rename(next(name for name in names if not name.exists()))
+    except OSError as error:
+        raise cannot_write(path, error) from error
