@@ -112,9 +112,9 @@ def test_clip_skip_is_counted_from_the_output(stop: int, first: int, other: int)
     assert (found.values["clip_skip"], found.penultimate["clip_skip"]) == (first, other)
 
 
-def test_brackets_are_characters():
-    graph = {**DEFAULT, "6": ("CLIPTextEncode", {"text": "[red] (heart:1.2) \\[x", "clip": ["4", 1]})}
-    assert read(graph).values["prompt"] == "\\[red\\] (heart:1.2) \\[x"
+def test_brackets_and_commands_of_a1111_are_words():
+    graph = {**DEFAULT, "6": ("CLIPTextEncode", {"text": "[red] (heart:1.2) \\[x AND BREAK", "clip": ["4", 1]})}
+    assert read(graph).values["prompt"] == "\\[red\\] (heart:1.2) \\[x and break"
 
 
 def test_samplers_of_parts():

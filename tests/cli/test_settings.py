@@ -6,12 +6,14 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from foreign_settings import K_SAMPLERS, SAMPLERS, WRITERS, Texts, Wanted, wanted
+from foreign_settings import K_SAMPLERS, SAMPLERS, WRITERS, Texts, Wanted, Writer, wanted
 from sd_parsers.parsers import AUTOMATIC1111Parser, ComfyUIParser, FooocusParser, InvokeAIParser, NovelAIParser
 
+from sdjax.cli.records import parameters
 from sdjax.cli.settings.read import find_settings
 
 CASES = 200
+OWN = Writer(lambda wish, _: {"parameters": parameters(wish)})
 PEERS = {
     **dict.fromkeys(("A1111", "Forge", "SD.Next", "Fooocus as A1111"), AUTOMATIC1111Parser),
     **dict.fromkeys(("InvokeAI", "InvokeAI 2", "InvokeAI 1"), InvokeAIParser),
@@ -37,6 +39,16 @@ def test_values_put_in_come_out(name: str):
         assert {option: found.values.get(option) for option in wish} == wish, texts
 
 
+def test_our_own_text_is_read_as_it_was_written():
+    """Without the exact record, as other tools keep it; an image index tells it from A1111's."""
+    rng = random.Random(0)
+    for index in range(CASES):
+        wish = {**wanted(rng, OWN), "index": index, "clip_skip": rng.randint(1, 4), "rng": "torch", "hires": 1.5}
+        found = find_settings({"parameters": parameters(wish)}, "x.png")
+        assert found.values == wish
+        assert (found.penultimate["clip_skip"], found.notes) == (wish["clip_skip"], [])
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_sd_parsers_reads_the_same(name: str):
     """The PyPI package sd-parsers: prompts, sampler, steps, seed and guidance of every text that it reads."""
@@ -52,6 +64,6 @@ def test_sd_parsers_reads_the_same(name: str):
         numbers = {**theirs.metadata, **sampler.parameters}
         for label, option in (("steps", "steps"), ("seed", "seed"), ("cfg_scale", "guidance_scale")):
             if label in numbers:  # a seed may be behind a link
-                assert float(numbers[label]) == values[option], texts
+                assert type(values[option])(numbers[label]) == values[option], texts
                 read += 1
     assert read > 2 * CASES

@@ -8,6 +8,8 @@ from collections.abc import Callable
 Translate = Callable[[str], str]
 
 BRACKET = re.compile(r"\\.|[\[\]]", re.DOTALL)
+# A1111 alone reads these words as commands; text encoders know no capitals.
+COMMAND = re.compile(r"\b(AND|BREAK)\b")
 # NovelAI: {word} weighs 1.05, [word] 1 / 1.05; parentheses are characters. Since version 4, 1.5::words:: weighs 1.5.
 NOVELAI = {"{": "(", "}": ":1.05)", "[": "(", "]": f":{1 / 1.05:.4f})", "(": r"\(", ")": r"\)"}
 NUMERIC = re.compile(r"(?<![\d.])(-?\d{1,3}(?:\.\d{1,6})?)::([^:]*)::")
@@ -27,12 +29,12 @@ def a1111(text: str) -> str:
 
 def comfyui(text: str) -> str:
     """ComfyUI's: brackets are characters (comfy/sd1_clip.py)."""
-    return BRACKET.sub(lambda match: match[0] if len(match[0]) > 1 else f"\\{match[0]}", text)
+    return BRACKET.sub(lambda match: match[0] if len(match[0]) > 1 else f"\\{match[0]}", _words(text))
 
 
 def novelai(text: str) -> str:
     """NovelAI's: braces, brackets and numbers weigh words."""
-    text = "".join(NOVELAI.get(character, character) for character in text)
+    text = "".join(NOVELAI.get(character, character) for character in _words(text))
     return NUMERIC.sub(r"(\2:\1)", text)
 
 
@@ -46,7 +48,12 @@ def invokeai(text: str) -> str:
             return f":{_weight(match['group'])})"
         return f"\\{match[0]}" if match[0] in "[]" else match[0]
 
-    return COMPEL.sub(translate, text)
+    return COMPEL.sub(translate, _words(text))
+
+
+def _words(text: str) -> str:
+    """A text without A1111's commands."""
+    return COMMAND.sub(lambda match: match[0].lower(), text)
 
 
 def _weight(marks: str | None) -> str:
