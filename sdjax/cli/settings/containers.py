@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,8 @@ def read_texts(path: str | Path, names: Collection[str]) -> dict[str, str]:
         UserError: the file cannot be read, is none of these formats, or a text is longer than 4 million characters.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            texts = _chunks(image.info)
-            missing = image.format == "PNG" and "exif" not in image.info and texts.keys().isdisjoint(names)
-            if missing and image.width * image.height <= MAX_PIXELS:
-                image.load()  # chunks may stand after the pixels
-                texts = _chunks(image.info)
-            if "exif" in image.info or image.format != "PNG":
-                texts = {**dict(_exif(image.getexif())), **texts}
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of parts of EXIF that Pillow leaves out
+            texts = _texts(path, names)
     except UNREADABLE as error:
         reason = "it is no PNG, JPEG or WebP, or a damaged one"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else reason
@@ -49,31 +44,44 @@ def read_texts(path: str | Path, names: Collection[str]) -> dict[str, str]:
     return texts
 
 
+def _texts(path: str | Path, names: Collection[str]) -> dict[str, str]:
+    with Image.open(path, formats=FORMATS) as image:
+        texts = _chunks(image.info)
+        missing = image.format == "PNG" and "exif" not in image.info and texts.keys().isdisjoint(names)
+        if missing and image.width * image.height <= MAX_PIXELS:
+            image.load()  # chunks may stand after the pixels
+            texts = _chunks(image.info)
+        if "exif" in image.info or image.format != "PNG":
+            texts = {**dict(_exif(image.getexif())), **texts}
+        return texts
+
+
 def _chunks(info: dict[Any, Any]) -> dict[str, str]:
     return {name: str(text) for name, text in info.items() if isinstance(name, str) and isinstance(text, str)}
 
 
 def _exif(exif: Image.Exif) -> Iterator[tuple[str, str]]:
     """Named texts of EXIF, the weakest first."""
-    comments = [exif.get(DESCRIPTION), exif.get(MAKE), exif.get(MODEL), exif.get(USER_COMMENT)]
-    comments.append(exif.get_ifd(EXIF_IFD).get(USER_COMMENT))
-    for comment in comments:
-        text = decode_comment(comment) if isinstance(comment, bytes) else comment
-        if isinstance(text, str) and (match := NAMED.match(text)):
-            yield match[1].lower(), text[match.end() :].rstrip("\0")
-        elif isinstance(text, str) and comment in comments[-2:] and text.strip("\0 "):
-            yield "parameters", text.strip("\0")
+    tags = [(tag, exif.get(tag)) for tag in (DESCRIPTION, MAKE, MODEL, USER_COMMENT)]
+    for tag, value in (*tags, (USER_COMMENT, exif.get_ifd(EXIF_IFD).get(USER_COMMENT))):
+        text = decode_comment(value) if isinstance(value, bytes) else value
+        if not isinstance(text, str):
+            continue
+        text = text.strip("\0")
+        if match := NAMED.match(text):
+            yield match[1].lower(), text[match.end() :]
+        elif tag == USER_COMMENT and text:
+            yield "parameters", text
 
 
 def decode_comment(comment: bytes) -> str:
     """EXIF's UserComment, with or without its eight bytes, and UTF-16 of either byte order."""
     if comment.startswith(UNICODE):
         data = comment[len(UNICODE) :]
-        data = data[: len(data) // 2 * 2]
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return data.decode("utf-16", "replace")
+        if b"\0" not in data:  # in spite of its name
+            return data.decode("utf-8", "replace")
         # Most characters of settings are ASCII, whose high byte is 0.
         order = "be" if data[::2].count(0) >= data[1::2].count(0) else "le"
-        return data.decode(f"utf-16-{order}", "replace")
+        return data[: len(data) // 2 * 2].decode(f"utf-16-{order}", "replace").removeprefix("\ufeff")
     data = next((comment[len(prefix) :] for prefix in PREFIXES if comment.startswith(prefix)), comment)
     return data.decode("utf-8", "replace")
