@@ -21,9 +21,9 @@ from sdjax.pipeline.options import OPTIONS
 # A name, which may hold blanks and hyphens, and a value: a JSON string, an object, or all up to a comma that is not
 # within a number.
 SETTING = re.compile(
-    r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"(?=\s*(?:,|$))|\{[^{}]*\}(?=\s*(?:,|$))|(?:[^,]|(?<=\d),(?=\d))*)'
+    r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"(?=\s*(?:,|$))|\{[^{}]*\}(?=\s*(?:,|$))|[^,]*(?:(?<=\d),(?=\d)[^,]*)*)'
 )
-SIZE = re.compile(r"(\d{1,6})\s*x\s*(\d{1,6})")
+SIZE = re.compile(r"(\d{1,6})\s*[x\u00d7]\s*(\d{1,6})")
 # A1111's own least number of settings for a line to be one of settings; two of its own must be among them.
 FEWEST_SETTINGS, FEWEST_CORE = 3, 2
 CORE = {"steps", "sampler", "cfg scale", "seed", "size", "model", "model hash"}
@@ -31,23 +31,14 @@ CORE = {"steps", "sampler", "cfg scale", "seed", "size", "model", "model hash"}
 NUMBERS = {option.label.casefold(): name for name, option in OPTIONS.items() if option.is_number and option.label}
 NUMBERS |= {"image index": "index", "hires scale": "hires", "hires strength": "hires_strength"}
 NUMBERS |= {"refiner switch at": "refiner_start"}
-SCHEDULES = ("schedule type", "scheduler", "sampler sigma", "sampler spacing")
+SCHEDULES = ("schedule type", "scheduler", "schedule", "sampler sigma", "sampler spacing")
 SECOND_SIZES = ("hires resize", "hires fixed", "hires size")
-FOLLOWED = {
-    *NUMBERS,
-    *SCHEDULES,
-    *SECOND_SIZES,
-    "first pass size",
-    "eta ddim",
-    "sampler",
-    "size",
-    "model",
-    "clip skip",
-    "rng",
-}
+FOLLOWED = {*NUMBERS, *SCHEDULES, *SECOND_SIZES, "first pass size", "eta ddim", "sampler", "size", "model", "rng"}
+FOLLOWED |= {"clip skip"}
 # A first pass of size 0x0 had about as many pixels as Stable Diffusion 1 was trained on, in multiples of 64.
 FIRST_PASS, FIRST_MULTIPLE = 512 * 512, 64
 MOST_LINES = 4
+BLANKS = " \t\n\0\ufeff"
 
 
 class Parts(NamedTuple):
@@ -89,7 +80,8 @@ def read(texts: Mapping[str, str], place: str) -> Settings:
 
 def split(text: str) -> Parts:
     """Parts of a text: its settings are the last line that reads like some."""
-    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").strip().split("\n")]
+    text = text.replace("\r\n", "\n").replace("\r", "\n").strip(BLANKS)
+    lines = [line.strip() for line in text.split("\n")]
     for number in range(len(lines) - 1, -1, -1):
         settings = parse_settings(lines[number])
         if len(settings) >= FEWEST_SETTINGS and len(CORE & {name.casefold() for name in settings}) >= FEWEST_CORE:
@@ -117,7 +109,7 @@ def dialect_of(settings: Mapping[str, str]) -> Dialect:
         return SDJAX
     if settings.get("app", "").casefold() == "sd.next":
         return SDNEXT
-    if version.startswith("fooocus"):
+    if version.startswith(("fooocus", "comfyui")):
         return FOOOCUS
     return FORGE if re.match(r"f\d|neo|forge", version) else A1111
 

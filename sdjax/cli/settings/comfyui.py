@@ -26,8 +26,8 @@ SIGMAS = {"KarrasScheduler": "karras", "ExponentialScheduler": "exponential", "A
 SIGMAS |= {"PolyexponentialScheduler": "polyexponential", "BetaSamplingScheduler": "beta"}
 # Names under which nodes hand on a number.
 NUMBER_NAMES = ("value", "seed", "noise_seed", "int", "float", "number", "Value", "Number")
-# Nodes whose part in an image is read, or none; all others on the way are named.
 MOST_SAMPLERS = 8
+# Nodes whose part in an image is read, or none; all others on the way are named.
 READ = {
     *(*SAMPLERS, *SAVES, *SIGMAS, "KSamplerSelect", "BasicScheduler", "RandomNoise", "CFGGuider", "BasicGuider"),
     *("CLIPTextEncode", "CLIPTextEncodeSDXL", "CLIPTextEncodeSDXLRefiner", "CLIPSetLastLayer", "ConditioningZeroOut"),
@@ -52,6 +52,8 @@ def read(texts: Mapping[str, str], place: str) -> Settings:
         _put_second(found, graph, first, last)
     if len(chain) > 2:
         found.notes.append(f"{len(chain) - 2} of {len(chain)} samplers in a row are not followed")
+    if (saved := sum(node.kind == SAVES[0] for node in graph.values())) > 1:
+        found.notes.append(f"{saved} images are saved; the settings are those of one")
     others = [node for node in upstream(graph, Link(last.key, 0)) if node.kind not in READ]
     named = {node.key: ", ".join(value for value in node.inputs.values() if isinstance(value, str)) for node in others}
     found.note_others({f"{node.kind} {node.key}": named[node.key] or "there" for node in others})
@@ -144,7 +146,7 @@ def _put_conditions(found: Settings, graph: Graph, node: Node) -> None:
 def _put_second(found: Settings, graph: Graph, first: Node, last: Node) -> None:
     """A refiner that takes over, or a second pass over enlarged latents."""
     end, steps = _value(graph, first, "end_at_step"), found.values.get("steps")
-    if _value(graph, last, "add_noise") == "disable":
+    if _value(graph, last, "add_noise") in ("disable", False):
         if isinstance(end, int) and steps and 0 < end < steps:
             found.put("refiner_start", end / steps)
         return

@@ -47,7 +47,7 @@ PROGRAMS = {
         # Styles and expansions are in the full prompts, which are what was encoded.
         ("full_prompt", "prompt"),
         ("full_negative_prompt", "negative_prompt"),
-        {"guidance_scale": "guidance_scale", "steps": "steps", "refiner_switch": "refiner_start"},
+        {"guidance_scale": "guidance_scale", "steps": "steps"},
         ("resolution",),
         model="base_model",
     ),

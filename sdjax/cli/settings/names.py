@@ -46,12 +46,12 @@ class Dialect(NamedTuple):
     img2img: Callable[[int, float], tuple[int, float]] = lambda steps, strength: (steps, strength)
 
 
-def one_more(steps: int, strength: float) -> tuple[int, float]:
+def run_one_more(steps: int, strength: float) -> tuple[int, float]:
     """A1111 runs int(strength steps) + 1 of the steps (modules/sd_samplers_common.py, setup_img2img_steps)."""
     return steps, _share(min(int(min(strength, 0.999) * steps) + 1, steps), steps)
 
 
-def all_of_them(steps: int, strength: float) -> tuple[int, float]:
+def run_all(steps: int, strength: float) -> tuple[int, float]:
     """ComfyUI runs the last steps of int(steps / strength) (comfy/samplers.py, KSampler.set_steps)."""
     total = int(steps / strength) if strength > 0.0 else steps
     return total, _share(steps, total)
@@ -94,7 +94,7 @@ ON_TIMESTEPS = {"ddim": "leading", "plms": "leading", "unipc": "linspace"}
 
 SDJAX = Dialect(SAMPLERS, SCHEDULES, AUTOMATIC)
 # Only Stable Diffusion 1 stops at the layer that the user names.
-A1111 = Dialect(SAMPLERS, SCHEDULES, AUTOMATIC, "linspace", ON_TIMESTEPS, clip_skip=(1, None), img2img=one_more)
+A1111 = Dialect(SAMPLERS, SCHEDULES, AUTOMATIC, "linspace", ON_TIMESTEPS, clip_skip=(1, None), img2img=run_one_more)
 FORGE = A1111._replace(clip_skip=(1, 2))
 SDNEXT = Dialect(
     {**SAMPLERS, "pndm": "plms", "kdpm2": "dpm2", "kdpm2 a": "dpm2_a", "dpm sde": "dpmpp_sde"},
@@ -113,7 +113,7 @@ COMFYUI = Dialect(
     clip_skip=(1, 2),
     cpu_noise=True,
     translate=emphasis.comfyui,
-    img2img=all_of_them,
+    img2img=run_all,
 )
 FOOOCUS = COMFYUI._replace(
     samplers={**SAMPLERS, **COMFYUI.samplers}, schedules={**COMFYUI.schedules, "lcm": "", "tcd": ""}

@@ -48,7 +48,8 @@ def _texts(graph: Graph, link: Any, role: str, known: dict[str, list[str]], dept
         ]
         texts = [text for part in parts for text in part]
         if node.kind == "StringConcatenate":
-            texts = [str(node.inputs.get("delimiter", "")).join(texts)]
+            delimiter = node.inputs.get("delimiter")
+            texts = [(delimiter if isinstance(delimiter, str) else "").join(texts)]
         if sum(map(len, texts)) <= LONGEST:
             known[node.key] = texts
     return known[node.key]

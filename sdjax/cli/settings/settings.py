@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sdjax.cli.settings.names import OWN_TIMESTEPS, Dialect, sampler_of, schedule_of
 from sdjax.core.errors import UserError, unknown
 from sdjax.pipeline.options import OPTIONS, Pair, check_value, parse_value
+from sdjax.pipeline.seeds import RANDOM
 
 # Options that have another name in the settings of one image.
 OPTION_OF = {"index": "first_index"}
@@ -76,11 +77,11 @@ class Settings:
                 self.put(name, self.dialect.translate(text) if isinstance(text, str) else text or "")
 
     def put_seed(self, seed: Any) -> None:
-        """Keep a seed; one below 0 asked that program for any."""
-        self.put("seed", seed)
-        if "seed" in self.refused and re.fullmatch(r"-\d{1,20}", str(seed).strip()):
-            del self.refused["seed"]
+        """Keep a seed; one below 0 asked that program for any, and so does this one."""
+        if re.fullmatch(r"-\d{1,20}", str(seed).strip()):
             self.notes.append(f"seed {seed} stands for a random one, which the text does not name")
+            seed = RANDOM
+        self.put("seed", seed)
 
     def put_size(self, width: Any, height: Any) -> None:
         """Keep a size in pixels, cut to what that program makes of it."""
@@ -125,10 +126,9 @@ class Settings:
             self.values["clip_skip"] = max(0, stop - first)
             self.penultimate["clip_skip"] = 0 if other is None else max(0, stop - other)
 
-    def note_others(self, text: Mapping[str, Any], followed: Collection[str] = ()) -> None:
-        """Note whatever of a text has no part in an image here; hashes and the like come last."""
-        others = [(name, value) for name, value in text.items() if name not in followed and value and value != "None"]
-        if others:
+    def note_others(self, text: Mapping[str, Any]) -> None:
+        """Note values that have no part in an image here, unless they are none; hashes and the like come last."""
+        if others := [(name, value) for name, value in text.items() if value and value != "None"]:
             others.sort(key=lambda pair: bool(UNSEEN.search(pair[0])))
             listed = ", ".join(f"{brief(name)}: {brief(value)}" for name, value in others[:MOST])
             self.notes.append(f"not followed: {listed}" + ", ..." * (len(others) > MOST))
