@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
+from foreign_settings import WRITERS, wanted
 
 from sdjax.cli.settings.read import find_settings
 from sdjax.data.text.prompts import parse
+from sdjax.data.text.wildcards import fill_template
 
 
 def weights(prompt: str) -> list[tuple[str, float]]:
@@ -43,6 +46,17 @@ def test_novelais_braces(prompt: str, wanted: list[tuple[str, float]]):
 def test_invokeais_marks(prompt: str, wanted: list[tuple[str, float]]):
     texts = {"invokeai_metadata": json.dumps({"positive_prompt": prompt, "steps": 4, "scheduler": "euler"})}
     assert weights(find_settings(texts, "x.png").values["prompt"]) == wanted
+
+
+@pytest.mark.parametrize("prompt", ["a {red|blue} cat", "{2$$a|b} {c} \\{d|e}", "{{x|y}}"])
+@pytest.mark.parametrize("name", ["A1111", "ComfyUI", "InvokeAI", "Fooocus"])
+def test_braces_of_other_programs_draw_nothing(name: str, prompt: str):
+    """They are left of prompts whose words have been drawn; A1111 drops backslashes."""
+    rng = random.Random(0)
+    wish = {**wanted(rng, WRITERS[name]), "prompt": prompt}
+    prompt = find_settings(WRITERS[name].write(wish, rng), "x.png").values["prompt"]
+    assert fill_template(prompt, None, "0") == prompt
+    assert weights(prompt) == [(wish["prompt"].replace("\\", ""), 1.0)]
 
 
 def test_blends_of_invokeai_are_named():

@@ -1,4 +1,4 @@
-"""Prompts of other programs in A1111's syntax: the same words, with the weights that they have there."""
+"""Prompts of other programs in this one's syntax: the same words, with the weights that they have there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 Translate = Callable[[str], str]
 
 BRACKET = re.compile(r"\\.|[\[\]]", re.DOTALL)
+# A brace that would begin a choice here.
+OPENED = re.compile(r"(?<!\\)\{")
 # A1111 alone reads these words as commands; text encoders know no capitals.
 COMMAND = re.compile(r"\b(AND|BREAK)\b")
 # NovelAI: {word} weighs 1.05, [word] 1 / 1.05; parentheses are characters. Since version 4, 1.5::words:: weighs 1.5.
@@ -22,14 +24,19 @@ COMPEL = re.compile(
 UP, DOWN = 1.1, 0.9
 
 
-def a1111(text: str) -> str:
-    """A1111's own syntax."""
+def sdjax(text: str) -> str:
+    """This program's syntax."""
     return text
+
+
+def a1111(text: str) -> str:
+    """A1111's, which knows no choices in braces: what drew words has put them into the text."""
+    return OPENED.sub(r"\{", text) if "|" in text or "$$" in text else text
 
 
 def comfyui(text: str) -> str:
     """ComfyUI's: brackets are characters (comfy/sd1_clip.py)."""
-    return BRACKET.sub(lambda match: match[0] if len(match[0]) > 1 else f"\\{match[0]}", _words(text))
+    return BRACKET.sub(lambda match: match[0] if len(match[0]) > 1 else f"\\{match[0]}", a1111(_words(text)))
 
 
 def novelai(text: str) -> str:
@@ -48,7 +55,7 @@ def invokeai(text: str) -> str:
             return f":{_weight(match['group'])})"
         return f"\\{match[0]}" if match[0] in "[]" else match[0]
 
-    return COMPEL.sub(translate, _words(text))
+    return COMPEL.sub(translate, a1111(_words(text)))
 
 
 def _words(text: str) -> str:

@@ -31,7 +31,7 @@ class Dialect(NamedTuple):
         clip_skip: of the layer that the text names, the one that skips none: of models that condition on their text
             encoder's last layer, and on the last but one; None where the program does not follow it.
         cpu_noise: whether its noise is always PyTorch's on a CPU.
-        translate: a prompt to A1111's syntax.
+        translate: a prompt to this program's syntax.
         img2img: steps and strength there to those that run as many here, for an image to begin from.
     """
 
@@ -92,7 +92,7 @@ AUTOMATIC = {
 }
 ON_TIMESTEPS = {"ddim": "leading", "plms": "leading", "unipc": "linspace"}
 
-SDJAX = Dialect(SAMPLERS, SCHEDULES, AUTOMATIC)
+SDJAX = Dialect(SAMPLERS, SCHEDULES, AUTOMATIC, translate=emphasis.sdjax)
 # Only Stable Diffusion 1 stops at the layer that the user names.
 A1111 = Dialect(SAMPLERS, SCHEDULES, AUTOMATIC, "linspace", ON_TIMESTEPS, clip_skip=(1, None), img2img=run_one_more)
 FORGE = A1111._replace(clip_skip=(1, 2))

@@ -68,7 +68,7 @@ class Settings:
             self.put(ours, text.get(theirs))
 
     def put_prompts(self, prompt: Any, negative: Any) -> None:
-        """Keep both prompts in A1111's syntax; none is an empty one."""
+        """Keep both prompts, in this program's syntax; none is an empty one."""
         for name, text in (("prompt", prompt), ("negative_prompt", negative)):
             if isinstance(text, str) and len(text) > LONGEST:
                 error = f"{name} in {self.place} has {len(text)} characters; at most {LONGEST} are read"
