@@ -130,6 +130,8 @@ def test_samplers_of_parts():
     assert read(graph).values == VALUES
     graph["43"] = ("KarrasScheduler", {"steps": 20, "sigma_max": 14.6, "sigma_min": 0.03, "rho": 7.0})
     assert read(graph).values == VALUES
+    graph["41"] = ("BasicGuider", {"model": ["4", 0], "conditioning": ["6", 0]})
+    assert read(graph).values == VALUES | {"guidance_scale": 1.0, "negative_prompt": ""}
     custom = {"add_noise": True, "noise_seed": 5, "cfg": 7.5, "sampler": ["42", 0], "sigmas": ["43", 0]}
     graph["3"] = ("SamplerCustom", custom | LINKS)
     assert read(graph).values == VALUES
@@ -139,6 +141,22 @@ def advanced(start: int, end: int, add_noise: str, latent: str, model: str = "4"
     own = {"add_noise": add_noise, "noise_seed": 5, "start_at_step": start, "end_at_step": end}
     rest = {name: value for name, value in SAMPLER.items() if name not in ("seed", "denoise")}
     return "KSamplerAdvanced", own | rest | LINKS | {"latent_image": [latent, 0], "model": [model, 0]}
+
+
+def test_loaders_that_hold_everything():
+    """The nodes of jags111/efficiency-nodes-comfyui, and one that works on the image afterwards."""
+    loader = {"ckpt_name": "v1-5.ckpt", "positive": "red heart", "negative": "blurry", "batch_size": 1}
+    loader |= {"empty_latent_width": 512, "empty_latent_height": 768}
+    links = {"model": ["20", 0], "positive": ["20", 1], "negative": ["20", 2], "latent_image": ["20", 3]}
+    face = {**SAMPLER, "seed": 99, "steps": 4, "image": ["3", 5], "positive": ["20", 1], "negative": ["20", 2]}
+    graph = {
+        "3": ("KSampler (Efficient)", SAMPLER | links),
+        "20": ("Efficient Loader", loader),
+        "21": ("FaceDetailer", face),
+        "9": ("SaveImage", {"images": ["21", 0]}),
+    }
+    assert read(graph).values == VALUES
+    assert read({**graph, "9": ("SaveImage", {"images": ["3", 5]})}).values == VALUES
 
 
 def test_a_refiner_takes_over():

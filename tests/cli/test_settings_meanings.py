@@ -233,6 +233,12 @@ def test_parameters_of_unknown_programs_are_refused_by_name(text: str):
         find_settings({"parameters": text}, PLACE)
 
 
+def test_the_first_of_equal_names_wins():
+    """A1111 writes its own first; what extensions add is not always quoted."""
+    found = a1111(line(Template="a, Seed: 9, Steps: 99"))
+    assert (found.values["seed"], found.values["steps"]) == (12, 20)
+
+
 def test_sizes_are_cut_as_there():
     found = a1111(line(Size="130x125"))
     assert (found.values["width"], found.values["height"]) == (128, 120)

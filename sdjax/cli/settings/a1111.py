@@ -90,13 +90,13 @@ def split(text: str) -> Parts:
 
 
 def parse_settings(line: str) -> dict[str, str]:
-    """The settings of a line; pieces between commas that are none are left out."""
+    """The settings of a line; pieces between commas that are none are left out, and so is a name's second value."""
     found, at = {}, 0
     while at < len(line):
         match = SETTING.match(line, at)
         if match:
             name, value = match.groups()
-            found[name] = _unquoted(value.strip())
+            found.setdefault(name, _unquoted(value.strip()))
         comma = line.find(",", match.end() if match else at)
         at = len(line) if comma < 0 else comma + 1
     return found

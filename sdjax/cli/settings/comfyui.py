@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import PureWindowsPath
 from typing import Any
@@ -24,6 +25,8 @@ PARTS = {
 }
 SIGMAS = {"KarrasScheduler": "karras", "ExponentialScheduler": "exponential", "AlignYourStepsScheduler": "ays"}
 SIGMAS |= {"PolyexponentialScheduler": "polyexponential", "BetaSamplingScheduler": "beta"}
+# Names of a latent's width and height.
+SIZES = (("width", "height"), ("empty_latent_width", "empty_latent_height"))
 # Names under which nodes hand on a number.
 NUMBER_NAMES = ("value", "seed", "noise_seed", "int", "float", "number", "Value", "Number")
 MOST_SAMPLERS = 8
@@ -77,7 +80,9 @@ def _samplers(graph: Graph, place: str) -> list[Node]:
 
 
 def _samples(node: Node) -> bool:
-    return node.kind in SAMPLERS or node.inputs.keys() >= SAMPLER_INPUTS
+    """True if it makes latents of latents; what works on images afterwards, of faces for example, does not count."""
+    like_one = node.inputs.keys() >= SAMPLER_INPUTS and "image" not in node.inputs
+    return node.kind in SAMPLERS or like_one
 
 
 def _input(graph: Graph, node: Node, name: str) -> Any:
@@ -100,14 +105,15 @@ def _value(graph: Graph, node: Node, *names: str) -> Any:
 def _put_sampling(found: Settings, graph: Graph, node: Node) -> None:
     found.put_seed(_value(graph, node, "seed", "noise_seed"))
     found.put("steps", _value(graph, node, "steps"))
-    found.put("guidance_scale", _value(graph, node, "cfg"))
+    unguided = any(part.kind == "BasicGuider" for part in upstream(graph, node.inputs.get("guider")))
+    found.put("guidance_scale", 1.0 if unguided else _value(graph, node, "cfg"))
     found.put_sampler(_sampler(graph, node), _schedule(graph, node))
     found.put("rng", "torch")
     strength = _value(graph, node, "denoise")
     found.put("strength", strength if strength != 1 else None)
-    sized = (n for n in upstream(graph, _latents(node)) if n.inputs.keys() >= {"width", "height"})
-    if size := next(sized, None):
-        found.put_size(_value(graph, size, "width"), _value(graph, size, "height"))
+    sizes = ((n, names) for n in upstream(graph, _latents(node)) for names in SIZES if n.inputs.keys() >= {*names})
+    for size, names in itertools.islice(sizes, 1):
+        found.put_size(*(_value(graph, size, name) for name in names))
     start, steps = _value(graph, node, "start_at_step"), found.values.get("steps")
     if isinstance(start, int) and steps and 0 < start < steps:
         found.put("strength", (steps - start) / steps)
