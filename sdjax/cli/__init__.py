@@ -1,1 +1,1 @@
-"""Floor 6: the command line's own: jobs, prompt files, grids, and the settings inside PNG files."""
+"""Floor 6: the command line's own: jobs, prompt files, grids, and the settings inside images."""

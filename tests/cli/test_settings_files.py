@@ -93,6 +93,12 @@ def test_other_places_of_texts(tmp_path: Path):
     assert read_settings(path).values["prompt"] == wish["prompt"]
     path = save_exif(tmp_path / "x.webp", f"prompt:{graph['prompt']}", MODEL, ifd=False)
     assert read_settings(path).values["steps"] == wish["steps"]
+    # Some programs write UTF-8 where PNG has Latin-1.
+    for text, prompt in (("Größe".encode(), "Größe"), ("Größe".encode("latin-1"), "Größe")):
+        chunk = PngInfo()
+        chunk.add(b"tEXt", b"parameters\0" + TEXT.encode("ascii", "replace").replace(b"red heart", text))
+        Image.fromarray(IMAGE).save(tmp_path / "u.png", pnginfo=chunk)
+        assert read_settings(tmp_path / "u.png").values["prompt"] == prompt
     # A PNG's texts may follow its pixels.
     data = save(tmp_path / "y.png", parameters=TEXT, Software="GIMP").read_bytes()
     start = data.index(b"iTXt") - 4

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import iTXt
 
 from sdjax.core.errors import UserError
 from sdjax.data.images import MAX_PIXELS, UNREADABLE
@@ -57,7 +58,15 @@ def _texts(path: str | Path, names: Collection[str]) -> dict[str, str]:
 
 
 def _chunks(info: dict[Any, Any]) -> dict[str, str]:
-    return {name: str(text) for name, text in info.items() if isinstance(name, str) and isinstance(text, str)}
+    return {name: _decoded(text) for name, text in info.items() if isinstance(name, str) and isinstance(text, str)}
+
+
+def _decoded(text: str) -> str:
+    """A chunk's text. A tEXt chunk is Latin-1, and yet many programs write UTF-8, which hardly ever is both."""
+    try:
+        return str(text) if isinstance(text, iTXt) else text.encode("latin-1").decode()
+    except UnicodeError:
+        return text
 
 
 def _exif(exif: Image.Exif) -> Iterator[tuple[str, str]]:
