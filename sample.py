@@ -149,7 +149,7 @@ def read_request(config: Config, flag: Mapping[str, Any]) -> Request:
     if flag["from_file"] is not None:
         lines = read_prompt_file(Path(flag["from_file"]))
     else:
-        lines = [PromptLine(prompt, {}) for prompt in flag["prompt"] or [record.get("prompt") or None]]
+        lines = [PromptLine(prompt, {}) for prompt in flag["prompt"] or [record.get("prompt")]]
     common = {name: settings[name] for name in IMAGE if settings.get(name) is not None and name != "first_index"}
     first = flag["first_index"] if flag["first_index"] is not None else record.get("index") or 0
     return Request(

@@ -145,6 +145,11 @@ def test_an_image_of_another_program_is_made_with_flags_that_win(run, ours, tmp_
     how = {"sampler": "euler", "schedule": "karras", "seed": 5, "steps": 2, "guidance_scale": 2, "batch_size": 2}
     expected = ours(["red heart"], "cat", **how)[0]
     np.testing.assert_allclose(pixels(tmp_path / "made" / "00000.png") / 255.0, expected, atol=1.01 / 255.0)
+    exif.get_ifd(0x8769)[0x9286] = text.removeprefix("red heart\n").replace("Restart", "Euler").encode()
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "empty.jpg", exif=exif)
+    code, _, err = run("--from_image=empty.jpg", "--outdir=empty")
+    assert code == 0, err
+    assert records(tmp_path / "empty")[0]["prompt"] == "", "an empty prompt is one, too"
     assert run("--from_image=x.jpg", "--grid=sampler=euler,lms", "--outdir=grid")[0] == 0
     assert [record["sampler"] for record in records(tmp_path / "grid")] == ["euler", "lms"]
 
