@@ -262,7 +262,7 @@ def test_garbage_is_an_answer_or_one_line():
     for name, writer in WRITERS.items():
         for _ in range(90):
             texts = writer.write(wanted(rng, writer), rng)
-            key = rng.choice([key for key in texts if key != "workflow"])
+            key = rng.choice([key for key in texts if key != "workflow" or len(texts) == 1])
             texts[key] = damaged(texts[key], rng)
             message = ""
             try:

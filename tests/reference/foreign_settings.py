@@ -323,6 +323,43 @@ def comfyui(wish: Wanted, rng: random.Random) -> Texts:
     return {"prompt": json.dumps(prompt), "workflow": json.dumps({"nodes": [], "links": rows})}
 
 
+def comfyui_editor(wish: Wanted, rng: random.Random) -> Texts:
+    """The default graph in the editor's form alone, the seed on a primitive node or not; one node takes no part."""
+    ids = rng.sample(range(1, 99), k=9)
+    sampler, model, latent, positive, negative, decode, save, seed, unused = ids
+    names = SAMPLERS[wish["sampler"]][NODE], SCHEDULES[wish["schedule"]][1]
+    linked = rng.random() < 0.5
+    kinds = {
+        sampler: (
+            "KSampler",
+            [0 if linked else wish["seed"], "fixed", wish["steps"], wish["guidance_scale"], *names, 1],
+        ),
+        model: ("CheckpointLoaderSimple", [f"{wish['model']}.safetensors"]),
+        latent: ("EmptyLatentImage", [wish["width"], wish["height"], 1]),
+        positive: ("CLIPTextEncode", [wish["prompt"]]),
+        negative: ("CLIPTextEncode", [wish["negative_prompt"]]),
+        decode: ("VAEDecode", []),
+        save: ("SaveImage", ["ComfyUI"]),
+        seed: ("PrimitiveNode", [wish["seed"], "randomize"]),
+        unused: ("KSampler", [1, "fixed", 1, 1, "euler", "normal", 1]),
+    }
+    ends = [(model, 0, sampler, "model"), (positive, 0, sampler, "positive"), (negative, 0, sampler, "negative")]
+    ends += [(latent, 0, sampler, "latent_image"), (model, 1, positive, "clip"), (model, 1, negative, "clip")]
+    ends += [(sampler, 0, decode, "samples"), (model, 2, decode, "vae"), (decode, 0, save, "images")]
+    ends += [(seed, 0, sampler, "seed")] if linked else []
+    slots: dict[int, list[dict[str, Any]]] = {key: [] for key in kinds}
+    links = []
+    for number, (start, slot, end, name) in enumerate(ends, 1):
+        links.append([number, start, slot, end, len(slots[end]), "*"])
+        slots[end].append({"name": name, "type": "*", "link": number})
+    nodes = [
+        {"id": key, "type": kind, "mode": 4 if key == unused else 0, "inputs": slots[key], "widgets_values": values}
+        for key, (kind, values) in kinds.items()
+    ]
+    rng.shuffle(nodes)
+    return {"workflow": json.dumps({"last_node_id": 99, "nodes": nodes, "links": links, "version": 0.4})}
+
+
 def _known(column: int) -> list[str]:
     return [name for name, labels in SAMPLERS.items() if labels[column]]
 
@@ -340,6 +377,7 @@ WRITERS = {
     "InvokeAI 1": Writer(invokeai_dream, PLAIN_WORDS, K_SAMPLERS, (None,), most_lines=1),
     "NovelAI": Writer(novelai, PLAIN_WORDS, _known(NOVEL), _NOVEL),
     "ComfyUI": Writer(comfyui),
+    "ComfyUI's editor": Writer(comfyui_editor),
 }
 
 
