@@ -62,17 +62,17 @@ class Metrics:
         self._rates = rates
         self._batch: Any = None
         self._pending: tuple[int, dict[str, Any], Any] | None = None
-        self._waited = 0.0
+        self._began, self._timed, self._waited = 0.0, False, 0.0
         self._sums: dict[str, float] = {}
         self._summed = 0
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """The next batch; the time that it takes is counted as waiting for data."""
-        before = time.monotonic()
-        if self._pending is None:
-            self._pace.mark()
+        self._began = time.monotonic()
+        # From step to step the pace is the device's; with nothing pending a step only hands its work over, in no time.
+        self._timed = self._pending is not None
         self._batch = next(batches)
-        self._waited += time.monotonic() - before
+        self._waited += time.monotonic() - self._began
         return self._batch
 
     def take(self, step_fn: StepFn, state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -82,8 +82,7 @@ class Metrics:
         self.flush()
         with announced("compiling the training step"):
             result = jax.block_until_ready(step_fn(state, frozen, batch))
-        self._pace.compiled()
-        self._waited = 0.0
+        self._timed, self._waited = False, 0.0
         return result
 
     def report(self, step: int, metrics: dict[str, Any]) -> None:
@@ -97,6 +96,8 @@ class Metrics:
         if self._best and self._best not in metrics:
             raise unknown("metric", self._best, metrics, "config.train.keep_best")
         self._pending = (step, metrics, self._batch)
+        if self._timed:
+            self._pace.timed(time.monotonic() - self._began)
 
     def flush(self) -> None:
         """Shows what is pending."""

@@ -58,49 +58,39 @@ def announced(what: str) -> Iterator[None]:
 
 
 class Pace:
-    """Images a second and the time left, from the moments at which steps are known to be done.
+    """Images a second and the time left.
 
-    Speed leaves out what lies between two steps: compilation, samples, checkpoints. The time left counts it, as it was
-    so far since the first step.
+    Speed is that of steps alone: compilation, samples and checkpoints are not in it. The time left has them as they
+    were so far, from the end of the first step on.
     """
 
     def __init__(self, left: int, batch_size: int):
         """Begins before the first of `left` steps of `batch_size` images."""
-        self._left, self._batch_size = left, batch_size
-        self._mark, self._began, self._timed = 0.0, 0.0, 0
-        self._compiled = False
-        self.seconds, self._steps = 0.0, 0
+        self._left, self._batch_size, self._began, self._taken = left, batch_size, 0.0, 0
+        self.seconds, self._timed = 0.0, 0
 
-    def mark(self) -> None:
-        """Count what is done from now on as the next step's."""
-        self._mark = time.monotonic()
-
-    def compiled(self) -> None:
-        """The step that is under way was compiled first: its time is not known."""
-        self._compiled = True
+    def timed(self, seconds: float) -> None:
+        """A step took so long."""
+        self.seconds, self._timed = self.seconds + seconds, self._timed + 1
 
     def step(self) -> None:
-        """A step is done."""
-        now = time.monotonic()
+        """One more step is done."""
         self._left -= 1
-        if not self._compiled:
-            self.seconds, self._steps = self.seconds + now - self._mark, self._steps + 1
-        self._timed += self._began > 0.0
-        self._began, self._mark, self._compiled = self._began or now, now, False
+        self._began, self._taken = (self._began, self._taken + 1) if self._began else (time.monotonic(), 0)
 
     @property
     def images_per_second(self) -> float | None:
         """Since the last `restart`; None before a step was timed."""
-        return self._steps * self._batch_size / self.seconds if self.seconds else None
+        return self._timed * self._batch_size / self.seconds if self.seconds else None
 
     @property
     def time_left(self) -> str | None:
-        """Until the last step, as h:mm:ss; None before a step was timed."""
-        return clock((self._mark - self._began) / self._timed * self._left) if self._timed else None
+        """Until the last step, as h:mm:ss; None before the second step is done."""
+        return clock((time.monotonic() - self._began) / self._taken * self._left) if self._taken else None
 
     def restart(self) -> None:
         """Begins another stretch of which `images_per_second` and `seconds` speak."""
-        self.seconds, self._steps = 0.0, 0
+        self.seconds, self._timed = 0.0, 0
 
 
 def line(loss: float, rate: float, pace: Pace) -> str:
