@@ -207,11 +207,16 @@ def generate_all(request: Request, pipe: sdjax.Pipeline, sources: Mapping[str, A
 
 
 def advance(bar: tqdm) -> Any:
-    """A pipeline's progress on a bar, whose length is known with the first network call."""
+    """A pipeline's progress on a bar, whose length is known with the first network call.
+
+    That call is compiled before: the time left is that of the others.
+    """
 
     def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.set_description("sampling", refresh=False)
+        if bar.total is None:
+            bar.reset(total)
+            bar.initial = bar.n = done
+        bar.set_description("sampling")
         bar.update(done - bar.n)
 
     return progress

@@ -17,6 +17,7 @@ import pytest
 import zoo
 from faults import full_disk
 from PIL import Image
+from tqdm import tqdm
 
 import sdjax
 from sdjax.cli.records import write_image
@@ -237,6 +238,18 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(room, run, whole, 
     assert not names(tmp_path / "o")
     assert run(*THREE)[0] == 0
     assert {name: (tmp_path / "o" / name).read_bytes() for name in names(tmp_path / "o")} == whole
+
+
+def test_the_time_left_is_that_of_sampling_alone(script):
+    """The first of 25 calls is compiled, for a minute and a half: the bar begins after it."""
+    bar = tqdm(file=io.StringIO())
+    bar.start_t -= 100.0
+    progress = script.advance(bar)
+    for done in (1, 3):
+        progress(done, 25)
+    shown = bar.format_dict
+    assert (shown["n"], shown["initial"], shown["total"], shown["prefix"]) == (3, 1, 25, "sampling: ")
+    assert shown["elapsed"] < 50.0
 
 
 def test_an_interrupt_keeps_what_is_finished(script, run, whole, tmp_path, monkeypatch, caplog):
