@@ -12,7 +12,8 @@ from PIL import Image
 
 from sdjax.cli.jobs import expand_jobs, prepare_jobs
 from sdjax.cli.prompt_files import parse_line
-from sdjax.cli.records import read_parameters, write_image
+from sdjax.cli.records import write_image
+from sdjax.cli.settings.read import read_settings
 from sdjax.core.errors import UserError
 from sdjax.pipeline.templates import inputs_of_images
 
@@ -70,7 +71,7 @@ def test_an_image_can_be_made_again(ours, wildcards, tmp_path):
     """From its resolved prompt, without the folder."""
     (row,) = ours.prepare(r"\{a|b\} __things/animal__ {red|blue}", seed=5, wildcard_dir=wildcards)
     write_image(tmp_path / "x.png", np.asarray(Image.new("RGB", (8, 8))), {**row.settings, "index": 0})
-    record = read_parameters(tmp_path / "x.png")
+    record = read_settings(tmp_path / "x.png").values
     assert record["prompt_template"] == r"\{a|b\} __things/animal__ {red|blue}"
     assert "wildcard_dir" not in record
     (again,) = ours.prepare(record["prompt"], seed=5)
