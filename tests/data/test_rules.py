@@ -71,6 +71,16 @@ def test_rows_without_captions_are_left_out_counted_and_named(tmp_path, caplog):
     assert numbers(source(name, rules=ANY)) == [0, 1, 2, 3]
 
 
+def test_empty_captions_are_told(tmp_path, caplog):
+    (tmp_path / "a").mkdir()
+    for number in range(3):
+        (tmp_path / "a" / f"{number}.png").write_bytes(encoded(number))
+        (tmp_path / "a" / f"{number}.txt").write_text("x" if number == 0 else " \n")
+    assert numbers(source(f"folder:{tmp_path}/a")) == [0, 1, 2]
+    assert caplog.messages == [f"folder:{tmp_path}/a: images with an empty caption: 1 so far, e.g. 1.png"]
+    assert [bad.reason for bad in check(f"folder:{tmp_path}/a")] == ["the caption is empty"] * 2
+
+
 def test_nothing_but_bad_rows_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"3 rows in turn are bad; --check_data names them"):
         source(folder_of(tmp_path / "a", 3, bad=range(3)), rules=SKIP)[0]
@@ -104,13 +114,13 @@ def test_the_least_side_and_what_is_enlarged(tmp_path, caplog):
     assert numbers(source(name, rules=RowRules((), size=32))) == [0, 1, 2, 3, 4]
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
-    assert "1 images are smaller than 32 pixels, and enlarged, e.g. 1.png" in said[0]
-    assert "more than 8 times as long as wide, and mostly cut off, e.g. 2.png" in said[1]
+    assert said[0] == f"{name}: images smaller than 32 pixels, which are enlarged: 1 so far, e.g. 1.png"
+    assert "images more than 8 times as long as wide, most of which is cut off: 1 so far, e.g. 2.png" in said[1]
     output = io.StringIO()
     assert report(name, rules=RowRules((), size=32), output=output) == 0
     assert output.getvalue().splitlines() == [
-        f"{name} (train): 2 images are more than 8 times as long as wide, and mostly cut off",
-        f"{name} (train): 2 images are smaller than 32 pixels, and enlarged",
+        f"{name} (train): images more than 8 times as long as wide, most of which is cut off: 2",
+        f"{name} (train): images smaller than 32 pixels, which are enlarged: 2",
         f"{name} (train): 5 rows, 0 bad",
     ]
 

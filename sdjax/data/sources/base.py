@@ -77,8 +77,8 @@ class Problem(NamedTuple):
     before: int
 
 
-class Rows(Images, Protocol):
-    """A data set as its files list it: usable rows by index, and the others."""
+class Listed(Source, Protocol):
+    """Rows as files list them: usable ones by index, and the others."""
 
     @property
     def problems(self) -> Sequence[Problem]:
@@ -88,6 +88,10 @@ class Rows(Images, Protocol):
     def place(self, index: int) -> str:
         """File and line, tar member or record of a usable row."""
         ...
+
+
+class Rows(Images, Listed, Protocol):
+    """A data set as its files list it."""
 
 
 def captions_of(entry: Mapping[str, Any], place: str) -> tuple[str, ...]:

@@ -55,9 +55,11 @@ def remarks(example: Example, rules: RowRules) -> Iterator[str]:
     """Things worth knowing of an example that is not bad."""
     height, width, _ = example["image"].shape
     if min(height, width) < rules.size:
-        yield f"smaller than {rules.size} pixels, and enlarged"
+        yield f"images smaller than {rules.size} pixels, which are enlarged"
     if max(height, width) > EXTREME * min(height, width):
-        yield f"more than {EXTREME} times as long as wide, and mostly cut off"
+        yield f"images more than {EXTREME} times as long as wide, most of which is cut off"
+    if CAPTION in rules.needs and not example["caption"].strip():
+        yield "images with an empty caption"
 
 
 class UsableRows:
@@ -136,7 +138,7 @@ class UsableRows:
             if row not in found:
                 found.add(row)
                 if len(found) in (1, 10, 100) or len(found) % 1000 == 0:
-                    logger.warning("%s: %d images are %s, e.g. %s", self._name, len(found), remark, example["id"])
+                    logger.warning("%s: %s: %d so far, e.g. %s", self._name, remark, len(found), example["id"])
         return example
 
     def _good(self, index: int, read: Callable[[int], T]) -> T:

@@ -7,15 +7,15 @@ import hashlib
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
 from sdjax.core.errors import UserError, printable
 from sdjax.data.prepared.dataset import PreparedSource
-from sdjax.data.sources.base import CAPTION, Example, Problem, Rows
+from sdjax.data.sources.base import CAPTION, Example, Listed, Problem, Rows
 from sdjax.data.sources.open import default_rules, open_rows
 from sdjax.data.sources.rules import RowRules, faults, remarks
 
@@ -91,7 +91,7 @@ def _report(title: str, judged: Iterator[Judged], output: TextIO) -> int:
                 bad_rows += 1
                 bar.write(printable(str(row.bad)), file=output)
     for remark, count in sorted(remarked.items()):
-        print(f"{title}: {count} images are {remark}", file=output)
+        print(f"{title}: {remark}: {count}", file=output)
     print(f"{title}: {rows} rows, {bad_rows} bad", file=output)
     return bad_rows
 
@@ -114,20 +114,6 @@ class Reading(NamedTuple):
     id: str | None
     reasons: list[str]
     remarks: tuple[str, ...] = ()
-
-
-class Listed(Protocol):
-    """Rows with the places that they have."""
-
-    problems: Sequence[Problem]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any: ...
-
-    def place(self, index: int) -> str:
-        """File and row."""
-        ...
 
 
 def _opened(
