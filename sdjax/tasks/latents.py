@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
@@ -168,10 +168,17 @@ def cache_latents(
         sizes += [row[SIZES] for row in rows if SIZES in condition.spec]
     columns: dict[str, Any] = {MOMENTS: np.concatenate(moments), **({SIZES: np.stack(sizes)} if sizes else {})}
     if condition.spec:
-        texts = [text for several in captions for text in several]
-        tokens = np.stack([condition.loaded[name].encode(texts) for name in condition.tokenizers], axis=1)
-        columns[TOKENS] = np.split(tokens, np.cumsum([len(several) for several in captions])[:-1])
+        columns[TOKENS] = caption_tokens(condition, captions)
     return sources.ArraySource(columns)
+
+
+def caption_tokens(
+    condition: TrainingCondition, captions: Sequence[Sequence[str]]
+) -> list[Int[np.ndarray, "captions encoders l"]]:
+    """Tokens of all captions of each image."""
+    texts = [text for several in captions for text in several]
+    tokens = np.stack([condition.loaded[name].encode(texts) for name in condition.tokenizers], axis=1)
+    return np.split(tokens, np.cumsum([len(several) for several in captions])[:-1])
 
 
 def _moments_shape(config: Config, model: DiffusionModel) -> tuple[int, ...]:
