@@ -113,7 +113,10 @@ class ParquetListing:
         return self._table.num_rows
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self._table.slice(index, 1).to_pylist()[0]
+        try:
+            return self._table.slice(index, 1).to_pylist()[0]
+        except (ArithmeticError, ValueError) as error:  # texts that are not UTF-8, dates beyond Python's
+            raise UserError(f"{self.place(index)} cannot be read: {error}") from error
 
     def place(self, index: int) -> str:
         """The file and the row's number, from 1."""
