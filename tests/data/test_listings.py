@@ -13,6 +13,7 @@ from PIL import Image
 
 from sdjax.core.errors import UserError
 from sdjax.data.loader import loader
+from sdjax.data.sources.array_records import write_array_record
 from sdjax.data.sources.open import source
 from sdjax.data.sources.rules import ANY, RowRules
 from sdjax.data.transforms.conditions import DRAW_CAPTION
@@ -155,6 +156,34 @@ def test_several_captions_of_an_image(tmp_path):
     rows = source(f"folder:{tmp_path}")
     assert (rows[0]["caption"], rows[0]["captions"]) == ("x", ("x", "y"))
     assert "captions" not in rows[1]
+
+
+def test_several_captions_go_through_array_records(tmp_path):
+    pictures(tmp_path, "a.png", "b.png")
+    rows = [{"file_name": "a.png", "text": ["x", "é"]}, {"file_name": "b.png", "text": "z"}]
+    lines(tmp_path / "metadata.jsonl", rows)
+    given = source(f"folder:{tmp_path}")
+    write_array_record(tmp_path / "a.record", (given[i] for i in range(2)))
+    found = source(f"array_record:{tmp_path}/a.record")
+    for i in range(2):
+        np.testing.assert_equal(found[i], given[i])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_damaged_lists_are_read_or_refused_in_one_line(tmp_path, form):
+    pictures(tmp_path, "a.png", "b.png")
+    FORMS[form](tmp_path / form, ROWS)
+    whole, rng, errors = (tmp_path / form).read_bytes(), np.random.default_rng(0), []
+    for _ in range(40):
+        data = bytearray(whole[: rng.integers(1, len(whole))] if rng.random() < 0.3 else whole)
+        data[rng.integers(0, len(data))] = rng.integers(0, 256)
+        (tmp_path / form).write_bytes(data)
+        try:
+            read(f"folder:{tmp_path}")
+        except UserError as error:
+            errors.append(str(error))
+    assert errors
+    assert not [error for error in errors if "\n" in error]
 
 
 def test_captions_that_no_one_needs_are_not_read(tmp_path):

@@ -1,13 +1,14 @@
 """Captioned images in ArrayRecord shards.
 
 A record is a safetensors file (github.com/huggingface/safetensors) of uint8 vectors: `image`, the bytes of a PNG, JPEG,
-WebP, BMP or GIF file; `caption` and, if there is one, `id`, in UTF-8. Nothing in it can be run, and no protocol buffer
-is needed to write one.
+WebP, BMP or GIF file; `caption`, where there are several `captions`, a JSON list, and, if there is one, `id`, in UTF-8.
+Nothing in it can be run, and no protocol buffer is needed to write one.
 """
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from sdjax.core.errors import UserError
+from sdjax.core.untrusted import parse_json
 from sdjax.data.images import image_size, read_image
-from sdjax.data.sources.base import CAPTION, Example, Problem
+from sdjax.data.sources.base import CAPTION, Example, Problem, captioned, captions_of
 from sdjax.data.sources.record_files import RecordFiles, count_records, write_records
 from sdjax.data.sources.rules import RowRules
 from sdjax.data.sources.tensors import pack, unpack
@@ -49,8 +51,8 @@ class ArrayRecordSource:
     def __getitem__(self, index: int) -> Example:
         fields, place = self._fields(index), self.place(index)
         image = read_image(fields["image"].tobytes(), place)
-        caption = _text(fields, "caption", place) if self._captioned else ""
-        return Example(image=image, caption=caption, id=self._id(index, fields))
+        captions = _captions(fields, place) if self._captioned else ()
+        return Example(image=image, id=self._id(index, fields), **captioned(captions))
 
     def id(self, index: int) -> str:
         """The record's own, else its file and number."""
@@ -84,8 +86,8 @@ def write_array_record(path: str | Path, examples: Iterable[Mapping[str, Any]]) 
 
     Args:
         path: the file; several files make a data set.
-        examples: `image`, the bytes of an image file, kept as they are, or uint8 [h, w, 3], kept as PNG; `caption`;
-            `id` if there is one.
+        examples: `image`, the bytes of an image file, kept as they are, or uint8 [h, w, 3], kept as PNG; `caption`, or
+            several `captions`; `id` if there is one.
 
     Returns:
         How many were written.
@@ -104,7 +106,15 @@ def encode(example: Mapping[str, Any]) -> bytes:
         Image.fromarray(image).save(file, "PNG")
         image = file.getvalue()
     texts = {name: example[name].encode() for name in ("caption", "id") if name in example}
+    if "captions" in example:
+        texts["captions"] = json.dumps(list(example["captions"])).encode()
     return pack({name: np.frombuffer(data, np.uint8) for name, data in {"image": image, **texts}.items()})
+
+
+def _captions(fields: Mapping[str, np.ndarray], place: str) -> tuple[str, ...]:
+    if "captions" not in fields:
+        return (_text(fields, "caption", place),)
+    return captions_of({"text": parse_json(fields["captions"].tobytes(), f"{place}: captions")}, place)
 
 
 def _text(fields: Mapping[str, np.ndarray], name: str, place: str) -> str:
