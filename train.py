@@ -43,7 +43,7 @@ from sdjax.parallel.batches import put_batch
 from sdjax.parallel.distributed import check_agreed, initialise, run_together
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import check_batch, sharded_put
-from sdjax.tasks.base import check_data
+from sdjax.tasks.checking import check_data
 from sdjax.tasks.make import make_task
 from sdjax.training.checkpoint import Checkpoints
 from sdjax.training.export import exported, exported_step, local_folder, write_export

@@ -15,7 +15,6 @@ from sdjax.data.identity import identity_of
 from sdjax.data.loader import Loader, Prefetch, Shard, Transform, loader
 from sdjax.data.prepared.dataset import PreparedSource
 from sdjax.data.sources import open as sources
-from sdjax.data.sources import validate
 from sdjax.data.sources.rules import RowRules
 from sdjax.data.transforms import crops
 from sdjax.ops.partition import constrain
@@ -56,19 +55,6 @@ def open_images(config: Config, split: str = "train") -> sources.UsableRows:
         UserError: as `sources.source`.
     """
     return sources.source(config.data.source, split, rules=row_rules(config))
-
-
-def check_data(config: Config) -> int:
-    """Read all that a run would read, print its bad rows, and return how many they are.
-
-    Without precomputed latents it is the source that they would be computed from.
-
-    Raises:
-        UserError: as `sources.source`, or as `PreparedSource`.
-    """
-    if prepared := config.data.get("prepared", ""):
-        return validate.report_prepared(prepared)
-    return validate.report(config.data.source, rules=row_rules(config))
 
 
 def data_identity(config: Config) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from sdjax.data.prepared.writer import PreparedRow, PreparedWriter
 from sdjax.data.sources.record_files import write_records
 from sdjax.data.sources.tensors import pack
 from sdjax.data.transforms.buckets import Size
-from sdjax.tasks.base import check_data
+from sdjax.tasks.checking import check_data
 
 TABLE = (Size(8, 16), Size(16, 16), Size(16, 8))
 IDENTITY = {"source": "folder:x", "autoencoder": {"sha256": "ab12"}}

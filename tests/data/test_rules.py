@@ -7,7 +7,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from configs import ldm
+from configs import finetune, ldm
 from sdjax.core.errors import UserError
 from sdjax.data.sources import openmoji_parts
 from sdjax.data.sources.array_records import encode
@@ -16,6 +16,7 @@ from sdjax.data.sources.record_files import write_records
 from sdjax.data.sources.rules import ANY, RowRules
 from sdjax.data.sources.validate import check, report
 from sdjax.tasks.base import open_images, row_rules
+from sdjax.tasks.checking import check_data
 from sdjax.training.limits import check_limits
 
 SKIP = RowRules(on_bad="skip")
@@ -150,6 +151,18 @@ def test_the_check_reads_scenes(monkeypatch):
     monkeypatch.setitem(openmoji_parts.SCENES, "held_out", 4)
     assert report("openmoji_scenes", "held_out", output=(output := io.StringIO())) == 0
     assert output.getvalue() == "openmoji_scenes (held_out): 4 rows, 0 bad\n"
+
+
+def test_the_check_of_fine_tuning_needs_what_the_checkpoint_does(tmp_path, capsys):
+    config = finetune.get_config("checkpoints/openmoji")
+    config.data.source = folder_of(tmp_path / "a", 2)
+    (tmp_path / "a" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}\n{"file_name": "1.png"}')
+    assert check_data(config) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/a/metadata.jsonl line 2: has no caption (text, caption, prompt); its keys are file_name",
+        f"folder:{tmp_path}/a (train): images smaller than 128 pixels, which are enlarged: 1",
+        f"folder:{tmp_path}/a (train): 2 rows, 1 bad",
+    ]
 
 
 def config_of(conditioning, name="diffusion", **data):
