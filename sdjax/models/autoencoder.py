@@ -7,6 +7,7 @@ ldm/models/autoencoder.py VQModelInterface).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -50,6 +51,14 @@ class AutoencoderConfig:
     def factor(self) -> int:
         """Downsampling factor: pixels along each side of a latent."""
         return 2 ** (len(self.channels) - 1)
+
+
+def has_same_scale(one: float, other: float) -> bool:
+    """Tell whether latents of two scaling factors may be of one family: those of Stable Diffusion 1 and XL are not.
+
+    Scales that were measured on other images differ in the third digit.
+    """
+    return math.isclose(one, other, rel_tol=0.05)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.diffusion_model.conditioner import Host
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import DiffusionModel
-from sdjax.models.autoencoder import AnyAutoencoder
+from sdjax.models.autoencoder import AnyAutoencoder, has_same_scale
 from sdjax.pipeline.devices import Devices
 from sdjax.pipeline.execute import run
 from sdjax.pipeline.options import Options, Progress
@@ -69,6 +69,9 @@ class Pipeline:
             theirs, own = ((pipe.model.factor, pipe.model.channels) for pipe in (refiner, self))
             if refiner.model.conditioner.traits.concat_channels or theirs != own:
                 raise UserError(f"{refiner.name} cannot refine what {name} makes: it takes other latents, or more")
+            if not has_same_scale(refiner.model.scale, model.scale):
+                scales = f"are scaled by {refiner.model.scale:g}, not {model.scale:g}"
+                raise UserError(f"{refiner.name} cannot refine what {name} makes: the latents that it knows {scales}")
         self.refiner = refiner
 
     @property

@@ -140,6 +140,8 @@ def test_edited_prompts_go_on_in_the_refiner(refined):
 def test_rejects_what_cannot_refine(folders, opened, refined):
     with pytest.raises(UserError, match="sd1_inpainting cannot refine what sdxl makes"):
         sdjax.load(folders("sdxl"), refiner=folders("sd1_inpainting"))
+    with pytest.raises(UserError, match=r"the latents that it knows are scaled by 0\.13025, not 0\.18215"):
+        sdjax.load(folders("sd1"), refiner=folders("sdxl_refiner"))
     with pytest.raises(UserError, match=r"refiner_start 0\.5 changes nothing without a refiner"):
         opened("sdxl").prepare(PROMPTS, steps=4, refiner_start=0.5)
     with pytest.raises(UserError, match="refiner_start 0 gives the base 0 of 4 steps"):
