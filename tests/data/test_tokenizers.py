@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from transformers import CLIPTokenizer
 
 from sdjax.core.errors import UserError
