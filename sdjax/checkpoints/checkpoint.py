@@ -298,6 +298,24 @@ def tokenizers_of(checkpoint: Checkpoint) -> tuple[Tokenizer, ...]:
     return tuple(found)
 
 
+def family_of(checkpoint: Checkpoint) -> str:
+    """The family whose original layout holds the networks of a checkpoint.
+
+    Raises:
+        UserError: it is none of Stable Diffusion's.
+    """
+    if checkpoint.conditioning != "text":
+        raise UserError(
+            f"one file holds Stable Diffusion in its original naming, no model of {checkpoint.conditioning}"
+        )
+    text = checkpoint.components.get("text_encoder")
+    if "text_encoder_2" in checkpoint.components:
+        return "sdxl_refiner" if text is None else "sdxl"
+    if checkpoint.low_res_scheduler is not None:
+        return "x4_upscaler"
+    return "sd2" if text is not None and text.config.activation == "gelu" else "sd1"
+
+
 def with_word_pieces(checkpoint: Checkpoint, folder: str | Path) -> Checkpoint:
     """The checkpoint with BERT's vocabulary, for a model of words that is stored without.
 

@@ -256,12 +256,13 @@ def kind_of_shapes(shapes: Shapes) -> str:
     return LDM if (marked or not crossed) and not any(CLIP.match(key) for key in shapes) else STABLE_DIFFUSION
 
 
-def find_family(shapes: Shapes, requested: str | None, place: object) -> str:
+def find_family(shapes: Shapes, requested: str | None, place: object, optional: Collection[str] = ()) -> str:
     """The family of a file.
 
     Args:
         shapes: of its tensors, by key.
         requested: the family that the user names, which wins over others of the file's kind.
+        optional: components that it may lack, as in `sdjax.checkpoints.open.read_checkpoint`.
 
     Raises:
         UserError: it is of none, and the message says what it looks like; or `requested` is none of its kind's.
@@ -271,18 +272,22 @@ def find_family(shapes: Shapes, requested: str | None, place: object) -> str:
     if requested is not None and requested not in names:
         raise unknown("family", requested, names)
     if kind == STABLE_DIFFUSION:
-        return _stable_diffusion(shapes, names, requested, place)
+        return _stable_diffusion(shapes, names, requested, place, optional)
     return requested or (_ldm_family if kind == LDM else _adm_family)(shapes, names, place)
 
 
-def _stable_diffusion(shapes: Shapes, names: Collection[str], requested: str | None, place: object) -> str:
-    first = shapes.get(UNET + FIRST, ())
-    is_whole = len(first) >= 2 and any(key.startswith(VAE) for key in shapes)
+def _stable_diffusion(
+    shapes: Shapes, names: Collection[str], requested: str | None, place: object, optional: Collection[str]
+) -> str:
+    first: tuple[int, ...] = shapes.get(UNET + FIRST, ())
+    has_vae = "vae" in optional or any(key.startswith(VAE) for key in shapes)
+    is_whole = len(first) >= 2 and has_vae
     signs = [sign for sign in SIGNS if not (is_whole and sign.addition)]
     looks = (sign.title for sign in signs for key in shapes if re.fullmatch(sign.keys, key))
     foreign = None if requested else next(looks, None)
-    if foreign is not None or not is_whole:
-        what = f"it looks like {foreign}" if foreign else "it lacks a UNet, or an autoencoder, under their names"
+    if foreign is not None or len(first) < 2 or not has_vae:
+        lacks = "a UNet under its name" if len(first) < 2 else "an autoencoder; sampling takes another one, --vae"
+        what = f"it looks like {foreign}" if foreign else f"it lacks {lacks}"
         raise UserError(f"{place} is no checkpoint of a family that is read ({', '.join(names)}); {what}")
     if requested is not None:
         return requested
@@ -294,7 +299,7 @@ def _stable_diffusion(shapes: Shapes, names: Collection[str], requested: str | N
         if here and (name != "x4_upscaler" or first[1] == 7):
             _check_projections(shapes, name, place)
             return name
-    raise UserError(f"{place} has a UNet and an autoencoder, but no text encoder under a known name")
+    raise UserError(f"{place} has a UNet, but no text encoder under a known name")
 
 
 def _check_projections(shapes: Shapes, name: str, place: object) -> None:

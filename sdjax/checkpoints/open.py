@@ -26,14 +26,23 @@ from sdjax.checkpoints.checkpoint import (
     Checkpoint,
     Component,
     Dtypes,
+    Format,
     Patch,
     check_text_encoders,
+    family_of,
     tokenizers_of,
     with_word_pieces,
 )
-from sdjax.checkpoints.families import PREDICTIONS, kind_of_shapes
+from sdjax.checkpoints.families import FAMILIES, PREDICTIONS, UNET, kind_of_shapes
+from sdjax.checkpoints.kinds import PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.layouts.diffusers import FIRST_STAGE, INDEX, class_of_index, present, read_component, read_folder
-from sdjax.checkpoints.layouts.original import read_autoencoder_file, read_single_file, shapes_of
+from sdjax.checkpoints.layouts.original import (
+    detect,
+    has_diffusers_names,
+    read_autoencoder_file,
+    read_single_file,
+    shapes_of,
+)
 from sdjax.checkpoints.mapping import Put
 from sdjax.checkpoints.storage.hub_answers import check_answers
 from sdjax.checkpoints.storage.safetensors import read_weight_map
@@ -43,6 +52,7 @@ from sdjax.core.errors import UserError, unknown
 from sdjax.core.untrusted import read_json
 from sdjax.data.text.textual_inversion import fit, read_embedding
 from sdjax.data.text.word_pieces import FILE
+from sdjax.models.autoencoder import has_same_scale
 from sdjax.models.clip import extend_vocabulary
 
 WEIGHTS = (".safetensors", *SUFFIXES)
@@ -50,31 +60,39 @@ WEIGHTS = (".safetensors", *SUFFIXES)
 FAILURES = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
 ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>[^@]+))?(@(?P<revision>[\w./-]+))?")
 NETWORKS = {**FORMATS, FIRST_STAGE: FORMATS["vae"], **CONDITIONERS}
+CONFIG = "config.json"
 SETTINGS = (
     INDEX,
+    CONFIG,
+    "*.index*.json",
     "scheduler/*.json",
     "low_res_scheduler/*.json",
-    *(f"{name}/config.json" for name in NETWORKS),
-    *(f"{name}/*.index*.json" for name in NETWORKS),
+    *(f"{name}/{CONFIG}" for name in NETWORKS),
     *(f"{folder}/{file}" for folder in TOKENIZERS.values() for file in (*TOKENIZER_FILES, FILE)),
 )
 
 
 class Location(NamedTuple):
-    """A repository of the Hub, or a file in one, and where to look for it; None is the client's default."""
+    """A repository of the Hub, or a file or a component of one, and where to look for it; None is the default."""
 
     repo: str
     file: str | None
     revision: str | None
     cache: Path | None
     endpoint: str | None
+    component: str | None
 
     def __str__(self) -> str:
         return f"{self.repo}{f'@{self.revision}' if self.revision else ''}"
 
 
 def resolve(
-    source: str | Path, *, variant: str | None = None, cache_dir: Path | None = None, endpoint: str | None = None
+    source: str | Path,
+    *,
+    variant: str | None = None,
+    component: str | None = None,
+    cache_dir: Path | None = None,
+    endpoint: str | None = None,
 ) -> Path:
     """The local folder or file that `source` means.
 
@@ -83,6 +101,7 @@ def resolve(
             Hub, or `owner/name/file.safetensors`, a file there; either may end in `@revision`. Of a model only what is
             read here is downloaded, one precision of it.
         variant: e.g. "fp16": weights of that name are taken where there are some.
+        component: the only network that is wanted, e.g. "vae"; the source may then be the folder of such a one alone.
         cache_dir, endpoint: instead of those that HF_HOME and HF_ENDPOINT name.
 
     Raises:
@@ -96,7 +115,7 @@ def resolve(
     file = match["file"] if match else None
     if match is None or name.endswith(WEIGHTS) or (file is not None and not file.endswith(WEIGHTS)):
         raise UserError(f"there is no file or folder {str(source)!r}, nor is it an id of the Hub (owner/name)")
-    place = Location(name, file, match["revision"], cache_dir, endpoint)
+    place = Location(name, file, match["revision"], cache_dir, endpoint, component)
     check_answers()
     try:
         folder = _folder(place, variant)
@@ -123,7 +142,7 @@ def _folder(place: Location, variant: str | None) -> Path:
         if place.file not in names:
             raise UserError(f"{place} has no file {place.file!r}")
         return _download(place, _with_settings(place.file))
-    if INDEX not in names:
+    if INDEX not in names and not (place.component and CONFIG in names):
         files = [f"{place.repo}/{name}" for name in names if name.endswith(WEIGHTS)]
         hint = f"give one of its files: {', '.join(files[:5])}" if files else "it holds no weights either"
         raise UserError(f"{place} has no {INDEX}, so it is no diffusers folder; {hint}")
@@ -134,7 +153,7 @@ def _folder(place: Location, variant: str | None) -> Path:
 def _with_settings(file: str) -> tuple[str, ...]:
     """A file, and what may stand beside it: LDM's config, as the file is named, or a network's."""
     path = PurePosixPath(file)
-    return file, str(path.with_suffix(".yaml")), str(path.with_name("config.json"))
+    return file, str(path.with_suffix(".yaml")), str(path.with_name(CONFIG))
 
 
 def _download(place: Location, patterns: Collection[str], local: bool = False) -> Path:
@@ -164,17 +183,23 @@ def _cached(place: Location, variant: str | None, error: Exception) -> Path:
 
 
 def _weight_files(folder: Path, names: Collection[str], place: Location, variant: str | None) -> Iterator[str]:
-    """The weights of every network that the model's index lists; `folder` holds its settings."""
-    index = read_json(folder / INDEX)
-    for name, form in NETWORKS.items():
-        if not present(index, name):
-            continue
-        found = next((f for f in candidates(form.weights, variant) if f"{name}/{f}" in names), None)
+    """The weights of every network that is wanted; `folder` holds the settings."""
+    for part, form in _wanted(folder, place).items():
+        found = next((f"{part}{f}" for f in candidates(form.weights, variant) if f"{part}{f}" in names), None)
         if found is None:
-            raise UserError(f"{place} holds no weights of its {name}, neither .safetensors nor .bin")
-        yield f"{name}/{found}"
+            raise UserError(f"{place} holds no weights of its {part[:-1] or place.component}, no .safetensors nor .bin")
+        yield found
         if found.endswith(".json"):
-            yield from sorted({f"{name}/{file}" for file in read_weight_map(folder / name / found).values()})
+            yield from sorted({f"{part}{file}" for file in read_weight_map(folder / found).values()})
+
+
+def _wanted(folder: Path, place: Location) -> dict[str, Format]:
+    """The format of each network that is wanted, by its folder, e.g. "unet/"; "" for a network alone."""
+    if place.component and not (folder / INDEX).is_file():
+        return {"": FORMATS[place.component]}
+    index, own = read_json(folder / INDEX), (place.component, FIRST_STAGE if place.component == "vae" else None)
+    names = [name for name in NETWORKS if present(index, name) and (place.component is None or name in own)]
+    return {f"{name}/": NETWORKS[name] for name in names}
 
 
 def _reason(place: Location, error: Exception) -> str:
@@ -212,6 +237,7 @@ def read_checkpoint(
     tokenizer: str | Path | None = None,
     place: Put | None = None,
     weights: str | None = None,
+    optional: Collection[str] = (),
 ) -> Checkpoint:
     """Reads a folder, a file, or a file's content that was read already.
 
@@ -222,18 +248,20 @@ def read_checkpoint(
         prediction: "epsilon", "v_prediction" or "sample", in place of what the checkpoint says.
         variant: of a folder's weights, e.g. "fp16"; None takes half-precision ones only where there are no others.
         tokenizer: the folder with BERT's vocab.txt, for a model of words that is stored without.
+        optional: components that Stable Diffusion may lack, since a patch brings them, e.g. ("vae",).
 
     Raises:
         UserError: it is missing, corrupt or none of these; a choice is unknown, or is not for what it holds.
     """
     if isinstance(source, Weights) or not Path(source).is_dir():
-        checkpoint = read_single_file(source, dtype, family=family, weights=weights, place=place, prediction=prediction)
+        chosen = {"family": family, "prediction": prediction, "weights": weights}
+        checkpoint = read_single_file(source, dtype, **chosen, place=place, optional=optional)
     else:
         if family is not None:
             raise UserError(f"family {family!r}: {source} is a folder, whose configs say what it is; leave it out")
         if weights is not None:
             raise UserError(f"weights {weights!r}: {source} is a folder, which holds no averages beside its weights")
-        checkpoint = read_folder(source, dtype, variant=variant, place=place)
+        checkpoint = read_folder(source, dtype, variant=variant, place=place, optional=optional)
         if prediction is not None:
             if prediction not in PREDICTIONS:
                 raise unknown("prediction", prediction, PREDICTIONS)
@@ -245,28 +273,49 @@ def read_checkpoint(
 def replace_vae(source: str | Path, place: Put | None = None) -> Patch:
     """Another autoencoder, in float32: of a file, or of a folder with its config.json, local or of the Hub.
 
+    Its latents keep the scale that the model was trained with.
+
     Raises:
-        UserError: by the patch, where the source cannot be read, or the model diffuses pixels.
+        UserError: by the patch, where the source cannot be read, its latents are others, or the model diffuses pixels.
     """
 
-    def read(own: Component) -> Component:
-        path = resolve(source)
-        if path.is_dir():
-            return read_component(
-                path / "vae" if (path / "vae" / "config.json").is_file() else path, "vae", place=place
-            )
-        found = read_autoencoder_file(path, place=place)
-        # A bare file does not say its scale; it takes the place of an autoencoder with the same latents.
-        config = dataclasses.replace(found.config, scaling_factor=own.config.scaling_factor)
-        return dataclasses.replace(found, config=config)
-
     def patch(checkpoint: Checkpoint) -> Checkpoint:
-        own = checkpoint.components.get("vae")
-        if own is None:
+        if checkpoint.kind == PIXELS:
             raise UserError(f"vae {str(source)!r}: the model diffuses pixels, and has no autoencoder")
-        return checkpoint.replace_component("vae", read(own))
+        own = checkpoint.components.get("vae")
+        scale = own.config.scaling_factor if own else FAMILIES[family_of(checkpoint)].scaling_factor
+        found, theirs = read_vae(resolve(source, component="vae"), place)
+        if theirs is not None and checkpoint.kind == STABLE_DIFFUSION and not has_same_scale(theirs, scale):
+            scales = f"its latents are scaled by {theirs:g}, the model's by {scale:g}"
+            raise UserError(f"vae {str(source)!r} is of another family: {scales}")
+        sizes = [(c.factor, c.latent_channels) for c in (found.config, own.config if own else found.config)]
+        if sizes[0] != sizes[1]:
+            said = [f"{channels} channels at 1/{factor} of a side" for factor, channels in sizes]
+            raise UserError(f"vae {str(source)!r} has latents of {said[0]}, the model's own of {said[1]}")
+        config = dataclasses.replace(found.config, scaling_factor=scale)
+        return checkpoint.replace_component("vae", dataclasses.replace(found, config=config))
 
     return patch
+
+
+def read_vae(path: Path, place: Put | None = None) -> tuple[Component, float | None]:
+    """An autoencoder alone, or that of a whole checkpoint; and the scale of its latents, which a file alone lacks.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if path.is_dir():
+        parts = (path / name for name in ("vae", FIRST_STAGE))
+        found = read_component(next((part for part in parts if (part / CONFIG).is_file()), path), "vae", place=place)
+        return found, found.config.scaling_factor
+    stored = read_file(path)
+    if has_diffusers_names(stored.tensors) and path.with_name(CONFIG).is_file():
+        found = read_component(path, "vae", place=place)
+        return found, found.config.scaling_factor
+    is_whole = any(key.startswith(UNET) for key in stored.tensors)
+    family = detect(stored).family if is_whole else None
+    found = read_autoencoder_file(stored, family=family or "sd1", place=place)
+    return found, found.config.scaling_factor if is_whole else None
 
 
 def add_embeddings(files: Sequence[str | Path]) -> Patch:

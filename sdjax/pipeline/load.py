@@ -85,7 +85,8 @@ def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Put) -> Check
     dtypes = dict.fromkeys((BACKBONE, *TOKENIZERS), dtype) | {AUTOENCODER: "float32"}
     dtypes |= dict.fromkeys((BERT, "class_embedder", "rescaler"), "float32")
     chosen = {name: given.get(name) for name in ("family", "prediction", "variant", "tokenizer")}
-    checkpoint = read_checkpoint(path, dtype=dtypes, place=place, **chosen)
+    optional = (AUTOENCODER,) if "vae" in given else ()
+    checkpoint = read_checkpoint(path, dtype=dtypes, place=place, optional=optional, **chosen)
     if "vae" in given:
         checkpoint = replace_vae(given["vae"], place)(checkpoint)
     return add_embeddings(given["embeddings"])(checkpoint) if "embeddings" in given else checkpoint

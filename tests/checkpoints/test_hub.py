@@ -21,9 +21,9 @@ from torch_reference import drawn
 
 from sdjax.checkpoints.checkpoint import ALL_FORMATS, Checkpoint, Component
 from sdjax.checkpoints.families import FAMILIES
-from sdjax.checkpoints.layouts.diffusers import read_folder, write_checkpoint
+from sdjax.checkpoints.layouts.diffusers import read_folder, write_checkpoint, write_component
 from sdjax.checkpoints.ldm_config import config_beside
-from sdjax.checkpoints.open import resolve
+from sdjax.checkpoints.open import read_vae, resolve
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 from sdjax.data.text.tokenizer_training import train_word_pieces
@@ -220,6 +220,25 @@ def test_one_file_of_a_repository(hub: Hub, tmp_path: Path):
     assert resolve("acme/xl/xl_base.safetensors@v1", cache_dir=cache, endpoint=hub.url) == path
     with pytest.raises(UserError, match=r"acme/xl/other\.ckpt is neither a local path nor in the cache"):
         resolve("acme/xl/other.ckpt", cache_dir=cache, endpoint=hub.url)
+
+
+def test_an_autoencoder_of_the_hub(checkpoint, hub: Hub, tmp_path: Path):
+    """Alone in a repository, a file there with its config.json, or that of a model, of which nothing else comes."""
+    cache, vae = tmp_path / "cache", checkpoint.components["vae"]
+    write_component(hub.root / "acme" / "vae", "vae", vae)
+    (hub.root / "acme" / "vae" / "sdxl_vae.safetensors").write_bytes(b"the same in the original naming")
+    sources = {"acme/vae": f"{STEM}.safetensors", f"acme/vae/{STEM}.safetensors": f"{STEM}.safetensors"}
+    for source, file in {**sources, "acme/xl": f"vae/{STEM}.safetensors"}.items():
+        hub.served.clear()
+        path = resolve(source, component="vae", cache_dir=cache / source.replace("/", "-"), endpoint=hub.url)
+        assert weights(hub.served) == {file}
+        found, scale = read_vae(path)
+        assert (found.config, scale) == (vae.config, 0.13025)
+        np.testing.assert_array_equal(found.params["quant_conv"]["kernel"], vae.params["quant_conv"]["kernel"])
+    with pytest.raises(UserError, match=r"acme/vae has no model_index\.json"):
+        resolve("acme/vae", cache_dir=cache, endpoint=hub.url)
+    hub.stop()
+    assert resolve("acme/vae", component="vae", cache_dir=cache / "acme-vae", endpoint=hub.url).is_dir()
 
 
 def test_local_paths_come_first(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

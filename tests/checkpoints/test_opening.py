@@ -11,17 +11,18 @@ import pytest
 import torch
 import transformers
 from original_names import unet2d_original
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from test_ldm_file import PIXELS, original, save
-from tiny_checkpoints import assert_same, tiny_checkpoint, write_tokenizer
+from tiny_checkpoints import assert_same, random_params, tiny_checkpoint, write_tokenizer
 from torch_reference import drawn
 
-from sdjax.checkpoints.checkpoint import tokenizers_of
+import sdjax
+from sdjax.checkpoints.checkpoint import Component, tokenizers_of
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.checkpoints.mapping import export
-from sdjax.checkpoints.networks import unet2d
+from sdjax.checkpoints.networks import autoencoder, unet2d
 from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae, resolve
 from sdjax.checkpoints.storage import safetensors, weights
 from sdjax.core.errors import UserError
@@ -182,13 +183,82 @@ def test_words_in_pickles(tmp_path):
 
 
 def test_another_autoencoder_leaves_the_rest(sdxl, tmp_path):
+    """Of a folder, of the network's own folder, of its file with config.json beside it, or of a whole single file."""
     write_checkpoint(tmp_path / "model", sdxl)
+    write_single_file(tmp_path / "model.safetensors", tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408))
     vae = sdxl.components["vae"]
     halved = {**vae.params, "quant_conv": {k: v / 2 for k, v in vae.params["quant_conv"].items()}}
     other = sdxl.replace_component("vae", dataclasses.replace(vae, params=halved))
-    assert_same(sdxl, replace_vae(tmp_path / "model")(other))
+    alone = tmp_path / "model" / "vae"
+    for source in ("model", alone, alone / "diffusion_pytorch_model.safetensors", "model.safetensors"):
+        assert_same(sdxl, replace_vae(tmp_path / source)(other))
+    unet = Component(PIXELS["adm_256"], {})
+    pixels = dataclasses.replace(sdxl, components={"unet": unet}, conditioning="unconditional")
     with pytest.raises(UserError, match="the model diffuses pixels"):
-        replace_vae(tmp_path / "model")(dataclasses.replace(sdxl, components={"unet": sdxl.components["unet"]}))
+        replace_vae(tmp_path / "model")(pixels)
+    (alone / "config.json").unlink()
+    with pytest.raises(UserError, match=r"in diffusers' naming; its config\.json is not beside it"):
+        replace_vae(alone / "diffusion_pytorch_model.safetensors")(other)
+
+
+def test_autoencoders_of_other_families_are_refused(sdxl, tmp_path):
+    """Stable Diffusion 1's and XL's have the same sizes; a scale tells them apart, where something says it."""
+    first = tiny_checkpoint("sd1", TOKENIZER_FOLDERS / "clip_l", 49408)
+    write_component(tmp_path / "vae", "vae", first.components["vae"])
+    write_single_file(tmp_path / "sd1.safetensors", first)
+    for source in ("vae", "sd1.safetensors"):
+        with pytest.raises(UserError, match=r"of another family: its latents are scaled by 0\.18215, .* by 0\.13025"):
+            replace_vae(tmp_path / source)(sdxl)
+        assert_same(first, replace_vae(tmp_path / source)(first))
+    part = first.components["vae"]
+    config = dataclasses.replace(part.config, channels=(32, 32, 64))
+    write_component(tmp_path / "deep", "vae", Component(config, random_params(autoencoder.shapes(config), 0)))
+    with pytest.raises(UserError, match="latents of 4 channels at 1/4 of a side, the model's own of 4 channels at 1/2"):
+        replace_vae(tmp_path / "deep")(first)
+    # Of one family, but measured on other images: the model's own scale stays.
+    write_component(tmp_path / "near", "vae", dataclasses.replace(part, config=replace_scale(part.config, 0.1815)))
+    assert replace_vae(tmp_path / "near")(first).components["vae"].config.scaling_factor == 0.18215
+
+
+def replace_scale(config, scale):
+    return dataclasses.replace(config, scaling_factor=scale)
+
+
+def test_checkpoints_without_autoencoder(tmp_path):
+    """They are read where another source brings one; its file alone lacks the scale, which the family says."""
+    whole = tiny_checkpoint("sdxl", TOKENIZER_FOLDERS / "clip_l", 49408)
+    write_single_file(tmp_path / "whole.safetensors", whole)
+    tensors, stem = load_file(tmp_path / "whole.safetensors"), "first_stage_model."
+    save_file({k: t for k, t in tensors.items() if not k.startswith(stem)}, tmp_path / "model.safetensors")
+    vae = {k.removeprefix(stem): t for k, t in tensors.items() if k.startswith(stem)}
+    save_file(vae, tmp_path / "vae.safetensors")
+    write_checkpoint(tmp_path / "folder", whole)
+    index = json.loads((tmp_path / "folder" / "model_index.json").read_text())
+    (tmp_path / "folder" / "model_index.json").write_text(json.dumps({**index, "vae": [None, None]}))
+    for source, words in (("model.safetensors", "lacks an autoencoder"), ("folder", "lists no vae")):
+        with pytest.raises(UserError, match=words):
+            read_checkpoint(tmp_path / source)
+        found = read_checkpoint(tmp_path / source, optional=("vae",))
+        assert "vae" not in found.components
+        found = replace_vae(tmp_path / "vae.safetensors")(found)
+        order = {name: found.components[name] for name in whole.components}
+        assert_same(whole, dataclasses.replace(found, components=order))
+
+
+def test_a_checkpoint_and_its_autoencoder_are_loaded(tmp_path):
+    whole = tiny_checkpoint("sd1", TOKENIZER_FOLDERS / "clip_l", 49408)
+    write_single_file(tmp_path / "whole.safetensors", whole)
+    tensors = load_file(tmp_path / "whole.safetensors")
+    save_file(
+        {k: t for k, t in tensors.items() if not k.startswith("first_stage_model.")}, tmp_path / "model.safetensors"
+    )
+    pipe = sdjax.load(tmp_path / "model.safetensors", vae=tmp_path / "whole.safetensors")
+    assert (pipe.model.scale, pipe.model.factor) == (0.18215, 2)
+    np.testing.assert_array_equal(
+        pipe.params["vae"]["quant_conv"]["kernel"], whole.components["vae"].params["quant_conv"]["kernel"]
+    )
+    with pytest.raises(UserError, match="lacks an autoencoder; sampling takes another one, --vae"):
+        sdjax.load(tmp_path / "model.safetensors")
 
 
 def test_a_workdir_means_its_export(sdxl, tmp_path):

@@ -442,7 +442,7 @@ def test_structures_that_are_not_here_are_refused(tensors, tmp_path: Path):
         (pruned, "unlike blocks"),
         (headless, "in the middle"),
         (other, "a text encoder of 1000 tokens"),
-        (textless, "no text encoder"),
+        (textless, "a UNet, but no text encoder"),
     ):
         save_file(content, path)
         with pytest.raises(UserError, match=words):

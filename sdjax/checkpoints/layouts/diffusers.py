@@ -6,7 +6,7 @@ keys with an underscore, which diffusers passes over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import Put, export
 from sdjax.checkpoints.networks import autoencoder, clip, unet, unet2d
 from sdjax.checkpoints.storage.safetensors import write_json, write_safetensors
-from sdjax.checkpoints.storage.weights import find_weights
+from sdjax.checkpoints.storage.weights import find_weights, read_file
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.files import atomic_write, recover
 from sdjax.core.precision import dtype_named
@@ -134,11 +134,11 @@ def present(index: Mapping[str, Any], name: str) -> bool:
     return isinstance(entry, list) and any(part is not None for part in entry)
 
 
-def components_in(index: Mapping[str, Any], place: object) -> list[str]:
+def components_in(index: Mapping[str, Any], place: object, optional: Collection[str] = ()) -> list[str]:
     """The components that an index lists.
 
     Raises:
-        UserError: it lists a network that is not here, or lacks one.
+        UserError: it lists a network that is not here, or lacks one that is not `optional`.
     """
     kind, name = class_of_index(index).kind, index.get("_class_name")
     folders = {part: folder_of(part, kind) for part in COMPONENTS[kind]}
@@ -147,7 +147,7 @@ def components_in(index: Mapping[str, Any], place: object) -> list[str]:
         raise UserError(
             f"{place} lists {other[0]} ({name}); folders of Stable Diffusion 1, 2 and XL, which have none, are read"
         )
-    required = [folders[part] for part in ("unet", "vae") if part in folders]
+    required = [folders[part] for part in ("unet", "vae") if part in folders and part not in optional]
     missing = [part for part in (*required, "scheduler") if not present(index, part)]
     if kind == STABLE_DIFFUSION and not any(present(index, part) for part in TOKENIZERS):
         missing.append("text_encoder")
@@ -157,7 +157,12 @@ def components_in(index: Mapping[str, Any], place: object) -> list[str]:
 
 
 def read_folder(
-    path: str | Path, dtype: Dtypes = "float32", *, variant: str | None = None, place: Put | None = None
+    path: str | Path,
+    dtype: Dtypes = "float32",
+    *,
+    variant: str | None = None,
+    place: Put | None = None,
+    optional: Collection[str] = (),
 ) -> Checkpoint:
     """Reads a checkpoint that `write_checkpoint` or diffusers wrote.
 
@@ -165,6 +170,7 @@ def read_folder(
         dtype, place: as in `ReadOptions`.
         variant: e.g. "fp16": the weights of that name are taken where there are some, else the plain ones. Without it
             the half-precision ones are taken only where there are no others.
+        optional: components that Stable Diffusion's folders may lack, e.g. ("vae",).
 
     Raises:
         UserError: the folder or a file of it is missing or corrupt, the networks are of a structure that is not here,
@@ -174,7 +180,8 @@ def read_folder(
     if not path.is_dir():
         raise UserError(f"there is no checkpoint folder {path}")
     index = read_json(path / INDEX)
-    row, names, settings = class_of_index(index), components_in(index, path / INDEX), index.get(OWN, {})
+    row, settings = class_of_index(index), index.get(OWN, {})
+    names = components_in(index, path / INDEX, optional if row.kind == STABLE_DIFFUSION else ())
     if not isinstance(settings, dict):
         raise UserError(f"{OWN} in {path / INDEX} is no JSON object")
     check_settings(settings, f"{OWN} of {path / INDEX}")
@@ -220,14 +227,16 @@ def read_component(
     variant: str | None = None,
     place: Put | None = None,
 ) -> Component:
-    """Reads one network of the kind `name`, a key of `ALL_FORMATS`, from its own folder.
+    """Reads one network of the kind `name`, a key of `ALL_FORMATS`, from its own folder, or from a file in one.
 
     Raises:
         UserError: as `read_folder`.
     """
-    extra, config = read_json(Path(path) / "config.json"), read_config(path, name)
-    check_sample_size(extra, str(Path(path) / "config.json"))
-    tensors = find_weights(Path(path), ALL_FORMATS[name].weights, variant)
+    path = Path(path)
+    folder = path.parent if path.is_file() else path
+    extra, config = read_json(folder / "config.json"), read_config(folder, name)
+    check_sample_size(extra, str(folder / "config.json"))
+    tensors = read_file(path).tensors if path.is_file() else find_weights(path, ALL_FORMATS[name].weights, variant)
     return Component(config, read_params(name, config, tensors, path, ReadOptions(dtype, place)), extra)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ logger = logging.getLogger("sdjax")
 
 TOKENIZER_FOLDERS = ASSETS / "clip"
 AVERAGES, WEIGHTS = "model_ema.", ("ema", "model")
+FACTOR = 8  # of the autoencoders of Stable Diffusion, where a file lacks its own
 UNSQUEEZED = Piece("", Kind(SQUEEZED.outward, SQUEEZED.inward))
 OTHER_NAMES = (
     # The first files were written before transformers had the inner name.
@@ -108,7 +109,7 @@ def detect(source: Source, *, family: str | None = None, prediction: str | None 
         UserError: as `read_single_file`.
     """
     stored = _read(source)
-    return _detect(stored, config_beside(stored.path), family, prediction)
+    return _detect(stored, config_beside(stored.path), family, prediction, ())
 
 
 def _read(source: Source) -> Weights:
@@ -116,9 +117,11 @@ def _read(source: Source) -> Weights:
     return stored._replace(tensors=with_ldm_names(stored.tensors))
 
 
-def _detect(stored: Weights, config: LDMConfig, family: str | None, prediction: str | None) -> Detected:
+def _detect(
+    stored: Weights, config: LDMConfig, family: str | None, prediction: str | None, optional: Collection[str]
+) -> Detected:
     tensors, facts, path = stored
-    name = find_family(shapes_of(tensors), family, path)
+    name = find_family(shapes_of(tensors), family, path, optional)
     prefix = "" if FAMILIES[name].kind == PIXELS else UNET
     in_channels = shapes_of(tensors)[prefix + FIRST][1]
     claims = (
@@ -137,6 +140,7 @@ def read_single_file(
     prediction: str | None = None,
     weights: str | None = None,
     place: Put | None = None,
+    optional: Collection[str] = (),
 ) -> Checkpoint:
     """Reads a `.safetensors` file, or one of PyTorch's; `detect` says what it is taken for.
 
@@ -146,6 +150,7 @@ def read_single_file(
         prediction: "epsilon", "v_prediction" or "sample"; None to find out, also in a `.yaml` beside the file.
         weights: "model", or "ema" for the UNet's average over training, which some files hold besides; None takes
             averages of the LDM paper's models where the file has them, as the paper samples.
+        optional: components that it may lack, e.g. ("vae",).
 
     Raises:
         UserError: the file is missing or corrupt, is of no family here (the message says what it looks like), or lacks
@@ -153,7 +158,7 @@ def read_single_file(
     """
     stored = _read(source)
     path, config = stored.path, config_beside(stored.path)
-    found = _detect(stored, config, family, prediction)
+    found = _detect(stored, config, family, prediction, optional)
     row, how = FAMILIES[found.family], ReadOptions(dtype, place)
     kept = chosen_weights(stored.tensors, weights or (None if row.kind == LDM else "model"), path)
     averaged = any(kept[key] is not stored.tensors[key] for key in kept)
@@ -244,16 +249,19 @@ def networks_in(shapes: Shapes, found: Detected, path: object, scale: float | No
     side = family.v_size if family.v_size and found.prediction == "v_prediction" else family.size
     if family.kind == PIXELS:
         return [_unet_in(shapes, family, {"sample_size": side}, path)]
-    vae = vae_in(without_prefix(shapes, VAE), family, VAE, path, scale)
-    factor = 1 if found.family == "x4_upscaler" else vae.config.factor
-    backbone = _unet_in(shapes, family, {**family.unet, "sample_size": side // factor}, path)
-    networks = [backbone, vae._replace(extra={**vae.extra, "sample_size": side})]
+    has_vae = any(key.startswith(VAE) for key in shapes)
+    vae = vae_in(without_prefix(shapes, VAE), family, VAE, path, scale) if has_vae else None
+    factor = vae.config.factor if vae else FACTOR
+    latents = side if found.family == "x4_upscaler" else side // factor
+    networks = [_unet_in(shapes, family, {**family.unet, "sample_size": latents}, path)]
+    if vae:
+        networks.append(vae._replace(extra={**vae.extra, "sample_size": side}))
     for name, prefix in family.prefixes.items():
         is_open, projected = prefix.endswith(".model."), name == "text_encoder_2"
         below = without_prefix(shapes, prefix)
         config = _bounded(clip.original_config(below, is_open, projected, path), below, path)
         networks.append(Network(name, prefix, config, {}, clip.pieces(config, is_open)))
-    return networks + _conditions_in(shapes, family.conditioning, vae.config.factor, path)
+    return networks + _conditions_in(shapes, family.conditioning, factor, path)
 
 
 def _bounded(config: Any, shapes: Shapes, path: object) -> Any:
@@ -345,7 +353,7 @@ def _read_alone(network: Network, tensors: Mapping[str, Writable], path: Path, h
 def read_autoencoder_file(
     source: Source, dtype: Dtypes = "float32", *, family: str = "sd1", place: Put | None = None
 ) -> Component:
-    """Reads an autoencoder alone, in the original naming or in diffusers' own.
+    """Reads an autoencoder alone, or that of a whole checkpoint, in the original naming.
 
     Args:
         family: whose latents it makes; nothing in the file says it, and the scale of the latents follows from it.
@@ -360,10 +368,15 @@ def read_autoencoder_file(
     tensors, path = wanted(stored.tensors), stored.path
     prefix = next((p for p in (VAE, "vae.") if any(key.startswith(p) for key in tensors)), "")
     tensors = without_prefix(tensors, prefix)
-    if any(key.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for key in tensors):
-        raise UserError(f"{path} is an autoencoder in diffusers' naming; put it into a diffusers folder")
+    if has_diffusers_names(tensors):
+        raise UserError(f"{path} is an autoencoder in diffusers' naming; its config.json is not beside it")
     network = vae_in(shapes_of(tensors), FAMILIES[family], "", path)
     return _read_alone(network, tensors, path, ReadOptions(dtype, place))
+
+
+def has_diffusers_names(tensors: Mapping[str, Writable]) -> bool:
+    """Tell whether tensors are those of an autoencoder alone, under diffusers' names."""
+    return any(key.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for key in tensors)
 
 
 def read_adm_classifier(source: Source, dtype: Dtypes = "float32", place: Put | None = None) -> Component:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints.checkpoint import FORMATS, TOKENIZERS, Checkpoint
+from sdjax.checkpoints.checkpoint import FORMATS, TOKENIZERS, Checkpoint, family_of
 from sdjax.checkpoints.families import FAMILIES, UNET, VAE
 from sdjax.checkpoints.layouts.original import Detected, Network, networks_in, shapes_of
 from sdjax.checkpoints.mapping import Writable, export
@@ -61,24 +61,6 @@ def pieces_of(name: str, prefix: str, config: Any) -> dict[str, Piece]:
     if name == "vae":
         return autoencoder.pieces(config)
     return unet2d.pieces(config) if isinstance(config, UNet2DConfig) else unet.pieces(config)
-
-
-def family_of(checkpoint: Checkpoint) -> str:
-    """The family whose original layout holds the networks of a checkpoint.
-
-    Raises:
-        UserError: it is none of Stable Diffusion's.
-    """
-    if checkpoint.conditioning != "text":
-        raise UserError(
-            f"one file holds Stable Diffusion in its original naming, no model of {checkpoint.conditioning}"
-        )
-    text = checkpoint.components.get("text_encoder")
-    if "text_encoder_2" in checkpoint.components:
-        return "sdxl_refiner" if text is None else "sdxl"
-    if checkpoint.low_res_scheduler is not None:
-        return "x4_upscaler"
-    return "sd2" if text is not None and text.config.activation == "gelu" else "sd1"
 
 
 def _check_expressed(checkpoint: Checkpoint, read: list[Network]) -> None:
