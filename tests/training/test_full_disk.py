@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
+import shutil
 import time
 from pathlib import Path
 
@@ -41,17 +41,19 @@ def save_and_check(checkpoints: Checkpoints) -> None:
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_once(at_most, tmp_path):
     """Its writing fails in the background: the next `check` says so, and what is there stays as it is."""
-    save(tmp_path, 2)
-    with Checkpoints(epath.Path(tmp_path), base()) as checkpoints:
+    full, later = tmp_path / "full", tmp_path / "later"
+    save(full, 2)
+    with Checkpoints(epath.Path(full), base()) as checkpoints:
         at_most(1000)
-        message = rf"cannot write {tmp_path}/checkpoints/4: File too large; .*; the checkpoint of step 2 is intact"
+        message = rf"cannot write {full}/checkpoints/4: File too large; .*; the checkpoint of step 2 is intact"
         with pytest.raises(UserError, match=message) as error:
             save_and_check(checkpoints)
         at_most()
         assert "\n" not in str(error.value)
         assert checkpoints.latest == 2
-    assert restored(tmp_path) == 2
-    assert save(tmp_path, 4) == [2, 4]
+    shutil.copytree(full, later)  # as another process finds it: threads of this one still write
+    assert restored(later) == 2
+    assert save(later, 4) == [2, 4]
 
 
 FAILING = {"metrics": "tensorboard/events", "previews": "samples/samples_0000002.png", "export": "export"}
@@ -68,8 +70,7 @@ def test_what_else_cannot_be_written_names_place_and_step(case, make_config, mon
     if case == "metrics":
         monkeypatch.setattr("sdjax.training.tensorboard.TensorBoard.scalars", fail)
     elif case == "previews":
-        monkeypatch.setattr("sdjax.training.workdir.write_bytes", fail)
-        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+        monkeypatch.setattr("sdjax.training.metrics.write_whole", fail)
     else:
         monkeypatch.setattr(Path, "rename", fail)
     kept = 1 if case == "metrics" else 2
