@@ -98,7 +98,7 @@ def tidy(folder: epath.Path) -> None:
         is_outdated = int(step) < newest and (not kind or kind.startswith(PARTIAL))
         if kind.startswith((TEMPORARY, DELETED)) or is_outdated:
             logger.info("removing %s, which a run that was killed had begun to write or to delete", path)
-            path.rmtree()
+            _discard(path)
         elif not kind:
             logger.warning("%s is not whole; it is now %s", path, put_aside(path, PARTIAL))
     for step in older[1:]:
@@ -106,6 +106,13 @@ def tidy(folder: epath.Path) -> None:
             read_notes(folder / str(step))
         except UserError as error:
             logger.warning("%s; that checkpoint is now %s", error, put_aside(folder / str(step), CORRUPT))
+
+
+def _discard(path: epath.Path) -> None:
+    try:
+        path.rmtree()
+    except OSError as error:  # such as NFS' names of files that another host has open; nobody needs them
+        logger.warning("cannot remove %s: %s", path, error.strerror or error)
 
 
 def put_aside(path: epath.Path, why: str) -> epath.Path:

@@ -67,8 +67,10 @@ def unwritable(folder: epath.Path, step: int | None = None) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, UserError) else error
         if not isinstance(cause, OSError):
             raise
-        at = "" if step is None else f"step {step}: "
-        raise Unwritable(f"{at}{cannot_write(cause.filename or folder, cause)}") from cause
+        at, place = "" if step is None else f"step {step}: ", str(cause.filename)
+        # Names within folders that are being deleted are relative.
+        place = place if place.startswith(os.fspath(folder)) else folder
+        raise Unwritable(f"{at}{cannot_write(place, cause)}") from cause
 
 
 def is_remote(folder: epath.Path) -> bool:
