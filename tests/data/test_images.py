@@ -12,6 +12,7 @@ from PIL import Image
 
 from sdjax.core.errors import UserError
 from sdjax.data.images import image_size, read_image, read_labels
+from sdjax.data.sources.rules import RowRules
 from sdjax.data.sources.validate import check
 
 # What Pillow says of damaged metadata that it can do without.
@@ -71,7 +72,7 @@ def test_a_hostile_file_is_one_row_of_the_list(tmp_path):
         (tmp_path / f"{i}.jpg").write_bytes(data)
         lines.append(json.dumps({"file_name": f"{i}.jpg", "text": "mistyped"}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    found = list(check(f"folder:{tmp_path}", minimum_side=1))
+    found = list(check(f"folder:{tmp_path}", rules=RowRules(minimum_side=1)))
     assert 3 < len(found) < len(lines) // 2
     assert all("cannot read image" in bad.reason for bad in found)
     assert not any(bad.place.endswith(" line 1") for bad in found)
