@@ -234,8 +234,8 @@ def _drawn(pipe: Pipeline, rows: Sequence[Row], moments: jax.Array, keys: jax.Ar
 
 def _torch_noise(pipe: Pipeline, rows: Sequence[Row], draw: Callable[[TorchRow], np.ndarray | None]) -> Any:
     """Noise that PyTorch draws for each row; None where rows have noise of their own, or nothing is drawn."""
-    drawn = [draw(row.torch) for row in rows if row.torch is not None]
-    return None if not drawn or drawn[0] is None else pipe.devices.shard_batch(np.stack(drawn))
+    drawn = [noise for row in rows if row.torch is not None and (noise := draw(row.torch)) is not None]
+    return pipe.devices.shard_batch(np.stack(drawn)) if drawn else None
 
 
 def _paste(row: Row, image: np.ndarray) -> np.ndarray:
