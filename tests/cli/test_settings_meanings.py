@@ -130,6 +130,7 @@ def test_second_passes_of_a1111_by_any_size(extra: dict[str, Any], wanted: tuple
     assert values["hires_strength"] == 0.5
     assert "strength" not in values
     assert any("Hires upscaler: Latent" in note for note in found.notes)
+    assert "the second pass runs 10 steps, there all 20" in found.notes
 
 
 def test_a_crop_of_a_second_pass_is_named():

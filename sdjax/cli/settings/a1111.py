@@ -153,13 +153,14 @@ def _put_second_pass(found: Settings, settings: Mapping[str, str]) -> None:
     else:
         match = next(filter(None, (SIZE.fullmatch(settings.get(name, "")) for name in SECOND_SIZES)), None)
         second = (int(match[1]), int(match[2])) if match else (0, 0)
-    if "hires" not in values and any(second) and values.get("width") and values.get("height"):
+    factor = values.get("hires")
+    if factor is None and any(second) and values.get("width") and values.get("height"):
         factors = [side / own for side, own in zip(second, (values["width"], values["height"]), strict=True) if side]
-        found.put("hires", max(factors))
-        if max(factors) - min(factors) > 0.01 * min(factors):
+        factor = max(factors)
+        if factor - min(factors) > 0.01 * factor:
             found.notes.append(f"the second pass is not cropped to {second[0]}x{second[1]}")
-    if "hires" in values and "strength" in values:
-        found.values["hires_strength"] = values.pop("strength")
+    if factor is not None:
+        found.put_second_pass(factor, values.pop("strength", None))
 
 
 def _first_pass(width: int, height: int) -> tuple[int, int]:

@@ -20,6 +20,11 @@ OWN_TIMESTEPS = ("lcm", "tcd")
 SHOWN = 80
 
 
+def run_share(steps: int, strength: float) -> tuple[int, float]:
+    """Diffusers, and so this program, runs int(strength steps) of the steps."""
+    return steps, strength
+
+
 class Dialect(NamedTuple):
     """Names and habits of a program.
 
@@ -43,7 +48,7 @@ class Dialect(NamedTuple):
     clip_skip: tuple[int, int | None] = (1, 1)
     cpu_noise: bool = False
     translate: Callable[[str], str] = emphasis.a1111
-    img2img: Callable[[int, float], tuple[int, float]] = lambda steps, strength: (steps, strength)
+    img2img: Callable[[int, float], tuple[int, float]] = run_share
 
 
 def run_one_more(steps: int, strength: float) -> tuple[int, float]:

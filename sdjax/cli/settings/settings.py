@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sdjax.cli.settings.names import OWN_TIMESTEPS, Dialect, sampler_of, schedule_of
+from sdjax.cli.settings.names import OWN_TIMESTEPS, Dialect, run_share, sampler_of, schedule_of
 from sdjax.core.errors import UserError, unknown
 from sdjax.pipeline.options import OPTIONS, Pair, check_value, parse_value
 from sdjax.pipeline.seeds import RANDOM
@@ -116,6 +116,14 @@ class Settings:
         self.put("schedule", chosen)
         if implied:
             self.implied.add("schedule")
+
+    def put_second_pass(self, factor: Any, strength: Any) -> None:
+        """Keep a second pass over the enlarged image, and say how many steps that program gives it."""
+        self.put("hires", factor)
+        self.put("hires_strength", strength)
+        steps, share = self.values.get("steps"), self.values.get("hires_strength")
+        if steps and share and self.dialect.img2img is not run_share:
+            self.notes.append(f"the second pass runs {max(int(share * steps), 1)} steps, there all {steps}")
 
     def put_clip_skip(self, layer: Any) -> None:
         """Keep the layers that are skipped, of which that program names the one it stops at."""
