@@ -1,7 +1,9 @@
 """Captions as people have them: beside images, in columns, several of an image, as sd-scripts names folders."""
 
 import csv
+import errno
 import json
+import os
 import pickle
 from collections import Counter
 
@@ -213,6 +215,31 @@ def test_what_systems_hide_is_left_out(tmp_path, kind):
     rows = source(f"{kind}:{tmp_path}")
     assert [rows.id(i) for i in range(len(rows))] == ["a.png"]
     assert rows.classes == ()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pictures"])
+def test_names_that_are_not_utf8_are_one_line(tmp_path, kind):
+    """No JSON file beside precomputed latents could hold such an id."""
+    pictures(tmp_path, "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
+    with pytest.raises(UserError, match=r"file_name is '\\udcff\.png', and should be the name of a file, in UTF-8"):
+        source(f"{kind}:{tmp_path}", rules=ANY)
+    os.rename(os.fsencode(tmp_path) + b"/\xff.png", tmp_path / "a\nb.png")
+    with pytest.raises(UserError, match=r"^[^\n]*file_name is 'a\\nb\.png', and should be[^\n]*$"):
+        source(f"{kind}:{tmp_path}", rules=ANY)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    pictures(tmp_path, "cat/a.png", "dog/b.png")
+
+    def scandir(path, list_of=os.scandir):
+        if str(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return list_of(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=rf"cannot read the folder {tmp_path}/dog: Permission denied$"):
+        source(f"pictures:{tmp_path}")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 
 import pytest
@@ -142,6 +143,7 @@ def test_the_check_reads_what_training_reads(tmp_path, name):
     (bad,) = check(name)
     assert bad.place == source(name)._rows.place(1)
     assert "not an image" in bad.reason
+    assert pickle.loads(pickle.dumps(source(name)))[2]["id"] == source(name)[2]["id"]  # as workers get it
     assert report(name, output=io.StringIO()) == 1
     with pytest.raises(UserError, match="not an image"):
         source(name)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from array import array
 from collections.abc import Collection
 from pathlib import Path
@@ -19,6 +20,9 @@ from sdjax.data.sources.image_files import SIDECARS, SUFFIXES, ImageFiles
 from sdjax.data.sources.links import DataFolder
 from sdjax.data.sources.listings import FILE_NAME, LISTINGS, Listing, find_listing
 from sdjax.data.sources.rules import ANY, RowRules
+
+# Control characters, which would divide a message, and bytes that are not UTF-8, which no JSON file can hold.
+UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class FolderEntry(NamedTuple):
@@ -107,8 +111,8 @@ class FolderSource:
         file = entry.get(FILE_NAME)
         if file is None:
             raise UserError(f"{place} has no {FILE_NAME}; its keys are {keys_of(entry)}")
-        if not isinstance(file, str) or "\0" in file or not file:
-            raise UserError(f"{place}: {FILE_NAME} is {file!r}, and should be the name of a file")
+        if not isinstance(file, str) or not file or UNFIT.search(file):
+            raise UserError(f"{place}: {FILE_NAME} is {file!r}, and should be the name of a file, in UTF-8")
         captions = captions_of(entry, place) if CAPTION in self._needs else ()
         found = FolderEntry(file, captions, parse_annotations(entry, place))
         for name in self._needs:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.core.errors import UserError
 from sdjax.core.untrusted import read_bytes
 from sdjax.data.sources.annotations import LABEL
 from sdjax.data.sources.base import CAPTION, read_text
@@ -80,8 +81,13 @@ class ImageFiles:
         return f"has no {key}" + ": it is in no folder of its class" * (key == LABEL)
 
     def place(self, index: int) -> str:
-        """The image's path."""
-        return str(self._folder.path / self._names[index])
+        """The image's path, in one line."""
+        path = str(self._folder.path / self._names[index])
+        return path if path.isprintable() else repr(path)
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
 def _images(folder: DataFolder, captions: bool) -> Iterator[tuple[str, str]]:
@@ -98,7 +104,7 @@ def _images(folder: DataFolder, captions: bool) -> Iterator[tuple[str, str]]:
         linked.update([real] * new)
         return new
 
-    for parent, folders, files in os.walk(folder.path, followlinks=True):
+    for parent, folders, files in os.walk(folder.path, followlinks=True, onerror=_refuse):
         folders[:] = [name for name in folders if not is_hidden(name) and enters(os.path.join(parent, name))]
         beside = set(files) if captions else ()
         for name in files:
