@@ -3,8 +3,9 @@
     python train.py --config configs/ldm.py:celebahq --workdir RUN --config.task.first_stage=FOLDER \\
         --config.data.source=pictures:PATH
 
-FOLDER holds the first stage that the table names, in FOLDER/vae: a finished run of `configs/autoencoders.py`, or a
-published one through `python -m sdjax.convert`. The learning rates are those of all images of a batch together.
+FOLDER is the first stage that the table names: the workdir of a finished run of `configs/autoencoders.py`, or a folder
+that has one in FOLDER/vae, as `python -m sdjax.convert` makes of a published model. The learning rates are those of all
+images of a batch together.
 
 | variant | condition | first stage | batch, steps | published (FID unless said) |
 |---|---|---|---|---|

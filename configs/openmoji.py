@@ -4,7 +4,8 @@
 
 trains the autoencoder first (in runs/openmoji/first_stage, from `configs/openmoji.py:autoencoder`), then the UNet and
 the text encoder together. A step of the second stage takes about
-a second there. Results stand in checkpoints/openmoji/README.md. `:tiny` is for the tests.
+a second there. Results stand in checkpoints/openmoji/README.md; images of one's own
+need less from there on (configs/finetune.py). `:tiny` is for the tests.
 """
 
 from configs.common import SCALED_LINEAR, autoencoder_task, base, locked
