@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sdjax.checkpoints.checkpoint import TOKENIZERS, Checkpoint
+from sdjax.checkpoints.layouts.diffusers import ZEROS
 from sdjax.checkpoints.networks.unet import SIZE_WIDTH
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.tree import Params
@@ -206,7 +207,7 @@ def _text_conditioner(
     encoders = clip_encoders(configs, dtype)
     width = checkpoint.components[BACKBONE].extra.get(SIZE_WIDTH) or 256
     numbers = micro_conditioning(configs[BACKBONE], encoders, width, place)
-    zeros = checkpoint.model_index.get("force_zeros_for_empty_prompt", numbers == SIZES)
+    zeros = checkpoint.model_index.get(ZEROS, numbers == SIZES)
     text = TextConditioner(encoders, numbers, width, () if zeros else null_ids(encoders, tokenizers))
     channels = configs[BACKBONE].in_channels - autoencoder.config.latent_channels
     inpaint = InpaintConditioner(autoencoder.config.latent_channels, autoencoder.config.factor)

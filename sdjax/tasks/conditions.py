@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.checkpoints.checkpoint import TOKENIZERS, find_tokenizer
+from sdjax.checkpoints.layouts.diffusers import ZEROS
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.open import resolve
 from sdjax.core.config import Config
@@ -184,7 +185,8 @@ def _text(config: Config, first_stage: Any, backbone: Any) -> TrainingCondition:
     numbers = micro_conditioning(backbone, encoders, 256, "config.model")
     lengths = {name: sizes[name].max_length for name in sizes}
     loaded = _LazyTokenizers(folders, lengths)
-    null = () if numbers == SIZES else null_ids(encoders, loaded)
+    zeros = config.task.get(ZEROS, numbers == SIZES)
+    null = () if zeros else null_ids(encoders, loaded)
     conditioner = TextConditioner(encoders, numbers, 256, null)
     spec = text_spec(conditioner, config.task.text)
     return TrainingCondition(conditioner, (), spec, _text_columns, folders, loaded)

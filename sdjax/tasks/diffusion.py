@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
 from sdjax.checkpoints.checkpoint import Checkpoint, Component
-from sdjax.checkpoints.layouts.diffusers import read_config, write_checkpoint
+from sdjax.checkpoints.layouts.diffusers import ZEROS, read_config, write_checkpoint
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.open import within_workdir
 from sdjax.core.config import Config
@@ -247,6 +247,7 @@ def checkpoint_of(config: Config, model: DiffusionModel, condition: TrainingCond
         conditioning=config.task.conditioning,
         settings=settings_of(config, model, condition),
         tokenizers=dict(condition.tokenizers),
+        model_index={ZEROS: config.task[ZEROS]} if ZEROS in config.task else {},
     )
 
 

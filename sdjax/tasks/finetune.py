@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from sdjax.checkpoints.checkpoint import TOKENIZERS, Checkpoint
-from sdjax.checkpoints.layouts.diffusers import pipeline_class
+from sdjax.checkpoints.layouts.diffusers import ZEROS, pipeline_class
 from sdjax.checkpoints.open import read_checkpoint, resolve
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
@@ -121,6 +121,8 @@ def _task(checkpoint: Checkpoint, task: Config) -> dict[str, Any]:
         "dropout": task.dropout if has_null else 0.0,
         "scheduler": {"prediction_type": "epsilon", **checkpoint.scheduler},
     }
+    if ZEROS in checkpoint.model_index:
+        found[ZEROS] = checkpoint.model_index[ZEROS]
     if conditioning == "layout":
         bert_sizes = checkpoint.components[BERT].config
         found["classes"] = int(settings.get("object_classes", bert_sizes.vocab_size - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -115,6 +116,19 @@ def test_a_file_of_ldms_text_model_needs_a_vocabulary(tmp_path):
     model, condition = make_model(from_checkpoint(config))
     assert model.configs()["bert"] == MODELS["text"][2]["bert"]
     assert condition.tokenizers == {"bert": tmp_path / "words"}
+
+
+def test_the_null_condition_stays_what_the_index_says(folders, tmp_path):
+    """Of an SDXL model without zeros for the empty prompt: its tokens, in training and after it."""
+    stored = read_folder(folders("sdxl"))
+    write_checkpoint(tmp_path / "model", replace(stored, model_index={"force_zeros_for_empty_prompt": False}))
+    config = from_checkpoint(finetune.get_config(str(tmp_path / "model")))
+    model, condition = make_model(config)
+    assert [len(ids) for ids in model.conditioner.null_ids] == [12, 12]
+    params = {name: component.params for name, component in stored.components.items()}
+    write_checkpoint(tmp_path / "export", checkpoint_of(config, model, condition, params))
+    assert read_folder(tmp_path / "export").model_index["force_zeros_for_empty_prompt"] is False
+    assert make_model(from_checkpoint(finetune.get_config(str(folders("sdxl")))))[0].conditioner.null_ids == ()
 
 
 def test_a_section_is_the_shortest_that_gives_the_sizes():

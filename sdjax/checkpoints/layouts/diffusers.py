@@ -43,6 +43,7 @@ from sdjax.models.unet2d import UNet2DConfig
 
 INDEX = "model_index.json"
 WRITER, OWN = "_writer", "_sdjax"
+ZEROS = "force_zeros_for_empty_prompt"  # of an index of SDXL's: its null condition is zeros, and no empty prompt
 DIFFUSERS_VERSION = "0.42.0"  # the version whose layout this is
 OTHER_NETWORKS = ("transformer", "text_encoder_3", "controlnet", "prior_prior", "motion_adapter", "movq", "vqvae")
 FIRST_STAGE = "vqvae"  # the name of an autoencoder in diffusers' pipelines of LDM's models
@@ -76,9 +77,9 @@ PIPELINES: dict[str, PipelineClass] = {
     "StableDiffusionInpaintPipeline": PipelineClass(settings=_SAFE),
     "StableDiffusionDepth2ImgPipeline": PipelineClass(absent=("depth_estimator", "feature_extractor")),
     UPSCALER: PipelineClass(absent=("feature_extractor", "safety_checker", "watermarker")),
-    "StableDiffusionXLPipeline": PipelineClass(absent=_XL, settings={"force_zeros_for_empty_prompt": True}),
+    "StableDiffusionXLPipeline": PipelineClass(absent=_XL, settings={ZEROS: True}),
     "StableDiffusionXLImg2ImgPipeline": PipelineClass(
-        absent=_XL, settings={"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
+        absent=_XL, settings={ZEROS: False, "requires_aesthetics_score": True}
     ),
     "StableDiffusionXLInpaintPipeline": PipelineClass(absent=_XL),
     "LDMPipeline": PipelineClass(LDM, "unconditional"),
