@@ -22,6 +22,7 @@ from sdjax.models.embedders import ClassEmbedderConfig
 
 SETTINGS = {"steps": 3, "sampler": "euler_a", "seed": 3, "num_images": 3, "guidance_scale": 3.0}
 SETTINGS |= {"width": zoo.SIDE, "height": zoo.SIDE}
+EDITED = "[red heart:blue cat:1] AND flag :0.5"
 # Three images leave one of four rows to be filled up. On the second mesh rows, heads and features are split.
 CODE = """
 import json
@@ -33,13 +34,14 @@ from sdjax.core.errors import UserError
 from sdjax.parallel.mesh import make_mesh
 
 text, classes, target = sys.argv[1:4]
-settings = json.loads(sys.argv[4])
+settings, edited = json.loads(sys.argv[4]), sys.argv[5]
 assert jax.device_count() == 4
 for number, sizes in enumerate(({"data": 2, "fsdp": 2}, {"tensor": 2, "spatial": 2})):
     pipe = sdjax.load(text, mesh=make_mesh(sizes))
     kernel = pipe.params["unet"]["mid_block_resnets_0"]["conv1"]["kernel"]
     assert not kernel.sharding.is_fully_replicated
     np.save(f"{target}/text{number}.npy", pipe("red heart", **settings))
+    np.save(f"{target}/edited{number}.npy", pipe(edited, **settings))
     if number == 0:
         pipe.save(target + "/saved")
         try:
@@ -71,7 +73,7 @@ def classes(tmp_path_factory) -> Path:
 def made_by_four(folder, classes, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("made")
     flags = {"XLA_FLAGS": children.devices(4), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", CODE, str(folder), str(classes), str(target), json.dumps(SETTINGS)]
+    command = [sys.executable, "-c", CODE, str(folder), str(classes), str(target), json.dumps(SETTINGS), EDITED]
     subprocess.run(command, check=True, env={**os.environ, **flags})
     return target
 
@@ -81,6 +83,8 @@ def made_by_four(folder, classes, tmp_path_factory) -> Path:
 def test_four_devices_give_the_same_images(mesh, ours, made_by_four):
     expected = ours("red heart", batch_size=2, **SETTINGS)
     np.testing.assert_allclose(np.load(made_by_four / f"text{mesh}.npy"), expected, atol=1e-5)
+    edited = ours(EDITED, batch_size=2, **SETTINGS)
+    np.testing.assert_allclose(np.load(made_by_four / f"edited{mesh}.npy"), edited, atol=1e-5)
     assert (made_by_four / "saved" / "unet" / "diffusion_pytorch_model.safetensors").exists()
 
 
