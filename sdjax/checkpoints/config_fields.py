@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sdjax.core.errors import UserError
 
 MAX_SIZE = 2**20  # more than any network has of channels, tokens, classes
+MAX_NUMBER = 1e30
 MAX_SIDE = 2**12  # of the images that a network is made for
 MAX_LEVELS = 10
 MAX_STEPS = 10_000  # of sampling
@@ -43,8 +43,8 @@ def _value(config: Mapping[str, Any], field: Field, place: str) -> Any:
         if type(value) is not bool:
             raise unsupported(config, field.theirs, place, "true or false")
     elif isinstance(default, float):
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise unsupported(config, field.theirs, place, "a positive number")
+        if type(value) not in (int, float) or not 1 / MAX_NUMBER <= value <= MAX_NUMBER:
+            raise unsupported(config, field.theirs, place, "a positive number, as float32 has them")
         return float(value)
     elif not isinstance(default, str) and not (default is None and value is None):
         return integer(config, field.theirs, default or 0, place, field.most)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import zoo
+from hostile import OTHER_TYPES, changed
 
 from sdjax.checkpoints import mapping
 from sdjax.checkpoints.checkpoint import ALL_FORMATS, ReadOptions, read_params
@@ -34,10 +35,6 @@ SIZES = {
     "rescaler": RescalerConfig(10, 2, 3),
     "classifier": zoo.CLASSIFIER,
 }
-OTHER_TYPES: list[Any] = [
-    *(None, True, -1, 0, 0.5, 10**12, 10**30, float("inf"), "x", "y" * 5000, [], {}, [[]], [{}], [None], ["x"]),
-    *([0], [-1], [10**12] * 2, [8] * 50, [True, True], {"a": 1}, [[8], [8]]),
-]
 
 
 def read(name: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
@@ -53,14 +50,6 @@ def stored(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     config = json.loads(json.dumps(form.to_config(sizes)))
     read(name, config, tensors)
     return config, tensors
-
-
-def changed(config: dict[str, Any], value: Any) -> list[tuple[str, dict[str, Any]]]:
-    """The config with the value in the place of each of its own, one a time."""
-    found = [(key, config | {key: value}) for key in config]
-    if "encoder" in config:
-        found += [(f"encoder.{key}", config | {"encoder": inner}) for key, inner in changed(config["encoder"], value)]
-    return found
 
 
 def attempt(name: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import zoo
-from test_hostile_configs import OTHER_TYPES
+from hostile import OTHER_TYPES
 from tiny_checkpoints import DDIM, tiny_checkpoint, write_tokenizer
 from torch_reference import drawn
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from faults import full_disk
+from hostile import OTHER_TYPES, changed
 from ml_collections import ConfigDict
 
 from sdjax.core.errors import UserError
@@ -308,3 +309,19 @@ def test_the_check_reads_precomputed_rows(tmp_path, capsys):
         f"{place}: the moments are not all finite; prepare the data again",
         f"{tmp_path}: 23 rows, 1 bad",
     ]
+
+
+@pytest.mark.parametrize("name", ["index.json", "shard-00000-of-00005.json"])
+def test_descriptions_of_other_types(tmp_path, name):
+    """A folder that somebody else wrote."""
+    path = write_set(tmp_path) / name
+    whole = json.loads(path.read_text())
+    refused = 0
+    for value in OTHER_TYPES:
+        for _, other in changed(whole, value):
+            path.write_text(json.dumps(other))
+            try:
+                PreparedSource(tmp_path)[0]
+            except UserError:
+                refused += 1
+    assert refused > 100

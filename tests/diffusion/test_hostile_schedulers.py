@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any
 
 import pytest
+from hostile import OTHER_TYPES
 
 from sdjax.core.errors import UserError
 from sdjax.diffusion.samplers import options
 from sdjax.diffusion.samplers.options import SamplerOptions, schedule_of
 
-VALUES: list[Any] = [
-    *(None, True, -1, 0, 0.5, 10**12, 10**30, -(10**30), 1e308, float("inf"), -float("inf"), "x", "y" * 5000, "", "1"),
-    *([], {}, [[]], [{}], [None], ["x"], [0], [-1], [10**12], {"a": 1}),
-]
 NAMES = [row.name for row in options._CLASSES.values() if row.name]
 KEYS = {
     *(field for row in options._CLASSES.values() for field in row.fields),
@@ -28,7 +24,7 @@ KEYS = {
 @pytest.mark.parametrize("key", sorted(KEYS))
 def test_values_of_other_types(key: str):
     for name in dict.fromkeys(NAMES):
-        for value in VALUES:
+        for value in OTHER_TYPES:
             config = {"_class_name": name, "num_train_timesteps": 100, key: value}
             start = time.monotonic()
             with contextlib.suppress(UserError):

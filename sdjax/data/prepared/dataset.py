@@ -140,14 +140,14 @@ def _read_index(folder: Path) -> Mapping[str, Any]:
 def _plan(index: Mapping[str, Any], folder: Path) -> PreparedPlan:
     try:
         return PreparedPlan.from_json(index)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / INDEX} is damaged: {error!r}") from error
 
 
 def _fields(index: Mapping[str, Any], folder: Path) -> dict[int, Fields]:
     try:
         return {int(bucket): Fields.from_json(fields) for bucket, fields in index["fields"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder / INDEX} is damaged: {error!r}") from error
 
 

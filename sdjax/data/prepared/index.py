@@ -110,7 +110,7 @@ def read_sidecar(folder: Path, plan: PreparedPlan, shard: int) -> Sidecar:
     try:
         fields = {int(bucket): Fields.from_json(fields) for bucket, fields in data["fields"].items()}
         found = Sidecar(int(data["size"]), [int(bucket) for bucket in data["buckets"]], list(data["ids"]), fields)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
     whole = len(found.buckets) == len(found.ids) == stop - start and all(isinstance(key, str) for key in found.ids)
     if not whole or not set(found.buckets) <= set(fields) or not all(0 <= b < len(plan.table) for b in fields):
