@@ -65,7 +65,10 @@ PUBLISHED = {
 
 
 def folders() -> list[Path]:
-    """The folders where weights are looked for: $SDJAX_WEIGHTS, this project's cache, PyTorch's cache of downloads."""
+    """The folders where weights are looked for: $SDJAX_WEIGHTS, this project's cache, PyTorch's cache of downloads.
+
+    They may be other users': nothing of a file there is run.
+    """
     own = [Path(os.environ[FOLDER]).expanduser()] if os.environ.get(FOLDER) else []
     cache = cache_folder("weights")
     torch = Path(os.environ.get("TORCH_HOME") or cache.parents[1] / "torch").expanduser()

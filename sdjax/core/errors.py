@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterable
 
@@ -40,6 +41,8 @@ def _printable(line: str) -> str:
 
 def run_or_exit(main: Callable[[], None]) -> None:
     """Runs a script's main; a UserError becomes one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # to print a name that is not UTF-8 is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
