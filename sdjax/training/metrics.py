@@ -25,7 +25,7 @@ from sdjax.training.limits import is_due
 from sdjax.training.progress import Pace, Progress, announced, line, new_shapes
 from sdjax.training.step import StepFn, TrainState
 from sdjax.training.tensorboard import TensorBoard, check_tensorboard
-from sdjax.training.workdir import unwritable, write_whole
+from sdjax.training.workdir import SAMPLES, unwritable, write_whole
 
 logger = logging.getLogger("sdjax")
 
@@ -150,7 +150,7 @@ class Metrics:
         png = io.BytesIO()
         Image.fromarray(image).save(png, "PNG")
         with unwritable(self._workdir, step):
-            write_whole(self._workdir / "samples" / f"{name}_{step:07d}.png", png.getvalue())
+            write_whole(self._workdir / SAMPLES / f"{name}_{step:07d}.png", png.getvalue())
             self._writer.image(name, image, step)
 
     def _add(self, values: dict[str, float]) -> None:

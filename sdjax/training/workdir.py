@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from sdjax.core.errors import UserError
-from sdjax.core.files import cannot_write, write_bytes
+from sdjax.core.files import cannot_write, recover, write_bytes
 from sdjax.parallel.distributed import is_first, sync
 
 OWNER, DATA = "config.json", "data.json"
@@ -33,7 +33,7 @@ RENAMED = {
     ),
 }
 """Tasks of version 0.1, which had other settings, with their names of today."""
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 
 logger = logging.getLogger("sdjax")
 
@@ -147,10 +147,14 @@ def check_moved(workdir: epath.Path, config: dict[str, Any], identity: dict[str,
 def claim(workdir: epath.Path, config: dict[str, Any], identity: dict[str, Any]) -> None:
     """Makes a new workdir this config's own, and that of the data with this identity.
 
+    Files that a killed run had not finished are removed.
+
     Raises:
         UserError: another process of this run does not see what the first one wrote.
     """
     path = workdir / OWNER
+    for folder in (workdir, workdir / SAMPLES) if is_first() and not is_remote(workdir) else ():
+        recover(os.fspath(folder))
     for place, content in ((path, config), (workdir / DATA, identity)):
         if is_first() and content and not place.exists():
             with unwritable(workdir):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -110,3 +113,16 @@ def test_a_damaged_record_of_the_export_is_no_record(tmp_path):
     for text, is_whole in (('{"step": 3}', True), ('{"step"', False), ("[3]", False), ("\x00\x00", False)):
         (tmp_path / "export.json").write_text(text)
         assert exported(epath.Path(tmp_path), 3) == is_whole
+
+
+def test_what_a_killed_run_had_not_finished_is_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "samples").mkdir()
+    partial = f"{{}}.{ended.pid}@{socket.gethostname()}.partial"
+    for name in (".config.json", "samples/.samples_0000050.png"):
+        (tmp_path / partial.format(name)).write_text("{")
+    (tmp_path / "samples/samples_0000050.png").write_text("whole")
+    claim(epath.Path(tmp_path), {"task": {"name": "a"}}, {"examples": 3})
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert found == {"config.json", "data.json", "samples", "samples/samples_0000050.png"}
