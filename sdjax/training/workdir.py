@@ -91,7 +91,7 @@ def check_owner(workdir: epath.Path, config: dict[str, Any], free: tuple[str, ..
     """Checks that a workdir is new, or this config's own.
 
     Args:
-        workdir: the folder; config.json in it says whose it is.
+        workdir: the folder; config.json in it says whose it is, or, if that is damaged, its checkpoints do.
         config: plain data.
         free: dotted keys that may change between runs, such as "train.steps"; a section's name frees all of it.
 
@@ -99,12 +99,9 @@ def check_owner(workdir: epath.Path, config: dict[str, Any], free: tuple[str, ..
         UserError: the folder belongs to another config; the message names the first key that differs. Or an earlier
             version began it.
     """
-    path, checkpoints = workdir / OWNER, workdir / CHECKPOINTS
-    if not path.exists():
-        if checkpoints.exists() and any(entry.name.isdigit() for entry in checkpoints.iterdir()):
-            raise UserError(f"{workdir} has checkpoints but no {OWNER} that says whose they are")
+    if (found := _owner(workdir)) is None:
         return
-    owner = _dotted(_read(path))
+    owner = _dotted(found)
     task = owner.get("task.name")
     if task in RENAMED:
         raise UserError(
@@ -115,7 +112,7 @@ def check_owner(workdir: epath.Path, config: dict[str, Any], free: tuple[str, ..
     owner = {key: value for key, value in ADDED.items() if key in mine} | owner
     for key in sorted(owner.keys() | mine.keys()):
         allowed = any(key == name or key.startswith(f"{name}.") for name in free)
-        allowed = allowed or (key in MOVABLE and (workdir / DATA).exists())
+        allowed = allowed or (key in MOVABLE and _read(workdir / DATA) is not None)
         if not allowed and owner.get(key) != mine.get(key):
             raise UserError(
                 f"{workdir} belongs to another config: {key} is {owner.get(key)!r} there and {mine.get(key)!r} here; "
@@ -129,10 +126,10 @@ def check_moved(workdir: epath.Path, config: dict[str, Any], identity: dict[str,
     Raises:
         UserError: the workdir belongs to other data.
     """
-    if not (workdir / DATA).exists():
-        return
     known = _read(workdir / DATA)
-    there, here = (_dotted(json.loads(json.dumps(found))) for found in (_read(workdir / OWNER), config))
+    if known is None:
+        return
+    there, here = (_dotted(json.loads(json.dumps(found))) for found in (_owner(workdir) or {}, config))
     moved = [key for key in MOVABLE if there.get(key) != here.get(key)]
     for key in moved:
         where = f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
@@ -156,8 +153,11 @@ def claim(workdir: epath.Path, config: dict[str, Any], identity: dict[str, Any])
     for folder in (workdir, workdir / SAMPLES) if is_first() and not is_remote(workdir) else ():
         recover(os.fspath(folder))
     for place, content in ((path, config), (workdir / DATA, identity)):
-        if is_first() and content and not place.exists():
+        if is_first() and content and _read(place) is None:
             with unwritable(workdir):
+                if place.exists():
+                    damaged = place.replace(place.parent / f"{place.name}.corrupt")
+                    logger.warning("%s is damaged; it is now %s, and written anew", place, damaged)
                 write_whole(place, (json.dumps(content, indent=2) + "\n").encode())
     sync("claim")
     if not path.exists():
@@ -169,11 +169,33 @@ def _difference(known: dict[str, Any], identity: dict[str, Any]) -> str:
     return f"{name} were {known.get(name)} and are {identity.get(name)}".replace("_", " ")
 
 
-def _read(path: epath.Path) -> dict[str, Any]:
+def _owner(workdir: epath.Path) -> dict[str, Any] | None:
+    """The config that a workdir belongs to; None of a new one.
+
+    Raises:
+        UserError: there are checkpoints, and neither config.json nor the newest of them says whose they are.
+    """
+    if (found := _read(workdir / OWNER)) is not None:
+        return found
+    checkpoints = workdir / CHECKPOINTS
+    steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.exists() else []
+    if not steps:
+        return None
+    notes = _read(checkpoints / str(max(steps)) / "metadata/metadata") or {}
+    if not isinstance(notes.get("config"), dict):
+        raise UserError(f"{workdir} has checkpoints but no {OWNER} that says whose they are")
+    return notes["config"]
+
+
+def _read(path: epath.Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no file, or one that holds none."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return found if isinstance(found, dict) else None
 
 
 def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -126,3 +126,30 @@ def test_what_a_killed_run_had_not_finished_is_removed(tmp_path):
     claim(epath.Path(tmp_path), {"task": {"name": "a"}}, {"examples": 3})
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert found == {"config.json", "data.json", "samples", "samples/samples_0000050.png"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00" * 9, None])
+def test_a_damaged_config_is_that_of_the_newest_checkpoint(text, tmp_path, caplog):
+    """It is left aside and written anew; without a checkpoint that knows it, nobody can say whose the folder is."""
+    workdir, config = epath.Path(tmp_path), {"optim": {"rate": 1}}
+    claim(workdir, config, {"examples": 3})
+    for name, found in (("config.json", text), ("data.json", text)):
+        (tmp_path / name).unlink()
+        if found is not None:
+            (tmp_path / name).write_text(found)
+    check_owner(workdir, {"optim": {"rate": 2}}, ())  # without checkpoints it is as good as new
+    for step, rate in ((2, 0), (10, 1)):
+        (tmp_path / f"checkpoints/{step}/metadata").mkdir(parents=True)
+        notes = json.dumps({"config": {"optim": {"rate": rate}}})
+        (tmp_path / f"checkpoints/{step}/metadata/metadata").write_text(notes)
+    with pytest.raises(UserError, match=r"belongs to another config: optim.rate is 1 there and 2 here"):
+        check_owner(workdir, {"optim": {"rate": 2}}, ())
+    check_owner(workdir, config, ())
+    claim(workdir, config, {"examples": 3})
+    assert json.loads((tmp_path / "config.json").read_text()) == config
+    left = {path.name: path.read_text() for path in tmp_path.glob("*.corrupt")}
+    assert left == ({} if text is None else {"config.json.corrupt": text, "data.json.corrupt": text})
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "checkpoints/10/metadata/metadata").write_text("{")
+    with pytest.raises(UserError, match=r"has checkpoints but no config.json that says whose they are"):
+        check_owner(workdir, config, ())
