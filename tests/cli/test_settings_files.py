@@ -279,6 +279,50 @@ def test_garbage_is_an_answer_or_one_line():
     assert 200 < answers < 900
 
 
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    "x",
+    "",
+    [],
+    {},
+    [[1]],
+    {"a": [1]},
+    10**38,
+    "9" * 70,
+    ["1", 0],
+    ["x", 0],
+)
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name not in ("A1111", "Forge", "SD.Next", "InvokeAI 1")])
+def test_values_of_any_type_are_an_answer_or_one_line(name: str):
+    """JSON whose values are of other types, or gone."""
+    rng = random.Random(name)
+    for _ in range(60):
+        texts = WRITERS[name].write(wanted(rng, WRITERS[name]), rng)
+        texts = {key: json.dumps(odd(json.loads(t), rng)) if t[:1] == "{" else t for key, t in texts.items()}
+        message = ""
+        try:
+            find_settings(texts, "x.png").drop({"init_image"} if rng.random() < 0.5 else {"sampler", "steps", "prompt"})
+        except UserError as error:
+            message = str(error)
+        assert "\n" not in message
+        assert len(message) < 500
+
+
+def odd(value: Any, rng: random.Random) -> Any:
+    """A value of JSON, in which one of ten is another one, and some keys are missing."""
+    if rng.random() < 0.1:
+        return rng.choice(ODD)
+    if isinstance(value, dict):
+        return {key: odd(inner, rng) for key, inner in value.items() if rng.random() > 0.04}
+    return [odd(inner, rng) for inner in value] if isinstance(value, list) else value
+
+
 @pytest.mark.parametrize("end", ["jpg", "webp", "png"])
 def test_damaged_files_are_an_answer_or_one_line(end: str, tmp_path: Path):
     rng, answers = random.Random(end), 0

@@ -135,8 +135,8 @@ def _editor(content: Mapping[str, Any]) -> Graph:
         inputs |= values if isinstance(values, dict) else dict(zip(names, _list(values), strict=False))
         inputs.pop("", None)
         for slot in _list(node.get("inputs")):
-            if isinstance(slot, dict) and str(slot.get("link")) in links:
-                inputs[str(slot.get("name"))] = links[str(slot["link"])]
+            if isinstance(slot, dict) and (link := links.get(str(slot.get("link")))):
+                inputs[str(slot.get("name"))] = link
         graph[str(node.get("id"))] = Node(str(node.get("id")), node["type"], inputs)
     return graph
 
