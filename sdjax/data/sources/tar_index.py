@@ -17,7 +17,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
@@ -232,7 +232,7 @@ def _load(cached: Path, stamp: Int64[np.ndarray, " 3"]) -> TarIndex | None:
 def _is_whole(index: TarIndex, size: int) -> bool:
     """Tell whether an index is one of a file of `size` bytes; a ValueError where its keys are no text."""
     count, ends = len(index.key_ends), np.concatenate([[0], index.key_ends])
-    arrays = index[: len(DTYPES)]
+    arrays: Any = index[: len(DTYPES)]
     if [array.dtype.char for array in arrays] != list(DTYPES) or index.spans.shape != (count, 4):
         return False
     for number in range(count):
