@@ -204,6 +204,9 @@ def test_splits_without_lists(tmp_path):
     assert read(f"folder:{tmp_path}", split="test") == [("b.png", "test/b"), ("c.png", "test/c")]
     with pytest.raises(UserError, match="no split 'val'"):
         source(f"folder:{tmp_path}", "val")
+    pictures(tmp_path, "bus/d.png")
+    (tmp_path / "bus" / "d.txt").write_text("a bus")
+    assert source(f"folder:{tmp_path}").classes == ("bus", "test", "train")
 
 
 @pytest.mark.parametrize("kind", ["folder", "pictures"])

@@ -16,13 +16,15 @@ from sdjax.data.image_inputs import read_embeddings
 from sdjax.data.images import image_size, read_image, read_labels
 from sdjax.data.sources.annotations import NOTHING, Annotations, arrays, names, parse_annotations
 from sdjax.data.sources.base import CAPTION, Example, Problem, captioned, captions_of, keys_of
-from sdjax.data.sources.image_files import SIDECARS, SUFFIXES, ImageFiles
+from sdjax.data.sources.image_files import SIDECARS, SUFFIXES, ImageFiles, is_hidden
 from sdjax.data.sources.links import DataFolder
 from sdjax.data.sources.listings import FILE_NAME, LISTINGS, Listing, find_listing
 from sdjax.data.sources.rules import ANY, RowRules
 
 # Control characters, which would divide a message, and bytes that are not UTF-8, which no JSON file can hold.
 UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+
+SPLITS = ("train", "test", "val", "valid", "validation", "dev", "held_out")
 
 
 class FolderEntry(NamedTuple):
@@ -165,14 +167,20 @@ def _all_images(
 
 
 def split_folder(folder: Path, split: str) -> Path:
-    """FOLDER/split if it has a list, or if it exists and FOLDER has none; else FOLDER, which holds the split `train`.
+    """FOLDER/split if it has a list, or if FOLDER has none and its folders are splits; else FOLDER, the split `train`.
+
+    Among bus/, car/ and train/, the last is a class.
 
     Raises:
         UserError: another split, which does not exist.
     """
     own = folder / split
-    if find_listing(own) or (own.is_dir() and not find_listing(folder)):
+    if find_listing(own):
         return own
+    if own.is_dir() and not find_listing(folder):
+        others = {entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)}
+        if others <= {*SPLITS, split}:
+            return own
     if split != "train":
         raise UserError(f"no split {split!r} in {folder}: {own} does not exist, or has no list ({', '.join(LISTINGS)})")
     return folder

@@ -1,7 +1,8 @@
 """Images below a folder, found by their suffixes, in order of their names; their captions are files beside them.
 
-Names of folders are classes (torchvision's ImageFolder), and as sd-scripts reads them: of N_NAME/a.png, NAME is the
-caption unless there is a NAME/a.txt, and each epoch has the image N times.
+Each such file is one caption, of however many lines. Names of folders are classes (torchvision's ImageFolder), and as
+sd-scripts reads them: of N_NAME/a.png, NAME is the caption unless there is a N_NAME/a.txt, and each epoch has the image
+N times.
 """
 
 from __future__ import annotations
