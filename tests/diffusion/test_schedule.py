@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sdjax.core.errors import UserError
-from sdjax.diffusion.samplers import SamplerOptions
+from sdjax.diffusion.samplers import SamplerOptions, make_table
 from sdjax.diffusion.samplers.noise_levels import SIGMA_SCHEDULES
 from sdjax.diffusion.samplers.spacing import sigma_levels, solver_levels, spaced_timesteps
 from sdjax.diffusion.schedule import make_schedule, sigma_to_timestep, timestep_to_sigma
@@ -137,6 +137,15 @@ def test_align_your_steps_is_for_stable_diffusion():
         UserError, match=r"schedule 'ays' is made for noise levels of 0\.029 to 14\.615, this checkpoint's"
     ):
         sigma_levels(make_schedule("linear", 1000, 1e-4, 0.02), 10, SamplerOptions(sigma_schedule="ays"))
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_3m_sde"])
+@pytest.mark.parametrize("name", ["lu", "exponential"])
+def test_a_last_step_of_no_length_changes_nothing(sampler, name):
+    """Schedules that end at the least level, where the sampler shall end at it, too."""
+    table = make_table(sampler, make_schedule(), 20, spacing=name, final_sigmas_type="sigma_min", solver_order=3)
+    sigma = table.sigma[19]
+    np.testing.assert_allclose(table.weights[19, 0], [1 / np.sqrt(1 + sigma**2), *[0.0] * 6], atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SIGMA_SCHEDULES)

@@ -74,7 +74,8 @@ def dpmpp_2m(schedule: Schedule, steps: int, options: SamplerOptions, start: int
     rows = []
     for i in range(start, total):
         step = _step(levels.sigmas[i], levels.sigmas[i + 1], options)
-        order = min(options.solver_order, i - start + 1, _most(i, total, options))
+        # A step of no length has no order; it ends a schedule that ends at the least level.
+        order = min(options.solver_order, i - start + 1, _most(i, total, options)) if step.h else 1
         earlier = -np.log(levels.sigmas[i + 1 - order : i + 1][::-1])  # lambda of the predictions, newest first
         predictions = _multistep(step, earlier, options.solver_type)
         next_x = weights(x=step.x, predictions=predictions, noise=step.noise)
