@@ -6,8 +6,9 @@
 SOURCE is a diffusers folder, a single .safetensors or .ckpt file in the original naming, an autoencoder alone in such a
 file, or an id of the Hub (owner/name or owner/name/file.safetensors). TARGET is a single file in the original naming
 where it ends in .safetensors, and a diffusers folder otherwise. Without --dtype each tensor keeps its type. --family
-(sd1, sd2, sdxl, sdxl_refiner, x4_upscaler) and --prediction (epsilon, v_prediction) say what a single file does not.
---weights chooses between the UNet's weights and their average, where a file has both.
+(sd1, sd2, sdxl, sdxl_refiner, x4_upscaler) and --prediction (epsilon, v_prediction, sample) say what a single file does
+not; a .yaml of its name beside it is followed, too. --weights chooses between the UNet's weights and their average,
+where a file has both.
 
 A file may also hold one of the LDM paper's models (family celebahq, lsun_churches, cin256, cin_f8, text, text_f4,
 layout, super_resolution, inpainting, semantic or rdm; averages are taken where it has them; --tokenizer is the folder

@@ -165,7 +165,7 @@ class LoadOptions(TypedDict, total=False):
     family: Annotated[str | None, Option("what a single file is, where its keys and shapes mislead", scope="load")]
     prediction: Annotated[str | None, Option("prediction type in place of the checkpoint's", scope="load")]
     variant: Annotated[str | None, Option("of a folder's weights, e.g. fp16", scope="load")]
-    vae: Annotated[str | Path | None, Option("another autoencoder", scope="load")]
+    vae: Annotated[str | Path | None, Option("another autoencoder: a Hub id, folder or file", scope="load")]
     embeddings: Annotated[Sequence[str | Path], Option("textual inversions", scope="load", many=True)]
     refiner: Annotated[str | Path | None, Option("checkpoint that takes over the last steps", scope="load")]
     classifier: Annotated[str | Path | None, Option("classifier of noisy images, for guidance", scope="load")]
