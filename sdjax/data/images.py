@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ ORIENTATION = 0x0112
 SAID = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 STUMBLED = (TypeError, AttributeError, LookupError, ArithmeticError, MemoryError, RuntimeError, EOFError, struct.error)
 UNREADABLE = (*SAID, *STUMBLED)
+
+logger = logging.getLogger("sdjax")
 
 
 def read_image(file: str | Path | bytes, place: str = "") -> UInt8[np.ndarray, "h w 3"]:
@@ -94,8 +97,11 @@ def mask_values(image: Image.Image) -> UInt8[np.ndarray, "h w"]:
     if not image.has_transparency_data:
         return np.asarray(image.convert("L"))
     image = image.convert("RGBA")
-    grey = np.asarray(image.convert("L"))
-    return grey if grey.min() < grey.max() else np.asarray(image.getchannel("A"))
+    grey, opacity = np.asarray(image.convert("L")), np.asarray(image.getchannel("A"))
+    if grey.min() < grey.max() or opacity.min() == opacity.max():
+        return grey
+    logger.info("the mask is of one grey; its opaque part is what is made anew")
+    return opacity
 
 
 def on_white(image: Image.Image) -> Image.Image:

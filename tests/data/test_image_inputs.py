@@ -56,17 +56,30 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_transparency_is_no_white(name, tmp_path):
+def test_transparency_is_no_white(name, tmp_path, caplog):
     """As diffusers reads masks, by `convert("L")`; where that says nothing, the opaque part is made anew."""
     mode, channels = MASKS[name]
     mask = Image.merge(mode, [Image.fromarray(channel) for channel in channels])
     mask.save(tmp_path / "mask.png")
+    caplog.set_level("INFO", "sdjax")
     for given in (mask, tmp_path / "mask.png"):
         np.testing.assert_array_equal(load_mask(given, (48, 48))[..., 0], SQUARE / 255)
-        if len(mask.convert("L").getcolors()) > 1:
-            processor = VaeImageProcessor(8, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-            theirs = processor.preprocess(mask, height=48, width=48)
-            np.testing.assert_array_equal(load_mask(given, (48, 48))[..., 0], theirs[0, 0])
+    assert ("opaque part" in caplog.text) == (len(mask.convert("L").getcolors()) == 1)
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name.startswith(("white on", "white under", "grey"))])
+def test_masks_with_transparency_are_diffusers_own(name):
+    mask = Image.merge(MASKS[name][0], [Image.fromarray(channel) for channel in MASKS[name][1]])
+    processor = VaeImageProcessor(8, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+    theirs = processor.preprocess(mask, height=48, width=48)
+    np.testing.assert_array_equal(load_mask(mask, (48, 48))[..., 0], theirs[0, 0])
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_an_opaque_mask_of_one_grey_is_what_it_shows(value):
+    for mode in ("RGBA", "LA", "RGB", "L"):
+        mask = Image.new("L", (8, 8), value).convert(mode)
+        np.testing.assert_array_equal(load_mask(mask, (8, 8)), value / 255)
 
 
 def test_masks_of_palettes_and_16_bits(tmp_path):
