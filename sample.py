@@ -193,12 +193,13 @@ def generate_all(request: Request, pipe: sdjax.Pipeline, sources: Mapping[str, A
     try:
         with tqdm(desc="compiling", unit="call", dynamic_ncols=True, disable=not is_first()) as bar:
             for place, image in pipe.run([rows[i] for i in places], request.batch_size, advance(bar)):
-                number = jobs[places[place]].number
-                made[number] = to_uint8(image)
+                number, pixels = jobs[places[place]].number, to_uint8(image)
                 if is_mine(number):
-                    write_image(image_path(outdir, number), made[number], records[number])
-    except KeyboardInterrupt:
-        logger.info("%d of %d images are in %s; --outdir %s goes on", len(made), len(jobs), outdir, outdir)
+                    write_image(image_path(outdir, number), pixels, records[number])
+                made[number] = pixels
+    except (KeyboardInterrupt, UserError):
+        if made:
+            logger.info("%d of %d images are in %s; --outdir %s goes on", len(made), len(jobs), outdir, outdir)
         raise
     if len(made) > 1 and is_first() and not found.grid:
         images = [made[number] for number in sorted(made)]
