@@ -207,7 +207,7 @@ BAD = {
     "average": (["--config.optim.ema_decay=1.0"], "config.optim.ema_decay=1.0 must be at least 0 and below 1"),
     "clipping": (["--config.optim.clip_norm=0.0"], "config.optim.clip_norm=0.0 must be more than 0"),
     "seed": (["--config.train.seed=-1"], "config.train.seed=-1 must be at least 0"),
-    "source": (["--config.data.source=imagenet"], "unknown data source 'imagenet' in config.data.source; choose one of"),
+    "source": (["--config.data.source=imagenet"], "unknown data source 'imagenet' in config.data.source; choose one"),
     "crop": (["--config.task.crop=17"], "multiples of 2"),
     "reconstruction": (["--config.task.reconstruction=l3"], "unknown reconstruction loss 'l3'"),
     "optimizer": (["--config.optim.name=sgd"], "unknown optimizer 'sgd'"),
