@@ -81,9 +81,7 @@ def sampler_rows(model: Shaped, wanted: Wanted) -> SamplerTable:
     """The sampler's table without the rows that only fill it up: no network is called in these."""
     table = table_for(model.scheduler, wanted.sampler, wanted.steps)
     calls = network_calls(table)
-    return SamplerTable(
-        *(values[:calls] if values.ndim and len(values) == len(table.active) else values for values in table)
-    )
+    return jax.tree.map(lambda v: v[:calls] if v.ndim and len(v) == len(table.active) else v, table)
 
 
 def _stages(encoders: list[str]) -> dict[str, list[str]]:
