@@ -65,7 +65,7 @@ def attempt(name: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -
 @pytest.mark.parametrize("name", SIZES)
 def test_values_of_other_types(name: str):
     config, tensors = stored(name)
-    for value in OTHER_TYPES:
+    for value in OTHER_TYPES[::2]:  # each that is accepted takes a tracing
         for key, other in changed(config, value):
             said = attempt(name, other, tensors)
             assert said == "" or "the config" in said or "the folder" in said, key
@@ -76,7 +76,7 @@ def test_values_of_other_types(name: str):
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_beyond_the_weights(name: str):
     config, tensors = stored(name)
-    for value in (1, 3, 2**12, 2**20, [2**20, 2**20], [32] * 10):
+    for value in (*OTHER_TYPES[1::2], 1, 3, 2**12, 2**20, [2**20, 2**20], [32] * 10):
         for key, other in changed(config, value):
             start = time.monotonic()
             attempt(name, other, tensors)
@@ -99,6 +99,7 @@ def test_sizes_beyond_the_weights(name: str):
         ("rescaler", {"n_stages": 60}, "n_stages = 60 in the config is not supported"),
         ("classifier", {"size": 10**6}, "size = 1000000 in the config is not supported"),
         ("classifier", {"encoder": 3}, "encoder = 3 in the config is not supported"),
+        ("classifier", {"size": 1}, "size = 1 in the config is not supported; it must be a multiple of 2"),
     ],
 )
 def test_sizes_that_no_weights_hold(name: str, change: dict[str, Any], words: str):

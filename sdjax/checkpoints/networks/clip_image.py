@@ -63,4 +63,7 @@ def from_config(config: Mapping[str, Any], place: str) -> CLIPImageConfig:
     if "vision_config" in config:
         tower["projection_dim"] = config.get("projection_dim", 512)
     config_fields.check(tower, ALLOWED, place)
-    return CLIPImageConfig(**config_fields.read_fields(tower, FIELDS, place))
+    sizes = CLIPImageConfig(**config_fields.read_fields(tower, FIELDS, place))
+    if sizes.patch > sizes.size:
+        raise config_fields.unsupported(tower, "patch_size", place, f"at most image_size, {sizes.size}")
+    return sizes

@@ -230,7 +230,10 @@ def classifier_from_config(config: Mapping[str, Any], place: str = "classifier/c
     if not isinstance(encoder, dict):
         raise config_fields.unsupported(config, "encoder", place, "the sizes of a UNet")
     sizes = config_fields.read_fields(config, CLASSIFIER_FIELDS, place)
-    return ClassifierConfig(from_config({**encoder, "_class_name": OWN_CLASS_NAME}, place), **sizes)
+    half = from_config({**encoder, "_class_name": OWN_CLASS_NAME}, place)
+    if sizes["size"] % half.divisor:
+        raise config_fields.unsupported(config, "size", place, f"a multiple of {half.divisor}, which its levels halve")
+    return ClassifierConfig(half, **sizes)
 
 
 def classifier_to_config(config: ClassifierConfig) -> dict[str, Any]:
