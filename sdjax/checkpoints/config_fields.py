@@ -94,8 +94,10 @@ def check_levels(channels: Sequence[int], place: str) -> None:
     """Refuses more levels than any network has: each doubles the sides of the image that its sizes are made for.
 
     Raises:
-        UserError: there are more than MAX_LEVELS.
+        UserError: there are more than MAX_LEVELS, or one has a single channel: a timestep is a sine and a cosine.
     """
+    if min(channels) < 2:
+        raise UserError(f"{place} has a network of {list(channels)} channels; each level has 2 at least")
     if len(channels) > MAX_LEVELS:
         raise UserError(f"{place} has a network of {len(channels)} levels; at most {MAX_LEVELS} are read")
 

@@ -215,6 +215,8 @@ def from_config(config: Mapping[str, Any], place: str = "unet/config.json") -> U
         raise config_fields.unsupported(config, "heads", place, f"divisors of {list(channels)}")
     config_fields.check(config, {key: ALLOWED[key] for key in NUMBERS}, place)
     sizes = config_fields.read_fields(config, OWN_FIELDS, place)
+    if sizes["width"] == 1:
+        raise config_fields.unsupported(config, "width", place, "2 at least, a sine and a cosine")
     config_fields.check_groups(sizes["groups"], channels, place)
     sizes |= {key: config.get(key, ALLOWED[key][0]) for key in NUMBERS}
     return UNet2DConfig(channels=channels, attention_levels=tuple(levels), heads=heads, **sizes)
@@ -231,6 +233,8 @@ def classifier_from_config(config: Mapping[str, Any], place: str = "classifier/c
         raise config_fields.unsupported(config, "encoder", place, "the sizes of a UNet")
     sizes = config_fields.read_fields(config, CLASSIFIER_FIELDS, place)
     half = from_config({**encoder, "_class_name": OWN_CLASS_NAME}, place)
+    if half.classes is not None:
+        raise config_fields.unsupported(encoder, "classes", place, "null: it is the classifier that has classes")
     if sizes["size"] % half.divisor:
         raise config_fields.unsupported(config, "size", place, f"a multiple of {half.divisor}, which its levels halve")
     return ClassifierConfig(half, **sizes)
