@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -189,6 +190,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            _hush_closed_loops()
             step = max(self._means)  # the one that was begun last
             del self._means[step]
             problem = cannot_write(self._folder / str(step), _os_error(error))
@@ -252,6 +254,17 @@ def _retained(means: dict[int, dict[str, float]], count: int, best: str) -> set[
 
 def _any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any()) if jax.process_count() > 1 else flag
+
+
+def _hush_closed_loops() -> None:
+    """After a failure the rest of Orbax' writing ends in event loops that it has closed: a traceback each."""
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    sys.unraisablehook = hook
 
 
 def _os_error(error: Exception) -> OSError:

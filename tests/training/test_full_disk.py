@@ -6,8 +6,10 @@ import errno
 import os
 import resource
 import shutil
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_run
@@ -17,7 +19,7 @@ from test_checkpoint import position_at, restored, save, state_at
 import train
 from configs.common import base
 from sdjax.core.errors import UserError
-from sdjax.training.checkpoint import Checkpoints
+from sdjax.training.checkpoint import Checkpoints, _hush_closed_loops
 
 
 @pytest.fixture
@@ -32,6 +34,16 @@ def at_most():
     limit()
 
 
+def test_only_closed_event_loops_are_hushed(monkeypatch):
+    """After a failure Orbax' own tasks end in loops that it has closed."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: seen.append(str(found.exc_value)))
+    _hush_closed_loops()
+    for text in ("Event loop is closed", "something else"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))  # pyright: ignore[reportArgumentType]
+    assert seen == ["something else"]
+
+
 def save_and_check(checkpoints: Checkpoints) -> None:
     checkpoints.save(state_at(4), position_at(4), {})
     for _ in range(1000):
@@ -39,8 +51,9 @@ def save_and_check(checkpoints: Checkpoints) -> None:
         time.sleep(0.01)
 
 
-def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_once(at_most, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_once(at_most, monkeypatch, tmp_path):
     """Its writing fails in the background: the next `check` says so, and what is there stays as it is."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     full, later = tmp_path / "full", tmp_path / "later"
     save(full, 2)
     with Checkpoints(epath.Path(full), base()) as checkpoints:
