@@ -53,7 +53,7 @@ from sdjax.training.metrics import Metrics
 from sdjax.training.optim import learning_rates, make_optimizer, warn_of_changed_rates
 from sdjax.training.preemption import Preemption, end_well_before
 from sdjax.training.profile import Profile
-from sdjax.training.progress import announced, tell
+from sdjax.training.progress import announce, announced
 from sdjax.training.step import init_state, make_step
 from sdjax.training.task import Task, split_frozen
 from sdjax.training.workdir import CHECKPOINTS, check_moved, check_owner, claim, open_workdir
@@ -115,7 +115,7 @@ def first_stage(name: str, config: Config, workdir: epath.Path, changes: Mapping
             f"(python train.py --config {name} --workdir {workdir}), then give this command again"
         )
     if shared:
-        tell("the first stage, %s, takes %s from the command line, too", name, ", ".join(sorted(shared)))
+        announce("the first stage, %s, takes %s from the command line, too", name, ", ".join(sorted(shared)))
     found.update_from_flattened_dict(shared)
     found.data.source = found.data.source or config.data.source
     found.train.steps = finished or found.train.steps
@@ -156,7 +156,7 @@ def train_and_evaluate(
         # ---- restore, or begin ----
         start = checkpoints.latest or 0
         if start >= options.steps and exported(root, start):
-            tell("%s is finished: %s", root, root / EXPORT)
+            announce("%s is finished: %s", root, root / EXPORT)
             return root / EXPORT
         with announced(f"data {config.data.get('prepared') or config.data.source}"):
             data = task.identity()
@@ -173,7 +173,7 @@ def train_and_evaluate(
             batches.set_state(position)
             start = int(state.step)
             warn_of_changed_rates(config.optim, checkpoints.config["train"]["steps"], options.steps, start)
-        tell_start(root, config, start, batches)
+        announce_start(root, config, start, batches)
 
         # ---- train ----
         with Metrics(root, start, options, rates) as log, profile:
@@ -199,23 +199,23 @@ def train_and_evaluate(
         # ---- what others can load ----
         with announced(f"writing {root / EXPORT}"):
             write_export(task.export, merge(frozen, state.ema), root, int(state.step), mesh)
-    tell_end(root, task, given.config)
+    announce_end(root, task, given.config)
     return root / EXPORT
 
 
-def tell_start(root: epath.Path, config: Config, start: int, batches: Loader) -> None:
+def announce_start(root: epath.Path, config: Config, start: int, batches: Loader) -> None:
     """The lines of the log before training: the data, the steps, and the places of what becomes of them."""
     options, examples = config.train, json.loads(batches.get_state())["examples"]
-    tell("data: %s images, %s steps an epoch", f"{examples:,}", f"{max(examples // options.batch_size, 1):,}")
-    tell("steps %s to %s of %s images on %s", f"{start + 1:,}", f"{options.steps:,}", options.batch_size, devices())
-    tell("%s: checkpoints/, samples/ (images while training), tensorboard/ (%s)", root, VIEWER.format(root))
+    announce("data: %s images, %s steps an epoch", f"{examples:,}", f"{max(examples // options.batch_size, 1):,}")
+    announce("steps %s to %s of %s images on %s", f"{start + 1:,}", f"{options.steps:,}", options.batch_size, devices())
+    announce("%s: checkpoints/, samples/ (images while training), tensorboard/ (%s)", root, VIEWER.format(root))
 
 
-def tell_end(root: epath.Path, task: Task, config: str) -> None:
+def announce_end(root: epath.Path, task: Task, config: str) -> None:
     """The lines of the log after training: the results, and the command that uses them."""
-    tell("finished: %s is the model, %s has its images while training", root / EXPORT, root / "samples")
+    announce("finished: %s is the model, %s has its images while training", root / EXPORT, root / "samples")
     if config and task.use:
-        tell("to use it: %s", task.use.format(config=config, workdir=root))
+        announce("to use it: %s", task.use.format(config=config, workdir=root))
 
 
 def devices() -> str:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-from sdjax.training.progress import tell
+from sdjax.training.progress import announce
 
 # Counts the steps of a process over all its runs, such as a first stage and what follows: JAX's agreement is on the
 # next number that no process has reached, so numbers must never go back.
@@ -61,7 +61,7 @@ class Preemption:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self._asked and number != signal.SIGINT else handler)
         if self._text and kind is SystemExit:
-            tell(self._text)
+            announce(self._text)
         if self._asked and kind is None:
             raise SystemExit(self._code)
 

@@ -25,7 +25,7 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
 logger = logging.getLogger("sdjax")
 
 
-def tell(text: str, *values: object) -> None:
+def announce(text: str, *values: object) -> None:
     """A line of the log, by the first process."""
     if is_first():
         logger.info(text, *values)
@@ -43,9 +43,9 @@ def announced(what: str) -> Iterator[None]:
 
     def wait() -> None:
         while not is_over.wait(EVERY):
-            tell("%s: %s so far", what, clock(time.monotonic() - began))
+            announce("%s: %s so far", what, clock(time.monotonic() - began))
 
-    tell("%s ...", what)
+    announce("%s ...", what)
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     try:
@@ -54,7 +54,7 @@ def announced(what: str) -> Iterator[None]:
         is_over.set()
         thread.join()
     if (seconds := time.monotonic() - began) > SHORT:
-        tell("%s took %s", what, clock(seconds))
+        announce("%s took %s", what, clock(seconds))
 
 
 class Pace:
@@ -122,7 +122,7 @@ class Progress:
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         if is_due and not self.is_bar:
-            tell("step %s of %s: %s", f"{step:,}", f"{self._steps:,}", text)
+            announce("step %s of %s: %s", f"{step:,}", f"{self._steps:,}", text)
 
     def close(self) -> None:
         """The bar ends."""

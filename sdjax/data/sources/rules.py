@@ -150,10 +150,10 @@ class UsableRows:
             except UserError as error:
                 if self._rules.on_bad == STOP:
                     raise
-                self._tell(row % count, error)
+                self._warn(row % count, error)
         raise UserError(f"{self._name}: {min(count, MOST_IN_TURN)} rows in turn are bad; --check_data names them")
 
-    def _tell(self, row: int, error: UserError) -> None:
+    def _warn(self, row: int, error: UserError) -> None:
         if row not in self._bad:
             self._bad.add(row)
             logger.warning("left out, the next row in its place: %s (bad row %d of this run)", error, len(self._bad))
