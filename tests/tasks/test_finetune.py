@@ -207,5 +207,5 @@ def test_a_fine_tuned_model_is_sampled_here_and_by_diffusers(pictures, tmp_path,
     kernel = after.components["unet"].params["conv_in"]["kernel"]
     assert not np.array_equal(kernel, before.components["unet"].params["conv_in"]["kernel"])
     assert sdjax.load(tmp_path / "run")("a cat", steps=2).shape == (1, 8, 8, 3)
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     np.testing.assert_array_equal(theirs.unet.conv_in.weight.detach().permute(2, 3, 1, 0), kernel)

@@ -217,7 +217,7 @@ def test_training_run_exports_for_diffusers(pictures, tmp_path, monkeypatch):
     assert set(shapes) == {(8, 8, 32, 8), (8, 16, 16, 8)}
     assert steps[-1]._cache_size() == 2  # pyright: ignore[reportFunctionMemberAccess]
     ours = np.asarray(sdjax.load(folder).params["unet"]["conv_in"]["kernel"])
-    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
     assert theirs.unet.config.sample_size == 16
     np.testing.assert_array_equal(theirs.unet.conv_in.weight.detach().permute(2, 3, 1, 0), ours)
 
