@@ -49,10 +49,10 @@ def resize_lanczos(pixels: Float[np.ndarray, "h w 3"], size: tuple[int, int]) ->
 def load_mask(given: ImageInput, size: tuple[int, int]) -> Float[np.ndarray, "H W 1"]:
     """Read a mask over an image: 1 where the given one is at least half white, the part to be made anew, else 0.
 
-    Of files and Pillow images the grey counts, not the transparency, unless only that varies. Its own nearest pixel
-    counts, as in diffusers; it is cut to the proportions of `size` like the image. Over
-    latents of a factor f it is every f-th pixel, `mask[::f, ::f]`. Arguments and errors are those of `load_image`;
-    arrays may also be [h w] or [h w 1], and of truth values.
+    Of files and Pillow images the grey counts, not the transparency, unless only that varies. The nearest pixel is
+    taken, as in diffusers; the mask is cut to the proportions of `size` like the image. Over latents of a factor f it
+    is every f-th pixel, `mask[::f, ::f]`. Arguments and errors are those of `load_image`; arrays may also be [h w] or
+    [h w 1], and of truth values.
     """
     if isinstance(given, str | Path):
         grey = read_mask(given, "mask") / 255.0

@@ -161,7 +161,7 @@ def test_workers_make_what_is_drawn_from_vectors():
 
 def test_a_worker_leaves_signals_to_the_one_that_trains():
     """It goes on after each of them; that it ends with the run is what the tests of runs with workers show."""
-    code = "import os,signal;from sdjax.data.loader import _leave_signals as f;f(0,1);"
+    code = "import os,signal;from sdjax.data.loader import _follow_parent as f;f(0,1);"
     code += "[os.kill(os.getpid(), n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)];print('alive')"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.stdout == "alive\n", found.stderr

@@ -145,7 +145,7 @@ def test_kill_before_rename_loses_nothing(tmp_path, monkeypatch):
 
 SCRIPT = """
 import sys, time
-sys.path.insert(0, {here!r})
+sys.path[:0] = {paths!r}
 from test_prepared import row, writer
 here = writer({folder!r})
 print("ready", flush=True)
@@ -159,7 +159,7 @@ for part in here.pending():
 
 
 def test_killed_processes_leave_whole_shards(tmp_path):
-    script = SCRIPT.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    script = SCRIPT.format(paths=[str(path) for path in Path(__file__).parents[:2]], folder=str(tmp_path))
     for life in range(3):
         process = subprocess.Popen(
             [sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]

@@ -280,8 +280,10 @@ def test_files_are_read_once(opened, tmp_path, monkeypatch):
     files = tmp_path / "image.png", tmp_path / "mask.png"
     for file in files:
         Image.new("RGB", (SIZE, SIZE)).save(file)
-    read, read_image = [], image_inputs.read_image
-    monkeypatch.setattr(image_inputs, "read_image", lambda file, name: read.append(file) or read_image(file, name))
+    read = []
+    for name in ("read_image", "read_mask"):
+        reader = getattr(image_inputs, name)
+        monkeypatch.setattr(image_inputs, name, lambda f, n, reader=reader: read.append(f) or reader(f, n))
     opened("sd1_inpainting").prepare("red heart", init_image=files[0], mask=files[1], num_images=2)
     assert sorted(read) == sorted(files)
 
