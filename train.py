@@ -21,6 +21,11 @@ how long to wait for the others at the start (300); --heartbeat_timeout: how lon
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before imports that take seconds
+    from sdjax.core.signals import end_well_before
+
+    end_well_before("the first step")
+
 import json
 import logging
 import os
@@ -51,7 +56,7 @@ from sdjax.training.limits import check_limits, is_due
 from sdjax.training.lock import Lock
 from sdjax.training.metrics import Metrics
 from sdjax.training.optim import learning_rates, make_optimizer, warn_of_changed_rates
-from sdjax.training.preemption import Preemption, end_well_before
+from sdjax.training.preemption import Preemption
 from sdjax.training.profile import Profile
 from sdjax.training.progress import announce, announced
 from sdjax.training.step import init_state, make_step
@@ -224,5 +229,4 @@ def devices() -> str:
 
 
 if __name__ == "__main__":
-    end_well_before("the first step")
     run_together(main)

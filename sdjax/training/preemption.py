@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import signal
 from types import FrameType
@@ -12,13 +11,15 @@ from typing import Any, NoReturn
 import jax
 from jax.experimental import multihost_utils
 
+from sdjax.core.signals import SIGNALS, as_sigterm
 from sdjax.training.progress import announce
+
+STDERR = 2
+INTERRUPTED = 130  # the exit code after Ctrl-C, by which shells end a loop
 
 # Counts the steps of a process over all its runs, such as a first stage and what follows: JAX's agreement is on the
 # next number that no process has reached, so numbers must never go back.
 _STEPS = itertools.count(1)
-
-logger = logging.getLogger("sdjax")
 
 
 class Preemption:
@@ -35,9 +36,7 @@ class Preemption:
         """Takes the signals over."""
         self._asked, self._stepped, self._text, self._code = False, False, "", 0
         self._together = jax.distributed.is_initialized()
-        handlers: dict[int, Any] = (
-            {signal.SIGUSR1: _as_sigterm} if self._together else dict.fromkeys(SIGNALS, self._ask)
-        )
+        handlers: dict[int, Any] = {signal.SIGUSR1: as_sigterm} if self._together else dict.fromkeys(SIGNALS, self._ask)
         handlers[signal.SIGINT] = self._interrupt
         self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
@@ -76,32 +75,6 @@ class Preemption:
         # Not by the log, whose lock the interrupted code may hold.
         os.write(STDERR, b"\nCtrl-C: keeping a checkpoint after this step; another Ctrl-C ends at once\n")
         if self._together:
-            return _as_sigterm(number, frame)
+            return as_sigterm(number, frame)
         self._code = INTERRUPTED
         self._ask(number, frame)
-
-
-def end_well_before(what: str) -> None:
-    """Until a `Preemption` is entered the signals end this process with exit code 0: there is nothing to save.
-
-    Once several processes have met, they stop together, after their first step.
-    """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        if jax.distributed.is_initialized():
-            return _as_sigterm(number, frame)
-        logger.warning("%s before %s: there is nothing to save", signal.Signals(number).name, what)
-        raise SystemExit(0)
-
-    for number in SIGNALS:
-        signal.signal(number, end)
-
-
-def _as_sigterm(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-STDERR = 2
-INTERRUPTED = 130  # the exit code after Ctrl-C, by which shells end a loop
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from sdjax.training.preemption import SIGNALS, Preemption, end_well_before
+from sdjax.core.signals import SIGNALS, end_well_before
+from sdjax.training.preemption import Preemption
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +31,22 @@ def test_before_the_first_step_the_process_ends_well(number, caplog):
         os.kill(os.getpid(), number)
     assert stopped.value.code == 0
     assert f"{number.name} before the first step" in caplog.text
+
+
+def handles(pid: int, number: signal.Signals) -> bool:
+    """True if a process has a handler of a signal (proc(5), SigCgt)."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_a_process_that_still_imports_ends_well():
+    command = [sys.executable, "train.py", "--config=configs/openmoji.py:tiny", "--workdir=never/made"]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
+    while not handles(process.pid, signal.SIGTERM):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 0
+    assert "SIGTERM before the first step: there is nothing to save" in process.stderr.read()
 
 
 def test_a_run_that_stops_is_not_killed_by_a_second_signal():
