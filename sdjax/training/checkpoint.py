@@ -53,6 +53,20 @@ for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_is_not_of_orbax)
 
 
+def _hush_closed_loops() -> None:
+    """After a failure the rest of Orbax' writing ends in event loops that it has closed: a traceback each."""
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    sys.unraisablehook = hook
+
+
+_hush_closed_loops()  # before there is a failure: the tracebacks may come sooner than its own error
+
+
 class Checkpoints:
     """The checkpoints of a workdir, written in the background.
 
@@ -190,7 +204,6 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            _hush_closed_loops()
             step = max(self._means)  # the one that was begun last
             del self._means[step]
             problem = cannot_write(self._folder / str(step), _os_error(error))
@@ -254,17 +267,6 @@ def _retained(means: dict[int, dict[str, float]], count: int, best: str) -> set[
 
 def _any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any()) if jax.process_count() > 1 else flag
-
-
-def _hush_closed_loops() -> None:
-    """After a failure the rest of Orbax' writing ends in event loops that it has closed: a traceback each."""
-    before = sys.unraisablehook
-
-    def hook(found: Any) -> None:
-        if str(found.exc_value) != "Event loop is closed":
-            before(found)
-
-    sys.unraisablehook = hook
 
 
 def _os_error(error: Exception) -> OSError:
