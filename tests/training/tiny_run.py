@@ -16,11 +16,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import train
+from sdjax.core.signals import end_well_before
 from sdjax.data.loader import Shard, loader
 from sdjax.data.sources.open import ArraySource
 from sdjax.parallel.distributed import run_together
 from sdjax.tasks.base import loader_options
-from sdjax.training.preemption import end_well_before
 from sdjax.training.task import Task
 
 WIDTH, ROWS = 64, int(os.environ.get("TINY_ROWS", "32"))
