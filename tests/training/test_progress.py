@@ -15,8 +15,9 @@ import tiny_run
 from etils import epath
 
 import train
+from sdjax.core.signals import SIGNALS
 from sdjax.training import metrics, progress
-from sdjax.training.preemption import SIGNALS, Preemption
+from sdjax.training.preemption import Preemption
 from sdjax.training.progress import announced
 
 
