@@ -60,13 +60,13 @@ def read_bytes(path: str | Path, most: int = MAX_BYTES) -> bytes:
 
 
 def read_text(path: str | Path, most: int = MAX_BYTES) -> str:
-    """The content of a file in UTF-8.
+    """The content of a file in UTF-8, with the mark at its beginning that some editors write or without.
 
     Raises:
         UserError: as `read_bytes`; or it is not UTF-8.
     """
     try:
-        return read_bytes(path, most).decode("utf-8")
+        return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: {error}") from error
 

@@ -125,14 +125,19 @@ def test_mistakes_are_named(template, message, folder):
     ("data", "message"),
     [
         (b"# nothing\n\n", "holds no value: write one a line"),
-        (b"\xff\xfe", "it is not UTF-8 text"),
-        (b"a\n" * 2**23 + b"a", "larger than 16777216 bytes"),
+        (b"\xff\xfe", "can't decode byte"),
+        (b"a\n" * 2**23 + b"a", "such files have at most 16777216"),
     ],
 )
 def test_files_that_cannot_be_read(data, message, tmp_path):
     (tmp_path / "x.txt").write_bytes(data)
     with pytest.raises(UserError, match=rf"x\.txt.*{message}"):
         fill_template("__x__", WildcardFolder(tmp_path), "")
+
+
+def test_a_mark_at_the_beginning_is_no_word(tmp_path):
+    (tmp_path / "x.txt").write_bytes("\ufeffcat\r\n".encode())
+    assert fill_template("a __x__", WildcardFolder(tmp_path), "") == "a cat"
 
 
 def test_a_folder_that_is_none(tmp_path):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdjax.core.errors import UserError, unknown
+from sdjax.core.untrusted import read_text
 from sdjax.data.text.nesting import Group, Piece, nested
 
 # An escaped character, a wildcard, a mark, words, or what is left.
@@ -81,25 +82,11 @@ class WildcardFolder:
 
     def _read(self, name: str) -> list[Option]:
         if name not in self.known:
-            lines = [line.strip() for line in _text_of(self.files[name]).split("\n")]
+            lines = [line.strip() for line in read_text(self.files[name], MOST_BYTES).split("\n")]
             self.known[name] = [_line(line) for line in lines if line and not line.startswith("#")]
         if not self.known[name]:
             raise UserError(f"the wildcard {self.files[name]} holds no value: write one a line")
         return self.known[name]
-
-
-def _text_of(file: Path) -> str:
-    try:
-        with file.open("rb") as opened:
-            data = opened.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"cannot read the wildcard {file}: {error.strerror}") from error
-    if len(data) > MOST_BYTES:
-        raise UserError(f"cannot read the wildcard {file}: it is larger than {MOST_BYTES} bytes")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read the wildcard {file}: it is not UTF-8 text") from error
 
 
 def fill_template(template: str, folder: WildcardFolder | None, seed: str) -> str:
