@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sdjax.parallel.batches import local_mesh, put_batch
 from sdjax.parallel.sharding import replicated
 
 Arrays = dict[str, np.ndarray]
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # by which NumPy refuses a file
 
 logger = logging.getLogger("sdjax")
 
@@ -57,8 +59,11 @@ def kept(key: str, make: Callable[[], Arrays], folder: Path | None = None) -> Ar
         return make()
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     if path.exists():
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return dict(stored)
+        except DAMAGED as error:
+            logger.warning("%s is damaged, and is made anew: %s", path, error)
     made = make()
     try:
         with atomic_write(path) as partial, partial.open("wb") as file:

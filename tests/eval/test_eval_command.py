@@ -201,3 +201,17 @@ def test_features_that_cannot_be_kept_are_still_used(tmp_path, caplog):
         assert re.search(said, caplog.text)
         assert len(list(tmp_path.iterdir())) == (not said)
         caplog.clear()
+
+
+def test_damaged_features_are_made_anew(tmp_path, caplog):
+    """Cut at every hundredth byte, or with some other content, a cache's file is named and replaced."""
+    wanted = np.arange(50.0)
+    kept("key", lambda: {"pooled": wanted}, tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for content in (*(whole[:end] for end in range(0, len(whole), 100)), b"PK" + bytes(200), b"text"):
+        file.write_bytes(content)
+        np.testing.assert_array_equal(kept("key", lambda: {"pooled": wanted}, tmp_path)["pooled"], wanted)
+        assert caplog.messages[-1].startswith(f"{file} is damaged, and is made anew")
+        assert file.read_bytes() == whole
+        caplog.clear()
