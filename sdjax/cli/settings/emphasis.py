@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-
-Translate = Callable[[str], str]
 
 BRACKET = re.compile(r"\\.|[\[\]]", re.DOTALL)
 # A brace that would begin a choice here.
