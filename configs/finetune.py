@@ -1,4 +1,4 @@
-"""Fine-tuning of any model that `sdjax.load` opens, on images of one's own: one command, and one to sample.
+"""Fine-tuning of a model that `sdjax.load` opens, on images of one's own: one command, and one to sample.
 
     python train.py --config configs/finetune.py:checkpoints/openmoji --workdir RUN --config.data.source=folder:PATH
     python sample.py --config configs/finetune.py --checkpoint RUN --prompt "..."
@@ -14,8 +14,7 @@ learning rate suits published models; small ones such as checkpoints/openmoji ta
 computed once and kept in memory, 128 KiB an image of 512 pixels: where that is too much, prepare them on disk with the
 `_tune` variants of configs/stable_diffusion_training.py.
 
-checkpoints/openmoji is small enough for two CPU cores: minutes of compilation, which later runs find done, then about
-a second a step.
+checkpoints/openmoji is small enough for two CPU cores.
 """
 
 from ml_collections import config_dict
