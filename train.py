@@ -218,7 +218,9 @@ def announce_start(root: epath.Path, config: Config, start: int, batches: Loader
 
 def announce_end(root: epath.Path, task: Task, config: str) -> None:
     """The lines of the log after training: the results, and the command that uses them."""
-    announce("finished: %s is the model, %s has its images while training", root / EXPORT, root / "samples")
+    samples = root / "samples"
+    images = f", {samples} has its images while training" if samples.exists() else ""
+    announce("finished: %s is the model%s", root / EXPORT, images)
     if config and task.use:
         announce("to use it: %s", task.use.format(config=config, workdir=root))
 
