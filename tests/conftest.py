@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have ignored by what runs in background
     is_default = config.option.markexpr == "not slow"
     if not IS_WORKER and is_default:
         os.environ.setdefault("XLA_FLAGS", HASTY)
