@@ -15,11 +15,15 @@ from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
 from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.data.text.word_pieces import WordPieces
-from sdjax.diffusion.denoise import Denoise, Network
+from sdjax.diffusion.denoise import Denoise
 from sdjax.models.conditioning import Cond
 
 Columns = Mapping[str, Array | np.ndarray]
 """Conditions of a batch by name, one row an image, e.g. {"label": int32 [b]}."""
+
+Network = Callable[[Float[Array, "b h w c"], Float[Array, " b"], Cond], Float[Array, "b h w d"]]
+"""(latents of unit variance, timesteps, condition) -> the prediction. With guidance an image has several rows, one
+after another: those of its prompts, then that of the null condition."""
 
 
 class Traits(NamedTuple):
@@ -36,6 +40,8 @@ class Traits(NamedTuple):
         strength: of image to image, where the call names none; None where an init_image is a condition alone.
         feather: pixels within a mask over which the given image fades out, where the call names none.
         step_columns: columns that `wrap` and `steer` read at every step.
+        row_columns: those of them that have a value for each row of the sampler's table: [b n ...], of which `wrap` and
+            `steer` get the row's own.
         prompt_columns: columns that prompts decide, of which an image with several prompts has several.
         draws_latents: whether latents of `images_to_encode` are drawn from their posterior; else they are its mean.
     """
@@ -50,6 +56,7 @@ class Traits(NamedTuple):
     strength: float | None = 0.75
     feather: float = 4.0
     step_columns: tuple[str, ...] = ()
+    row_columns: tuple[str, ...] = ()
     prompt_columns: tuple[str, ...] = ()
     draws_latents: bool = False
 
@@ -62,7 +69,7 @@ class Traits(NamedTuple):
         """Merge the traits of two conditions: tuples are concatenated and channels added; for the rest a non-default
         value overrides the default, `self` taking precedence."""
         usual = Traits()._asdict()
-        added = ("required", "optional", "concat_channels", "step_columns", "prompt_columns")
+        added = ("required", "optional", "concat_channels", "step_columns", "row_columns", "prompt_columns")
         pairs = [(name, mine, getattr(other, name)) for name, mine in self._asdict().items()]
         return Traits(**{n: a + b if n in added else b if a == usual[n] else a for n, a, b in pairs})
 
@@ -76,6 +83,8 @@ class Host(NamedTuple):
         tokenizers: by text encoder.
         size: height and width of the images in pixels.
         latents: height and width of their latents.
+        rows: of the sampler's table, the length of what `Traits.row_columns` names.
+        calls: of the network; the first so many rows make one each (diffusers' timesteps as iterated).
     """
 
     name: str
@@ -83,6 +92,8 @@ class Host(NamedTuple):
     tokenizers: Mapping[str, Tokenizer | WordPieces]
     size: tuple[int, int] = (0, 0)
     latents: tuple[int, int] = (0, 0)
+    rows: int = 0
+    calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,11 +138,19 @@ class Conditioner:
         """Images in [-1, 1] whose scaled latents `cond` wants as further columns of the same names."""
         return {}
 
+    def precompute(self, params: Params, columns: Columns) -> dict[str, Array]:
+        """Further columns, which no step changes and the loop need not repeat, e.g. features of a hint; traceable.
+
+        Args:
+            params, columns: of all networks, and of the batch with the latents of `images_to_encode`.
+        """
+        return {}
+
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
         """The condition of a batch; traceable.
 
         Args:
-            params, columns: of `components`, and of the batch with the latents of `images_to_encode`.
+            params, columns: of `components`, and of the batch with those of `images_to_encode` and `precompute`.
             keys: of the images, for conditions with noise.
         """
         return Cond()
@@ -141,7 +160,11 @@ class Conditioner:
         return None
 
     def wrap(self, params: Params, columns: Columns, network: Network) -> Network:
-        """The network with what acts on it at every step, e.g. the residuals of a ControlNet."""
+        """The network with what acts on it at every step, e.g. the residuals of a ControlNet.
+
+        Args:
+            params, columns: of all networks, and those of `Traits.step_columns`; while training, of the batch.
+        """
         return network
 
     def steer(self, params: Params, columns: Columns, denoise: Denoise, decode: Callable[..., Array]) -> Denoise:
@@ -196,6 +219,9 @@ class Combined(Conditioner):
 
     def images_to_encode(self, columns: Columns) -> dict[str, Array]:
         return _union(part.images_to_encode(columns) for part in self.parts)
+
+    def precompute(self, params: Params, columns: Columns) -> dict[str, Array]:
+        return _union(part.precompute(params, columns) for part in self.parts)
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
         joined = Cond()

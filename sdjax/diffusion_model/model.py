@@ -17,7 +17,7 @@ from sdjax.core.errors import UserError, unknown
 from sdjax.core.tree import Params
 from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.diffusion.denoise import check_prediction
-from sdjax.diffusion_model.conditioner import Combined, Conditioner
+from sdjax.diffusion_model.conditioner import Combined, Conditioner, Network
 from sdjax.diffusion_model.conditioners import CONDITIONERS, TEXT
 from sdjax.diffusion_model.conditioners.guides import CLASSIFIER, ClassifierGuide, ImageGuide
 from sdjax.diffusion_model.conditioners.inpaint import InpaintConditioner
@@ -118,6 +118,10 @@ class DiffusionModel(NamedTuple):
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """Shape of the latents of one image of this height and width in pixels."""
         return size[0] // self.factor, size[1] // self.factor, self.channels
+
+    def network(self, params: Params) -> Network:
+        """The backbone with its parameters."""
+        return lambda x, t, cond: apply(self.backbone, params[BACKBONE], x, t, cond)
 
     def encode(self, params: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w z"]:
         """Scaled latents, the posterior's mean, of images in [-1, 1]."""

@@ -22,8 +22,8 @@ from sdjax.diffusion.guidance import composed, guided
 from sdjax.diffusion.samplers import SamplerTable, first_noise
 from sdjax.diffusion.samplers.scan import DenoiseAt, State, advance, init_state
 from sdjax.diffusion_model.conditioner import Columns
-from sdjax.diffusion_model.model import BACKBONE, DiffusionModel
-from sdjax.models.conditioning import Cond, apply
+from sdjax.diffusion_model.model import DiffusionModel
+from sdjax.models.conditioning import Cond
 from sdjax.models.layers import guidance_embedding
 
 Finite = Bool[Array, ""]
@@ -88,7 +88,7 @@ class SamplingBatch(NamedTuple):
     Attributes:
         tables: of `samplers.table.batched`.
         cond: of `condition`; with twice as many rows as images, an image's condition and its null are neighbours.
-        columns: those that the conditioner reads at every step.
+        columns: those that the conditioner reads at every step: see `Traits.step_columns`.
         guidance: see `Guidance`.
         keys: of the images.
         start: see `Start`.
@@ -154,14 +154,16 @@ def condition(
     *,
     guided: bool,
     scheduled: bool = False,
-) -> tuple[Cond, Finite]:
-    """The batch's `Cond`.
+) -> tuple[Cond, Columns, Finite]:
+    """The batch's `Cond`, and the columns that the conditioner reads at every step.
 
     If `guided`, each image's conditional and null rows are interleaved and encoded in one forward pass, so that both
     stay on the device that holds the image. If `scheduled`, an image has several prompts, [b k ...] in the columns of
     `Traits.prompt_columns`, and as many times the rows.
     """
     conditioner = model.conditioner
+    columns = {**columns, **conditioner.precompute(params, columns)}
+    shown = {name: columns[name] for name in conditioner.traits.step_columns if name in columns}
     if scheduled:
         columns, keys, guidance = _by_prompt(conditioner.traits.prompt_columns, columns, keys, guidance)
     if guided:
@@ -175,7 +177,7 @@ def condition(
     if model.config.guidance_dim is not None:
         # A network distilled to imitate guidance is conditioned on its scale (Luo et al. 2023, LCM).
         cond = cond._replace(guidance=guidance_embedding(jnp.asarray(guidance.scale) - 1.0, model.config.guidance_dim))
-    return cond, all_finite(cond)
+    return cond, shown, all_finite((cond, shown))
 
 
 def _by_prompt(names: tuple[str, ...], columns: Columns, keys: Array, guidance: Guidance) -> tuple[Any, Any, Any]:
@@ -244,15 +246,14 @@ def all_finite(tree: object) -> Finite:
 
 
 def _denoiser(model: DiffusionModel, params: Params, batch: SamplingBatch, images: int) -> DenoiseAt:
-    schedule = batch.schedule
-    if schedule is None:
-        pairs = {len(leaf) for leaf in jax.tree.leaves(batch.cond)} == {2 * images}
-        denoise = _conditioned(model, params, batch, 2 if pairs else 1)
-        return lambda number: denoise
+    schedule, changing = batch.schedule, model.conditioner.traits.row_columns
+    pairs = {len(leaf) for leaf in jax.tree.leaves(batch.cond)} == {2 * images}
+    rows = (2 if pairs else 1) if schedule is None else schedule.places.shape[-1]
 
     def denoise_at(number: Array) -> Denoise:
-        now = batch._replace(cond=schedule.at(number, batch.cond))
-        return _conditioned(model, params, now, schedule.places.shape[-1])
+        columns = {name: c[:, number] if name in changing else c for name, c in batch.columns.items()}
+        cond = batch.cond if schedule is None else schedule.at(number, batch.cond)
+        return _conditioned(model, params, batch._replace(cond=cond, columns=columns), rows)
 
     return denoise_at
 
@@ -260,10 +261,10 @@ def _denoiser(model: DiffusionModel, params: Params, batch: SamplingBatch, image
 def _conditioned(model: DiffusionModel, params: Params, batch: SamplingBatch, rows: int) -> Denoise:
     """The denoiser under `batch.cond`, which has so many rows an image: more than one are guided."""
 
-    def backbone(x: Array, t: Array) -> Array:
-        return apply(model.backbone, params[BACKBONE], x, t, batch.cond)
+    wrapped = model.conditioner.wrap(params, batch.columns, model.network(params))
 
-    network = model.conditioner.wrap(params, batch.columns, backbone)
+    def network(x: Array, t: Array) -> Array:
+        return wrapped(x, t, batch.cond)
 
     def pair(x: Array, t: Array) -> tuple[Array, Array]:
         made = network(jnp.repeat(x, rows, axis=0), jnp.repeat(t, rows))

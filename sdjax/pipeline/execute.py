@@ -203,9 +203,9 @@ def _condition(
         else:
             columns[name] = jnp.split(moments, 2, axis=-1)[0]
     how = {"guided": parts[0].guided, "scheduled": parts[0].schedule is not None}
-    cond, finite = sampling.condition(model, pipe.params, columns, keys, guidance, **how)
+    cond, shown, finite = sampling.condition(model, pipe.params, columns, keys, guidance, **how)
     check_finite(pipe, finite, "the text encoder's output" if "prompt" in pipe.inputs else "the condition")
-    return cond, {name: columns[name] for name in model.conditioner.traits.step_columns if name in columns}
+    return cond, shown
 
 
 def _start(pipe: Pipeline, rows: Sequence[Row], noise: jax.Array, tables: Any, keys: jax.Array) -> tuple[Start, Any]:

@@ -16,6 +16,7 @@ from sdjax.checkpoints.checkpoint import Checkpoint
 from sdjax.checkpoints.layouts.diffusers import check_target_folder, write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.data.text.tokenizers import Tokenizer
+from sdjax.diffusion.samplers import SamplerTable, network_calls
 from sdjax.diffusion_model.conditioner import Host
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import DiffusionModel
@@ -107,10 +108,10 @@ class Pipeline:
             raise UserError(f"{self.name} diffuses pixels, and has no autoencoder")
         return self.model.autoencoder
 
-    def host(self, size: tuple[int, int] = (0, 0)) -> Host:
-        """Facts for encoding conditions of images of this height and width."""
-        latents = self.model.latent_shape(size)[:2]
-        return Host(self.name, self.settings, self.tokenizers, size, latents)
+    def host(self, size: tuple[int, int], table: SamplerTable) -> Host:
+        """Facts for encoding conditions of images of this height and width, sampled by a table."""
+        latents, rows = self.model.latent_shape(size)[:2], len(table.sigma)
+        return Host(self.name, self.settings, self.tokenizers, size, latents, rows, network_calls(table))
 
     def save(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write a folder that diffusers loads, where it has a class for the model.

@@ -343,7 +343,7 @@ def _prepare_entry(
         if "syntax" in one.inputs and entry["syntax"] == "a1111":
             guided = guided or needs_null(one, entry["prompt"])
             own, schedule = edit_prompts(inputs, table, Pass(given["steps"], earlier_steps), first, guided)
-        parts.append(Part(one.model.conditioner.encode(own, one.host(size)), table, guided, schedule))
+        parts.append(Part(one.model.conditioner.encode(own, one.host(size, table)), table, guided, schedule))
     feather = given.get("feather", pipe.model.conditioner.traits.feather)
     return Row(
         parts=tuple(parts),

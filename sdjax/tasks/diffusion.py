@@ -45,7 +45,6 @@ from sdjax.diffusion_model.conditioners.text import NULL, TextConditioner
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, DiffusionModel, backbone_of, check_fit
 from sdjax.models import autoencoder, unet, unet2d
 from sdjax.models.autoencoder import autoencoder_of
-from sdjax.models.conditioning import apply
 from sdjax.tasks.base import data_identity, open_images
 from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
 from sdjax.tasks.finetune import PIXELS, from_checkpoint, is_finetuning
@@ -86,10 +85,13 @@ def make(config: Config, mesh: Mesh) -> Task:
         columns = drop_condition(model.conditioner, condition.columns(batch), drop_key, config.task.dropout)
         images = model.conditioner.images_to_encode(columns)
         encoded = {name: jax.lax.stop_gradient(model.encode(params, image)) for name, image in images.items()}
-        cond = model.conditioner.cond(params, {**columns, **encoded})
+        columns = {**columns, **encoded}
+        columns = {**columns, **model.conditioner.precompute(params, columns)}
+        cond = model.conditioner.cond(params, columns)
+        wrapped = model.conditioner.wrap(params, columns, model.network(params))
 
         def network(x: Array, t: Array) -> Array:
-            return apply(model.backbone, params[BACKBONE], x, t, cond)
+            return wrapped(x, t, cond)
 
         metrics = {} if model.autoencoder is None else {"latent_std": x0.std()}
         if bounds is None:

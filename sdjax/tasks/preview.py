@@ -134,13 +134,12 @@ def generate(
     }
     columns = {**columns, **encoded}
     null = model.config.guidance_dim is None and model.has_null and bool(np.any(np.asarray(guidance.scale) > 1.0))
-    cond, _ = sampling.condition(model, params, columns, keys, guidance, guided=null)
+    cond, shown, _ = sampling.condition(model, params, columns, keys, guidance, guided=null)
     noise = first_noise(keys, model.latent_shape(size))
     zeros = jnp.zeros_like(noise)
     state = sampling.start_state(tables, noise, zeros, np.ones(len(keys), bool))
-    own = {name: columns[name] for name in model.conditioner.traits.step_columns if name in columns}
     start = Start(zeros, noise, jnp.ones_like(noise[..., :1]))
-    batch = SamplingBatch(tables, cond, own, guidance, keys, start)
+    batch = SamplingBatch(tables, cond, shown, guidance, keys, start)
     state, _ = sampling.sample(model, params, batch, state, 0, int(np.max(np.sum(tables.active, axis=1))))
     images, _ = sampling.decode(model, params, state.x)
     return np.asarray(jax.jit(gathered)(images))
