@@ -16,7 +16,11 @@ def stream(seed: int | Int[Array, ""], *path: str | int | Int[Array, ""]) -> PRN
 
     Strings are hashed with CRC-32, whose value is the same in every process; integers may be traced.
     """
-    key = jax.random.key(seed)
+    return stream_below(jax.random.key(seed), *path)
+
+
+def stream_below(key: PRNGKeyArray, *path: str | int | Int[Array, ""]) -> PRNGKeyArray:
+    """The key at `path` below another one, as `stream`."""
     for part in path:
         key = jax.random.fold_in(key, zlib.crc32(part.encode()) if isinstance(part, str) else part)
     return key

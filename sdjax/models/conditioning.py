@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sdjax.core.tree import Params
+from sdjax.models.lora import DROPOUT, with_branches
 
 
 class Cond(NamedTuple):
@@ -33,6 +34,14 @@ class Cond(NamedTuple):
     guidance: Float[Array, "b g"] | None = None
 
 
-def apply(module: nn.Module, params: Params, *inputs: Any, method: str | None = None) -> Any:
-    """Output of a module, or of a method of it; no variable changes."""
-    return module.apply({"params": params}, *inputs, method=method)
+def apply(
+    module: nn.Module, params: Params, *inputs: Any, method: str | None = None, dropout: PRNGKeyArray | None = None
+) -> Any:
+    """Output of a module, or of a method of it, and of the LoRA factors among its parameters; no variable changes.
+
+    Args:
+        dropout: key of the factors' dropout; None for none.
+    """
+    with nn.intercept_methods(with_branches):
+        rngs = None if dropout is None else {DROPOUT: dropout}
+        return module.apply({"params": params}, *inputs, method=method, rngs=rngs)
