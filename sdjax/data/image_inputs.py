@@ -158,8 +158,21 @@ def paste_back(
 
 def resize_bicubic(values: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Float[np.ndarray, "h2 w2"]:
     """Resize as torch's `interpolate(mode="bicubic", align_corners=False)`: four taps a side at every scale."""
-    rows, columns = (_cubic(old, new) for old, new in zip(values.shape, size, strict=True))
+    rows, columns = (cubic_weights(old, new) for old, new in zip(values.shape, size, strict=True))
     return rows @ values.astype(np.float64) @ columns.T
+
+
+def cubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """Weights of cubic convolution (Keys 1981) between pixels' centres; beyond the edge its pixel is repeated."""
+    at = (np.arange(new) + 0.5) * (old / new) - 0.5
+    first = np.floor(at).astype(int) - 1
+    weights = np.zeros((new, old))
+    for tap in range(4):
+        x = np.abs(at - (first + tap))
+        near = ((CUBIC + 2.0) * x - (CUBIC + 3.0)) * x * x + 1.0
+        far = ((CUBIC * x - 5.0 * CUBIC) * x + 8.0 * CUBIC) * x - 4.0 * CUBIC
+        np.add.at(weights, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1.0, near, far))
+    return weights
 
 
 def centred(pixels: Float[np.ndarray, "h w c"], size: tuple[int, int]) -> Float[np.ndarray, "h2 w2 c"]:
@@ -201,16 +214,3 @@ def _fade(mask: np.ndarray, feather: float) -> Float[np.ndarray, "h w"]:
         return np.ones(mask.shape, np.float32)
     distance = np.asarray(distance_transform_edt(mask))
     return np.clip(distance / (feather + 1.0), 0.0, 1.0).astype(np.float32)
-
-
-def _cubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """Weights of cubic convolution (Keys 1981) between pixels' centres; beyond the edge its pixel is repeated."""
-    at = (np.arange(new) + 0.5) * (old / new) - 0.5
-    first = np.floor(at).astype(int) - 1
-    weights = np.zeros((new, old))
-    for tap in range(4):
-        x = np.abs(at - (first + tap))
-        near = ((CUBIC + 2.0) * x - (CUBIC + 3.0)) * x * x + 1.0
-        far = ((CUBIC * x - 5.0 * CUBIC) * x + 8.0 * CUBIC) * x - 4.0 * CUBIC
-        np.add.at(weights, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1.0, near, far))
-    return weights

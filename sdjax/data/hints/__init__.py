@@ -1,0 +1,1 @@
+"""Hints of ControlNets made of photographs by arithmetic alone."""
