@@ -18,6 +18,8 @@ import numpy as np
 
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.torch_rng import MAX_SEED
+from sdjax.data.hints.makers import HINTS
+from sdjax.data.hints.resize import RESIZES
 from sdjax.data.image_inputs import ImageInput
 from sdjax.diffusion.samplers import SAMPLERS, SPACINGS
 from sdjax.pipeline.seeds import RANDOM
@@ -140,6 +142,14 @@ class Options(TypedDict, total=False):
     layout: Annotated[Any, _condition('JSON file of {"class": ..., "box": [x, y, width, height]}', file=True)]
     label_map: Annotated[Images | None, _condition("image of one channel, whose values are classes", file=True)]
     neighbours: Annotated[Any, _condition("NumPy file of CLIP embeddings [k, d]", file=True)]
+    control_from: Annotated[
+        str | Sequence[str] | None,
+        _condition(f"maker of the hint from control_image, where that is none yet: {', '.join(HINTS)}; canny:50:150"),
+    ]
+    control_resize: Annotated[
+        str | None,
+        Option("of the hint, as A1111 does it; else like init_image", choices=RESIZES, grid=False, condition=True),
+    ]
     resemble: Annotated[Images | None, _image("image that the result shall be like")]
     resemble_scale: Annotated[Number | None, Option("how strongly", 0)]
     classifier_scale: Annotated[Number | None, _condition("of a classifier's guidance", 0, grid=True)]
