@@ -66,7 +66,7 @@ def _cosines(
     modules: tuple[CLIPText, CLIPImage], params: tuple, ids: Array, images: Float[Array, "b s s 3"]
 ) -> Float[Array, " b"]:
     text = apply(modules[0], params[0], ids).pooled
-    image = apply(modules[1], params[1], images)
+    image = apply(modules[1], params[1], images).pooled
     text, image = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (text, image))
     return (text * image).sum(-1)
 

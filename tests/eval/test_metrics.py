@@ -133,24 +133,22 @@ def test_clips_image_tower_is_transformers():
         ),
     }
     pictures = RNG.standard_normal((3, 28, 28, 3)).astype("f")
-    for name, theirs in towers.items():
+    for theirs in towers.values():
         config = clip_image.from_config(theirs.config.to_dict(), "config.json")
         assert (config.size, config.patch, config.projection_dim) == (28, 7, 16)
         params = translated(theirs, clip_image.TABLE, clip_image.shapes(config))
         with torch.no_grad():
             given = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-            tower = theirs.vision_model if name == "whole" else None
-            expected = (
-                theirs(pixel_values=given).image_embeds
-                if tower is None
-                else theirs.visual_projection(tower(pixel_values=given).pooler_output)
-            )
+            tower = theirs.vision_model(pixel_values=given, output_hidden_states=True)
+            pooled = theirs.visual_projection(tower.pooler_output)
         found = CLIPImage(config).apply({"params": params}, pictures)
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+        np.testing.assert_allclose(found.pooled, pooled, atol=1e-4)
+        np.testing.assert_allclose(found.penultimate, tower.hidden_states[-2], atol=1e-4)
 
 
 def test_published_sizes():
-    assert size(clip_image.shapes(VARIANTS["clip_l"])) == 303_966_208
+    towers = {name: size(clip_image.shapes(config)) for name, config in VARIANTS.items()}
+    assert towers == {"clip_l": 303_966_208, "openclip_h": 632_076_800, "openclip_bigg": 1_844_907_264}
     # torch-fidelity's, with the running means and variances and without the counts of batches.
     assert size(inception.shapes()) == 23_885_392
 
