@@ -131,8 +131,8 @@ VARIANTS = {
 UNCONDITIONAL = Cond()
 
 
-class UNet(nn.Module):
-    """Predicts noise, velocity or the clean latents from noisy ones.
+class UNetEncoder(nn.Module):
+    """Encoder shared by a UNet and a ControlNet: the embedding, the way down, the middle.
 
     Attributes:
         config: the sizes.
@@ -144,33 +144,14 @@ class UNet(nn.Module):
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Cond = UNCONDITIONAL
-    ) -> Float[Array, "b h w o"]:
-        """The raw output of the network, in float32.
-
-        Args:
-            x: noisy latents of unit variance (x / sqrt(sigma^2 + 1) of a k-diffusion state).
-            t: timesteps in [0, 999]; fractional ones are allowed.
-            cond: `context` always; `vector`, `label` and `guidance` where the config has them; `concat` is joined to x
-                on channels. A label of `classes` or more makes NaN.
-        """
-        c = self.config
-        x = x if cond.concat is None else jnp.concatenate([x, cond.concat], axis=-1)
-        x = constrain_image(x)
-        temb = constrain(self._embedding(t, cond), BATCH, None)
-        skips = self._down(x.astype(self.dtype), temb, cond)
-        x = self._res("mid_block_resnets_0", c.channels[-1], skips[-1], temb)
-        x = self._attend("mid_block_attentions_0", -1, x, cond, c.mid_depth)
-        x = self._res("mid_block_resnets_1", c.channels[-1], x, temb)
-        if cond.control is not None:
-            *residuals, mid = cond.control
-            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
-            x = x + mid
-        x = self._up(x, skips, temb, cond)
-        x = nn.silu(GroupNorm(c.groups, dtype=self.dtype, name="conv_norm_out")(x))
-        return Conv(c.out_channels, zero=True, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
+    def _encoded(self, x: Array, temb: Array, cond: Cond, hint: Array | None = None) -> tuple[Array, list[Array]]:
+        """The middle's output, and those of all input blocks, the first convolution's first, to which `hint` is
+        added."""
+        width = self.config.channels[-1]
+        skips = self._down(constrain_image(x).astype(self.dtype), temb, cond, hint)
+        x = self._res("mid_block_resnets_0", width, skips[-1], temb)
+        x = self._attend("mid_block_attentions_0", -1, x, cond, self.config.mid_depth)
+        return self._res("mid_block_resnets_1", width, x, temb), skips
 
     def _embedding(self, t: Array, cond: Cond) -> Array:
         """Embedding for every residual block: the timestep, joined by the guidance scale, a label and a vector."""
@@ -188,7 +169,7 @@ class UNet(nn.Module):
         if c.vector_dim is not None:
             assert cond.vector is not None, "this UNet was built for a condition vector"
             temb += EmbeddingMLP(width, self.dtype, name="add_embedding")(cond.vector.astype(self.dtype))
-        return temb
+        return constrain(temb, BATCH, None)
 
     def _res(self, name: str, features: int, x: Array, temb: Array) -> Array:
         block = recomputed(ResBlock, self.remat)
@@ -204,10 +185,10 @@ class UNet(nn.Module):
         transformer = SpatialTransformer(c.heads[level], depth, c.groups, only, self.remat, self.dtype, name=name)
         return transformer(x, context, cond.mask)
 
-    def _down(self, x: Array, temb: Array, cond: Cond) -> list[Array]:
-        """The outputs of all input blocks, the first convolution's first."""
+    def _down(self, x: Array, temb: Array, cond: Cond, hint: Array | None) -> list[Array]:
         c = self.config
         x = Conv(c.channels[0], dtype=self.dtype, name="conv_in")(x)
+        x = x if hint is None else x + hint.astype(self.dtype)
         skips = [x]
         for i, features in enumerate(c.channels):
             for j in range(c.layers_per_block):
@@ -218,6 +199,34 @@ class UNet(nn.Module):
                 x = Downsample(dtype=self.dtype, name=f"down_blocks_{i}_downsamplers_0")(x)
                 skips.append(x)
         return skips
+
+
+class UNet(UNetEncoder):
+    """Predicts noise, velocity or the clean latents from noisy ones."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], cond: Cond = UNCONDITIONAL
+    ) -> Float[Array, "b h w o"]:
+        """The raw output of the network, in float32.
+
+        Args:
+            x: noisy latents of unit variance (x / sqrt(sigma^2 + 1) of a k-diffusion state).
+            t: timesteps in [0, 999]; fractional ones are allowed.
+            cond: `context` always; `vector`, `label` and `guidance` where the config has them; `concat` is joined to x
+                on channels, and `control` added to the skip connections. A label of `classes` or more makes NaN.
+        """
+        c = self.config
+        x = x if cond.concat is None else jnp.concatenate([x, cond.concat], axis=-1)
+        temb = self._embedding(t, cond)
+        x, skips = self._encoded(x, temb, cond)
+        if cond.control is not None:
+            *residuals, mid = cond.control
+            skips = [skip + r.astype(self.dtype) for skip, r in zip(skips, residuals, strict=True)]
+            x = x + mid.astype(self.dtype)
+        x = self._up(x, skips, temb, cond)
+        x = nn.silu(GroupNorm(c.groups, dtype=self.dtype, name="conv_norm_out")(x))
+        return Conv(c.out_channels, zero=True, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
 
     def _up(self, x: Array, skips: list[Array], temb: Array, cond: Cond) -> Array:
         c = self.config
