@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import KeyTable, Put, Stored, check_blocks, read
-from sdjax.checkpoints.networks import autoencoder, clip, embedders, unet, unet2d
+from sdjax.checkpoints.networks import autoencoder, clip, controlnet, embedders, unet, unet2d
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree
@@ -163,7 +163,16 @@ CLASSIFIERS: dict[str, Format] = {
         unet2d.classifier_shapes,
     )
 }
-ALL_FORMATS = FORMATS | CONDITIONERS | CLASSIFIERS
+CONTROLNETS: dict[str, Format] = {
+    "controlnet": Format(
+        "diffusion_pytorch_model",
+        controlnet.from_diffusers_config,
+        controlnet.to_diffusers_config,
+        controlnet.table,
+        controlnet.shapes,
+    )
+}
+ALL_FORMATS = FORMATS | CONDITIONERS | CLASSIFIERS | CONTROLNETS
 
 Dtypes: TypeAlias = str | Mapping[str, str | None] | None
 

@@ -170,8 +170,8 @@ def attention_levels(
     """Tell which levels have attention, the finest first; the way up must mirror the way down.
 
     Args:
-        sides: of the way down, then of the way up: the key, the block's name without and with attention, and what a
-            missing key means.
+        sides: of the way down, then of the way up, where there is one: the key, the block's name without and with
+            attention, and what a missing key means.
 
     Raises:
         UserError: a block is unknown, there are not `levels` of them, or the sides differ.
@@ -183,6 +183,6 @@ def attention_levels(
         if not named or len(blocks) != levels or any(block not in known for block in blocks):
             raise unsupported(config, key, place, f"{levels} of {' and '.join(known)}")
         found.append([known[block] for block in blocks])
-    if found[0] != found[1][::-1]:
+    if any(up != found[0][::-1] for up in found[1:]):
         raise unsupported(config, sides[1][0], place, f"the reverse of {sides[0][0]}")
     return tuple(found[0])

@@ -11,10 +11,11 @@ import transformers
 from published import CLIPS, SD1_UNET, SDXL_UNET, UNET_TOTALS, UNETS, VAES
 
 from sdjax.checkpoints.mapping import stored_shapes
-from sdjax.checkpoints.networks import autoencoder, clip, unet
+from sdjax.checkpoints.networks import autoencoder, clip, controlnet, unet
 from sdjax.core.errors import UserError
 from sdjax.models.autoencoder import VARIANTS as AUTOENCODERS
 from sdjax.models.clip import VARIANTS as CLIP_TEXTS
+from sdjax.models.controlnet import VARIANTS as CONTROLNET_VARIANTS
 from sdjax.models.unet import VARIANTS as UNET_VARIANTS
 from sdjax.models.unet import UNetConfig
 
@@ -34,6 +35,18 @@ def test_every_key_of_a_unet_and_its_shape(name: str):
     exported = unet.to_diffusers_config(config)
     assert unet.from_diffusers_config(exported) == config
     assert on_meta(lambda: diffusers.UNet2DConditionModel.from_config(exported)) == theirs
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_every_key_of_a_controlnet_and_its_shape(name: str):
+    own = {key: value for key, value in UNETS[name].items() if key not in ("up_block_types", "out_channels")}
+    config = controlnet.from_diffusers_config(own)
+    assert config == CONTROLNET_VARIANTS[name]
+    theirs = on_meta(lambda: diffusers.ControlNetModel.from_config(own))
+    assert stored_shapes(controlnet.table(config), controlnet.shapes(config)) == theirs
+    exported = controlnet.to_diffusers_config(config)
+    assert controlnet.from_diffusers_config(exported) == config
+    assert on_meta(lambda: diffusers.ControlNetModel.from_config(exported)) == theirs
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -82,6 +95,10 @@ def test_every_key_of_a_text_encoder_and_its_shape(name: str):
         (unet, SDXL_UNET, "projection_class_embeddings_input_dim", None),
         (unet, SDXL_UNET, "addition_embed_type", "text_image"),
         (unet, SDXL_UNET, "transformer_layers_per_block", [1, 2]),
+        (controlnet, SD1_UNET, "controlnet_conditioning_channel_order", "gbr"),
+        (controlnet, SD1_UNET, "_class_name", "ControlNetUnionModel"),
+        (controlnet, SD1_UNET, "conditioning_embedding_out_channels", 16),
+        (controlnet, SD1_UNET, "down_block_types", "CrossAttnDownBlock2D"),
         (autoencoder, VAES["sd"], "down_block_types", ["AttnDownEncoderBlock2D"] * 3),
         (autoencoder, VAES["sd"], "up_block_types", ["UpDecoderBlock2D"] * 3),
         (autoencoder, VAES["sd"], "use_quant_conv", False),

@@ -32,6 +32,10 @@ CLASS_NAME = "UNet2DConditionModel"
 # Blocks by whether they have transformers.
 DOWN = {False: "DownBlock2D", True: "CrossAttnDownBlock2D"}
 UP = {False: "UpBlock2D", True: "CrossAttnUpBlock2D"}
+SIDES = (
+    ("down_block_types", DOWN, [DOWN[True]] * 3 + [DOWN[False]]),
+    ("up_block_types", UP, [UP[False]] + [UP[True]] * 3),
+)
 SIZE_WIDTH = "addition_time_embed_dim"
 """SDXL's sinusoidal features of each size and crop: 256, and fewer in small models. They are made outside of the
 network, so its sizes do not tell, and a config.json's own value is kept."""
@@ -111,10 +115,15 @@ def shapes(config: UNetConfig) -> dict[str, Any]:
     return mapping.traced(UNet(config).init, *jax.eval_shape(config.example_inputs))
 
 
-def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.json") -> UNetConfig:
+def from_diffusers_config(
+    config: Mapping[str, Any], place: str = "unet/config.json", sides: Sequence[Any] = SIDES
+) -> UNetConfig:
     """Sizes from a config.json; a missing key means what it means to diffusers.
 
     diffusers' `attention_head_dim` is the number of heads of each level (huggingface/diffusers issue 2011).
+
+    Args:
+        sides: as of `config_fields.attention_levels`; a ControlNet has only the first.
 
     Raises:
         UserError: a value asks for a structure that `UNet` does not have.
@@ -122,10 +131,6 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.j
     channels = config_fields.integers(config, "block_out_channels", DEFAULT_CHANNELS, 0, place)
     config_fields.check(config, ALLOWED | {"time_embedding_dim": (None, 4 * channels[0])}, place)
     levels = len(channels)
-    sides = (
-        ("down_block_types", DOWN, [DOWN[True]] * 3 + [DOWN[False]]),
-        ("up_block_types", UP, [UP[False]] + [UP[True]] * 3),
-    )
     crossed = config_fields.attention_levels(config, sides, levels, place)
     depths = _depths(config, crossed, place)
     heads = config_fields.integers(config, "attention_head_dim", 8, levels, place)
