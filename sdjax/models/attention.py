@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from sdjax.models.conditioning import KeysValues
 from sdjax.models.layers import GroupNorm
 from sdjax.models.remat import is_scanned, recomputed, scan_blocks
 from sdjax.ops.attention import dot_product_attention
@@ -35,16 +38,22 @@ class Attention(nn.Module):
         mask: Bool[Array, "b k"] | None = None,
         *,
         causal: bool = False,
+        images: KeysValues | None = None,
     ) -> Float[Array, "b q c"]:
+        """Args: `images` are attended to apart from the context, and both results added (Ye et al. 2023, eq. 5)."""
         context = x if context is None else context
         size = self.head_size or x.shape[-1] // self.heads
 
+        def by_head(tokens: Array) -> Array:
+            return tokens.astype(self.dtype).reshape(*tokens.shape[:-1], self.heads, size)
+
         def project(name: str, tokens: Array) -> Array:
-            out = nn.Dense(self.heads * size, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(tokens)
-            return out.reshape(*out.shape[:-1], self.heads, size)
+            return by_head(nn.Dense(self.heads * size, self.qkv_bias, dtype=self.dtype, name=name)(tokens))
 
         q, k, v = project("to_q", x), project("to_k", context), project("to_v", context)
         out = dot_product_attention(q, k, v, mask=mask, causal=causal)
+        if images is not None:
+            out = out + dot_product_attention(q, by_head(images.keys), by_head(images.values))
         joined = out.reshape(*x.shape[:-1], self.heads * size)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out")(joined)
 
@@ -92,14 +101,18 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l c"], context: Float[Array, "b k d"] | None, mask: Bool[Array, "b k"] | None
+        self,
+        x: Float[Array, "b l c"],
+        context: Float[Array, "b k d"] | None,
+        mask: Bool[Array, "b k"] | None,
+        images: KeysValues | None = None,
     ) -> Float[Array, "b l c"]:
         def norm(name: str, x: Array) -> Array:
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)(x)
 
         first = (context, mask) if self.cross_only else (None, None)
         x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1", x), *first)
-        x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(norm("norm2", x), context, mask)
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(norm("norm2", x), context, mask, images=images)
         x = x + GEGLU(dtype=self.dtype, name="ff")(norm("norm3", x))
         return constrain(x, BATCH, SPATIAL, None)
 
@@ -120,19 +133,24 @@ class SpatialTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], context: Float[Array, "b k d"] | None, mask: Bool[Array, "b k"] | None
+        self,
+        x: Float[Array, "b h w c"],
+        context: Float[Array, "b k d"] | None,
+        mask: Bool[Array, "b k"] | None,
+        images: Sequence[KeysValues] | None = None,
     ) -> Float[Array, "b h w c"]:
+        """Args: `images` are of each block."""
         b, h, w, c = x.shape
         tokens = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x).reshape(b, h * w, c)
         tokens = nn.Dense(c, dtype=self.dtype, name="proj_in")(tokens)
         names = [f"transformer_blocks_{i}" for i in range(self.depth)]
-        if is_scanned(self.remat) and self.depth > 1 and not self.is_initializing():
+        if is_scanned(self.remat) and self.depth > 1 and images is None and not self.is_initializing():
             block = TransformerBlock(self.heads, self.cross_only, self.dtype, parent=None)
             own = self.variables["params"]
             tokens = scan_blocks(block, [own[name] for name in names], tokens, context, mask)
         else:
-            for name in names:
+            for name, own in zip(names, images or [None] * self.depth, strict=True):
                 block = recomputed(TransformerBlock, self.remat)(self.heads, self.cross_only, self.dtype, name=name)
-                tokens = block(tokens, context, mask)
+                tokens = block(tokens, context, mask, own)
         tokens = nn.Dense(c, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="proj_out")(tokens)
         return x + tokens.reshape(b, h, w, c)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,6 +10,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sdjax.core.tree import Params
 from sdjax.models.lora import DROPOUT, with_branches
+
+
+class KeysValues(NamedTuple):
+    """Further keys and values of a cross-attention layer, whose queries attend to them apart from the context's."""
+
+    keys: Float[Array, "b n c"]
+    values: Float[Array, "b n c"]
 
 
 class Cond(NamedTuple):
@@ -23,6 +31,8 @@ class Cond(NamedTuple):
         label: one class an image, e.g. the noise level of an upscaler's low-resolution input.
         guidance: an embedding of the guidance scale that a distilled network imitates (LCM), as
             `sdjax.models.layers.guidance_embedding` makes it.
+        images: keys and values of image tokens (IP-Adapter) for each block of a transformer, by the transformer's name.
+        features: maps added on the way down (T2I-Adapter), the finest level's first.
     """
 
     context: Float[Array, "b l d"] | None = None
@@ -32,6 +42,8 @@ class Cond(NamedTuple):
     control: tuple[Float[Array, "b h w c"], ...] | None = None
     label: Int[Array, " b"] | None = None
     guidance: Float[Array, "b g"] | None = None
+    images: Mapping[str, Sequence[KeysValues]] | None = None
+    features: Sequence[Float[Array, "b h w c"]] | None = None
 
 
 def apply(

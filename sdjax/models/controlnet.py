@@ -127,9 +127,10 @@ class ControlNet(UNetEncoder):
         """Terms for the skip connections, that of the first convolution first, and last one for the middle.
 
         Args:
-            x, t, cond: as the UNet is given them; `cond.concat` and `cond.control` are not read.
+            x, t, cond: as the UNet is given them; of the condition only what the UNet itself was trained with is read.
             features: of the hint.
         """
+        cond = cond._replace(images=None, features=None)
         middle, skips = self._encoded(x, self._embedding(t, cond), cond, features)
         names = [*(f"controlnet_down_blocks_{i}" for i in range(len(skips))), "controlnet_mid_block"]
 

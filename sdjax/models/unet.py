@@ -6,6 +6,7 @@ Module names follow PyTorch diffusers' `UNet2DConditionModel`, with `_` where it
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,6 +18,14 @@ from sdjax.models.conditioning import Cond
 from sdjax.models.layers import Conv, Downsample, EmbeddingMLP, GroupNorm, ResBlock, Upsample, timestep_embedding
 from sdjax.models.remat import recomputed
 from sdjax.ops.partition import BATCH, constrain, constrain_image
+
+
+class Transformer(NamedTuple):
+    """A transformer of a UNet: its name, its blocks, and the width of their tokens."""
+
+    name: str
+    depth: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,20 @@ class UNetConfig:
     def divisor(self) -> int:
         """Sides of latents that are multiples of it are halved evenly at every level."""
         return 2 ** (len(self.channels) - 1)
+
+    @property
+    def transformers(self) -> tuple[Transformer, ...]:
+        """All transformers in diffusers' order of attention: the way down, the way up, the middle."""
+        levels, count = range(len(self.channels)), self.layers_per_block
+        sides = {"down": levels, "up": reversed(levels)}
+        places = [
+            (f"{side}_blocks_{i}_attentions_{j}", self.depths[level], self.channels[level])
+            for side, order in sides.items()
+            for i, level in enumerate(order)
+            for j in range(count + (side == "up"))
+        ]
+        places.append(("mid_block_attentions_0", self.mid_depth, self.channels[-1]))
+        return tuple(Transformer(*place) for place in places if place[1])
 
     def example_inputs(self) -> tuple[Array, Array, Cond]:
         """Noisy latents, timesteps and a condition of the smallest size, for initialisation."""
@@ -151,7 +174,8 @@ class UNetEncoder(nn.Module):
         skips = self._down(constrain_image(x).astype(self.dtype), temb, cond, hint)
         x = self._res("mid_block_resnets_0", width, skips[-1], temb)
         x = self._attend("mid_block_attentions_0", -1, x, cond, self.config.mid_depth)
-        return self._res("mid_block_resnets_1", width, x, temb), skips
+        x = self._res("mid_block_resnets_1", width, x, temb)
+        return _adapted(x, cond, len(self.config.channels)), skips
 
     def _embedding(self, t: Array, cond: Cond) -> Array:
         """Embedding for every residual block: the timestep, joined by the guidance scale, a label and a vector."""
@@ -183,7 +207,7 @@ class UNetEncoder(nn.Module):
         context = None if cond.context is None else cond.context.astype(self.dtype)
         only = level in c.cross_only
         transformer = SpatialTransformer(c.heads[level], depth, c.groups, only, self.remat, self.dtype, name=name)
-        return transformer(x, context, cond.mask)
+        return transformer(x, context, cond.mask, None if cond.images is None else cond.images[name])
 
     def _down(self, x: Array, temb: Array, cond: Cond, hint: Array | None) -> list[Array]:
         c = self.config
@@ -195,8 +219,13 @@ class UNetEncoder(nn.Module):
                 x = self._res(f"down_blocks_{i}_resnets_{j}", features, x, temb)
                 x = self._attend(f"down_blocks_{i}_attentions_{j}", i, x, cond, c.depths[i])
                 skips.append(x)
-            if i < len(c.channels) - 1:
+            last = i == len(c.channels) - 1
+            if c.depths[i] or last:
+                x = skips[-1] = _adapted(x, cond, i)
+            if not last:
                 x = Downsample(dtype=self.dtype, name=f"down_blocks_{i}_downsamplers_0")(x)
+                # An adapter's features of a level without transformers are as large as the next level (diffusers).
+                x = x if c.depths[i] else _adapted(x, cond, i)
                 skips.append(x)
         return skips
 
@@ -214,7 +243,8 @@ class UNet(UNetEncoder):
             x: noisy latents of unit variance (x / sqrt(sigma^2 + 1) of a k-diffusion state).
             t: timesteps in [0, 999]; fractional ones are allowed.
             cond: `context` always; `vector`, `label` and `guidance` where the config has them; `concat` is joined to x
-                on channels, and `control` added to the skip connections. A label of `classes` or more makes NaN.
+                on channels; `control`, `images` and `features` act where they are given. A label of `classes` or more
+                makes NaN.
         """
         c = self.config
         x = x if cond.concat is None else jnp.concatenate([x, cond.concat], axis=-1)
@@ -238,3 +268,9 @@ class UNet(UNetEncoder):
             if level:
                 x = Upsample(self.dtype, name=f"up_blocks_{i}_upsamplers_0")(x, skips[-1].shape[1:3])
         return x
+
+
+def _adapted(x: Array, cond: Cond, place: int) -> Array:
+    """x with the adapter's features of a place, a level or after them the middle, where it has some."""
+    features = cond.features or ()
+    return x + features[place].astype(x.dtype) if place < len(features) else x
