@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ DTYPES = {code: stored.DTYPES[name] for code, name in NAMES.items()}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # what the reference reader accepts
 SMALL_HEADER = 2**18
+PIECE = 2**24
 METADATA = {"format": "pt", "writer": "sdjax"}
 
 
@@ -67,6 +68,15 @@ def open_safetensors(path: str | Path) -> tuple[dict[str, StoredTensor], dict[st
     if end != size:
         raise UserError(f"{path} has {size - end} bytes after its last tensor")
     return tensors, header.get("__metadata__", {})
+
+
+def data_section(path: Path) -> Iterator[bytes]:
+    """The bytes after a file's header, in pieces; errors are those of `open_safetensors`."""
+    _, start = _header(path)
+    with path.open("rb") as file:
+        file.seek(start)
+        while piece := file.read(PIECE):
+            yield piece
 
 
 def read_weight_map(index: str | Path) -> dict[str, str]:
