@@ -37,6 +37,25 @@ class Component:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+class LoadedLora(NamedTuple):
+    """A file of LoRA whose factors stand in a checkpoint's parameters.
+
+    Attributes:
+        name: by which prompts call it, the file's.
+        path: the file.
+        scale: strength where a call names none.
+        alias: another name, which its training gave it; "" for none.
+        changes_weights: whether some of it is no branch beside a layer, so that images of unlike strengths cannot share
+            a batch.
+    """
+
+    name: str
+    path: Path
+    scale: float = 1.0
+    alias: str = ""
+    changes_weights: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A whole model: what a folder or a single file holds.
@@ -55,6 +74,7 @@ class Checkpoint:
             "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}.
         placeholders: words of textual inversions, and the number of vectors of each. Their ids are the last of every
             text encoder, in this order.
+        loras: files whose factors stand in the parameters, as the entries "0", "1", ... of a layer's "lora".
     """
 
     components: Mapping[str, Component]
@@ -65,6 +85,7 @@ class Checkpoint:
     low_res_scheduler: Mapping[str, Any] | None = None
     model_index: Mapping[str, Any] = field(default_factory=dict)
     placeholders: Mapping[str, int] = field(default_factory=dict)
+    loras: tuple[LoadedLora, ...] = ()
 
     @property
     def kind(self) -> str:

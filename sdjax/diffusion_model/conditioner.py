@@ -43,6 +43,7 @@ class Traits(NamedTuple):
         row_columns: those of them that have a value for each row of the sampler's table: [b n ...], of which `wrap` and
             `steer` get the row's own.
         prompt_columns: columns that prompts decide, of which an image with several prompts has several.
+        shared_columns: columns that all images of a batch have alike, since they change weights.
         draws_latents: whether latents of `images_to_encode` are drawn from their posterior; else they are its mean.
     """
 
@@ -58,6 +59,7 @@ class Traits(NamedTuple):
     step_columns: tuple[str, ...] = ()
     row_columns: tuple[str, ...] = ()
     prompt_columns: tuple[str, ...] = ()
+    shared_columns: tuple[str, ...] = ()
     draws_latents: bool = False
 
     @property
@@ -70,6 +72,7 @@ class Traits(NamedTuple):
         value overrides the default, `self` taking precedence."""
         usual = Traits()._asdict()
         added = ("required", "optional", "concat_channels", "step_columns", "row_columns", "prompt_columns")
+        added += ("shared_columns",)
         pairs = [(name, mine, getattr(other, name)) for name, mine in self._asdict().items()]
         return Traits(**{n: a + b if n in added else b if a == usual[n] else a for n, a, b in pairs})
 
@@ -137,6 +140,23 @@ class Conditioner:
     def images_to_encode(self, columns: Columns) -> dict[str, Float[Array, "b H W 3"]]:
         """Images in [-1, 1] whose scaled latents `cond` wants as further columns of the same names."""
         return {}
+
+    def change_weights(self, params: Params, columns: Columns) -> dict[str, Array]:
+        """Parameters by path, e.g. "unet/conv_in/kernel", that take the place of the model's own; traceable.
+
+        Args:
+            params, columns: of all networks, and those of `Traits.shared_columns`, of any image of the batch.
+        """
+        return {}
+
+    def adapt(self, params: Params, columns: Columns) -> Params:
+        """The parameters as the networks see them, e.g. with factors at the strengths of each image; traceable.
+
+        Args:
+            params, columns: of all networks; and of a batch with the rows of what the networks see, or with one an
+                image where they see several of each, and those of `Traits.step_columns` alone.
+        """
+        return params
 
     def precompute(self, params: Params, columns: Columns) -> dict[str, Array]:
         """Further columns, which no step changes and the loop need not repeat, e.g. features of a hint; traceable.
@@ -219,6 +239,14 @@ class Combined(Conditioner):
 
     def images_to_encode(self, columns: Columns) -> dict[str, Array]:
         return _union(part.images_to_encode(columns) for part in self.parts)
+
+    def change_weights(self, params: Params, columns: Columns) -> dict[str, Array]:
+        return _union(part.change_weights(params, columns) for part in self.parts)
+
+    def adapt(self, params: Params, columns: Columns) -> Params:
+        for part in self.parts:
+            params = part.adapt(params, columns)
+        return params
 
     def precompute(self, params: Params, columns: Columns) -> dict[str, Array]:
         return _union(part.precompute(params, columns) for part in self.parts)

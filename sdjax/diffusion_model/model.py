@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sdjax.checkpoints.checkpoint import TOKENIZERS, Checkpoint
 from sdjax.checkpoints.layouts.diffusers import ZEROS
+from sdjax.checkpoints.lora.names import blocks_of, layers_of
 from sdjax.checkpoints.networks.unet import SIZE_WIDTH
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.tree import Params
@@ -21,6 +22,7 @@ from sdjax.diffusion_model.conditioner import Combined, Conditioner, Network
 from sdjax.diffusion_model.conditioners import CONDITIONERS, TEXT
 from sdjax.diffusion_model.conditioners.guides import CLASSIFIER, ClassifierGuide, ImageGuide
 from sdjax.diffusion_model.conditioners.inpaint import InpaintConditioner
+from sdjax.diffusion_model.conditioners.lora import LoraConditioner
 from sdjax.diffusion_model.conditioners.maps import DepthConditioner
 from sdjax.diffusion_model.conditioners.text import AESTHETICS, SIZES, TextConditioner
 from sdjax.diffusion_model.conditioners.upscale import UpscaleConditioner
@@ -194,6 +196,9 @@ def build_model(
     parts = [*(conditioner.parts if isinstance(conditioner, Combined) else (conditioner,)), ImageGuide()]
     if CLASSIFIER in configs:
         parts.append(ClassifierGuide(configs[CLASSIFIER]))
+    if checkpoint.loras:
+        _, blocks = blocks_of(layers_of(configs))
+        parts.append(LoraConditioner(checkpoint.loras, tuple(blocks.items())))
     backbone = backbone_of(configs[BACKBONE], dtype)
     model = DiffusionModel(backbone, autoencoder, Combined(tuple(parts)), parameterization)
     check_fit(model, place)

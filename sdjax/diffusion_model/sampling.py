@@ -144,6 +144,12 @@ def draw_latents(
     return mean + std * noise
 
 
+@jit(static_argnums=0)
+def change_weights(model: DiffusionModel, params: Params, columns: Columns) -> dict[str, Array]:
+    """Parameters by path that take the place of the model's own, by columns that all images of a batch share."""
+    return model.conditioner.change_weights(params, columns)
+
+
 @jit(static_argnames=("model", "guided", "scheduled"))
 def condition(
     model: DiffusionModel,
@@ -171,9 +177,8 @@ def condition(
         assert null is not None, "guidance needs a null condition"
         pairs = {name: jnp.stack([columns[name], null[name]], axis=1) for name in columns}
         pairs = {name: both.reshape(-1, *both.shape[2:]) for name, both in pairs.items()}
-        cond = conditioner.cond(params, pairs, jnp.repeat(keys, 2))
-    else:
-        cond = conditioner.cond(params, columns, keys)
+        columns, keys = pairs, jnp.repeat(keys, 2)
+    cond = conditioner.cond(conditioner.adapt(params, columns), columns, keys)
     if model.config.guidance_dim is not None:
         # A network distilled to imitate guidance is conditioned on its scale (Luo et al. 2023, LCM).
         cond = cond._replace(guidance=guidance_embedding(jnp.asarray(guidance.scale) - 1.0, model.config.guidance_dim))
@@ -261,7 +266,8 @@ def _denoiser(model: DiffusionModel, params: Params, batch: SamplingBatch, image
 def _conditioned(model: DiffusionModel, params: Params, batch: SamplingBatch, rows: int) -> Denoise:
     """The denoiser under `batch.cond`, which has so many rows an image: more than one are guided."""
 
-    wrapped = model.conditioner.wrap(params, batch.columns, model.network(params))
+    adapted = model.conditioner.adapt(params, batch.columns)
+    wrapped = model.conditioner.wrap(adapted, batch.columns, model.network(adapted))
 
     def network(x: Array, t: Array) -> Array:
         return wrapped(x, t, batch.cond)

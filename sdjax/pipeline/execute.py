@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from sdjax.core.errors import UserError
 from sdjax.core.prng import seed_words
+from sdjax.core.tree import Params, merge, unflatten
 from sdjax.data.image_inputs import paste_back, resize_lanczos
 from sdjax.diffusion.samplers import batched, network_calls
 from sdjax.diffusion_model import sampling
@@ -20,7 +21,7 @@ from sdjax.diffusion_model.tiles import Coder, decode_tiled, encode_tiled
 from sdjax.parallel.sharding import check_batch
 from sdjax.pipeline.noise import GIVEN, MASKED, TorchRow
 from sdjax.pipeline.options import Progress
-from sdjax.pipeline.prepare import Row
+from sdjax.pipeline.prepare import Part, Row
 
 if TYPE_CHECKING:
     from sdjax.pipeline.pipeline import Pipeline
@@ -142,6 +143,7 @@ def _sample_part(
 ) -> tuple[jax.Array, int]:
     """Scaled latents after one model's rows, from `noisy` latents of the model before where there is one."""
     model, devices, parts = pipe.model, pipe.devices, [row.parts[number] for row in rows]
+    params = _params(pipe, parts[0])
     seeds = seed_words([row.seed for row in rows])
     indices = np.array([row.index for row in rows], np.int32)
     guidance = Guidance(*np.array([row.guidance for row in rows], np.float32).T)
@@ -153,7 +155,7 @@ def _sample_part(
         noise = devices.shard_batch(np.stack([np.asarray(row.latents) for row in rows]))
     elif number == 0 and rows[0].torch is not None:
         noise = _torch_noise(pipe, rows, TorchRow.first)
-    cond, columns = _condition(pipe, rows, number, keys, guidance)
+    cond, columns = _condition(pipe, params, rows, number, keys, guidance)
     schedules = [part.schedule for part in parts]  # all have one, or none has
     schedule = devices.shard_batch(jax.tree.map(lambda *each: np.stack(each), *schedules))
     start, state = _start(pipe, rows, noise, tables, keys)
@@ -173,13 +175,21 @@ def _sample_part(
     running = []
     for first in range(0, calls, rows_per_call):
         last = min(first + rows_per_call, calls)
-        state, finite = sampling.sample(model, pipe.params, batch, state, np.int32(first), np.int32(last))
+        state, finite = sampling.sample(model, params, batch, state, np.int32(first), np.int32(last))
         # The call before is waited for while this one runs, so that devices never wait for the host.
         for call in running:
             finish(*call)
         running = [(first, last, finite)]
     finish(*running[0])
     return state.x, calls
+
+
+def _params(pipe: Pipeline, part: Part) -> Params:
+    """Parameters for a batch whose parts have equal columns of those that images share."""
+    shared = {name: pipe.devices.replicate(part.columns[name]) for name in part.shared if name in part.columns}
+    if not shared:
+        return pipe.params
+    return merge(pipe.params, unflatten(sampling.change_weights(pipe.model, pipe.params, shared)))
 
 
 def check_finite(pipe: Pipeline, finite: Any, stage: str) -> None:
@@ -190,7 +200,7 @@ def check_finite(pipe: Pipeline, finite: Any, stage: str) -> None:
 
 
 def _condition(
-    pipe: Pipeline, rows: Sequence[Row], number: int, keys: jax.Array, guidance: Guidance
+    pipe: Pipeline, params: Params, rows: Sequence[Row], number: int, keys: jax.Array, guidance: Guidance
 ) -> tuple[Any, Any]:
     model, parts = pipe.model, [row.parts[number] for row in rows]
     columns = pipe.devices.shard_batch(
@@ -203,7 +213,7 @@ def _condition(
         else:
             columns[name] = jnp.split(moments, 2, axis=-1)[0]
     how = {"guided": parts[0].guided, "scheduled": parts[0].schedule is not None}
-    cond, shown, finite = sampling.condition(model, pipe.params, columns, keys, guidance, **how)
+    cond, shown, finite = sampling.condition(model, params, columns, keys, guidance, **how)
     check_finite(pipe, finite, "the text encoder's output" if "prompt" in pipe.inputs else "the condition")
     return cond, shown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from jax.sharding import Mesh
 from sdjax.checkpoints.checkpoint import CLASSIFIERS, TOKENIZERS, Checkpoint, Component, tokenizers_of
 from sdjax.checkpoints.layouts.diffusers import INDEX, read_component
 from sdjax.checkpoints.layouts.original import read_adm_classifier
+from sdjax.checkpoints.lora.patch import add_loras, merge_loras
+from sdjax.checkpoints.lora.reading import find_file
 from sdjax.checkpoints.mapping import Put
 from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae, resolve, within_workdir
 from sdjax.core.config import EXPORT
@@ -34,6 +37,7 @@ UNDERSTOOD = (
     f"a diffusers folder (one with {INDEX}), a Hub id (owner/name), a single .safetensors or .ckpt file, or the "
     "workdir of a finished train.py run"
 )
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 Source = str | Path
 
@@ -89,7 +93,12 @@ def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Put) -> Check
     checkpoint = read_checkpoint(path, dtype=dtypes, place=place, optional=optional, **chosen)
     if "vae" in given:
         checkpoint = replace_vae(given["vae"], place)(checkpoint)
-    return add_embeddings(given["embeddings"])(checkpoint) if "embeddings" in given else checkpoint
+    if "embeddings" in given:
+        checkpoint = add_embeddings(given["embeddings"])(checkpoint)
+    if "lora" in given:
+        files = [find_lora(source) for source in given["lora"]]
+        checkpoint = (merge_loras(files) if given.get("merge") else add_loras(files, place))(checkpoint)
+    return checkpoint
 
 
 def _with_classifier(checkpoint: Checkpoint, path: Path, name: str, place: Put) -> Checkpoint:
@@ -101,6 +110,14 @@ def _with_classifier(checkpoint: Checkpoint, path: Path, name: str, place: Put) 
     if guide.config.size != size:
         raise UserError(f"{name} makes images of {size} pixels; its classifier knows those of {guide.config.size}")
     return dataclasses.replace(checkpoint, components={**checkpoint.components, CLASSIFIER: guide})
+
+
+def find_lora(source: Source) -> tuple[Path, float]:
+    """The file that FILE or FILE:0.8 means, local or of the Hub, and its strength; a UserError without one."""
+    name, colon, number = str(source).rpartition(":")
+    if not (colon and NUMBER.fullmatch(number)) or Path(source).expanduser().exists():
+        return find_file(resolve(source)), 1.0
+    return find_file(resolve(name)), float(number)
 
 
 def read_classifier(path: Path, place: Put | None = None) -> Component:

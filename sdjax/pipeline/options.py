@@ -26,6 +26,7 @@ from sdjax.pipeline.seeds import RANDOM
 
 Number = int | float
 Pair = Sequence[int]
+Scales = Sequence[Number | Sequence[Number]]
 Images = ImageInput | Sequence[ImageInput]
 Progress = Callable[[int, int], None]
 """progress(done, total) network calls."""
@@ -45,7 +46,7 @@ class Option:
         scope: "image" for what may differ from image to image, and so stands in prompt files and records; "call" for
             arguments of a call in Python; "load" for what is loaded.
         grid: whether it may be an axis of a grid.
-        kind: int, float, str, bool, Pair or Images; taken from the annotation.
+        kind: int, float, str, bool, Pair, Scales or Images; taken from the annotation.
         condition: whether only models that are conditioned on it read it.
         table: whether it goes to the sampler's table under its own name.
         file: whether it names a file.
@@ -75,7 +76,7 @@ class Option:
     @property
     def is_axis(self) -> bool:
         """True if a grid may have it as an axis."""
-        return self.scope == "image" and self.grid and (self.is_number or bool(self.choices))
+        return self.scope == "image" and self.grid and (self.is_number or self.kind is Scales or bool(self.choices))
 
 
 def _image(text: str) -> Option:
@@ -153,6 +154,10 @@ class Options(TypedDict, total=False):
     resemble: Annotated[Images | None, _image("image that the result shall be like")]
     resemble_scale: Annotated[Number | None, Option("how strongly", 0)]
     classifier_scale: Annotated[Number | None, _condition("of a classifier's guidance", 0, grid=True)]
+    lora_scale: Annotated[
+        Number | Scales | None,
+        _condition("strength of each LoRA, e.g. 0.8,0.5:0.3 for UNet:text encoders", grid=True),
+    ]
     original_size: Annotated[Pair | None, _condition("SDXL's size condition: height,width before cropping", 1)]
     crop: Annotated[Pair | None, _condition("SDXL's crop condition: top,left", 0)]
     target_size: Annotated[Pair | None, _condition("SDXL's target size condition: height,width", 1)]
@@ -177,6 +182,10 @@ class LoadOptions(TypedDict, total=False):
     variant: Annotated[str | None, Option("of a folder's weights, e.g. fp16", scope="load")]
     vae: Annotated[str | Path | None, Option("another autoencoder: a Hub id, folder or file", scope="load")]
     embeddings: Annotated[Sequence[str | Path], Option("textual inversions", scope="load", many=True)]
+    lora: Annotated[
+        Sequence[str | Path], Option("LoRA, of any kind and naming: FILE or FILE:0.8", scope="load", many=True)
+    ]
+    merge: Annotated[bool | None, Option("whether LoRAs are merged into the weights at their strengths", scope="load")]
     refiner: Annotated[str | Path | None, Option("checkpoint that takes over the last steps", scope="load")]
     classifier: Annotated[str | Path | None, Option("classifier of noisy images, for guidance", scope="load")]
     tokenizer: Annotated[str | Path | None, Option("folder with BERT's vocab.txt, for LDM's text models", scope="load")]
@@ -194,8 +203,8 @@ def table_of(options: type) -> dict[str, Option]:
 
 def _kind(hint: Any) -> Any:
     kinds = set(get_args(hint) or (hint,)) - {type(None)}
-    if Pair in kinds:
-        return Pair
+    if Pair in kinds or Scales in kinds:
+        return Pair if Pair in kinds else Scales
     if float in kinds:
         return float
     if kinds == {int}:
@@ -218,7 +227,7 @@ def help_of(table: Mapping[str, Option]) -> str:
         limits = f" ({', '.join(option.choices)})" if option.choices else ""
         if option.is_number and not (math.isinf(option.least) and math.isinf(option.most)):
             limits = f" ({_range(option.least, option.most)})"
-        value = {int: "N", float: "X", Pair: "N,N"}.get(option.kind, "FILE" if option.file else "NAME")
+        value = {int: "N", float: "X", Pair: "N,N", Scales: "X,X"}.get(option.kind, "FILE" if option.file else "NAME")
         flag = f"    --{name} {value}"
         text = textwrap.fill(option.help + limits, 120, initial_indent=" " * 29, subsequent_indent=" " * 29)
         lines.append(f"{flag:<28} {text.lstrip()}")
@@ -246,14 +255,30 @@ def check_value(name: str, value: Any, place: str = "") -> Any:
             limits = _range(option.least, math.inf)
             raise UserError(f"{name} {value!r}{_in(place)}: choose two integers of {limits}, vertical first")
         return tuple(check_int(name, part, option.least, place=place) for part in value)
+    if option.kind is Scales:
+        return _check_scales(name, value, place)
     if option.choices and value not in option.choices:
         raise unknown(name, value, option.choices, place)
     return value
 
 
+def _check_scales(name: str, value: Any, place: str) -> Any:
+    """One number, or for each of several things one, or a pair of two."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return check_float(name, value, OPTIONS[name].least, OPTIONS[name].most, place)
+    pairs = [part if isinstance(part, Sequence) and not isinstance(part, str) else [part] for part in value]
+    if any(len(pair) not in (1, 2) for pair in pairs):
+        raise UserError(f"{name} {value!r}{_in(place)}: choose a number for each, or a pair")
+    numbers = [[check_float(name, number, place=place) for number in pair] for pair in pairs]
+    return [pair[0] if len(pair) == 1 else pair for pair in numbers]
+
+
 def parse_value(name: str, text: str, place: str) -> Any:
     """A value of an option that is written as text at a place, e.g. a flag; errors as of `check_value`."""
     option = OPTIONS[name]
+    if option.kind is Scales:
+        parts = [[parse_number(name, number, float, place) for number in part.split(":")] for part in text.split(",")]
+        return check_value(name, parts if len(parts) > 1 or len(parts[0]) > 1 else parts[0][0], place)
     if option.kind is Pair:
         return check_value(name, [parse_number(name, part, int, place) for part in text.split(",")], place)
     return check_value(name, parse_number(name, text, option.kind, place) if option.is_number else text, place)

@@ -21,6 +21,7 @@ from sdjax.diffusion_model.conditioner import Host
 from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import DiffusionModel
 from sdjax.models.autoencoder import AnyAutoencoder, has_same_scale
+from sdjax.models.lora import strip_factors
 from sdjax.pipeline.devices import Devices
 from sdjax.pipeline.execute import run
 from sdjax.pipeline.options import Options, Progress
@@ -114,13 +115,13 @@ class Pipeline:
         return Host(self.name, self.settings, self.tokenizers, size, latents, rows, network_calls(table))
 
     def save(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Write a folder that diffusers loads, where it has a class for the model.
+        """Write a folder that diffusers loads, where it has a class for the model; LoRAs that are not merged stay out.
 
         Raises:
             UserError: the folder holds something that sdjax did not write, or a parameter is not finite in `dtype`.
         """
         check_target_folder(Path(folder).resolve())
-        host = jax.device_get(self.devices.all_gather(self.params))
+        host = jax.device_get(self.devices.all_gather(strip_factors(self.params)))
         parts = {n: dataclasses.replace(part, params=host[n]) for n, part in self.checkpoint.components.items()}
         write_checkpoint(folder, dataclasses.replace(self.checkpoint, components=parts), dtype)
 

@@ -44,12 +44,14 @@ class Part(NamedTuple):
         table: rows of its sampler.
         guided: whether the null condition takes part.
         schedule: of conditions, if the prompt changes from step to step or is composed of several.
+        shared: columns that all images of a batch have alike.
     """
 
     columns: Mapping[str, np.ndarray]
     table: SamplerTable
     guided: bool
     schedule: ConditionSchedule | None = None
+    shared: tuple[str, ...] = ()
 
 
 class Row(NamedTuple):
@@ -97,8 +99,9 @@ class Row(NamedTuple):
         )
         lengths = tuple(len(part.table.sigma) for part in self.parts)
         scheduled = tuple(tuple(np.shape(array) for array in part.schedule or ()) for part in self.parts)
+        alike = tuple(p.columns[name].tobytes() for p in self.parts for name in p.shared if name in p.columns)
         given = self.image is None, self.latents is None, None if self.torch is None else self.torch.noise
-        return self.size, shapes, lengths, scheduled, given, self.tile
+        return self.size, shapes, lengths, scheduled, alike, given, self.tile
 
     @property
     def calls(self) -> int:
@@ -343,7 +346,9 @@ def _prepare_entry(
         if "syntax" in one.inputs and entry["syntax"] == "a1111":
             guided = guided or needs_null(one, entry["prompt"])
             own, schedule = edit_prompts(inputs, table, Pass(given["steps"], earlier_steps), first, guided)
-        parts.append(Part(one.model.conditioner.encode(own, one.host(size, table)), table, guided, schedule))
+        conditioner = one.model.conditioner
+        columns = conditioner.encode(own, one.host(size, table))
+        parts.append(Part(columns, table, guided, schedule, conditioner.traits.shared_columns))
     feather = given.get("feather", pipe.model.conditioner.traits.feather)
     return Row(
         parts=tuple(parts),
