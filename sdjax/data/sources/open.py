@@ -15,6 +15,7 @@ from sdjax.data.sources import openmoji, openmoji_parts
 from sdjax.data.sources.array_records import ArrayRecordSource
 from sdjax.data.sources.base import Example, Rows, Source
 from sdjax.data.sources.folder import listed_images, plain_images
+from sdjax.data.sources.recoloured import RecolouredSource
 from sdjax.data.sources.rules import ANY, CAPTIONED, RowRules, UsableRows
 from sdjax.data.sources.shard_globs import files, split_pattern
 from sdjax.data.sources.tfds import TfdsSource, tfds_builder
@@ -43,6 +44,7 @@ KINDS: dict[str, SourceKind] = {
         "", lambda _, split, at, rules: openmoji_parts.RegionSource(openmoji.prepared(at), split)
     ),
     "openmoji_scenes": SourceKind("", lambda _, split, at, rules: openmoji_parts.SceneSource(split)),
+    "openmoji_recoloured": SourceKind("ORDER", lambda order, split, at, rules: RecolouredSource(order, split)),
     "tfds": SourceKind("NAME", lambda name, split, at, rules: TfdsSource(tfds_builder(name, at), split, rules)),
     "folder": SourceKind("PATH", lambda path, split, at, rules: listed_images(_path(path), split, rules)),
     "pictures": SourceKind("PATH", lambda path, split, at, rules: plain_images(_path(path), rules), ANY),
@@ -61,7 +63,8 @@ def open_rows(name: str, split: str = "train", data_dir: DataDir = None, rules: 
 
     Args:
         name: `openmoji` (splits `train`, `held_out`), with the groups of emoji as classes; `openmoji_regions`, with
-            label maps; `openmoji_scenes`, with boxes; `tfds:NAME`, e.g. `tfds:oxford_flowers102`; `folder:PATH`,
+            label maps; `openmoji_scenes`, with boxes; `openmoji_recoloured:brg`, drawings with their channels in this
+            order (`recoloured.RecolouredSource`); `tfds:NAME`, e.g. `tfds:oxford_flowers102`; `folder:PATH`,
             images and a list of them with captions (`listings.LISTINGS`), in PATH/split or in PATH, or without a list
             captions in files beside them (`image_files`); `pictures:PATH`, all images below a folder, without
             captions, whose only split is `train`; `webdataset:PATTERN`, tar shards as img2dataset writes them;
