@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.flags import parse_flags
+from sdjax.core.tree import merge
 from sdjax.parallel.audit import Audit, AuditEntry, audit, check
 from sdjax.parallel.mesh_text import parse_mesh
 from sdjax.tasks.make import make_task
@@ -40,7 +41,7 @@ def main() -> None:
     if config is None:
         raise UserError("--config is required")
     task = make_task(config, None)  # pyright: ignore[reportArgumentType]  (shapes need no devices)
-    shapes = {**jax.eval_shape(task.init, jax.random.key(0)), **task.frozen}
+    shapes = merge(jax.eval_shape(task.init, jax.random.key(0)), task.frozen)
     found = {name: audit({name: tree}, sizes) for name, tree in shapes.items()}
     for name, result in found.items():
         print("\n".join(lines(result.entries, every)))

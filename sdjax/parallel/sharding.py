@@ -23,14 +23,19 @@ from sdjax.ops.partition import BATCH, FSDP, TENSOR
 SMALLEST_SHARDED = 2**12
 OUTPUTS, INPUTS = -1, -2
 TENSOR_DIMENSIONS = (
-    (r"(attn\d|self_attn)/to_[qkv]/kernel", OUTPUTS),
-    (r"(attn\d|self_attn)/to_out/kernel", INPUTS),
-    (r"(ff/proj_in|fc1)/kernel", OUTPUTS),
-    (r"(ff/proj_out|fc2)/kernel", INPUTS),
-    (r"resnets_\d+/(conv1|time_emb_proj)/kernel", OUTPUTS),
-    (r"resnets_\d+/conv2/kernel", INPUTS),
+    (r"(attn\d|self_attn)/to_[qkv]", OUTPUTS),
+    (r"(attn\d|self_attn)/to_out", INPUTS),
+    (r"(ff/proj_in|fc1)", OUTPUTS),
+    (r"(ff/proj_out|fc2)", INPUTS),
+    (r"resnets_\d+/(conv1|time_emb_proj)", OUTPUTS),
+    (r"resnets_\d+/conv2", INPUTS),
 )
-_PATTERNS = [(re.compile(rf"(^|[/_]){pattern}$"), dimension) for pattern, dimension in TENSOR_DIMENSIONS]
+# Of LoRA's factors that which has the split dimension is split, too.
+_FACTORS = {OUTPUTS: "up", INPUTS: "down"}
+_PATTERNS = [
+    (re.compile(rf"(^|[/_]){pattern}/(kernel|lora/\d+/{_FACTORS[dimension]})$"), dimension)
+    for pattern, dimension in TENSOR_DIMENSIONS
+]
 
 
 def spec_of(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:

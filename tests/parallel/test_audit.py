@@ -80,3 +80,13 @@ def test_the_command_prints_every_kind_and_the_sum():
     wrong = subprocess.run([*command, "--mesh", "model=8"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: unknown mesh axis 'model'")
+
+
+def test_factors_of_lora_are_split_as_the_kernels_they_change():
+    """Over the tensor axis where they have the split dimension, and over FSDP by size."""
+    names = {"attn1/to_k/lora/0/up": P(None, "tensor"), "attn1/to_k/lora/0/down": P(), "attn1/to_out/lora/3/up": P()}
+    names |= {"attn1/to_out/lora/3/down": P("tensor", None), "resnets_0/conv1/lora/0/up": P(None, "tensor")}
+    for name, spec in names.items():
+        shape = (4, 1280) if name.endswith("up") else (1280, 4)
+        assert spec_of(f"unet/down_blocks_0_{name}", shape, {"tensor": 2}) == spec, name
+    assert spec_of("unet/x/attn1/to_k/lora/0/up", (4, 1280), {"tensor": 2, "fsdp": 2}) == P("fsdp", "tensor")
