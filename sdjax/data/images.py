@@ -65,6 +65,27 @@ def read_labels(file: str | Path | bytes, size: tuple[int, int], place: str = ""
     return labels
 
 
+def read_conditioning_image(
+    file: str | Path | bytes, size: tuple[int, int], place: str = ""
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A ControlNet's hint of an image, at the image's size; see `read_image`.
+
+    Raises:
+        UserError: it cannot be read, or has other proportions.
+    """
+    hint = read_image(file, place)
+    (height, width), (rows, columns) = size, hint.shape[:2]
+    if (rows, columns) == (height, width):
+        return hint
+    if abs(rows * width - columns * height) > max(rows, columns, height, width):
+        name = file if isinstance(file, str | Path) else "a record"
+        raise UserError(
+            f"conditioning image {name} has {columns}x{rows} pixels, its image {width}x{height}: their proportions "
+            "differ"
+        )
+    return np.asarray(Image.fromarray(hint).resize((width, height), Image.Resampling.LANCZOS))
+
+
 def image_size(file: str | Path | bytes, place: str = "") -> tuple[int, int]:
     """Height and width of the image that `read_image` gives, from the header; same arguments, same errors."""
     with _opened(file, place) as image:

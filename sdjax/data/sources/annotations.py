@@ -1,11 +1,13 @@
 """Annotations of an image in a folder's list besides its caption: a class, objects in boxes, a label map.
 
     {"file_name": "0.png", "text": "a dog", "label": "dog",
-     "objects": {"bbox": [[12, 30, 40, 50]], "categories": ["dog"]}, "label_map": "labels/0.png", "neighbours": "0.npy"}
+     "objects": {"bbox": [[12, 30, 40, 50]], "categories": ["dog"]}, "label_map": "labels/0.png", "neighbours": "0.npy",
+     "conditioning_image": "hints/0.png"}
 
 `objects` is Hugging Face's form of object detection (datasets documentation, "image_dataset"): x, y of the upper left
 corner, width and height, in pixels. Classes are names, or numbers from 0. A label map is an image of one channel.
-Neighbours are a NumPy file of their embeddings, [k, d].
+Neighbours are a NumPy file of their embeddings, [k, d]. A conditioning image is a ControlNet's hint, in the image's
+proportions.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 
 from sdjax.core.errors import UserError
 from sdjax.data.images import MAX_PIXELS
+from sdjax.data.sources.base import CONDITIONING_IMAGE
 
 LABEL, OBJECTS, LABEL_MAP, NEIGHBOURS = "label", "objects", "label_map", "neighbours"
 Class = str | int
@@ -30,7 +33,7 @@ class Annotations(NamedTuple):
     Attributes:
         label: the image's class.
         objects: the classes of what is in it; `boxes` are theirs, in pixels.
-        label_map: a file below the folder; `neighbours` likewise.
+        label_map: a file below the folder; `neighbours` and `conditioning_image` likewise.
     """
 
     label: Class | None = None
@@ -38,10 +41,11 @@ class Annotations(NamedTuple):
     boxes: tuple[tuple[float, ...], ...] = ()
     label_map: str | None = None
     neighbours: str | None = None
+    conditioning_image: str | None = None
 
     def files(self) -> Iterable[str]:
         """Every file that is named."""
-        return filter(None, (self.label_map, self.neighbours))
+        return filter(None, (self.label_map, self.neighbours, self.conditioning_image))
 
     def classes(self) -> Iterable[Class]:
         """Every class that is named."""
@@ -53,7 +57,7 @@ NOTHING = Annotations()
 
 
 def parse_annotations(entry: Mapping[str, Any], place: str) -> Annotations:
-    """Reads `label`, `objects`, `label_map` and `neighbours` of a line's JSON.
+    """Reads what `Annotations` has of a line's JSON.
 
     Raises:
         UserError: one of them is not what it should be.
@@ -61,7 +65,7 @@ def parse_annotations(entry: Mapping[str, Any], place: str) -> Annotations:
     label, objects = entry.get(LABEL), entry.get(OBJECTS)
     if label is not None and not _is_class(label):
         raise UserError(f"{place}: label {label!r} is neither a name nor a number from 0 to {MAX_CLASSES - 1}")
-    named: dict[str, Any] = {key: entry.get(key) for key in (LABEL_MAP, NEIGHBOURS)}
+    named: dict[str, Any] = {key: entry.get(key) for key in (LABEL_MAP, NEIGHBOURS, CONDITIONING_IMAGE)}
     for key, file in named.items():
         if file is not None and not (isinstance(file, str) and "\0" not in file):
             raise UserError(f"{place}: {key} {file!r} is not the name of a file")

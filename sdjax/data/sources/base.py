@@ -13,6 +13,7 @@ from sdjax.core.errors import UserError
 from sdjax.core.untrusted import parse_json
 
 CAPTION = "caption"
+CONDITIONING_IMAGE = "conditioning_image"
 CAPTION_KEYS = ("text", "caption", "prompt")
 MOST_KEYS = 12
 
@@ -28,6 +29,7 @@ class Example(TypedDict):
             shares of the image's sides.
         label_map: the class of every pixel.
         neighbours: embeddings of what is near the image.
+        conditioning_image: a ControlNet's hint of it.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -39,6 +41,7 @@ class Example(TypedDict):
     boxes: NotRequired[Float[np.ndarray, "n 4"]]
     label_map: NotRequired[UInt8[np.ndarray, "h w"]]
     neighbours: NotRequired[Float[np.ndarray, "k d"]]
+    conditioning_image: NotRequired[UInt8[np.ndarray, "h w 3"]]
 
 
 @runtime_checkable

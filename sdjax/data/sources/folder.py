@@ -13,9 +13,9 @@ import numpy as np
 
 from sdjax.core.errors import UserError
 from sdjax.data.image_inputs import read_embeddings
-from sdjax.data.images import image_size, read_image, read_labels
+from sdjax.data.images import image_size, read_conditioning_image, read_image, read_labels
 from sdjax.data.sources.annotations import NOTHING, Annotations, arrays, names, parse_annotations
-from sdjax.data.sources.base import CAPTION, Example, Problem, captioned, captions_of, keys_of
+from sdjax.data.sources.base import CAPTION, CONDITIONING_IMAGE, Example, Problem, captioned, captions_of, keys_of
 from sdjax.data.sources.image_files import SIDECARS, SUFFIXES, ImageFiles, is_hidden
 from sdjax.data.sources.links import DataFolder
 from sdjax.data.sources.listings import FILE_NAME, LISTINGS, Listing, find_listing
@@ -83,6 +83,9 @@ class FolderSource:
             example["label_map"] = read_labels(self._file(annotations.label_map, index), image.shape[:2], place)
         if annotations.neighbours is not None:
             example["neighbours"] = read_embeddings(self._file(annotations.neighbours, index), place)
+        if annotations.conditioning_image is not None and CONDITIONING_IMAGE in self._needs:
+            hint = self._file(annotations.conditioning_image, index)
+            example[CONDITIONING_IMAGE] = read_conditioning_image(hint, image.shape[:2], place)
         return {**example, **arrays(annotations, self._places, image.shape[:2])}  # type: ignore[typeddict-item]
 
     def id(self, index: int) -> str:
@@ -159,7 +162,7 @@ def plain_images(path: Path, rules: RowRules = ANY, without: Collection[str] = (
 def _all_images(
     folder: DataFolder, rules: RowRules, without: Collection[str] = (), concepts: bool = False
 ) -> FolderSource:
-    listing = ImageFiles(folder, CAPTION in rules.needs, concepts, without)
+    listing = ImageFiles(folder, rules.needs, concepts, without)
     if not len(listing):
         lists = f" and no list of them ({', '.join(LISTINGS)})" if concepts else ""
         raise UserError(f"{folder.path} holds no images ({', '.join(SUFFIXES)}){lists}")

@@ -19,7 +19,7 @@ import numpy as np
 
 from sdjax.core.errors import UserError
 from sdjax.data.sources.annotations import LABEL
-from sdjax.data.sources.base import keys_of, lacks, read_json
+from sdjax.data.sources.base import CONDITIONING_IMAGE, keys_of, lacks, read_json
 
 FILE_NAME = "file_name"
 Parser = Callable[[bytes, str], Mapping[str, Any]]
@@ -167,11 +167,22 @@ class CsvParser(NamedTuple):
         return row
 
 
+def pair_lines(path: Path) -> TextListing:
+    """Fill50k's lines (lllyasviel/ControlNet, docs/train.md): {"source": hint, "target": image, "prompt": caption}."""
+    return TextListing(path, _lines(path), _pair, "line")
+
+
+def _pair(data: bytes, place: str) -> Mapping[str, Any]:
+    row = read_json(data, place)
+    return {{"source": CONDITIONING_IMAGE, "target": FILE_NAME}.get(key, key): value for key, value in row.items()}
+
+
 LISTINGS: dict[str, Callable[[Path], Listing]] = {
     "metadata.jsonl": json_lines,
     "metadata.csv": csv_rows,
     "metadata.parquet": ParquetListing,
     "metadata.json": json_array,
+    "prompt.json": pair_lines,
 }
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.sources import openmoji, openmoji_parts
 from sdjax.data.sources.array_records import ArrayRecordSource
-from sdjax.data.sources.base import Example, Rows, Source
+from sdjax.data.sources.base import CONDITIONING_IMAGE, Example, Rows, Source
 from sdjax.data.sources.folder import listed_images, plain_images
 from sdjax.data.sources.recoloured import RecolouredSource
 from sdjax.data.sources.rules import ANY, CAPTIONED, RowRules, UsableRows
@@ -43,6 +43,9 @@ KINDS: dict[str, SourceKind] = {
     "openmoji_regions": SourceKind(
         "", lambda _, split, at, rules: openmoji_parts.RegionSource(openmoji.prepared(at), split)
     ),
+    "openmoji_lines": SourceKind(
+        "", lambda _, split, at, rules: openmoji_parts.LineSource(openmoji.prepared(at), split)
+    ),
     "openmoji_scenes": SourceKind("", lambda _, split, at, rules: openmoji_parts.SceneSource(split)),
     "openmoji_recoloured": SourceKind("ORDER", lambda order, split, at, rules: RecolouredSource(order, split)),
     "tfds": SourceKind("NAME", lambda name, split, at, rules: TfdsSource(tfds_builder(name, at), split, rules)),
@@ -63,14 +66,14 @@ def open_rows(name: str, split: str = "train", data_dir: DataDir = None, rules: 
 
     Args:
         name: `openmoji` (splits `train`, `held_out`), with the groups of emoji as classes; `openmoji_regions`, with
-            label maps; `openmoji_scenes`, with boxes; `openmoji_recoloured:brg`, drawings with their channels in this
-            order (`recoloured.RecolouredSource`); `tfds:NAME`, e.g. `tfds:oxford_flowers102`; `folder:PATH`,
-            images and a list of them with captions (`listings.LISTINGS`), in PATH/split or in PATH, or without a list
-            captions in files beside them (`image_files`); `pictures:PATH`, all images below a folder, without
-            captions, whose only split is `train`; `webdataset:PATTERN`, tar shards as img2dataset writes them;
-            `array_record:PATTERN`, what `array_records.write_array_record` writes. A PATTERN is what
-            `shard_globs.files` understands, e.g. `shards/{000..127}.tar`; `{split}` in it stands for the split, and
-            without it there is but `train`.
+            label maps; `openmoji_lines`, with conditioning images; `openmoji_scenes`, with boxes;
+            `openmoji_recoloured:brg`, drawings with their channels in this order (`recoloured.RecolouredSource`);
+            `tfds:NAME`, e.g. `tfds:oxford_flowers102`; `folder:PATH`, images and a list of them with captions
+            (`listings.LISTINGS`), in PATH/split or in PATH, or without a list captions in files beside them
+            (`image_files`); `pictures:PATH`, all images below a folder, without captions, whose only split is `train`;
+            `webdataset:PATTERN`, tar shards as img2dataset writes them; `array_record:PATTERN`, what
+            `array_records.write_array_record` writes. A PATTERN is what `shard_globs.files` understands, e.g.
+            `shards/{000..127}.tar`; `{split}` in it stands for the split, and without it there is but `train`.
         split: a split's name; for TensorFlow datasets anything their slicing knows (`train[:10]`, `a+b`, `all`).
         data_dir: where TensorFlow datasets are kept; default `openmoji.default_data_dir()`.
         rules: what is read of a row, and what it must have; default a caption, of all but `pictures:PATH`.
@@ -156,7 +159,7 @@ class CachedSource:
         if index in self._kept:
             return self._kept[index]
         example = self._examples[index]
-        size = example["image"].nbytes
+        size = sum(example[name].nbytes for name in ("image", CONDITIONING_IMAGE) if name in example)
         if size <= self._free and self._kept.setdefault(index, example) is example:  # several threads read
             self._free -= size
         return example

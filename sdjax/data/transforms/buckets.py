@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.sources.base import Images
+from sdjax.data.sources.base import CONDITIONING_IMAGE, Images
 
 
 class Size(NamedTuple):
@@ -138,8 +138,9 @@ class ToBucket(grain.transforms.RandomMap):
         spare = (covered.height - target.height, covered.width - target.width)
         top, left = (int(rng.integers(0, more + 1)) if self.crop == "random" else more // 2 for more in spare)
         sizes = np.array([height, width, top, left, *target], np.float32)
-        image = resize_crop(element["image"], target, top, left)
-        return {**element, "image": image, "sizes": sizes, "bucket": np.int32(bucket)}
+        names = [name for name in ("image", CONDITIONING_IMAGE) if name in element]
+        images = {name: resize_crop(element[name], target, top, left) for name in names}
+        return {**element, **images, "sizes": sizes, "bucket": np.int32(bucket)}
 
 
 def mirrored_sizes(sizes: np.ndarray) -> np.ndarray:

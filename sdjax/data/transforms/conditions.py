@@ -1,4 +1,4 @@
-"""Conditions made of captions and objects, as transforms of a data loader."""
+"""Conditions made of captions, objects and the image itself, as transforms of a data loader."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import dataclasses
 import grain
 import numpy as np
 
+from sdjax.core.errors import UserError
+from sdjax.data.hints.makers import INPAINT, hint_maker
+from sdjax.data.sources.base import CONDITIONING_IMAGE
 from sdjax.data.text.box_tokens import WHOLE, LayoutTokens
 from sdjax.data.text.word_pieces import WordPieces
 from sdjax.data.transforms.images import Example
@@ -49,3 +52,25 @@ class Layout(grain.transforms.RandomMap):
         order = rng.permutation(len(element["objects"]))[: self.tokens.objects]
         tokens = self.tokens.encode(element["objects"][order], element["boxes"][order], element.get("crop", WHOLE))
         return {**element, "tokens": tokens}
+
+
+@dataclasses.dataclass(frozen=True)
+class MakeHint(grain.transforms.Map):
+    """Adds `conditioning_image`, made of the image as it was cropped.
+
+    Attributes:
+        name: a key of `hints.makers.HINTS`, with numbers or without.
+
+    Raises:
+        UserError: there is none of this name, or it needs a mask.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        hint_maker(self.name)
+        if self.name == INPAINT:
+            raise UserError(f"config.data.control_from={INPAINT!r} needs masks, which the data has not")
+
+    def map(self, element: Example) -> Example:
+        return {**element, CONDITIONING_IMAGE: hint_maker(self.name)(element["image"])}

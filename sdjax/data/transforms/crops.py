@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 
 from sdjax.core.errors import UserError, unknown
+from sdjax.data.sources.base import CONDITIONING_IMAGE
 from sdjax.data.sources.open import CachedSource, Source
 from sdjax.data.transforms.images import SQUARES, Example, Square, seen
 
@@ -48,7 +49,7 @@ class RandomSquare(grain.transforms.RandomMap):
         side = round(rng.uniform(least, max(self.shares[1] * short, least)))
         top, left = (int(rng.integers(0, whole - side + 1)) for whole in (height, width))
         shrinks = Image.Resampling.BOX if side >= self.size else Image.Resampling.BILINEAR
-        rules = {"image": shrinks, "label_map": Image.Resampling.NEAREST}
+        rules = {"image": shrinks, CONDITIONING_IMAGE: shrinks, "label_map": Image.Resampling.NEAREST}
         changed: dict[str, Any] = {}
         for name in rules.keys() & element.keys():
             cut = np.ascontiguousarray(element[name][top : top + side, left : left + side])

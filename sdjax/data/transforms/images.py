@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sdjax.core.errors import UserError, unknown
+from sdjax.data.sources.base import CONDITIONING_IMAGE
 from sdjax.data.transforms.buckets import mirrored_sizes
 
 Example = Mapping[str, Any]
@@ -80,7 +81,8 @@ class Square(grain.transforms.Map):
 
     def map(self, element: Example) -> Example:
         height, width, _ = element["image"].shape
-        changed: dict[str, Any] = {"image": SQUARES[self.rule](element["image"], self.size)}
+        images = [name for name in ("image", CONDITIONING_IMAGE) if name in element]
+        changed: dict[str, Any] = {name: SQUARES[self.rule](element[name], self.size) for name in images}
         if "label_map" in element:
             changed["label_map"] = square(element["label_map"], self.size, Image.Resampling.NEAREST)
         if "boxes" in element and height != width:
@@ -93,8 +95,8 @@ class Square(grain.transforms.Map):
 class Flip(grain.transforms.RandomMap):
     """Mirrors left and right with the given probability. Captions that speak of left and right do not survive it.
 
-    Where a crop was recorded (`buckets.ToBucket`, `crops.RandomSquare`), it becomes that in the mirrored image; boxes
-    and label maps are mirrored, too.
+    Where a crop was recorded (`buckets.ToBucket`, `crops.RandomSquare`), it becomes that in the mirrored image; boxes,
+    label maps and conditioning images are mirrored, too.
     """
 
     probability: float = 0.5
@@ -103,7 +105,9 @@ class Flip(grain.transforms.RandomMap):
         if rng.random() >= self.probability:
             return element
         mirrored = {
-            key: np.ascontiguousarray(element[key][:, ::-1]) for key in ("image", "label_map") if key in element
+            key: np.ascontiguousarray(element[key][:, ::-1])
+            for key in ("image", "label_map", CONDITIONING_IMAGE)
+            if key in element
         }
         if "sizes" in element:
             mirrored["sizes"] = mirrored_sizes(element["sizes"])
