@@ -97,7 +97,7 @@ def _kohya(checkpoint: Checkpoint, layers: Mapping[str, Layer], entries: Factors
 
 
 def kohya_facts(checkpoint: Checkpoint, entries: Factors) -> dict[str, str]:
-    """What kohya's tools and A1111 read of a file (kohya-ss/sd-scripts, `SS_METADATA_MINIMUM_KEYS`)."""
+    """Facts that kohya's tools and A1111 read (kohya-ss/sd-scripts, `SS_METADATA_MINIMUM_KEYS`)."""
     family, prediction = family_of(checkpoint), checkpoint.scheduler.get("prediction_type", "epsilon")
     bases = BASES | VELOCITY if prediction == "v_prediction" else BASES
     base, architecture = bases[family]
