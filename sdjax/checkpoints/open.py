@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from sdjax.checkpoints.checkpoint import (
+    ALL_FORMATS,
     CONDITIONERS,
     FORMATS,
     TOKENIZER_FILES,
@@ -196,7 +197,7 @@ def _weight_files(folder: Path, names: Collection[str], place: Location, variant
 def _wanted(folder: Path, place: Location) -> dict[str, Format]:
     """The format of each network that is wanted, by its folder, e.g. "unet/"; "" for a network alone."""
     if place.component and not (folder / INDEX).is_file():
-        return {"": FORMATS[place.component]}
+        return {"": ALL_FORMATS[place.component]}
     index, own = read_json(folder / INDEX), (place.component, FIRST_STAGE if place.component == "vae" else None)
     names = [name for name in NETWORKS if present(index, name) and (place.component is None or name in own)]
     return {f"{name}/": NETWORKS[name] for name in names}

@@ -344,7 +344,8 @@ def component_of(network: Network, tensors: Mapping[str, Writable], path: object
     return Component(network.config, read_params(network.name, network.config, parts, path, how), network.extra)
 
 
-def _read_alone(network: Network, tensors: Mapping[str, Writable], path: Path, how: ReadOptions) -> Component:
+def read_alone(network: Network, tensors: Mapping[str, Writable], path: Path, how: ReadOptions) -> Component:
+    """The only network of a file; errors as of `check_fit` and `component_of`."""
     tensors = as_expected(tensors, [network])
     check_fit(tensors, [network], path)
     return component_of(network, tensors, path, how)
@@ -371,7 +372,7 @@ def read_autoencoder_file(
     if has_diffusers_names(tensors):
         raise UserError(f"{path} is an autoencoder in diffusers' naming; its config.json is not beside it")
     network = vae_in(shapes_of(tensors), FAMILIES[family], "", path)
-    return _read_alone(network, tensors, path, ReadOptions(dtype, place))
+    return read_alone(network, tensors, path, ReadOptions(dtype, place))
 
 
 def has_diffusers_names(tensors: Mapping[str, Writable]) -> bool:
@@ -392,4 +393,4 @@ def read_adm_classifier(source: Source, dtype: Dtypes = "float32", place: Put | 
     if config is None:
         raise UserError(f"{path} is none of ADM's classifiers ({', '.join(VARIANTS)}): it has {len(blocks)} blocks")
     network = Network("classifier", "", config, {}, unet2d.classifier_pieces(config))
-    return _read_alone(network, tensors, path, ReadOptions(dtype, place))
+    return read_alone(network, tensors, path, ReadOptions(dtype, place))
