@@ -109,10 +109,10 @@ def read_command_line(argv: list[str]) -> tuple[Config, dict[str, Any]]:
     """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
-    for name in (*FLAGS, "checkpoint", *JOBS, *(n for n, option in LOAD_OPTIONS.items() if not option.many)):
-        flags.DEFINE_string(name, None, "", flag_values=values)
-    for name in ("prompt", *(name for name, option in LOAD_OPTIONS.items() if option.many)):
-        flags.DEFINE_multi_string(name, None, "", flag_values=values)
+    many = {"prompt", *(name for name, option in {**FLAGS, **LOAD_OPTIONS}.items() if option.many)}
+    for name in (*FLAGS, "checkpoint", "prompt", *JOBS, *LOAD_OPTIONS):
+        define = flags.DEFINE_multi_string if name in many else flags.DEFINE_string
+        define(name, None, "", flag_values=values)
     flags.DEFINE_alias("embedding", "embeddings", flag_values=values)
     define_processes(values)
     parse_flags(values, argv, str(__doc__).format(load=help_of(LOAD_OPTIONS), image=help_of(FLAGS)))

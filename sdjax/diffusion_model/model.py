@@ -20,6 +20,7 @@ from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.diffusion.denoise import check_prediction
 from sdjax.diffusion_model.conditioner import Combined, Conditioner, Network
 from sdjax.diffusion_model.conditioners import CONDITIONERS, TEXT
+from sdjax.diffusion_model.conditioners.control import CONTROLNET, ControlConditioner
 from sdjax.diffusion_model.conditioners.guides import CLASSIFIER, ClassifierGuide, ImageGuide
 from sdjax.diffusion_model.conditioners.inpaint import InpaintConditioner
 from sdjax.diffusion_model.conditioners.lora import LoraConditioner
@@ -167,7 +168,8 @@ def build_model(
     """The model of a checkpoint.
 
     Args:
-        checkpoint: any that can be sampled; with a component "classifier", it guides.
+        checkpoint: any that can be sampled; with a component "classifier", it guides; "controlnet", "controlnet_1",
+            ... act in that order.
         tokenizers: by text encoder.
         dtype: of the arithmetic of backbone and text encoders; the autoencoder's is float32.
         place: of the checkpoint, for messages.
@@ -199,6 +201,8 @@ def build_model(
     if checkpoint.loras:
         _, blocks = blocks_of(layers_of(configs))
         parts.append(LoraConditioner(checkpoint.loras, tuple(blocks.items())))
+    if nets := tuple(config for name, config in configs.items() if name.startswith(CONTROLNET)):
+        parts.append(ControlConditioner(nets, dtype))
     backbone = backbone_of(configs[BACKBONE], dtype)
     model = DiffusionModel(backbone, autoencoder, Combined(tuple(parts)), parameterization)
     check_fit(model, place)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, cast
 
 import jax
 from jax.sharding import Mesh
 
-from sdjax.checkpoints.checkpoint import CLASSIFIERS, TOKENIZERS, Checkpoint, Component, tokenizers_of
+from sdjax.checkpoints.checkpoint import CLASSIFIERS, TOKENIZERS, Checkpoint, Component, ReadOptions, tokenizers_of
+from sdjax.checkpoints.controlnets import CONTROLNET, add_controlnets, read_controlnet
 from sdjax.checkpoints.layouts.diffusers import INDEX, read_component
 from sdjax.checkpoints.layouts.original import read_adm_classifier
 from sdjax.checkpoints.lora.patch import add_loras, merge_loras
@@ -93,12 +94,20 @@ def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Put) -> Check
     checkpoint = read_checkpoint(path, dtype=dtypes, place=place, optional=optional, **chosen)
     if "vae" in given:
         checkpoint = replace_vae(given["vae"], place)(checkpoint)
+    if "controlnet" in given:
+        checkpoint = add_controlnets(_controlnets(given["controlnet"], ReadOptions(dtype, place)))(checkpoint)
     if "embeddings" in given:
         checkpoint = add_embeddings(given["embeddings"])(checkpoint)
     if "lora" in given:
         files = [find_lora(source) for source in given["lora"]]
         checkpoint = (merge_loras(files) if given.get("merge") else add_loras(files, place))(checkpoint)
     return checkpoint
+
+
+def _controlnets(sources: Source | Sequence[Source], how: ReadOptions) -> list[tuple[str, Component]]:
+    """ControlNets by their sources; a UserError where one cannot be read."""
+    each = [sources] if isinstance(sources, str | Path) else sources
+    return [(str(one), read_controlnet(resolve(one, component=CONTROLNET), how)) for one in each]
 
 
 def _with_classifier(checkpoint: Checkpoint, path: Path, name: str, place: Put) -> Checkpoint:

@@ -143,13 +143,30 @@ class Options(TypedDict, total=False):
     layout: Annotated[Any, _condition('JSON file of {"class": ..., "box": [x, y, width, height]}', file=True)]
     label_map: Annotated[Images | None, _condition("image of one channel, whose values are classes", file=True)]
     neighbours: Annotated[Any, _condition("NumPy file of CLIP embeddings [k, d]", file=True)]
+    control_image: Annotated[
+        Images | Sequence[Images] | None,
+        Option("hint of a ControlNet; of several one each, in their order", grid=False, file=True, many=True),
+    ]
+    control_scale: Annotated[Number | Scales | None, Option("strength of each ControlNet; 1 where none is named")]
+    control_start: Annotated[Number | Scales | None, Option("share of the steps before a ControlNet acts", 0, 1)]
+    control_end: Annotated[Number | Scales | None, Option("share of the steps until which it acts", 0, 1)]
+    control_mode: Annotated[
+        str | None,
+        Option(
+            "A1111's balanced, prompt or control (the original guess mode), diffusers' guess, the paper's resolution",
+            choices=("balanced", "prompt", "control", "guess", "resolution"),
+        ),
+    ]
     control_from: Annotated[
         str | Sequence[str] | None,
-        _condition(f"maker of the hint from control_image, where that is none yet: {', '.join(HINTS)}; canny:50:150"),
+        Option(
+            f"maker of the hint from control_image, where that is none yet: {', '.join(HINTS)}; canny:50:150",
+            grid=False,
+        ),
     ]
     control_resize: Annotated[
         str | None,
-        Option("of the hint, as A1111 does it; else like init_image", choices=RESIZES, grid=False, condition=True),
+        Option("of the hint, as A1111 does it; else like init_image", choices=RESIZES, grid=False),
     ]
     resemble: Annotated[Images | None, _image("image that the result shall be like")]
     resemble_scale: Annotated[Number | None, Option("how strongly", 0)]
@@ -167,6 +184,7 @@ class Options(TypedDict, total=False):
     hires: Annotated[Number | None, Option("factor of a second pass over the enlarged image", 1, label="Hires upscale")]
     hires_strength: Annotated[Number | None, Option("strength of the second pass", 0, 1)]
     tile: Annotated[int | None, Option("pixels of the autoencoder's tiles; 0 for none", 0)]
+    guess_mode: Annotated[bool | None, Option("diffusers' name of control_mode guess", scope="call")]
     paste: Annotated[bool | None, Option("put init_image's own pixels back outside of the mask", scope="call")]
     latents: Annotated[Any, Option("standard normal first noise [n, h, w, z]; it decides the size", scope="call")]
     output: Annotated[str | None, Option("image, or unscaled latents", choices=("image", "latent"), scope="call")]
@@ -181,6 +199,10 @@ class LoadOptions(TypedDict, total=False):
     prediction: Annotated[str | None, Option("prediction type in place of the checkpoint's", scope="load")]
     variant: Annotated[str | None, Option("of a folder's weights, e.g. fp16", scope="load")]
     vae: Annotated[str | Path | None, Option("another autoencoder: a Hub id, folder or file", scope="load")]
+    controlnet: Annotated[
+        Sequence[str | Path],
+        Option("ControlNet: a Hub id, folder or file; repeated for several", scope="load", many=True),
+    ]
     embeddings: Annotated[Sequence[str | Path], Option("textual inversions", scope="load", many=True)]
     lora: Annotated[
         Sequence[str | Path], Option("LoRA, of any kind and naming: FILE or FILE:0.8", scope="load", many=True)

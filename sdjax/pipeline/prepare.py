@@ -34,6 +34,8 @@ SAMPLED = ("steps", "sampler", "schedule", "guidance_scale")
 UNRECORDED = ("num_images", "first_index", "wildcard_dir")
 # Options of which a list gives one value a prompt.
 LISTED = ("init_image", "mask", "depth", "class_label", "layout", "label_map", "neighbours", "resemble")
+LISTED += ("control_image",)
+CONTROLS = tuple(name for name in OPTIONS if name.startswith("control_"))
 
 
 class Part(NamedTuple):
@@ -122,6 +124,8 @@ def prepare(
         UserError: an option is not what it should be, has no effect for this model, or a needed one is missing.
     """
     given = check_options(options)
+    if given.pop("guess_mode", False):
+        given.setdefault("control_mode", "guess")
     entries = _entries(pipe, prompts, negative_prompt, given)
     _check_used(pipe, given)
     count = given.get("num_images", 1)
@@ -173,9 +177,9 @@ def _conditions(pipe: Pipeline) -> str:
 
 
 def _is_listed(pipe: Pipeline, name: str, value: Any) -> bool:
-    """A layout is itself a list; several of them are a list of lists."""
-    if name == "layout":
-        return not isinstance(value, str) and bool(value) and isinstance(value[0], list | tuple)
+    """A layout is itself a list, as are the hints of several ControlNets; several of them are a list of lists."""
+    if name in ("layout", "control_image"):
+        return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], list | tuple)
     if name == "neighbours":
         return isinstance(value, list | tuple)
     return True
@@ -190,6 +194,7 @@ def _check_used(pipe: Pipeline, given: Mapping[str, Any]) -> None:
         "feather": ("a mask", "mask" in given),
         "refiner_start": ("a refiner", pipe.refiner is not None),
         "classifier_scale": ("a classifier", "classifier_scale" in known),
+        **dict.fromkeys(CONTROLS, ("a controlnet", "control_image" in known)),
         "hires_strength": ("hires", "hires" in given),
         "torch_batch": ('rng="torch"', given.get("rng") == "torch"),
         "wildcard_dir": ('syntax="a1111"', given.get("syntax", "a1111") == "a1111"),
