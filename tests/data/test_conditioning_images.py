@@ -11,7 +11,7 @@ from sdjax.data.hints.makers import hint_maker
 from sdjax.data.images import read_image
 from sdjax.data.sources.open import source
 from sdjax.data.sources.openmoji import render
-from sdjax.data.sources.openmoji_parts import lines
+from sdjax.data.sources.openmoji_parts import TONES, _points, lines
 from sdjax.data.sources.rules import CAPTIONED, RowRules
 from sdjax.data.transforms.buckets import Size, ToBucket
 from sdjax.data.transforms.conditions import MakeHint
@@ -120,3 +120,13 @@ def test_lines_of_openmoji_are_where_the_drawing_is_dark():
         assert 0.01 < np.mean(hint > 127) < 0.3
         assert drawing[hint[..., 0] > 250].mean() < 60
         assert drawing.mean() > 120  # it is no silhouette
+
+
+def test_no_skin_tone_of_a_kept_drawing_is_seen():
+    seen, kept = source("openmoji_lines"), source("openmoji_lines", "held_out")
+    stems = [{_points(rows.id(i), TONES) for i in range(len(rows))} for rows in (seen, kept)]
+    assert len(seen) + len(kept) == len(source("openmoji")) == 3743
+    assert not stems[0] & stems[1]
+    assert np.array_equal(kept[7]["conditioning_image"], lines(kept.id(7)))
+    with pytest.raises(UserError, match="unknown split 'test'"):
+        source("openmoji_lines", "test")
