@@ -58,6 +58,7 @@ class TrainingCondition(NamedTuple):
         tokenizers: folder of each tokenizer that a finished model is stored with.
         loaded: the same tokenizers, where they are CLIP's.
         settings: facts that a finished model keeps, beside the conditioner's own.
+        text: the conditioner of prompts; None where there is none.
     """
 
     conditioner: Conditioner
@@ -67,6 +68,7 @@ class TrainingCondition(NamedTuple):
     tokenizers: Mapping[str, Path] = {}
     loaded: Mapping[str, Tokenizer] = {}
     settings: Mapping[str, Any] = {}
+    text: TextConditioner | None = None
 
 
 def training_condition(config: Config, first_stage: AutoencoderConfig | None, backbone: Any) -> TrainingCondition:
@@ -189,7 +191,7 @@ def _text(config: Config, first_stage: Any, backbone: Any) -> TrainingCondition:
     null = () if zeros else null_ids(encoders, loaded)
     conditioner = TextConditioner(encoders, numbers, 256, null)
     spec = text_spec(conditioner, config.task.text)
-    return TrainingCondition(conditioner, (), spec, _text_columns, folders, loaded)
+    return TrainingCondition(conditioner, (), spec, _text_columns, folders, loaded, text=conditioner)
 
 
 TEXTS = ("prepared", "tokens")

@@ -116,7 +116,7 @@ def _task(checkpoint: Checkpoint, task: Config) -> dict[str, Any]:
     has_null = bool(settings.get("nothing", conditioning in NULLED)) or settings.get("none") is not None
     found = {
         "conditioning": conditioning,
-        "latents": "cached" if conditioning == TEXT else "encoded",
+        "latents": task.get("latents") or ("cached" if conditioning == TEXT else "encoded"),
         "first_stage": "" if AUTOENCODER in checkpoint.components else PIXELS,
         "dropout": task.dropout if has_null else 0.0,
         "scheduler": {"prediction_type": "epsilon", **checkpoint.scheduler},

@@ -20,11 +20,11 @@ from sdjax.data.bucketed import bucketed
 from sdjax.data.loader import Loader
 from sdjax.data.prepared.dataset import PreparedSource
 from sdjax.data.sources import open as sources
+from sdjax.data.sources.base import CONDITIONING_IMAGE
 from sdjax.data.transforms import images as transforms
 from sdjax.data.transforms.buckets import Size, ToBucket
-from sdjax.data.transforms.conditions import Draw
+from sdjax.data.transforms.conditions import DRAW_CAPTION, Draw, Tokenize
 from sdjax.data.transforms.images import Select
-from sdjax.diffusion_model.conditioners.text import TextConditioner
 from sdjax.diffusion_model.model import AUTOENCODER, DiffusionModel
 from sdjax.models.autoencoder import posterior
 from sdjax.models.conditioning import apply
@@ -59,8 +59,9 @@ def latent_source(config: Config, model: DiffusionModel, condition: TrainingCond
     if config.task.latents not in SOURCES:
         raise unknown("latents", config.task.latents, SOURCES, "config.task.latents")
     fits = ["encoded"]
-    if isinstance(condition.conditioner, TextConditioner):
-        fits = ["cached", "prepared"] if TOKENS in condition.spec else ["prepared"]
+    if condition.text is not None:
+        fits = ["cached", "encoded", "prepared"] if TOKENS in condition.spec else ["prepared"]
+        fits = [way for way in fits if way != "prepared" or CONDITIONING_IMAGE not in condition.spec]
     elif not condition.spec and model.autoencoder is not None:
         fits = ["encoded", "cached"]
     if config.task.latents not in fits:
@@ -79,14 +80,24 @@ def encoded(config: Config, model: DiffusionModel, condition: TrainingCondition,
     def load(params: Params) -> Loader:
         del params
         images, cuts = square_crops(config)
+        if SIZES in condition.spec:
+            images, cuts = sources.CachedSource(open_images(config)), [ToBucket((Size(side, side),), config.data.crop)]
         flips = [transforms.Flip()] if config.data.flip else []
         select = transforms.Select((IMAGE, *condition.spec))
-        return batches(config, images, [*cuts, *flips, *condition.transforms, select], mesh)
+        return batches(config, images, [*cuts, *flips, *example_transforms(condition), select], mesh)
 
     def latents(params: Params, batch: Mapping[str, Any], key: PRNGKeyArray) -> Array:
         return jax.lax.stop_gradient(encode_sampled(model, params, batch[IMAGE], key))
 
     return LatentSource({IMAGE: image, **condition.spec}, latents, load)
+
+
+def example_transforms(condition: TrainingCondition) -> list[Any]:
+    """Transforms that add the columns of a condition, tokens of captions among them, to a square image."""
+    if TOKENS not in condition.spec or condition.text is None:
+        return list(condition.transforms)
+    tokenizers = tuple(condition.loaded[name] for name in condition.tokenizers)
+    return [DRAW_CAPTION, Tokenize(tokenizers), *condition.transforms]
 
 
 def encode_sampled(
@@ -102,7 +113,7 @@ def encode_sampled(
 def cached(config: Config, model: DiffusionModel, condition: TrainingCondition, mesh: Mesh) -> LatentSource:
     """Moments of every image, computed at the start and kept in memory, with the tokens of its caption.
 
-    Where the condition has SDXL's sizes, they are kept, too.
+    Where the condition has SDXL's sizes, or a ControlNet's hints, they are kept, too.
     """
 
     def load(params: Params) -> Loader:
@@ -111,6 +122,8 @@ def cached(config: Config, model: DiffusionModel, condition: TrainingCondition, 
             images = images.seed(config.train.seed).random_map(ToBucket((Size(side, side),), config.data.crop))
         else:
             images = images.map(transforms.Square(side, config.data.crop))
+        for change in condition.transforms:
+            images = images.map(change)
         draws = [Draw(TOKENS, TOKENS)] if condition.spec else []
         return batches(config, cache_latents(model, params, images, condition), draws, mesh)
 
@@ -157,7 +170,8 @@ def cache_latents(
         latent = apply(model.autoencoder, params, x, method="encode")  # pyright: ignore[reportArgumentType]
         return gathered(jnp.concatenate([latent.mean, latent.logvar], axis=-1))
 
-    moments, captions, sizes = [], [], []
+    moments, captions = [], []
+    kept: dict[str, list[Any]] = {name: [] for name in (SIZES, CONDITIONING_IMAGE) if name in condition.spec}
     at_once = min(max(PIXELS_AT_ONCE // images[0][IMAGE][..., 0].size, 1), len(images))
     for start in range(0, len(images), at_once):
         rows: Any = [images[i] for i in range(start, min(start + at_once, len(images)))]
@@ -165,9 +179,10 @@ def cache_latents(
         padded = np.pad(stack, [(0, at_once - len(rows)), (0, 0), (0, 0), (0, 0)])
         moments.append(np.asarray(encode(params[AUTOENCODER], padded))[: len(rows)])
         captions += [row.get("captions", (row["caption"],)) for row in rows]
-        sizes += [row[SIZES] for row in rows if SIZES in condition.spec]
-    columns: dict[str, Any] = {MOMENTS: np.concatenate(moments), **({SIZES: np.stack(sizes)} if sizes else {})}
-    if condition.spec:
+        for name, values in kept.items():
+            values += [row[name] for row in rows]
+    columns: dict[str, Any] = {MOMENTS: np.concatenate(moments), **{n: np.stack(values) for n, values in kept.items()}}
+    if TOKENS in condition.spec:
         columns[TOKENS] = caption_tokens(condition, captions)
     return sources.ArraySource(columns)
 

@@ -11,6 +11,7 @@ from sdjax.core.errors import UserError
 from sdjax.data.hints.makers import INPAINT, hint_maker
 from sdjax.data.sources.base import CONDITIONING_IMAGE
 from sdjax.data.text.box_tokens import WHOLE, LayoutTokens
+from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.data.text.word_pieces import WordPieces
 from sdjax.data.transforms.images import Example
 
@@ -40,6 +41,17 @@ class TokenizeWords(grain.transforms.Map):
 
     def map(self, element: Example) -> Example:
         return {**element, "tokens": self.tokenizer.encode([element["caption"]])[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize(grain.transforms.Map):
+    """Adds `tokens`, int32 [e l], the ids of the example's caption by each of e tokenizers."""
+
+    tokenizers: tuple[Tokenizer, ...]
+
+    def map(self, element: Example) -> Example:
+        ids = [tokenizer.encode([element["caption"]])[0] for tokenizer in self.tokenizers]
+        return {**element, "tokens": np.stack(ids)}
 
 
 @dataclasses.dataclass(frozen=True)
