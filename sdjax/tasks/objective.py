@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sdjax.core.config import Config
-from sdjax.core.errors import unknown
+from sdjax.core.errors import UserError, unknown
 from sdjax.diffusion.denoise import Network, q_sample
 from sdjax.diffusion.loss import diffusion_loss, gather, offset_noise, uniform_timesteps
 from sdjax.diffusion.samplers import schedule_of
@@ -22,6 +22,11 @@ Timesteps = Callable[[PRNGKeyArray, int, int], Int[Array, " b"]]
 def late_timesteps(key: PRNGKeyArray, batch: int, steps: int) -> Int[Array, " b"]:
     """The density rises with t^2: where the prompt decides what the image is, there is most to learn."""
     return (jnp.cbrt(jax.random.uniform(key, (batch,))) * steps).astype(jnp.int32)
+
+
+def in_range(draw: Timesteps, first: int, last: int) -> Timesteps:
+    """A distribution stretched over the timesteps from `first` to `last` - 1."""
+    return lambda key, batch, steps: first + draw(key, batch, last - first)
 
 
 TIMESTEPS: dict[str, Timesteps] = {"uniform": uniform_timesteps, "late": late_timesteps}
@@ -83,17 +88,24 @@ class Objective(NamedTuple):
 
 
 def objective_of(task: Config) -> Objective:
-    """Reads `scheduler`, `timesteps`, `weighting`, `offset_noise` and, where it is there, `norm` of a task section.
+    """Reads `scheduler`, `timesteps`, `weighting`, `offset_noise` of a task section, `norm` and `timestep_range`, where
+    they are there.
 
     Raises:
-        UserError: one of the names is unknown.
+        UserError: one of the names is unknown, or the range is none.
     """
     scheduler = task.scheduler.to_dict()
     if task.timesteps not in TIMESTEPS:
         raise unknown("timestep distribution", task.timesteps, TIMESTEPS, "config.task.timesteps")
+    schedule, draw = schedule_of(scheduler), TIMESTEPS[task.timesteps]
+    if given := tuple(task.get("timestep_range", ())):
+        count = schedule.num_timesteps
+        if len(given) != 2 or not 0 <= given[0] < given[1] <= count:
+            raise UserError(f"config.task.timestep_range={given}: choose two of 0 to {count}, ascending")
+        draw = in_range(draw, *given)
     return Objective(
-        schedule_of(scheduler),
-        TIMESTEPS[task.timesteps],
+        schedule,
+        draw,
         scheduler["prediction_type"],
         task.weighting,
         task.offset_noise,
