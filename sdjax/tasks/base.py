@@ -15,8 +15,10 @@ from sdjax.data.identity import identity_of
 from sdjax.data.loader import Loader, Prefetch, Shard, Transform, loader
 from sdjax.data.prepared.dataset import PreparedSource
 from sdjax.data.sources import open as sources
+from sdjax.data.sources.base import CONDITIONING_IMAGE
 from sdjax.data.sources.rules import RowRules
 from sdjax.data.transforms import crops
+from sdjax.diffusion_model.conditioners.control import CONTROLNET
 from sdjax.ops.partition import constrain
 from sdjax.parallel.batches import rows_of_process
 
@@ -45,6 +47,8 @@ def row_rules(config: Config) -> RowRules:
     """Rules for the rows of a run's data."""
     data, task = config.data, config.task
     needs = ("label",) if task.name == "classifier" else NEEDS.get(task.get("conditioning", ""), ())
+    if CONTROLNET in config.model and not data.get("control_from"):
+        needs = (*needs, CONDITIONING_IMAGE)
     return RowRules(needs, data.minimum_side, data.size, data.on_bad, tuple(data.links))
 
 

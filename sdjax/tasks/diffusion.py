@@ -7,6 +7,7 @@ config.sample, config.train.trainable, and of config.task (without a `unet`, see
     latents        "encoded" in every step, "cached" in memory, "prepared" on disk; "encoded" for pixels, too
     first_stage    folder with the autoencoder, its run's workdir, or the config that trains it; "" for components',
                    "none" for pixels
+    controlnet     `sdjax.tasks.control`, where config.model has one
     components     source of frozen networks; "" for that of `initial`, and where there is none, they are drawn
     initial        source of networks that training begins from; "" for fresh ones
     dropout        probability of the null condition
@@ -41,12 +42,14 @@ from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion.loss import hybrid_loss, posterior_tables
 from sdjax.diffusion_model.conditioner import Columns, Conditioner
 from sdjax.diffusion_model.conditioners import TEXT
-from sdjax.diffusion_model.conditioners.text import NULL, TextConditioner
+from sdjax.diffusion_model.conditioners.control import CONTROLNET
+from sdjax.diffusion_model.conditioners.text import NULL
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, DiffusionModel, backbone_of, check_fit
 from sdjax.models import autoencoder, unet, unet2d
 from sdjax.models.autoencoder import autoencoder_of
 from sdjax.tasks.base import data_identity, open_images
 from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
+from sdjax.tasks.control import first_weights, with_control, write_control
 from sdjax.tasks.finetune import PIXELS, from_checkpoint, is_finetuning
 from sdjax.tasks.latents import latent_source, open_prepared
 from sdjax.tasks.objective import objective_of
@@ -72,7 +75,7 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     @functools.cache
     def prompts() -> tuple[str, ...]:
-        return preview_prompts(config) if isinstance(model.conditioner, TextConditioner) else ()
+        return () if condition.text is None else preview_prompts(config)
 
     def init(key: PRNGKeyArray) -> Params:
         made = {name: init_component(model, name, jax.random.fold_in(key, i)) for i, name in enumerate(trainable)}
@@ -105,7 +108,11 @@ def make(config: Config, mesh: Mesh) -> Task:
         return read_pretrained(config, model, set(trainable), set(frozen), put)
 
     def export(params: Params, folder: Path) -> None:
-        write_checkpoint(folder, checkpoint_of(config, model, condition, params), config.task.export_dtype)
+        checkpoint, dtype = checkpoint_of(config, model, condition, params), config.task.export_dtype
+        if CONTROLNET in checkpoint.components:
+            write_control(checkpoint, folder, dtype, base_learnt=BACKBONE in trainable)
+        else:
+            write_checkpoint(folder, checkpoint, dtype)
 
     def batch(params: Params) -> Loader:
         return source.batches(params)
@@ -117,7 +124,8 @@ def make(config: Config, mesh: Mesh) -> Task:
         return {name: jax.ShapeDtypeStruct((rows, *row.shape), row.dtype) for name, row in source.spec.items()}
 
     inputs = "".join(f" --{name} ..." for name in model.conditioner.traits.required)
-    use = f"python sample.py --config {{config}} --checkpoint {{workdir}}{inputs}"
+    place = "controlnet" if CONTROLNET in trainable else "checkpoint"
+    use = f"python sample.py --config {{config}} --{place} {{workdir}}{inputs}"
     return Task(init, loss, show, batch, export, batch_spec, frozen, pretrained, use, lambda: data_identity(config))
 
 
@@ -131,6 +139,8 @@ def make_model(config: Config) -> tuple[DiffusionModel, TrainingCondition]:
     sizes = sizes_of(config.model.unet, variants, "config.model.unet")
     first_stage = first_stage_of(config)
     condition = training_condition(config, first_stage, sizes)
+    if CONTROLNET in config.model:
+        condition = with_control(condition, config, first_stage.factor if first_stage else 1, sizes)
     backbone = backbone_of(sizes, dtype_named(config.train.dtype, "config.train.dtype"), config.train.remat)
     coder = None if first_stage is None else autoencoder_of(first_stage)
     model = DiffusionModel(backbone, coder, condition.conditioner, config.task.scheduler.prediction_type)
@@ -216,7 +226,7 @@ def read_pretrained(
         UserError: a source cannot be read, or has other sizes than the config describes.
     """
     task, sources = config.task, defaultdict(list)
-    for name in sorted(frozen - {NULL} | trainable):
+    for name in sorted((frozen | trainable) - {NULL, CONTROLNET}):
         if name == AUTOENCODER and task.get("first_stage"):
             sources["first_stage", task.first_stage].append(name)
         elif name in trainable and task.get("initial"):
@@ -226,6 +236,8 @@ def read_pretrained(
     read: Params = {}
     for (key, source), names in sources.items():
         read |= read_components(source, model, names, put, f"config.task.{key}", config.train.seed)
+    if CONTROLNET in trainable:
+        read[CONTROLNET] = first_weights(config, model.configs()[CONTROLNET], read[BACKBONE], put)
     if NULL in frozen:
         constants = open_prepared(config, model).constants
         conditioner: Any = model.conditioner
@@ -239,7 +251,7 @@ def checkpoint_of(config: Config, model: DiffusionModel, condition: TrainingCond
     side = config.data.size
     extra = {BACKBONE: {"sample_size": side // model.factor}, AUTOENCODER: {"sample_size": side}}
     own = [name for name, folder in condition.tokenizers.items() if folder.parent != TOKENIZER_FOLDERS]
-    for name in own if isinstance(model.conditioner, TextConditioner) else ():
+    for name in own if condition.text is not None else ():
         tokenizer = condition.loaded[name]
         extra[name] = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     components = {name: Component(sizes, params[name], extra.get(name, {})) for name, sizes in model.configs().items()}

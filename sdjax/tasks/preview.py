@@ -17,6 +17,7 @@ from sdjax.core.prng import image_keys
 from sdjax.core.tree import Params
 from sdjax.data.image_inputs import paste_back
 from sdjax.data.images import tile, to_uint8
+from sdjax.data.sources.base import CONDITIONING_IMAGE
 from sdjax.data.transforms import crops
 from sdjax.data.transforms import images as transforms
 from sdjax.diffusion.samplers import SamplerTable, batched, first_noise, table_for
@@ -26,7 +27,7 @@ from sdjax.diffusion_model.model import DiffusionModel
 from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
 from sdjax.tasks.base import gathered, open_images
 from sdjax.tasks.conditions import TrainingCondition
-from sdjax.tasks.latents import IMAGE
+from sdjax.tasks.latents import IMAGE, TOKENS, example_transforms
 
 logger = logging.getLogger("sdjax")
 
@@ -53,11 +54,18 @@ def preview(
 ) -> np.ndarray:
     """A sheet of prompts, or without any, of conditions of the data below their own images, uint8 [h w 3].
 
+    Under hints of the data both are shown, captions and hints below the images, or the prompts with hints.
+
     Raises:
         UserError: the sampler or a prompt does not fit.
     """
     options, size = config.sample, (config.data.size, config.data.size)
-    if prompts:
+    if CONDITIONING_IMAGE in condition.spec:
+        batch = preview_batch(config, condition, len(prompts) or options.count)
+        if prompts:
+            batch[TOKENS] = np.stack([condition.loaded[n].encode(list(prompts)) for n in condition.tokenizers], axis=1)
+        columns, rows = condition.columns(batch), [batch[IMAGE], batch[CONDITIONING_IMAGE]]
+    elif prompts:
         columns, rows = prompt_columns(config, model, condition, prompts), [np.zeros((0, *size, 3), np.uint8)]
     else:
         batch = preview_batch(config, condition, options.count)
@@ -103,7 +111,7 @@ def preview_batch(
     """Images, evenly chosen, with their conditions, as a batch has them; always the same ones."""
     images = crops.still(open_images(config, split), config.data.size, config.data.crop)
     chosen: Any = images.slice(slice(None, None, max(len(images) // count, 1))).seed(config.train.seed)
-    for change in [*condition.transforms, transforms.Select((IMAGE, *condition.spec))]:
+    for change in [*example_transforms(condition), transforms.Select((IMAGE, *condition.spec))]:
         chosen = chosen.random_map(change) if isinstance(change, grain.transforms.RandomMap) else chosen.map(change)
     rows = [chosen[i] for i in range(count)]
     return {name: np.stack([row[name] for row in rows]) for name in (IMAGE, *condition.spec)}
