@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
@@ -22,6 +22,9 @@ ImageInput = str | Path | Image.Image | np.ndarray
 LUMA = np.array([0.299, 0.587, 0.114])
 # Of the cubic convolution that torch's and OpenCV's bicubic resizing use.
 CUBIC = -0.75
+# Of the images that CLIP was trained on.
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def load_image(given: ImageInput, size: tuple[int, int], name: str = "init_image") -> Float[np.ndarray, "H W 3"]:
@@ -44,6 +47,16 @@ def resize_lanczos(pixels: Float[np.ndarray, "h w 3"], size: tuple[int, int]) ->
     """An image in [0, 1] at another size, by way of bytes."""
     image = Image.fromarray(np.rint(pixels * 255.0).astype(np.uint8))
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.LANCZOS), np.float32) / np.float32(255.0)
+
+
+def clip_pixels(image: UInt8[np.ndarray, "h w 3"], side: int) -> Float[np.ndarray, "s s 3"]:
+    """The middle square of an image, as CLIP was shown them (transformers' CLIPImageProcessor): mean 0, variance 1."""
+    height, width = image.shape[:2]
+    size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+    small = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    cut = np.asarray(small.crop((left, top, left + side, top + side)), np.float32)
+    return (cut / np.float32(255.0) - CLIP_MEAN) / CLIP_STD
 
 
 def load_mask(given: ImageInput, size: tuple[int, int]) -> Float[np.ndarray, "H W 1"]:

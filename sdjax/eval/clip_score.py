@@ -12,17 +12,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
-from PIL import Image
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from sdjax.checkpoints.clip_pair import CLIPPair
 from sdjax.core.errors import UserError
 from sdjax.core.untrusted import read_json
+from sdjax.data.image_inputs import clip_pixels
 from sdjax.data.sources.base import Images
 from sdjax.data.text.tokenizers import load_tokenizer
 from sdjax.models.clip import CLIPText
-from sdjax.models.clip_image import MEAN, STD, CLIPImage
+from sdjax.models.clip_image import CLIPImage
 from sdjax.models.conditioning import apply
 
 
@@ -38,7 +38,7 @@ def clip_score(pair: CLIPPair, images: Images, captions: Sequence[str], batch_si
     params = jax.device_put((pair.text_params, pair.image_params))
     with tqdm(total=len(captions), desc="CLIP", unit="picture") as bar:
         for rows in _rows(len(captions), batch_size):
-            batch = np.stack([prepared(images[i]["image"], pair.image.size) for i in rows])
+            batch = np.stack([clip_pixels(images[i]["image"], pair.image.size) for i in rows])
             ids = tokenizer.encode([captions[i] for i in rows])
             cosines.append(np.asarray(_cosines(modules, params, ids, batch)))
             bar.update(len(set(rows)))
@@ -49,16 +49,6 @@ def _rows(count: int, size: int) -> Iterator[list[int]]:
     """Numbers below `count`, `size` at a time; the last ones are filled up, so that one compilation serves all."""
     for start in range(0, count, size):
         yield [min(i, count - 1) for i in range(start, start + size)]
-
-
-def prepared(image: UInt8[np.ndarray, "h w 3"], side: int) -> Float[np.ndarray, "s s 3"]:
-    """The middle square of an image, as CLIP was shown them (transformers' CLIPImageProcessor)."""
-    height, width = image.shape[:2]
-    size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
-    small = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    cut = np.asarray(small.crop((left, top, left + side, top + side)), np.float32)
-    return (cut / 255.0 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
 
 
 @partial(jax.jit, static_argnums=0)

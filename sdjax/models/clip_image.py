@@ -13,8 +13,6 @@ from jaxtyping import Array, Float
 
 from sdjax.models.clip import CLIPLayer
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
 
 @dataclass(frozen=True)
 class CLIPImageConfig:
@@ -66,7 +64,7 @@ class CLIPImage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s s 3"]) -> CLIPImageOutput:
-        """Args: x, images of `config.size`, normalised by MEAN and STD."""
+        """Args: x, images of `config.size`, normalised as by `sdjax.data.image_inputs.clip_pixels`."""
         c, normal = self.config, nn.initializers.normal(0.02)
         patch = (c.patch, c.patch)
         x = nn.Conv(c.width, patch, patch, "VALID", use_bias=False, dtype=self.dtype, name="patch_embedding")(x)
