@@ -9,9 +9,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from numpy.typing import DTypeLike
+
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import KeyTable, Put, Stored, check_blocks, read
-from sdjax.checkpoints.networks import autoencoder, clip, controlnet, embedders, unet, unet2d
+from sdjax.checkpoints.networks import (
+    autoencoder,
+    clip,
+    clip_image,
+    controlnet,
+    embedders,
+    t2i_adapter,
+    unet,
+    unet2d,
+)
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree
@@ -193,7 +204,15 @@ CONTROLNETS: dict[str, Format] = {
         controlnet.shapes,
     )
 }
-ALL_FORMATS = FORMATS | CONDITIONERS | CLASSIFIERS | CONTROLNETS
+ADAPTERS: dict[str, Format] = {
+    "image_encoder": Format(
+        "model", clip_image.from_config, clip_image.to_config, _constant(clip_image.TABLE), clip_image.shapes
+    ),
+    "t2i_adapter": _format("diffusion_pytorch_model", t2i_adapter),
+}
+ADDITIONS = ("ip_adapter", *CONTROLNETS, *ADAPTERS)
+"""Beginnings of the names of components that act beside a model's own, and are no part of what is written of it."""
+ALL_FORMATS = FORMATS | CONDITIONERS | CLASSIFIERS | CONTROLNETS | ADAPTERS
 
 Dtypes: TypeAlias = str | Mapping[str, str | None] | None
 
@@ -220,11 +239,15 @@ def read_params(
         UserError: the tensors do not fit `config` or are not finite in the type asked for, or that type is unknown.
     """
     form, place = ALL_FORMATS[name], how.place
-    kind = how.dtype if how.dtype is None or isinstance(how.dtype, str) else how.dtype.get(name)
     below = None if place is None else lambda array, path: place(array, f"{name}/{path}")
-    dtype = None if kind is None else dtype_named(kind)
     check_blocks(config.blocks, tensors, source)
-    return read(form.table(config), tensors, form.shapes(config), dtype, source, below)
+    return read(form.table(config), tensors, form.shapes(config), dtype_of(name, how), source, below)
+
+
+def dtype_of(name: str, how: ReadOptions) -> DTypeLike | None:
+    """The type that the parameters of a network shall have; None for the one that each is stored in."""
+    kind = how.dtype if how.dtype is None or isinstance(how.dtype, str) else how.dtype.get(name)
+    return None if kind is None else dtype_named(kind)
 
 
 def pixel_conditioning(config: Any, place: object) -> str:

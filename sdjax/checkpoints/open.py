@@ -99,8 +99,8 @@ def resolve(
 
     Args:
         source: a local path, where the workdir of a finished run means its export; or `owner/name`, a model of the
-            Hub, or `owner/name/file.safetensors`, a file there; either may end in `@revision`. Of a model only what is
-            read here is downloaded, one precision of it.
+            Hub, or `owner/name/file.safetensors`, a file there, weights or a config.json; either may end in
+            `@revision`. Of a model only what is read here is downloaded, one precision of it.
         variant: e.g. "fp16": weights of that name are taken where there are some.
         component: the only network that is wanted, e.g. "vae"; the source may then be the folder of such a one alone.
         cache_dir, endpoint: instead of those that HF_HOME and HF_ENDPOINT name.
@@ -114,7 +114,7 @@ def resolve(
     match = ID.fullmatch(str(source))
     name = match["repo"] if match else ""
     file = match["file"] if match else None
-    if match is None or name.endswith(WEIGHTS) or (file is not None and not file.endswith(WEIGHTS)):
+    if match is None or name.endswith(WEIGHTS) or (file is not None and not file.endswith((*WEIGHTS, CONFIG))):
         raise UserError(f"there is no file or folder {str(source)!r}, nor is it an id of the Hub (owner/name)")
     place = Location(name, file, match["revision"], cache_dir, endpoint, component)
     check_answers()

@@ -23,6 +23,7 @@ from sdjax.diffusion_model.conditioners import CONDITIONERS, TEXT
 from sdjax.diffusion_model.conditioners.control import CONTROLNET, ControlConditioner
 from sdjax.diffusion_model.conditioners.guides import CLASSIFIER, ClassifierGuide, ImageGuide
 from sdjax.diffusion_model.conditioners.inpaint import InpaintConditioner
+from sdjax.diffusion_model.conditioners.ip_adapter import ADAPTER, ENCODER, ImagePromptConditioner
 from sdjax.diffusion_model.conditioners.lora import LoraConditioner
 from sdjax.diffusion_model.conditioners.maps import DepthConditioner
 from sdjax.diffusion_model.conditioners.text import AESTHETICS, SIZES, TextConditioner
@@ -169,7 +170,7 @@ def build_model(
 
     Args:
         checkpoint: any that can be sampled; with a component "classifier", it guides; "controlnet", "controlnet_1",
-            ... act in that order.
+            ... act in that order; with an "ip_adapter" images are prompts.
         tokenizers: by text encoder.
         dtype: of the arithmetic of backbone and text encoders; the autoencoder's is float32.
         place: of the checkpoint, for messages.
@@ -198,6 +199,8 @@ def build_model(
     parts = [*(conditioner.parts if isinstance(conditioner, Combined) else (conditioner,)), ImageGuide()]
     if CLASSIFIER in configs:
         parts.append(ClassifierGuide(configs[CLASSIFIER]))
+    if ADAPTER in configs:
+        parts.append(ImagePromptConditioner(configs[ADAPTER], configs[ENCODER], dtype))
     if checkpoint.loras:
         _, blocks = blocks_of(layers_of(configs))
         parts.append(LoraConditioner(checkpoint.loras, tuple(blocks.items())))

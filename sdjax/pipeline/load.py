@@ -30,6 +30,7 @@ from sdjax.diffusion_model.conditioners.guides import CLASSIFIER
 from sdjax.diffusion_model.conditioners.tokens import BERT
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, build_model
 from sdjax.parallel.sharding import sharded_put
+from sdjax.pipeline.adapters import add_ip_adapter
 from sdjax.pipeline.few_step import few_step_defaults
 from sdjax.pipeline.options import LOAD_OPTIONS, LoadOptions
 from sdjax.pipeline.pipeline import Pipeline
@@ -101,6 +102,11 @@ def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Put) -> Check
     if "lora" in given:
         files = [find_lora(source) for source in given["lora"]]
         checkpoint = (merge_loras(files) if given.get("merge") else add_loras(files, place))(checkpoint)
+    if "image_encoder" in given and "ip_adapter" not in given:
+        raise UserError(f"image_encoder {str(given['image_encoder'])!r} changes nothing without an ip_adapter")
+    if "ip_adapter" in given:
+        how = ReadOptions(dtype, place)
+        checkpoint = add_ip_adapter(given["ip_adapter"], given.get("image_encoder"), how)(checkpoint)
     return checkpoint
 
 

@@ -170,6 +170,14 @@ class Options(TypedDict, total=False):
     ]
     resemble: Annotated[Images | None, _image("image that the result shall be like")]
     resemble_scale: Annotated[Number | None, Option("how strongly", 0)]
+    ip_image: Annotated[
+        Images | Sequence[Images] | None, _image("image that is a prompt, too; of one prompt several as a list")
+    ]
+    ip_scale: Annotated[Number | None, Option("how strongly, 1 as trained; 0.5 leaves room for the text")]
+    ip_blocks: Annotated[
+        str | Mapping[str, Any] | None,
+        Option('of SDXL: style, layout or both; or JSON of scales as {"up": {"block_0": [0, 1, 0]}}', grid=False),
+    ]
     classifier_scale: Annotated[Number | None, _condition("of a classifier's guidance", 0, grid=True)]
     lora_scale: Annotated[
         Number | Scales | None,
@@ -209,6 +217,12 @@ class LoadOptions(TypedDict, total=False):
     ]
     merge: Annotated[bool | None, Option("whether LoRAs are merged into the weights at their strengths", scope="load")]
     refiner: Annotated[str | Path | None, Option("checkpoint that takes over the last steps", scope="load")]
+    ip_adapter: Annotated[
+        str | Path | None, Option("IP-Adapter, by which images are prompts: a file, local or of the Hub", scope="load")
+    ]
+    image_encoder: Annotated[
+        str | Path | None, Option("folder of its CLIP, where that is not beside it; or of the Hub", scope="load")
+    ]
     classifier: Annotated[str | Path | None, Option("classifier of noisy images, for guidance", scope="load")]
     tokenizer: Annotated[str | Path | None, Option("folder with BERT's vocab.txt, for LDM's text models", scope="load")]
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from sdjax.checkpoints.checkpoint import Checkpoint
+from sdjax.checkpoints.checkpoint import ADDITIONS, Checkpoint
 from sdjax.checkpoints.layouts.diffusers import check_target_folder, write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.data.text.tokenizers import Tokenizer
@@ -115,14 +115,17 @@ class Pipeline:
         return Host(self.name, self.settings, self.tokenizers, size, latents, rows, network_calls(table))
 
     def save(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Write a folder that diffusers loads, where it has a class for the model; LoRAs that are not merged stay out.
+        """Write a folder that diffusers loads, where it has a class for the model.
+
+        Adapters that were added stay out, and so do LoRAs that are not merged.
 
         Raises:
             UserError: the folder holds something that sdjax did not write, or a parameter is not finite in `dtype`.
         """
         check_target_folder(Path(folder).resolve())
-        host = jax.device_get(self.devices.all_gather(strip_factors(self.params)))
-        parts = {n: dataclasses.replace(part, params=host[n]) for n, part in self.checkpoint.components.items()}
+        own = {n: part for n, part in self.checkpoint.components.items() if not n.startswith(ADDITIONS)}
+        host = jax.device_get(self.devices.all_gather(strip_factors({n: self.params[n] for n in own})))
+        parts = {n: dataclasses.replace(part, params=host[n]) for n, part in own.items()}
         write_checkpoint(folder, dataclasses.replace(self.checkpoint, components=parts), dtype)
 
     def prepare(

@@ -34,7 +34,7 @@ SAMPLED = ("steps", "sampler", "schedule", "guidance_scale")
 UNRECORDED = ("num_images", "first_index", "wildcard_dir")
 # Options of which a list gives one value a prompt.
 LISTED = ("init_image", "mask", "depth", "class_label", "layout", "label_map", "neighbours", "resemble")
-LISTED += ("control_image",)
+LISTED += ("control_image", "ip_image")
 CONTROLS = tuple(name for name in OPTIONS if name.startswith("control_"))
 
 
@@ -195,6 +195,9 @@ def _check_used(pipe: Pipeline, given: Mapping[str, Any]) -> None:
         "refiner_start": ("a refiner", pipe.refiner is not None),
         "classifier_scale": ("a classifier", "classifier_scale" in known),
         **dict.fromkeys(CONTROLS, ("a controlnet", "control_image" in known)),
+        "ip_image": ("an IP-Adapter", "ip_image" in known),
+        "ip_scale": ("an ip_image", "ip_image" in given),
+        "ip_blocks": ("an ip_image", "ip_image" in given),
         "hires_strength": ("hires", "hires" in given),
         "torch_batch": ('rng="torch"', given.get("rng") == "torch"),
         "wildcard_dir": ('syntax="a1111"', given.get("syntax", "a1111") == "a1111"),

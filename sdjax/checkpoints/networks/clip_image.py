@@ -15,6 +15,7 @@ from sdjax.checkpoints.mapping import CONV, SAME, KeyMapping, KeyTable, at, embe
 from sdjax.checkpoints.networks.blocks import TRANSFORMER_LAYER
 from sdjax.models.clip_image import CLIPImage, CLIPImageConfig
 
+CLASS_NAME = "CLIPVisionModelWithProjection"
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("quick_gelu", "gelu"),
     "layer_norm_eps": (1e-5,),
@@ -67,3 +68,9 @@ def from_config(config: Mapping[str, Any], place: str) -> CLIPImageConfig:
     if sizes.patch > sizes.size:
         raise config_fields.unsupported(tower, "patch_size", place, f"at most image_size, {sizes.size}")
     return sizes
+
+
+def to_config(config: CLIPImageConfig) -> dict[str, Any]:
+    """The config.json of a tower."""
+    fixed = {"architectures": [CLASS_NAME], "model_type": "clip_vision_model", "layer_norm_eps": 1e-5}
+    return {**config_fields.write_fields(config, FIELDS), **fixed}

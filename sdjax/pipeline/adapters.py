@@ -1,0 +1,90 @@
+"""Adapters as users name them, to patches of a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from sdjax.checkpoints.adapters import read_ip_adapter
+from sdjax.checkpoints.checkpoint import Checkpoint, Patch, ReadOptions
+from sdjax.checkpoints.layouts.diffusers import read_component
+from sdjax.checkpoints.networks import clip_image
+from sdjax.checkpoints.open import CONFIG, resolve
+from sdjax.core.errors import UserError
+from sdjax.core.untrusted import read_json
+from sdjax.diffusion_model.conditioners.ip_adapter import ADAPTER, ENCODER
+from sdjax.diffusion_model.model import BACKBONE
+from sdjax.models.clip_image import CLIPImageConfig
+from sdjax.models.ip_adapter import IPAdapterConfig
+from sdjax.models.unet import UNetConfig
+
+WEIGHTS = "model.safetensors"
+FOLDERS = "image_encoder", "../models/image_encoder"
+"""Places of image encoders from an adapter's file; h94/IP-Adapter has that of SDXL's vit-h files in the second."""
+
+
+def add_ip_adapter(source: str | Path, encoder: str | Path | None, how: ReadOptions) -> Patch:
+    """An IP-Adapter with the image encoder that it was trained with.
+
+    Args:
+        source: a local file or one of the Hub, e.g. "h94/IP-Adapter/models/ip-adapter_sd15.bin".
+        encoder: a folder of CLIP's, local or of the Hub; None for the one that is found beside the file.
+
+    Raises:
+        UserError: by the patch, where a file cannot be read or does not fit, or there is no image encoder.
+    """
+
+    def patch(checkpoint: Checkpoint) -> Checkpoint:
+        unet = checkpoint.components[BACKBONE].config
+        if not isinstance(unet, UNetConfig) or checkpoint.conditioning != "text":
+            raise UserError(f"ip_adapter {str(source)!r}: IP-Adapters are for models of Stable Diffusion's")
+        adapter = read_ip_adapter(resolve(source), unet, how)
+        tower = read_component(find_encoder(source, encoder, adapter.config), ENCODER, how.dtype, place=how.place)
+        return checkpoint.replace_component(ADAPTER, adapter).replace_component(ENCODER, tower)
+
+    return patch
+
+
+def find_encoder(source: str | Path, given: str | Path | None, adapter: IPAdapterConfig) -> Path:
+    """The folder of the image encoder whose outputs an adapter reads.
+
+    Raises:
+        UserError: the given one has others, or none is found.
+    """
+    if given is not None:
+        folder = resolve(given, component=ENCODER)
+        config = folder / CONFIG
+        found = clip_image.from_config(read_json(config), str(config))
+        if width_of(found, adapter) != adapter.image_dim:
+            raise UserError(
+                f"image_encoder {str(given)!r} gives {width_of(found, adapter)} features; {source} reads "
+                f"{adapter.image_dim}"
+            )
+        return folder
+    for file in _beside(source):
+        try:
+            config = resolve(file(CONFIG))
+        except UserError:  # not there
+            continue
+        if width_of(clip_image.from_config(read_json(config), str(config)), adapter) == adapter.image_dim:
+            if not os.path.exists(file("")):  # of the Hub, which has given its config.json alone
+                resolve(file(WEIGHTS))
+            return config.parent
+    raise UserError(
+        f"there is no image encoder of {adapter.image_dim} features for {source}: neither {FOLDERS[0]} beside it nor "
+        f"{FOLDERS[1]} is one; give its folder as image_encoder"
+    )
+
+
+def width_of(encoder: CLIPImageConfig, adapter: IPAdapterConfig) -> int:
+    """Features of what an adapter reads of an encoder."""
+    return encoder.projection_dim if adapter.resampler is None else encoder.width
+
+
+def _beside(source: str | Path) -> Iterator[Callable[[str], str]]:
+    """Names of files in each of FOLDERS, of the Hub where the source is."""
+    text, at, revision = (str(source), "", "") if os.path.exists(source) else str(source).partition("@")
+    for folder in FOLDERS:
+        place = os.path.normpath(PurePosixPath(text).parent / folder)
+        yield lambda file, place=place: f"{os.path.join(place, file)}{at}{revision}"
