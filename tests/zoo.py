@@ -14,6 +14,7 @@ from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.unet import UNetConfig
 from sdjax.models.unet2d import UNet2DConfig
 
+FACTOR = 2  # pixels of a latent, along each side
 SIDE = 16  # pixels of an image, in height and in width
 BATCH = 2  # images
 STEPS = 4  # of a sampler

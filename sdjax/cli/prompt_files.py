@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdjax.core.errors import UserError, unknown
+from sdjax.data.image_inputs import listed
 from sdjax.pipeline.options import OPTIONS as TABLE
 from sdjax.pipeline.options import Option, parse_value
 
@@ -83,9 +84,10 @@ def parse_line(line: str, place: str) -> PromptLine:
             raise unknown("flag", f"--{flag}", (f"--{option}" for option in OPTIONS), place)
         if text is None:
             raise UserError(f"--{flag} in {place} has no value")
-        if name in overrides:
+        if name in overrides and not OPTIONS[name].many:
             raise UserError(f"--{flag} in {place} is there already")
-        overrides[name] = text if name == "prompt" else parse_value(name, text, f"{place}, --{flag}")
+        value = text if name == "prompt" else parse_value(name, text, f"{place}, --{flag}")
+        overrides[name] = [*listed(overrides[name]), value] if name in overrides else value
     if "prompt" in overrides:
         if prompt:
             raise UserError(f"--prompt in {place}: the line begins with another prompt, {prompt[:40]!r}")

@@ -309,9 +309,15 @@ def _check_scales(name: str, value: Any, place: str) -> Any:
     return [pair[0] if len(pair) == 1 else pair for pair in numbers]
 
 
-def parse_value(name: str, text: str, place: str) -> Any:
-    """A value of an option that is written as text at a place, e.g. a flag; errors as of `check_value`."""
+def parse_value(name: str, text: str | Sequence[str], place: str) -> Any:
+    """A value of an option that is written as text at a place, e.g. a flag; errors as of `check_value`.
+
+    Several texts, of a flag that is repeated, are a list; one alone is none.
+    """
     option = OPTIONS[name]
+    if not isinstance(text, str):
+        values = [parse_value(name, one, place) for one in text]
+        return values if len(values) > 1 else values[0]
     if option.kind is Scales:
         parts = [[parse_number(name, number, float, place) for number in part.split(":")] for part in text.split(",")]
         return check_value(name, parts if len(parts) > 1 or len(parts[0]) > 1 else parts[0][0], place)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch_reference import GAINS, channels_first, channels_last, drawn, randomised, translated
-from zoo import UNETS
+from zoo import FACTOR, UNETS
 
 from sdjax.checkpoints.mapping import places
 from sdjax.checkpoints.networks import controlnet as conversion
@@ -20,7 +20,6 @@ from sdjax.models.unet import UNet
 
 # Of diffusers' ControlNetModel.from_unet on the published UNets; the small one is of XL's 1-block transformers.
 TOTALS = {"sd1": 361_279_120, "sd2": 364_228_240, "sdxl": 1_251_014_160, "sdxl_small": 292_596_240}
-FACTOR = 2  # pixels of a latent, as the tiny autoencoders have it
 
 
 def reference(name: str, gain: float = 1.0, **config: Any) -> ControlNetModel:

@@ -15,10 +15,14 @@ import pytest
 import torch
 import zoo
 from tiny_checkpoints import tiny_checkpoint
+from torch_reference import drawn
 
 import sdjax
-from sdjax.checkpoints.layouts.diffusers import write_checkpoint
+from sdjax.checkpoints.checkpoint import Component
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
+from sdjax.checkpoints.networks import controlnet
 from sdjax.data.text.tokenizer_training import train_tokenizer
+from sdjax.models.controlnet import config_for
 
 WORDS = ("red heart", "blue cat with a hat", "a painting of a dog", "flag: Norway", "smiling face")
 VOCABULARY = 560  # room for all bytes, so that any prompt has tokens of its own
@@ -54,6 +58,21 @@ def folders(tmp_path_factory, checkpoints):
 def opened(folders):
     """opened(family, **scheduler): the pipeline of this library."""
     return functools.cache(lambda family, **scheduler: sdjax.load(folders(family, **scheduler)))
+
+
+@pytest.fixture(scope="session")
+def nets(tmp_path_factory):
+    """nets(family, seed, **changes): the folder of a ControlNet with random weights."""
+    parent = tmp_path_factory.mktemp("controlnets")
+
+    @functools.cache
+    def made(family: str, seed: int = 0, **changes: Any) -> str:
+        config = config_for(zoo.UNETS[family], zoo.FACTOR, **changes)
+        folder = parent / "_".join([family, str(seed), *changes])
+        write_component(folder, "controlnet", Component(config, drawn(controlnet.shapes(config), seed)))
+        return str(folder)
+
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -12,33 +12,13 @@ import torch
 import zoo
 from PIL import Image
 from test_against_diffusers import SAMPLERS, check, to_torch
-from torch_reference import drawn
 
 import sdjax
-from sdjax.checkpoints.checkpoint import Component
-from sdjax.checkpoints.layouts.diffusers import write_component
-from sdjax.checkpoints.networks import controlnet
-from sdjax.models.controlnet import config_for
 
 PROMPTS, NEGATIVES = ["red heart", "a painting of a dog"], ["blue cat", "flag"]
-STEPS, FACTOR = 5, 2
+STEPS = 5
 HINT = Image.fromarray(np.random.default_rng(5).integers(0, 256, (zoo.SIDE, zoo.SIDE, 3)).astype(np.uint8))
 SECOND = HINT.transpose(Image.Transpose.ROTATE_90)
-
-
-@pytest.fixture(scope="session")
-def nets(tmp_path_factory):
-    """nets(family, seed, **changes): the folder of a ControlNet with random weights."""
-    parent = tmp_path_factory.mktemp("controlnets")
-
-    @functools.cache
-    def made(family: str, seed: int = 0, **changes: Any) -> str:
-        config = config_for(zoo.UNETS[family], FACTOR, **changes)
-        folder = parent / "_".join([family, str(seed), *changes])
-        write_component(folder, "controlnet", Component(config, drawn(controlnet.shapes(config), seed)))
-        return str(folder)
-
-    return made
 
 
 @pytest.fixture(scope="session")

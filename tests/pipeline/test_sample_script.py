@@ -428,3 +428,26 @@ def test_help(run):
     code, out, err = run("--help")
     assert (code, err) == (0, "")
     assert "python sample.py --config" in out
+
+
+def test_commands_take_hints_by_flag_line_and_grid(run, nets, tmp_path):
+    """The same image by flags, by a line of a prompt file, by a cell of a grid, and by its own record."""
+    colors = np.random.default_rng(5).integers(0, 256, (2, SIDE, SIDE, 3)).astype(np.uint8)
+    for name, image in zip("ab", colors, strict=True):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    model = ["--controlnet", nets("sd1"), "--controlnet", nets("sd1", 1)]
+    hints = "--control_image a.png --control_image b.png --control_mode prompt"
+    (tmp_path / "lines.txt").write_text(f"red heart {hints} --control_scale 0.5,1 --steps 2\nflag {hints} --steps 2\n")
+    for folder, flags in {
+        "flags": ["--prompt=red heart", *hints.split(), "--control_scale=0.5,1", "--steps=2"],
+        "lines": ["--from_file=lines.txt"],
+        "grid": ["--prompt=red heart", *hints.split(), "--steps=2", "--grid=control_scale=0,1"],
+    }.items():
+        code, _, err = run(*model, *flags, f"--outdir={folder}")
+        assert code == 0, err
+    code, _, err = run("--from_image=flags/00000.png", "--outdir=again")
+    assert code == 0, err
+    for other in ("lines", "again"):
+        np.testing.assert_array_equal(pixels(tmp_path / "flags/00000.png"), pixels(tmp_path / f"{other}/00000.png"))
+    assert np.abs(pixels(tmp_path / "grid/00000.png") - pixels(tmp_path / "grid/00001.png")).max() > 10
+    assert pixels(tmp_path / "lines/00001.png").shape == (SIDE, SIDE, 3), "as large as the hint"

@@ -16,7 +16,13 @@ from sdjax.pipeline.options import LOAD_OPTIONS, OPTIONS
 RENAMED = {"embedding": "embeddings"}
 TEXTS = ("prompt", "model", "checkpoint", *LOAD_OPTIONS)
 # What JSON may have for options whose values are more than one thing.
-KINDS: dict[str, tuple[type, ...]] = {"class_label": (str, int), "layout": (str, list), "embeddings": (list,)}
+KINDS: dict[str, tuple[type, ...]] = {
+    "class_label": (str, int),
+    "control_image": (str, list),
+    "controlnet": (list,),
+    "embeddings": (list,),
+    "layout": (str, list),
+}
 # Options of a call that makes several images.
 FOREIGN = ("num_images", "first_index")
 

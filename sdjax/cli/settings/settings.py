@@ -10,7 +10,7 @@ from typing import Any
 
 from sdjax.cli.settings.names import OWN_TIMESTEPS, Dialect, run_share, sampler_of, schedule_of
 from sdjax.core.errors import UserError, unknown
-from sdjax.pipeline.options import OPTIONS, Pair, check_value, parse_value
+from sdjax.pipeline.options import OPTIONS, Pair, Scales, check_value, parse_value
 from sdjax.pipeline.seeds import RANDOM
 
 # Options that have another name in the settings of one image.
@@ -177,7 +177,7 @@ def _checked(name: str, value: Any, place: str, exact: bool) -> Any:
     """A value of an option, a model's name or a prompt; a short UserError where it is of another type or range."""
     row = OPTION_OF.get(name, name)
     option = OPTIONS.get(row)
-    if option is None or not (option.is_number or option.kind is Pair):
+    if option is None or not (option.is_number or option.kind in (Pair, Scales)):
         if not isinstance(value, str):
             raise UserError(f"{name} {brief(value)!r} in {place} is not a text")
         if option is not None and option.choices and value not in option.choices:
