@@ -37,13 +37,14 @@ OPENMOJI = "checkpoints/openmoji"
 def get_config(arg: str = OPENMOJI) -> Config:
     """arg: the model to begin from; "openmoji" for line drawings of it, "openmoji_tiny" for the tests."""
     config = finetune.get_config(OPENMOJI if arg.startswith("openmoji") else arg).unlock()
-    config.model.controlnet = {}  # fields of sdjax.models.controlnet.ControlNetConfig, e.g. {"zero_hint": False}
+    config.model.controlnet = {"zero_hint": True}  # as published; False: the hint is heard from the first step on
     config.task.update(controlnet="", latents="encoded", dropout=0.5, timestep_range=(0, 1000), export_dtype="float32")
     config.data.update(control_from="", flip=False)
     config.optim.update(learning_rate=1e-5, warmup_steps=0, weight_decay=0.01, ema_decay=0.0)
     config.train.update(steps=4000, batch_size=4, log_every=50, sample_every=500, checkpoint_every=500)
     config.train.trainable = ("controlnet",)
     config.sample.count = 4
+    config.eval = {"split": "held_out", "images": 32, "steps": 10, "batch_size": 8, "seed": 0}
     return locked(openmoji(config, "tiny" in arg) if arg.startswith("openmoji") else config)
 
 

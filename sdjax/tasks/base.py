@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from sdjax.checkpoints.controlnets import CONTROLNET
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.data.identity import identity_of
@@ -18,7 +19,6 @@ from sdjax.data.sources import open as sources
 from sdjax.data.sources.base import CONDITIONING_IMAGE
 from sdjax.data.sources.rules import RowRules
 from sdjax.data.transforms import crops
-from sdjax.diffusion_model.conditioners.control import CONTROLNET
 from sdjax.ops.partition import constrain
 from sdjax.parallel.batches import rows_of_process
 

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from sdjax.checkpoints.checkpoint import Checkpoint
-from sdjax.checkpoints.layouts.diffusers import read_component, write_checkpoint, write_component
+from sdjax.checkpoints.checkpoint import Checkpoint, ReadOptions
+from sdjax.checkpoints.controlnets import CONTROLNET, read_controlnet
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
 from sdjax.checkpoints.open import resolve
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
@@ -26,7 +27,7 @@ from sdjax.data.hints.makers import CONTROL_IMAGE
 from sdjax.data.sources.base import CONDITIONING_IMAGE
 from sdjax.data.transforms.conditions import MakeHint
 from sdjax.diffusion_model.conditioner import Columns, Combined, in_unit_range
-from sdjax.diffusion_model.conditioners.control import CONTROLNET, ControlConditioner
+from sdjax.diffusion_model.conditioners.control import ControlConditioner
 from sdjax.models.controlnet import ControlNetConfig, config_for, trainable_copy
 from sdjax.models.unet import UNetConfig
 from sdjax.tasks.conditions import TrainingCondition
@@ -77,7 +78,7 @@ def first_weights(config: Config, sizes: ControlNetConfig, unet: Params, put: De
     if not source:
         copied = jax.jit(trainable_copy, static_argnums=0)(sizes, unet, stream(config.train.seed, "drawn", CONTROLNET))
         return jax.tree.map(lambda leaf: leaf.astype(np.float32), copied)
-    found = read_component(resolve(source), CONTROLNET, place=put)
+    found = read_controlnet(resolve(source, component=CONTROLNET), ReadOptions(place=put))
     if replace(found.config, zero_hint=sizes.zero_hint) != sizes:
         raise UserError(f"config.task.controlnet: {source} is {found.config}, the base needs {sizes}")
     return dict(found.params)

@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
 from sdjax.checkpoints.checkpoint import Checkpoint, Component
+from sdjax.checkpoints.controlnets import CONTROLNET
 from sdjax.checkpoints.layouts.diffusers import ZEROS, read_config, write_checkpoint
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.open import within_workdir
@@ -42,7 +43,6 @@ from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion.loss import hybrid_loss, posterior_tables
 from sdjax.diffusion_model.conditioner import Columns, Conditioner
 from sdjax.diffusion_model.conditioners import TEXT
-from sdjax.diffusion_model.conditioners.control import CONTROLNET
 from sdjax.diffusion_model.conditioners.text import NULL
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, DiffusionModel, backbone_of, check_fit
 from sdjax.models import autoencoder, unet, unet2d

@@ -22,7 +22,8 @@ from sdjax.checkpoints.layouts.diffusers import read_component, read_folder
 from sdjax.checkpoints.networks import controlnet as conversion
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten, merge
-from sdjax.models.controlnet import config_for
+from sdjax.models.conditioning import Cond, apply
+from sdjax.models.controlnet import config_for, controlnet_of
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import sharded_put
 from sdjax.tasks.diffusion import make_model
@@ -179,9 +180,6 @@ def test_a_trained_net_is_a_folder_that_diffusers_loads(unlocked, folders, pairs
         np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32),
         np.ones((2, 12, 64), np.float32),
     )
-    from sdjax.models.conditioning import Cond, apply
-    from sdjax.models.controlnet import controlnet_of
-
     hint = np.random.default_rng(1).random((2, 16, 16, 3), np.float32)
     t = np.array([900.0, 20.0], np.float32)
     found = jax.jit(lambda p: apply(controlnet_of(ours.config), p, x, t, Cond(context), hint))(ours.params)
