@@ -5,13 +5,15 @@
     python -m sdjax.eval --autoencoder FOLDER --real SOURCE [--size 256]
     python -m sdjax.eval --pixels FOLDER --real SOURCE [--steps 50]
     python -m sdjax.eval --config configs/openmoji.py [--checkpoint FOLDER]
+    python -m sdjax.eval --config configs/controlnet.py:openmoji --checkpoint FOLDER
 
 SAMPLES is a folder of images. SOURCE is a folder of images, a data source as configs name it (openmoji:held_out,
 tfds:NAME, webdataset:PATTERN ...), or an .npz file of statistics (pytorch-fid's, guided-diffusion's). Metrics: fid,
 sfid, kid, inception_score, precision_recall; in pairs, by order of names: psnr, ssim, lpips; and clip_score, of the
 prompts in the JSON files that sample.py writes beside images, by a CLIP of the Hub's layout. An autoencoder is judged
 by all pairs and its reconstructions' FID; one with a codebook also by how much of it is used; a model of pixels by bits
-per dimension over --steps of its timesteps, with its learned variance, where it has one, and with the fixed ones.
+per dimension over --steps of its timesteps, with its learned variance, where it has one, and with the fixed ones; a
+ControlNet by how well its images' edges agree with their hints (F1), with it and without it.
 Networks that judge need their published weights; what a missing file is called, and where it was looked for, is said,
 and the rest is computed. --batch_size is a device's, --kid_subset and --splits are KID's and the Inception Score's,
 --limit takes some images.
@@ -40,6 +42,7 @@ from sdjax.data.sources.rules import ANY
 from sdjax.eval.bits import bits
 from sdjax.eval.checkpoint import evaluate
 from sdjax.eval.comparison import METRICS, MetricOptions, Real, chosen, compare, read_statistics
+from sdjax.eval.edges import evaluate_control
 from sdjax.eval.first_stage import judge
 from sdjax.eval.subset import Evenly
 
@@ -72,7 +75,8 @@ def main() -> None:
 def _figures(values: flags.FlagValues) -> dict[str, Any]:
     flag: dict[str, Any] = {name: values[name].value for name in (*TEXTS, *INTEGERS)}
     if config := values["config"].value:
-        return evaluate(config, flag["checkpoint"] or config.sample.checkpoint)
+        judge_run = evaluate_control if "controlnet" in config.model else evaluate
+        return judge_run(config, flag["checkpoint"] or config.sample.checkpoint)
     judged = [name for name in ("fake", "autoencoder", "pixels") if flag[name]]
     if len(judged) != 1:
         raise UserError(f"one of --fake, --autoencoder, --pixels and --config is required; given: {len(judged)}")
