@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sdjax.checkpoints.checkpoint import FORMATS
+from sdjax.checkpoints.checkpoint import ALL_FORMATS, FORMATS
 from sdjax.core.errors import UserError
 from sdjax.core.tree import nbytes
-from sdjax.models import autoencoder, clip, unet
+from sdjax.models import autoencoder, clip, controlnet, unet
 from sdjax.parallel.audit import LIMIT, audit, check
 from sdjax.parallel.sharding import spec_of
 
 ROOT = Path(__file__).parents[2]
 NETWORKS = [("unet", name, unet.VARIANTS[name]) for name in ("sd1", "sd2", "x4_upscaler", "sdxl", "sdxl_refiner")]
+NETWORKS += [("controlnet", name, config) for name, config in controlnet.VARIANTS.items()]
 NETWORKS += [("vae", name, config) for name, config in autoencoder.VARIANTS.items()]
 NETWORKS += [("text_encoder", name, config) for name, config in clip.VARIANTS.items()]
 
@@ -27,7 +28,7 @@ NETWORKS += [("text_encoder", name, config) for name, config in clip.VARIANTS.it
 @pytest.mark.parametrize(("kind", "name", "config"), NETWORKS, ids=[f"{kind}-{name}" for kind, name, _ in NETWORKS])
 def test_at_most_one_percent_of_the_bytes_is_replicated(kind, name, config):
     """For fsdp 2 to 64; and a device of n holds an n-th of the rest."""
-    shapes = FORMATS[kind].shapes(config)
+    shapes = ALL_FORMATS[kind].shapes(config)
     for fsdp in (2, 4, 8, 16, 32, 64):
         found = audit(shapes, {"fsdp": fsdp})
         assert found.total == nbytes(shapes)

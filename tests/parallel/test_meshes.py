@@ -16,12 +16,14 @@ import pytest
 import zoo
 from children import HASTY
 from PIL import Image
+from tiny_checkpoints import tiny_checkpoint
 from torch_reference import drawn
 
 import train
 from configs import openmoji, stable_diffusion_training
 from sdjax.checkpoints.checkpoint import FORMATS, Component
-from sdjax.checkpoints.layouts.diffusers import write_component
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
+from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.parallel.mesh import shapes_of, text_of
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,7 @@ SCRIPT = Path(__file__).with_name("on_meshes.py")
 OTHERS = {
     "adm": "configs/pixels.py:adm_64_tiny",
     "classifier": "configs/classifiers.py:adm_64_tiny",
+    "controlnet": "configs/controlnet.py",
     **{name: f"configs/ldm.py:{name}_tiny" for name in ("celebahq", "cin256", "layout", "semantic", "inpainting")},
 }
 EVERY = [text_of(shape) for shape in shapes_of(8)]
@@ -130,6 +133,15 @@ def quantised(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def controlled(tmp_path_factory) -> list[str]:
+    """The flags for a model that a ControlNet is trained beside, with hints made of the images."""
+    folder = tmp_path_factory.mktemp("controlled") / "model"
+    write_checkpoint(folder, tiny_checkpoint("sd1", TOKENIZER_FOLDERS / "clip_l", 49408, length=77))
+    changes = {"task.initial": folder, "data.control_from": "blur:2", "sample.steps": 2}
+    return [f"--config.{key}={value}" for key, value in changes.items()]
+
+
+@pytest.fixture(scope="session")
 def annotated(pictures, tmp_path_factory) -> Path:
     """Images with classes, boxes and label maps."""
     folder, lines = tmp_path_factory.mktemp("annotated"), []
@@ -147,6 +159,7 @@ def annotated(pictures, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("case", OTHERS)
 def test_other_systems_are_the_same_on_three_meshes(case, annotated, tmp_path, request):
     flags = [request.getfixturevalue("quantised")] if "ldm.py" in OTHERS[case] else []
+    flags += request.getfixturevalue("controlled") if case == "controlnet" else []
     finish(start(case, annotated, tmp_path / "one.npz", ["data=1"], 1, *flags))
     finish(start(case, annotated, tmp_path / "eight.npz", QUICK, 8, *flags))
     compare(case, tmp_path, QUICK, ["one", "eight"])
