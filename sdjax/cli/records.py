@@ -7,7 +7,7 @@ AUTOMATIC1111/stable-diffusion-webui.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdjax.core.errors import UserError
 from sdjax.core.files import atomic_write, write_text
+from sdjax.data.text.lora_tags import read_tags
 from sdjax.pipeline.options import OPTIONS
 
 # The text chunk that holds the record as JSON, word for word.
@@ -86,12 +87,20 @@ def parameters(record: Mapping[str, Any]) -> str:
         # There 1 is none, and 2 leaves out one layer.
         "Clip skip": record["clip_skip"] + 1 if get("clip_skip") else None,
         "RNG": "CPU" if get("rng") == "torch" else None,
+        "Lora hashes": ", ".join(f"{name}: {digits}" for name, *_, digits in get("loras") or () if digits) or None,
     }
-    lines = [record["prompt"]]
+    lines = [_tagged(record["prompt"], get("loras") or ())]
     if get("negative_prompt"):
         lines.append(f"{NEGATIVE} {record['negative_prompt']}")
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def _tagged(prompt: str, loras: Sequence[Any]) -> str:
+    """The prompt with a tag for each LoRA that it does not name."""
+    named = {tag.name for tag in read_tags(prompt)[1]} if loras else {}
+    tags = [f"<lora:{name}:{text:g}:{unet:g}>" for name, unet, text, _ in loras if name not in named]
+    return " ".join([prompt, *tags])
 
 
 def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"], record: Mapping[str, Any]) -> None:

@@ -202,8 +202,8 @@ def build_model(
     if ADAPTER in configs:
         parts.append(ImagePromptConditioner(configs[ADAPTER], configs[ENCODER], dtype))
     if checkpoint.loras:
-        _, blocks = blocks_of(layers_of(configs))
-        parts.append(LoraConditioner(checkpoint.loras, tuple(blocks.items())))
+        names, blocks = blocks_of(layers_of(configs))
+        parts.append(LoraConditioner(checkpoint.loras, tuple(blocks.items()), names))
     if nets := tuple(config for name, config in configs.items() if name.startswith(CONTROLNET)):
         parts.append(ControlConditioner(nets, dtype))
     backbone = backbone_of(configs[BACKBONE], dtype)

@@ -78,7 +78,8 @@ def load(source: Source, dtype: str = "float32", mesh: Mesh | None = None, **opt
         own = few_step_defaults(name, checkpoint.scheduler, distilled, path.is_file())
         checkpoint = dataclasses.replace(checkpoint, settings={**own, **checkpoint.settings})
     refiner = load(cast(Any, given["refiner"]), dtype, mesh) if given.get("refiner") else None
-    return Pipeline(name, checkpoint, model, cast(Any, tokenizers), dtype, mesh, refiner)
+    lora_dir = None if "lora_dir" not in given else Path(cast(Any, given["lora_dir"])).expanduser()
+    return Pipeline(name, checkpoint, model, cast(Any, tokenizers), dtype, mesh, refiner, lora_dir)
 
 
 def load_conditional(source: Source, *args: Any, **options: Any) -> Pipeline:
@@ -99,9 +100,9 @@ def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Put) -> Check
         checkpoint = add_controlnets(_controlnets(given["controlnet"], ReadOptions(dtype, place)))(checkpoint)
     if "embeddings" in given:
         checkpoint = add_embeddings(given["embeddings"])(checkpoint)
-    if "lora" in given:
-        files = [find_lora(source) for source in given["lora"]]
-        checkpoint = (merge_loras(files) if given.get("merge") else add_loras(files, place))(checkpoint)
+    for name, patch in (("merge_lora", merge_loras), ("lora", add_loras)):
+        if name in given:
+            checkpoint = patch([find_lora(source) for source in given[name]], place)(checkpoint)
     if "image_encoder" in given and "ip_adapter" not in given:
         raise UserError(f"image_encoder {str(given['image_encoder'])!r} changes nothing without an ip_adapter")
     if "ip_adapter" in given:

@@ -215,7 +215,10 @@ class LoadOptions(TypedDict, total=False):
     lora: Annotated[
         Sequence[str | Path], Option("LoRA, of any kind and naming: FILE or FILE:0.8", scope="load", many=True)
     ]
-    merge: Annotated[bool | None, Option("whether LoRAs are merged into the weights at their strengths", scope="load")]
+    merge_lora: Annotated[
+        Sequence[str | Path], Option("LoRA at a fixed strength, merged into the weights", scope="load", many=True)
+    ]
+    lora_dir: Annotated[str | Path | None, Option("folder of LoRAs, which prompts name: <lora:name:0.8>", scope="load")]
     refiner: Annotated[str | Path | None, Option("checkpoint that takes over the last steps", scope="load")]
     ip_adapter: Annotated[
         str | Path | None, Option("IP-Adapter, by which images are prompts: a file, local or of the Hub", scope="load")

@@ -12,16 +12,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from sdjax.checkpoints.checkpoint import ADDITIONS, Checkpoint
+from sdjax.checkpoints.checkpoint import ADDITIONS, Checkpoint, LoadedLora
 from sdjax.checkpoints.layouts.diffusers import check_target_folder, write_checkpoint
+from sdjax.checkpoints.lora.patch import add_loras
+from sdjax.checkpoints.mapping import Put
 from sdjax.core.errors import UserError
 from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.diffusion.samplers import SamplerTable, network_calls
 from sdjax.diffusion_model.conditioner import Host
 from sdjax.diffusion_model.conditioners.text import TextConditioner
-from sdjax.diffusion_model.model import DiffusionModel
+from sdjax.diffusion_model.model import DiffusionModel, build_model
 from sdjax.models.autoencoder import AnyAutoencoder, has_same_scale
 from sdjax.models.lora import strip_factors
+from sdjax.parallel.sharding import sharded_put
 from sdjax.pipeline.devices import Devices
 from sdjax.pipeline.execute import run
 from sdjax.pipeline.options import Options, Progress
@@ -41,6 +44,7 @@ class Pipeline:
         refiner: another pipeline that takes over the last noise levels; None without one.
         dtype: of the arithmetic of backbone and text encoders.
         devices: where its arrays go.
+        lora_dir: folder of LoRAs that prompts may name; None without one.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Pipeline:
         dtype: str = "float32",
         mesh: Mesh | None = None,
         refiner: Pipeline | None = None,
+        lora_dir: Path | None = None,
     ) -> None:
         """Take a checkpoint whose parameters are on the devices already.
 
@@ -74,7 +79,7 @@ class Pipeline:
             if not has_same_scale(refiner.model.scale, model.scale):
                 scales = f"are scaled by {refiner.model.scale:g}, not {model.scale:g}"
                 raise UserError(f"{refiner.name} cannot refine what {name} makes: the latents that it knows {scales}")
-        self.refiner = refiner
+        self.refiner, self.lora_dir = refiner, lora_dir
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -97,6 +102,11 @@ class Pipeline:
         return self.model.config.guidance_dim is not None
 
     @property
+    def loras(self) -> tuple[LoadedLora, ...]:
+        """Files of LoRA that were loaded and not merged."""
+        return self.checkpoint.loras
+
+    @property
     def text(self) -> TextConditioner:
         """The conditioner of prompts; one without encoders for models that take none."""
         parts = getattr(self.model.conditioner, "parts", (self.model.conditioner,))
@@ -113,6 +123,20 @@ class Pipeline:
         """Facts for encoding conditions of images of this height and width, sampled by a table."""
         latents, rows = self.model.latent_shape(size)[:2], len(table.sigma)
         return Host(self.name, self.settings, self.tokenizers, size, latents, rows, network_calls(table))
+
+    def add_loras(self, files: Sequence[tuple[Path, float]]) -> None:
+        """Load further LoRAs, at strengths for calls that name none; what was prepared before has none of them.
+
+        Raises:
+            UserError: a file cannot be read, or is for another base.
+        """
+        mesh = self.devices.mesh
+        place: Put = (lambda array, name: jax.device_put(array)) if mesh is None else sharded_put(mesh)
+        parts = {n: dataclasses.replace(part, params=self.params[n]) for n, part in self.checkpoint.components.items()}
+        patched = add_loras(files, place)(dataclasses.replace(self.checkpoint, components=parts))
+        self.params = {name: dict(part.params) for name, part in patched.components.items()}
+        self.checkpoint = dataclasses.replace(self.checkpoint, loras=patched.loras)
+        self.model = build_model(self.checkpoint, self.tokenizers, self.model.backbone.dtype, self.name)
 
     def save(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write a folder that diffusers loads, where it has a class for the model.

@@ -15,9 +15,11 @@ from sdjax.core.errors import UserError
 from sdjax.data.image_inputs import check_mask_size, listed, load_image, load_mask, size_of
 from sdjax.data.text.prompt_editing import Pass
 from sdjax.diffusion.samplers import SamplerTable, network_calls, sampler_of, schedule_of, start_of, table_for
+from sdjax.diffusion_model.conditioners.lora import LORA_SCALE
 from sdjax.diffusion_model.conditioners.upscale import NOISE, SMALL
 from sdjax.diffusion_model.sampling import ConditionSchedule
 from sdjax.pipeline.edited_prompts import edit_prompts, needs_null
+from sdjax.pipeline.loras import load_named, record_of, with_strengths
 from sdjax.pipeline.noise import Draws, TorchNoise, TorchRow
 from sdjax.pipeline.options import OPTIONS, check_int, check_options
 from sdjax.pipeline.seeds import drawn_seed
@@ -134,6 +136,7 @@ def prepare(
     first = check_int("first_index", given.get("first_index", 0), 0, 2**31 - 1 - len(entries) * count)
     tables = [make_rows(pipe, given)] if pipe.refiner is None else hand_over(pipe, given)
     images = inputs_of_images(pipe, entries, given, first)
+    load_named(pipe, images)
     made = {key: _prepare_entry(pipe, entry, given, size, tables) for key, entry in {id(e): e for e in images}.items()}
     rows = [made[id(entry)]._replace(index=first + i) for i, entry in enumerate(images)]
     rows = _with_noise(pipe, rows, given, len(entries))
@@ -345,14 +348,17 @@ def _prepare_entry(
     if entry.get("init_image") is not None and pipe.begins_from_images:
         image = inputs["init_image"] = load_image(entry["init_image"], size)
     first = 0 if given.get("strength") is None else start_of(given["steps"], given["strength"])
-    parts = []
+    parts, used = [], {}
+    if pipe.loras:
+        inputs = with_strengths(pipe, inputs, tables[0])
+        used = record_of(pipe, inputs[LORA_SCALE])
     for one, table in zip([pipe, pipe.refiner], tables, strict=False):
         assert one is not None, "a second table is a refiner's"
         # 1 or less is none, as in diffusers; so is 0 for models distilled to need none.
         guided = guidance > 1.0 and not one.is_distilled and one.model.has_null
         own, schedule = inputs, None
         if "syntax" in one.inputs and entry["syntax"] == "a1111":
-            guided = guided or needs_null(one, entry["prompt"])
+            guided = guided or needs_null(one, inputs["prompt"])
             own, schedule = edit_prompts(inputs, table, Pass(given["steps"], earlier_steps), first, guided)
         conditioner = one.model.conditioner
         columns = conditioner.encode(own, one.host(size, table))
@@ -370,7 +376,7 @@ def _prepare_entry(
         fresh=image is None or (mask is not None and given["strength"] == 1.0),
         paste=feather if mask is not None and given.get("paste", True) else None,
         tile=given["tile"],
-        settings=_record(pipe, entry, given),
+        settings={**_record(pipe, entry, given), **used},
     )
 
 

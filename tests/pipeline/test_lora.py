@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import sdjax
+from sdjax.checkpoints.lora.reading import hash_of
+from sdjax.core.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 
@@ -77,16 +79,23 @@ def lora_files(tmp_path_factory, in_diffusers):
 def with_loras(in_diffusers, monkeypatch):
     """with_loras(family, files, weights): diffusers' images with LoRAs, which are taken out again."""
     # The newest peft of PyPI is older than what transformers asks for, and does all the same.
-    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda *a, **k: None)
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda *args, **options: None)
 
-    def images(family: str, files, weights, noise: np.ndarray) -> np.ndarray:
+    def images(family: str, files, weights, noise: np.ndarray, later=None) -> np.ndarray:
+        """`later` are the weights from the second step on."""
         pipe = in_diffusers(PIPELINES[family], family)
         names = [f"lora{i}" for i in range(len(files))]
+
+        def change(pipe, step, timestep, values):
+            if later is not None:
+                pipe.set_adapters(names, later)
+            return values
+
         try:
             for name, file in zip(names, files, strict=True):
                 pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
             pipe.set_adapters(names, weights)
-            size = {"width": zoo.SIDE, "height": zoo.SIDE}
+            size = {"width": zoo.SIDE, "height": zoo.SIDE, "callback_on_step_end": change}
             given = {"num_inference_steps": STEPS, "latents": to_torch(noise), "output_type": "np", **size, **HOW}
             return pipe(PROMPTS, **given).images
         finally:
@@ -95,22 +104,91 @@ def with_loras(in_diffusers, monkeypatch):
     return images
 
 
+@pytest.fixture
+def how(noise):
+    return {"steps": STEPS, "latents": noise, "width": zoo.SIDE, "height": zoo.SIDE, **HOW}
+
+
 def check(ours, theirs, base):
     assert np.abs(theirs - base).max() > 0.05, "the LoRA changes nothing"
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", PIPELINES)
-def test_strengths(family, folders, lora_files, with_loras, noise, compilations):
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_strengths(family, opened, folders, lora_files, with_loras, noise, how, compilations):
     """At 0.5, 1 and 1.3 and two stacked; strengths compile nothing, and 0 is the base to the bit."""
     files = [lora_files(family, 0), lora_files(family, 1)]
     pipe = sdjax.load(folders(family), lora=[f"{files[0]}:0.5", files[1]])
-    how = {"steps": STEPS, "latents": noise, "width": zoo.SIDE, "height": zoo.SIDE, **HOW}
     base = pipe(PROMPTS, lora_scale=0, **how)
-    np.testing.assert_array_equal(base, sdjax.load(folders(family))(PROMPTS, **how))
+    np.testing.assert_array_equal(base, opened(family)(PROMPTS, **how))
     compilations.clear()
     for scale in (0.5, 1.0, 1.3):
         check(pipe(PROMPTS, lora_scale=[scale, 0], **how), with_loras(family, files[:1], [scale], noise), base)
     both = with_loras(family, files, [0.5, 1.0], noise)
     check(pipe(PROMPTS, **how), both, base)
     assert not compilations
+
+
+@pytest.fixture(scope="module")
+def tagged(folders, lora_files):
+    """A pipeline that finds its LoRA in a folder when a prompt names it, and the LoRA's name."""
+    file = lora_files("sd1")
+    return sdjax.load(folders("sd1"), lora_dir=file.parent), file.stem
+
+
+def test_tags(tagged, ours, lora_files, with_loras, noise, how):
+    """Strengths of text encoder and UNet for one image of a batch; the other is the base's."""
+    pipe, name = tagged
+    made = pipe([f"{PROMPTS[0]} <lora:{name}:0.8:0.4>", PROMPTS[1]], **how)
+    base = ours(PROMPTS, **how)
+    expected = with_loras("sd1", [lora_files("sd1")], [{"unet": 0.4, "text_encoder": 0.8}], noise)
+    check(made[0], expected[0], base[0])
+    np.testing.assert_allclose(made[1], base[1], atol=1e-5)
+    np.testing.assert_array_equal(made[0], pipe(PROMPTS, lora_scale=[[0.4, 0.8]], **how)[0])
+    np.testing.assert_array_equal(pipe(PROMPTS, **how), base)  # a file of the folder acts where it is named
+
+
+def test_steps_of_a_tag(tagged, ours, lora_files, with_loras, noise, how):
+    pipe, name = tagged
+    weights = [[{"unet": unet, "text_encoder": 0.0}] for unet in (0.0, 1.0)]
+    for tag, order in (("start=1", weights), ("stop=1", weights[::-1])):
+        made = pipe([f"{prompt}<lora:{name}:te=0:unet=1:{tag}>" for prompt in PROMPTS], **how)
+        check(made, with_loras("sd1", [lora_files("sd1")], order[0], noise, order[1]), ours(PROMPTS, **how))
+
+
+def test_weights_of_blocks(tagged, ours, folders, lora_files, how, tmp_path):
+    """A list that leaves one block is a file whose other factors are zero."""
+    pipe, name = tagged
+    tensors = load_file(lora_files("sd1"))
+    middle = {n: t if "mid_block" in n or "lora_up" not in n else 0 * t for n, t in tensors.items()}
+    save_file(middle, tmp_path / "middle.safetensors")
+    alone = sdjax.load(folders("sd1"), lora=[tmp_path / "middle.safetensors"])(PROMPTS, **how)
+    weights = ",".join("1" if i == 13 else "0" for i in range(26))
+    made = pipe([f"{prompt}<lora:{name}:1:lbw={weights}>" for prompt in PROMPTS], **how)
+    check(made, alone, ours(PROMPTS, **how))
+
+
+def test_records(tagged):
+    """The prompt as written, and the LoRAs that act, with A1111's hash."""
+    pipe, name = tagged
+    rows = pipe.prepare([f"a cat <lora:{name}:0.5>", "a cat", f"a cat <lora:{name}:0>"], steps=2)
+    assert [row.settings["prompt"] for row in rows[:2]] == [f"a cat <lora:{name}:0.5>", "a cat"]
+    assert rows[0].settings["loras"] == [[name, 0.5, 0.5, hash_of(pipe.loras[0].path)]]
+    assert all("loras" not in row.settings for row in rows[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt", "message"),
+    [
+        ({"lora_scale": [1, 2, 3]}, "", "lora_scale has 3 values for 1 LoRAs"),
+        ({"lora_scale": [[1, 2, 3]]}, "", "choose a number for each, or a pair"),
+        ({}, "a <lora:other:1>", "unknown LoRA 'other' in the prompt"),
+        ({}, "a <lora:sd1_0:1:lbw=1,2>", "has 2 weights; lists have 17, 26, 12, 20"),
+    ],
+)
+def test_faults(options, prompt, message, tagged):
+    pipe, name = tagged
+    pipe.prepare(f"<lora:{name}:1>")
+    with pytest.raises(UserError) as error:
+        pipe.prepare(prompt, **options)
+    assert message in str(error.value)

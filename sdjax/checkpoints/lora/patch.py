@@ -54,8 +54,8 @@ def add_loras(files: Sequence[tuple[Path, float]], place: Put | None = None) -> 
     return patch
 
 
-def merge_loras(files: Sequence[tuple[Path, float]]) -> Patch:
-    """Files at fixed strengths in the checkpoint's weights, which keep their types; errors as of `add_loras`.
+def merge_loras(files: Sequence[tuple[Path, float]], place: Put | None = None) -> Patch:
+    """Files at fixed strengths in the checkpoint's weights, which keep their types; arguments as of `add_loras`.
 
     All differences are those of the weights as they were, so that the order of the files does not count.
     """
@@ -68,8 +68,8 @@ def merge_loras(files: Sequence[tuple[Path, float]]) -> Patch:
             here = [(entry_of(file, layers[name]), np.float32(scale)) for file, scale in read if name in file.layers]
             entries, strengths = zip(*here, strict=True)
             for leaf, array in _changed(own, entries, strengths).items():
-                host = isinstance(own[leaf], np.ndarray)
-                leaves[f"{name}/{leaf}"] = np.asarray(array) if host else jax.device_put(array, own[leaf].sharding)
+                at = f"{name}/{leaf}"
+                leaves[at] = (place or _kept)(np.asarray(array), at)
         return _with(checkpoint, params, leaves)
 
     return patch

@@ -19,10 +19,10 @@ TEXTS = ("prompt", "model", "checkpoint", *LOAD_OPTIONS)
 KINDS: dict[str, tuple[type, ...]] = {
     "class_label": (str, int),
     "control_image": (str, list),
-    "controlnet": (list,),
-    "embeddings": (list,),
     "layout": (str, list),
+    "lora_scale": (int, float, list),
 }
+KINDS |= {name: (list,) for name, option in LOAD_OPTIONS.items() if option.many}
 # Options of a call that makes several images.
 FOREIGN = ("num_images", "first_index")
 

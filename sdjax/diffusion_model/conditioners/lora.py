@@ -64,11 +64,13 @@ class LoraConditioner(Conditioner):
 
     Attributes:
         files: in the order of their entries in the parameters.
-        blocks: the block of each of the UNet's outermost modules, by number; those of none have the last one.
+        blocks: the block of each of the UNet's outermost modules, by number.
+        names: of the blocks; the last one is "", of what is in none.
     """
 
     files: tuple[LoadedLora, ...]
     blocks: tuple[tuple[str, int], ...]
+    names: tuple[str, ...] = ()
 
     @property
     def traits(self) -> Traits:
@@ -79,7 +81,7 @@ class LoraConditioner(Conditioner):
         given = inputs.get(LORA_SCALE)
         resolved = isinstance(given, list) and all(isinstance(one, Strength) for one in given)
         strengths: Any = given if resolved else strengths_of(self.files, given)
-        count = 1 + max(number for _, number in self.blocks)
+        count = len(self.names)
         text = np.array([one.text for one in strengths], np.float32)
         unet = np.array([np.multiply(one.unet, one.blocks or [1.0] * count) for one in strengths], np.float32)
         rows = np.arange(host.rows)[:, None]
@@ -104,6 +106,7 @@ class LoraConditioner(Conditioner):
         strengths, found = jnp.asarray(columns[FIXED]), {}
         for path, layer in _adapted(params):
             entries = {int(name): entry for name, entry in layer[LORA].items() if not is_branch(entry)}
+            entries = {number: entry for number, entry in entries.items() if number < len(strengths)}
             if entries:
                 own = [strengths[number, self._part(path)] for number in entries]
                 made = changed(layer, list(entries.values()), own)
@@ -113,10 +116,11 @@ class LoraConditioner(Conditioner):
     def adapt(self, params: Params, columns: Columns) -> Params:
         text, unet = (columns.get(name) for name in (TEXT_SCALES, UNET_SCALES))
 
-        def strength(path: str, number: int) -> Array | None:
-            if path.startswith(f"{UNET}/"):
-                return None if unet is None else jnp.asarray(unet)[:, number, self._part(path) - 1]
-            return None if text is None else jnp.asarray(text)[:, number]
+        def strength(path: str, number: int) -> Array | float | None:
+            scales = unet if path.startswith(f"{UNET}/") else text
+            if scales is None or number >= scales.shape[1]:  # prepared before the file was added
+                return None if scales is None else 0.0
+            return jnp.asarray(scales)[(slice(None), number, self._part(path) - 1)[: scales.ndim]]
 
         return _at_strengths(params, strength)
 
@@ -135,7 +139,7 @@ def _adapted(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _adapted(below, f"{path}/{name}" if path else name)
 
 
-def _at_strengths(tree: Tree, strength: Callable[[str, int], Array | None], path: str = "") -> dict[str, Any]:
+def _at_strengths(tree: Tree, strength: Callable[[str, int], Array | float | None], path: str = "") -> dict[str, Any]:
     """The tree with branches at their strengths, where there are some, and without entries that are no branches."""
     made: dict[str, Any] = {}
     for name, below in tree.items():
@@ -149,5 +153,5 @@ def _at_strengths(tree: Tree, strength: Callable[[str, int], Array | None], path
     return made
 
 
-def _scaled(entry: Mapping[str, Array], strength: Array | None) -> Mapping[str, Array]:
+def _scaled(entry: Mapping[str, Array], strength: Array | float | None) -> Mapping[str, Array]:
     return entry if strength is None else {**entry, "scale": entry["scale"] * strength}
