@@ -19,7 +19,7 @@ from sdjax.core.tree import Params
 from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.diffusion.denoise import check_prediction
 from sdjax.diffusion_model.conditioner import Combined, Conditioner, Network
-from sdjax.diffusion_model.conditioners import CONDITIONERS, TEXT
+from sdjax.diffusion_model.conditioners import CONDITIONERS, TEXT, t2i_adapter
 from sdjax.diffusion_model.conditioners.control import CONTROLNET, ControlConditioner
 from sdjax.diffusion_model.conditioners.guides import CLASSIFIER, ClassifierGuide, ImageGuide
 from sdjax.diffusion_model.conditioners.inpaint import InpaintConditioner
@@ -170,7 +170,7 @@ def build_model(
 
     Args:
         checkpoint: any that can be sampled; with a component "classifier", it guides; "controlnet", "controlnet_1",
-            ... act in that order; with an "ip_adapter" images are prompts.
+            ... act in that order, and so do "t2i_adapter", ...; with an "ip_adapter" images are prompts.
         tokenizers: by text encoder.
         dtype: of the arithmetic of backbone and text encoders; the autoencoder's is float32.
         place: of the checkpoint, for messages.
@@ -201,6 +201,8 @@ def build_model(
         parts.append(ClassifierGuide(configs[CLASSIFIER]))
     if ADAPTER in configs:
         parts.append(ImagePromptConditioner(configs[ADAPTER], configs[ENCODER], dtype))
+    if adapters := tuple(config for name, config in configs.items() if name.startswith(t2i_adapter.ADAPTER)):
+        parts.append(t2i_adapter.T2IAdapterConditioner(adapters, dtype))
     if checkpoint.loras:
         names, blocks = blocks_of(layers_of(configs))
         parts.append(LoraConditioner(checkpoint.loras, tuple(blocks.items()), names))

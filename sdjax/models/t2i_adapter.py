@@ -50,6 +50,17 @@ class T2IAdapterConfig:
         return (2,) if self.kind == "full_adapter_xl" else tuple(range(1, len(self.features)))
 
     @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Channels of each stage's features, and pixels along each of their sides."""
+        sides = [self.factor * 2 ** sum(halved <= i for halved in self.halved) for i in range(len(self.features))]
+        return tuple(zip(self.features, sides, strict=True))
+
+    def example_hint(self) -> Float[Array, "1 s s c"]:
+        """The smallest hint, for initialisation."""
+        side = self.places[-1][1]
+        return jnp.zeros((1, side, side, self.in_channels))
+
+    @property
     def blocks(self) -> int:
         """Residual blocks, each of which has parameters of its own."""
         return len(self.features) * self.layers

@@ -85,6 +85,16 @@ class UNetConfig:
         places.append(("mid_block_attentions_0", self.mid_depth, self.channels[-1]))
         return tuple(Transformer(*place) for place in places if place[1])
 
+    @property
+    def adapted(self) -> tuple[tuple[int, int], ...]:
+        """Channels, and latents along each side, of what an adapter's features are added to: each level, the middle.
+
+        A level without transformers takes them after it was halved, as diffusers adds them.
+        """
+        last = len(self.channels) - 1
+        sides = [2 ** (i + (not self.depths[i] and i < last)) for i in range(last + 1)]
+        return (*zip(self.channels, sides, strict=True), (self.channels[-1], 2**last))
+
     def example_inputs(self) -> tuple[Array, Array, Cond]:
         """Noisy latents, timesteps and a condition of the smallest size, for initialisation."""
         vector, guidance = (None if n is None else jnp.zeros((1, n)) for n in (self.vector_dim, self.guidance_dim))

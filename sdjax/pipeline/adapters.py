@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from sdjax.checkpoints.adapters import read_ip_adapter
+from sdjax.checkpoints.adapters import read_ip_adapter, read_t2i_adapter
 from sdjax.checkpoints.checkpoint import Checkpoint, Patch, ReadOptions
 from sdjax.checkpoints.layouts.diffusers import read_component
 from sdjax.checkpoints.networks import clip_image
 from sdjax.checkpoints.open import CONFIG, resolve
 from sdjax.core.errors import UserError
 from sdjax.core.untrusted import read_json
+from sdjax.diffusion_model.conditioners import t2i_adapter
 from sdjax.diffusion_model.conditioners.ip_adapter import ADAPTER, ENCODER
-from sdjax.diffusion_model.model import BACKBONE
+from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE
 from sdjax.models.clip_image import CLIPImageConfig
 from sdjax.models.ip_adapter import IPAdapterConfig
 from sdjax.models.unet import UNetConfig
@@ -42,6 +43,27 @@ def add_ip_adapter(source: str | Path, encoder: str | Path | None, how: ReadOpti
         adapter = read_ip_adapter(resolve(source), unet, how)
         tower = read_component(find_encoder(source, encoder, adapter.config), ENCODER, how.dtype, place=how.place)
         return checkpoint.replace_component(ADAPTER, adapter).replace_component(ENCODER, tower)
+
+    return patch
+
+
+def add_t2i_adapters(sources: str | Path | Sequence[str | Path], how: ReadOptions) -> Patch:
+    """T2I-Adapters, whose features add up: folders of diffusers', or files, local or of the Hub.
+
+    Raises:
+        UserError: by the patch, where one cannot be read or is for another UNet.
+    """
+
+    def patch(checkpoint: Checkpoint) -> Checkpoint:
+        unet, vae = (checkpoint.components[name].config for name in (BACKBONE, AUTOENCODER))
+        for number, source in enumerate([sources] if isinstance(sources, str | Path) else sources):
+            adapter = read_t2i_adapter(resolve(source, component=t2i_adapter.ADAPTER), how)
+            found, wanted = adapter.config.places, [(width, side * vae.factor) for width, side in unet.adapted]
+            if list(found) != wanted[: len(found)]:
+                said = [", ".join(f"{width} at 1/{side}" for width, side in each) for each in (found, wanted)]
+                raise UserError(f"t2i_adapter {str(source)!r} is for another UNet: it gives {said[0]}, not {said[1]}")
+            checkpoint = checkpoint.replace_component(t2i_adapter.numbered(t2i_adapter.ADAPTER, number), adapter)
+        return checkpoint
 
     return patch
 

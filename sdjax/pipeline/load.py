@@ -30,7 +30,7 @@ from sdjax.diffusion_model.conditioners.guides import CLASSIFIER
 from sdjax.diffusion_model.conditioners.tokens import BERT
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, build_model
 from sdjax.parallel.sharding import sharded_put
-from sdjax.pipeline.adapters import add_ip_adapter
+from sdjax.pipeline.adapters import add_ip_adapter, add_t2i_adapters
 from sdjax.pipeline.few_step import few_step_defaults
 from sdjax.pipeline.options import LOAD_OPTIONS, LoadOptions
 from sdjax.pipeline.pipeline import Pipeline
@@ -108,6 +108,8 @@ def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Put) -> Check
     if "ip_adapter" in given:
         how = ReadOptions(dtype, place)
         checkpoint = add_ip_adapter(given["ip_adapter"], given.get("image_encoder"), how)(checkpoint)
+    if "t2i_adapter" in given:
+        checkpoint = add_t2i_adapters(given["t2i_adapter"], ReadOptions(dtype, place))(checkpoint)
     return checkpoint
 
 

@@ -178,6 +178,9 @@ class Options(TypedDict, total=False):
         str | Mapping[str, Any] | None,
         Option('of SDXL: style, layout or both; or JSON of scales as {"up": {"block_0": [0, 1, 0]}}', grid=False),
     ]
+    t2i_image: Annotated[Images | None, _image("hint of a T2I-Adapter; of several a list with one for each")]
+    t2i_scale: Annotated[Number | Scales | None, Option("how strongly it acts, 1 as trained; of each where several")]
+    t2i_factor: Annotated[Number | None, Option("share of the steps, from the first, at which it acts", 0, 1)]
     classifier_scale: Annotated[Number | None, _condition("of a classifier's guidance", 0, grid=True)]
     lora_scale: Annotated[
         Number | Scales | None,
@@ -225,6 +228,10 @@ class LoadOptions(TypedDict, total=False):
     ]
     image_encoder: Annotated[
         str | Path | None, Option("folder of its CLIP, where that is not beside it; or of the Hub", scope="load")
+    ]
+    t2i_adapter: Annotated[
+        Sequence[str | Path],
+        Option("T2I-Adapters: folders or files, local or of the Hub", scope="load", many=True),
     ]
     classifier: Annotated[str | Path | None, Option("classifier of noisy images, for guidance", scope="load")]
     tokenizer: Annotated[str | Path | None, Option("folder with BERT's vocab.txt, for LDM's text models", scope="load")]

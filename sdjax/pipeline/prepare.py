@@ -36,7 +36,7 @@ SAMPLED = ("steps", "sampler", "schedule", "guidance_scale")
 UNRECORDED = ("num_images", "first_index", "wildcard_dir")
 # Options of which a list gives one value a prompt.
 LISTED = ("init_image", "mask", "depth", "class_label", "layout", "label_map", "neighbours", "resemble")
-LISTED += ("control_image", "ip_image")
+LISTED += ("control_image", "ip_image", "t2i_image")
 CONTROLS = tuple(name for name in OPTIONS if name.startswith("control_"))
 
 
@@ -180,8 +180,8 @@ def _conditions(pipe: Pipeline) -> str:
 
 
 def _is_listed(pipe: Pipeline, name: str, value: Any) -> bool:
-    """A layout is itself a list, as are the hints of several ControlNets; several of them are a list of lists."""
-    if name in ("layout", "control_image"):
+    """A layout is itself a list, as are the hints of several networks; several of them are a list of lists."""
+    if name in ("layout", "control_image", "t2i_image"):
         return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], list | tuple)
     if name == "neighbours":
         return isinstance(value, list | tuple)
@@ -201,6 +201,9 @@ def _check_used(pipe: Pipeline, given: Mapping[str, Any]) -> None:
         "ip_image": ("an IP-Adapter", "ip_image" in known),
         "ip_scale": ("an ip_image", "ip_image" in given),
         "ip_blocks": ("an ip_image", "ip_image" in given),
+        "t2i_image": ("a T2I-Adapter", "t2i_image" in known),
+        "t2i_scale": ("a t2i_image", "t2i_image" in given),
+        "t2i_factor": ("a t2i_image", "t2i_image" in given),
         "hires_strength": ("hires", "hires" in given),
         "torch_batch": ('rng="torch"', given.get("rng") == "torch"),
         "wildcard_dir": ('syntax="a1111"', given.get("syntax", "a1111") == "a1111"),

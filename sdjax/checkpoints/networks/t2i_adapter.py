@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from sdjax.checkpoints import config_fields, mapping
 from sdjax.checkpoints.config_fields import Field
@@ -41,10 +40,7 @@ TABLE = KeyTable(
 @functools.cache
 def shapes(config: T2IAdapterConfig) -> dict[str, Any]:
     """The parameters as a tree of `jax.ShapeDtypeStruct`; traced once a config, and shared: not to be changed."""
-    side = config.factor * 2 ** len(config.halved)
-    return mapping.traced(
-        T2IAdapter(config).init, jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
-    )
+    return mapping.traced(T2IAdapter(config).init, jax.eval_shape(config.example_hint))
 
 
 def from_diffusers_config(config: Mapping[str, Any], place: str = "config.json") -> T2IAdapterConfig:
