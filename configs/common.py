@@ -56,6 +56,7 @@ def base() -> Config:
                 "trainable": (),  # names of parameters, e.g. "unet" or "unet/*attn2*"; () all but the autoencoder's
                 "remat": "none",
                 "dtype": "float32",
+                "frozen_dtype": "float32",  # of the weights that do not learn, but the autoencoder's
                 "seed": 0,
                 "log_every": 50,  # 0: never, as for the next two
                 "sample_every": 1000,

@@ -55,6 +55,7 @@ TRAINING = (
     "classifiers",
     "finetune",
     "ldm",
+    "lora",
     "openmoji",
     "openmoji_ldm",
     "pixels",

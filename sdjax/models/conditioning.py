@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from sdjax.core.tree import Params
-from sdjax.models.lora import DROPOUT, with_branches
+from sdjax.models.lora import with_branches
 
 
 class KeysValues(NamedTuple):
@@ -46,14 +46,7 @@ class Cond(NamedTuple):
     features: Sequence[Float[Array, "b h w c"]] | None = None
 
 
-def apply(
-    module: nn.Module, params: Params, *inputs: Any, method: str | None = None, dropout: PRNGKeyArray | None = None
-) -> Any:
-    """Output of a module, or of a method of it, and of the LoRA factors among its parameters; no variable changes.
-
-    Args:
-        dropout: key of the factors' dropout; None for none.
-    """
+def apply(module: nn.Module, params: Params, *inputs: Any, method: str | None = None) -> Any:
+    """Output of a module, or of a method of it, and of the LoRA factors in its parameters; no variable changes."""
     with nn.intercept_methods(with_branches):
-        rngs = None if dropout is None else {DROPOUT: dropout}
-        return module.apply({"params": params}, *inputs, method=method, rngs=rngs)
+        return module.apply({"params": params}, *inputs, method=method)

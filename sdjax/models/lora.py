@@ -11,7 +11,7 @@ Factors stand in the tree of parameters beside the kernel that they change, one 
 | up | [r, o] |
 | scale | alpha / r times the strength: a scalar, or [b], one an image, where a network sees b * n rows |
 | magnitude | [o], DoRA's length of every output's weights (Liu et al. 2024); its scale is a scalar |
-| dropout | the probability that a value between `down` and `up` is zero, where there is a key to draw with |
+| dropout | probability that a value between `down` and `up` is zero, where `with_dropout` put a `key` beside it |
 
 `sdjax.models.conditioning.apply` adds them to what the dense and convolutional layers of any network return.
 """
@@ -33,8 +33,8 @@ from sdjax.core.prng import stream_below
 from sdjax.core.tree import Params, Tree, merge
 
 LORA, DROPOUT = "lora", "dropout"
-TRAINED = tuple(f"*/{LORA}/*/{leaf}" for leaf in ("down", "mid", "up", "magnitude"))
-"""Names of the leaves that learn, as patterns."""
+FIXED = tuple(f"*/{LORA}/*/{leaf}" for leaf in ("scale", DROPOUT))
+"""Leaves that never learn, as patterns of names."""
 
 Factors = Mapping[str, Array]
 """One entry of a layer."""
@@ -121,19 +121,15 @@ def fresh_factors(kernel: Array, sizes: Adaptation, key: PRNGKeyArray) -> dict[s
     return made
 
 
+def with_dropout(params: Tree, key: PRNGKeyArray, path: str = "") -> Params:
+    """The tree in which every entry with a dropout has a key of its own to draw with; traceable."""
+    made = {n: with_dropout(v, key, f"{path}/{n}") if isinstance(v, Mapping) else v for n, v in params.items()}
+    return {**made, "key": stream_below(key, path)} if DROPOUT in params else made
+
+
 def strip_factors(params: Tree) -> Params:
     """The tree without factors."""
     return {n: strip_factors(v) if isinstance(v, Mapping) else v for n, v in params.items() if n != LORA}
-
-
-def merge_factors(params: Tree) -> Params:
-    """The tree with kernels that do what the kernels and their factors did; scales are scalars. Traceable."""
-    merged = {n: merge_factors(v) if isinstance(v, Mapping) else v for n, v in params.items() if n != LORA}
-    if LORA in params:
-        kernel = params["kernel"]
-        added = sum(change(kernel, factors) for factors in params[LORA].values())
-        merged["kernel"] = (kernel + added).astype(kernel.dtype)
-    return merged
 
 
 def product(factors: Factors) -> Float[Array, "*hw i o"]:
@@ -142,16 +138,6 @@ def product(factors: Factors) -> Float[Array, "*hw i o"]:
     if "mid" in factors:
         return jnp.einsum("in,hwnm,mo->hwio", down[0, 0], factors["mid"].astype(jnp.float32), up)
     return down @ up
-
-
-def change(kernel: Float[Array, "*hw i o"], factors: Factors) -> Float[Array, "*hw i o"]:
-    """Difference that factors of a scalar scale make to a kernel, in float32."""
-    added = factors["scale"] * product(factors)
-    if "magnitude" not in factors:
-        return added
-    kernel = kernel.astype(jnp.float32)
-    gain = factors["magnitude"] / _lengths(kernel + added)
-    return gain * (kernel + added) - kernel
 
 
 def _lengths(kernel: Array) -> Float[Array, " o"]:
@@ -191,9 +177,9 @@ def _branch(module: nn.Dense | nn.Conv, x: Array, factors: Factors) -> Array:
         hidden = cast(Array, like.apply({"params": {"kernel": down}}, x))
     else:
         hidden = x @ down
-    if DROPOUT in factors and module.has_rng(DROPOUT):
+    if "key" in factors:
         keep = 1.0 - factors[DROPOUT]
-        kept = jax.random.bernoulli(module.make_rng(DROPOUT), keep, hidden.shape)
+        kept = jax.random.bernoulli(factors["key"], keep, hidden.shape)
         hidden = jnp.where(kept, hidden / keep.astype(dtype), 0)
     return hidden @ up
 

@@ -8,6 +8,7 @@ config.sample, config.train.trainable, and of config.task (without a `unet`, see
     first_stage    folder with the autoencoder, its run's workdir, or the config that trains it; "" for components',
                    "none" for pixels
     controlnet     `sdjax.tasks.control`, where config.model has one
+    lora           `sdjax.tasks.lora`, where factors are learnt beside frozen networks
     components     source of frozen networks; "" for that of `initial`, and where there is none, they are drawn
     initial        source of networks that training begins from; "" for fresh ones
     dropout        probability of the null condition
@@ -37,7 +38,8 @@ from sdjax.checkpoints.open import within_workdir
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
-from sdjax.core.tree import Params
+from sdjax.core.prng import stream_below
+from sdjax.core.tree import Params, flatten, merge
 from sdjax.data.loader import Loader
 from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion.loss import hybrid_loss, posterior_tables
@@ -47,16 +49,18 @@ from sdjax.diffusion_model.conditioners.text import NULL
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, DiffusionModel, backbone_of, check_fit
 from sdjax.models import autoencoder, unet, unet2d
 from sdjax.models.autoencoder import autoencoder_of
+from sdjax.models.lora import DROPOUT, FIXED, LORA, with_dropout
 from sdjax.tasks.base import data_identity, open_images
 from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
 from sdjax.tasks.control import first_weights, with_control, write_control
 from sdjax.tasks.finetune import PIXELS, from_checkpoint, is_finetuning
 from sdjax.tasks.latents import latent_source, open_prepared
+from sdjax.tasks.lora import adapter_of, write_adapter
 from sdjax.tasks.objective import objective_of
 from sdjax.tasks.pretrained import frozen_source, init_component, read_components
 from sdjax.tasks.preview import preview, preview_prompts
 from sdjax.tasks.variants import sizes_of
-from sdjax.training.task import DevicePut, Metrics, Task, select
+from sdjax.training.task import DevicePut, Metrics, Task, select, split_like
 
 
 def make(config: Config, mesh: Mesh) -> Task:
@@ -70,8 +74,10 @@ def make(config: Config, mesh: Mesh) -> Task:
     source, objective = latent_source(config, model, condition, mesh), objective_of(config.task)
     learned = model.config.out_channels == 2 * model.channels
     bounds = posterior_tables(objective.schedule) if learned else None
-    shapes = jax.eval_shape(lambda key: init_all(model, key), jax.random.key(0))
-    trainable, frozen = split_trainable(config, condition, shapes)
+    adapter = adapter_of(config, model)
+    shapes = jax.eval_shape(lambda key: adapter.added(init_all(model, key), key), jax.random.key(0))
+    trainable, frozen = split_trainable(config, condition, shapes, adapter.trainable)
+    frozen = in_frozen_dtype(config, frozen)
 
     @functools.cache
     def prompts() -> tuple[str, ...]:
@@ -79,11 +85,12 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     def init(key: PRNGKeyArray) -> Params:
         made = {name: init_component(model, name, jax.random.fold_in(key, i)) for i, name in enumerate(trainable)}
-        return select(made, config.train.trainable or tuple(trainable))[0]
+        return split_like(adapter.added(made, key), trainable)[0]
 
     def loss(params: Params, batch: Any, key: PRNGKeyArray, step: Int[Array, ""]) -> tuple[Array, Metrics]:
         del step
         latent_key, noise_key, drop_key = jax.random.split(key, 3)
+        params = with_dropout(params, stream_below(key, DROPOUT))
         x0 = source.latents(params, batch, latent_key)
         columns = drop_condition(model.conditioner, condition.columns(batch), drop_key, config.task.dropout)
         images = model.conditioner.images_to_encode(columns)
@@ -97,19 +104,29 @@ def make(config: Config, mesh: Mesh) -> Task:
             return wrapped(x, t, cond)
 
         metrics = {} if model.autoencoder is None else {"latent_std": x0.std()}
+        if adapter.forgetting:
+            metrics["forgetting"] = adapter.penalty(params)
         if bounds is None:
-            return objective.loss(network, x0, noise_key), metrics
+            return objective.loss(network, x0, noise_key) + metrics.get("forgetting", 0.0), metrics
         noised = objective.noised(x0, noise_key)
         output = network(noised.x, noised.timesteps)
         value = hybrid_loss(output, x0, noised.noise, noised.timesteps, bounds, objective.prediction).mean()
         return value, metrics
 
     def pretrained(put: DevicePut) -> Params:
-        return read_pretrained(config, model, set(trainable), set(frozen), put)
+        dtypes = {path: leaf.dtype for path, leaf in flatten(frozen).items()}
+
+        def typed_put(array: np.ndarray, path: str) -> Array:
+            return put(array.astype(dtypes.get(path, np.float32)), path)
+
+        read = read_pretrained(config, model, set(trainable), set(frozen), typed_put)
+        return merge(read, adapter.given(read, put, mesh))
 
     def export(params: Params, folder: Path) -> None:
         checkpoint, dtype = checkpoint_of(config, model, condition, params), config.task.export_dtype
-        if CONTROLNET in checkpoint.components:
+        if adapter.patterns:
+            write_adapter(checkpoint, folder, config, adapter.entry)
+        elif CONTROLNET in checkpoint.components:
             write_control(checkpoint, folder, dtype, base_learnt=BACKBONE in trainable)
         else:
             write_checkpoint(folder, checkpoint, dtype)
@@ -124,7 +141,7 @@ def make(config: Config, mesh: Mesh) -> Task:
         return {name: jax.ShapeDtypeStruct((rows, *row.shape), row.dtype) for name, row in source.spec.items()}
 
     inputs = "".join(f" --{name} ..." for name in model.conditioner.traits.required)
-    place = "controlnet" if CONTROLNET in trainable else "checkpoint"
+    place = "lora" if adapter.patterns else "controlnet" if CONTROLNET in trainable else "checkpoint"
     use = f"python sample.py --config {{config}} --{place} {{workdir}}{inputs}"
     return Task(init, loss, show, batch, export, batch_spec, frozen, pretrained, use, lambda: data_identity(config))
 
@@ -182,14 +199,21 @@ def init_all(model: DiffusionModel, key: PRNGKeyArray) -> Params:
     return {name: init_component(model, name, key) for name in model.configs()}
 
 
-def split_trainable(config: Config, condition: TrainingCondition, shapes: Params) -> tuple[Params, Params]:
+def split_trainable(
+    config: Config, condition: TrainingCondition, shapes: Params, usual: tuple[str, ...] = ()
+) -> tuple[Params, Params]:
     """Shapes of the parameters that `config.train.trainable` names, and of all others.
+
+    Args:
+        usual: patterns where the config names none; () is all but the autoencoder's.
 
     Raises:
         UserError: a pattern matches nothing.
     """
-    patterns = tuple(config.train.trainable) or tuple(name for name in shapes if name != AUTOENCODER)
+    patterns = tuple(config.train.trainable) or usual or tuple(name for name in shapes if name != AUTOENCODER)
     trainable, frozen = select(shapes, patterns)
+    fixed, trainable = select(trainable, FIXED)
+    frozen = merge(frozen, fixed)
     for pattern in patterns:
         if not select(shapes, (pattern,))[0]:
             raise UserError(
@@ -203,6 +227,14 @@ def split_trainable(config: Config, condition: TrainingCondition, shapes: Params
         conditioner: Any = condition.conditioner
         frozen = {**frozen, NULL: embedding_shapes(conditioner)}
     return trainable, frozen
+
+
+def in_frozen_dtype(config: Config, shapes: Params) -> Params:
+    """Shapes of frozen networks in `config.train.frozen_dtype`; autoencoder and factors, which are small, stay as they
+    are."""
+    dtype = dtype_named(config.train.frozen_dtype, "config.train.frozen_dtype")
+    _, cast = select(shapes, (AUTOENCODER, NULL, f"*/{LORA}/*"))
+    return merge(shapes, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), cast))
 
 
 def drop_condition(conditioner: Conditioner, columns: Columns, key: PRNGKeyArray, probability: float) -> Columns:

@@ -55,8 +55,14 @@ class Task(NamedTuple):
 
 def split_frozen(task: Task, params: Params) -> tuple[Params, Params]:
     """Pretrained parameters as (frozen, initial values of trained ones)."""
-    frozen, initial = select(params, tuple(flatten(task.frozen)))
-    return frozen, initial
+    return split_like(params, task.frozen)
+
+
+def split_like(tree: Tree, like: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a tree into the leaves whose names another tree has, and all others."""
+    flat, names = flatten(tree), flatten(like).keys()
+    inside = unflatten({path: leaf for path, leaf in flat.items() if path in names})
+    return inside, unflatten({path: leaf for path, leaf in flat.items() if path not in names})
 
 
 def select(tree: Tree, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

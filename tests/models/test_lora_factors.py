@@ -1,4 +1,4 @@
-"""LoRA factors of a network against peft's layers, and against their formulas in numbers."""
+"""LoRA factors of a network against peft's layers, and against kernels with their change in them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sdjax.checkpoints.mapping import places
 from sdjax.checkpoints.networks import unet as conversion
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten, merge, unflatten
-from sdjax.models import lora
 from sdjax.models.conditioning import Cond, apply
 from sdjax.models.layers import Conv, Downsample, Upsample
-from sdjax.models.lora import Adaptation, add_factors, layers_of, merge_factors, strip_factors
+from sdjax.models.lora import Adaptation, add_factors, layers_of, strip_factors, with_dropout
 from sdjax.models.unet import UNet
+from sdjax.models.weight_changes import changed
 
 RANK, ALPHA = 4, 6.0
 
@@ -72,49 +72,13 @@ def test_every_layer_agrees_with_peft_to_1e_5(dora: bool):
     np.testing.assert_allclose(out, expected, atol=1e-5, rtol=0)
 
 
-W, DOWN, UP = ([[1, 2, 3], [4, 5, 6]], [[1, 0, 2], [0, 1, 1]], [[1, 2], [3, 4]])  # torch's layout
-TAPS = np.arange(18).reshape(2, 1, 3, 3) / 10
-CORE = np.arange(8).reshape(2, 2, 1, 2)
-
-
-def ours(down: Any, up: Any, scale: float, **rest: Any) -> dict[str, Any]:
-    down, up = np.float32(down), np.float32(up).T
-    factors = {"down": down.T if down.ndim == 2 else down.transpose(2, 3, 1, 0), "up": up, "scale": np.float32(scale)}
-    return factors | {name: np.float32(value) for name, value in rest.items()}
-
-
-@pytest.mark.parametrize(
-    ("factors", "expected"),
-    [
-        (ours(DOWN, UP, 1 / 2), [[0.5, 1, 2], [1.5, 2, 5]]),
-        (ours(DOWN, UP, 2**-0.5), [[0.707107, 1.414214, 2.828427], [2.12132, 2.828427, 7.071068]]),
-        (ours(TAPS, [[1, -1]], 1 / 2), np.full((1, 1, 3, 3), -0.45)),
-        (
-            ours(np.reshape([[1, 2], [3, 4]], (2, 2, 1, 1)), [[1, 0], [2, 1]], 1 / 2, mid=CORE.transpose(2, 3, 1, 0)),
-            np.reshape([3, 5, 4, 7, 17, 23, 24, 33], (2, 2, 1, 2)),
-        ),
-    ],
-    ids=["dense", "rslora", "convolution", "cp"],
-)
-def test_changes_in_numbers(factors: dict[str, Any], expected: Any):
-    """Against LyCORIS' functions and peft (rsLoRA), run on the same numbers."""
-    expected = np.float32(expected)
-    expected = expected.T if expected.ndim == 2 else expected.transpose(2, 3, 1, 0)
-    np.testing.assert_allclose(lora.change(jnp.zeros(expected.shape), factors), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("strength", "expected"),
-    [
-        (1.0, [[1.025401, 2.050803, 3.418005], [3.751582, 4.774742, 7.503165]]),
-        (0.5, [[1.0543, 2.1086, 3.37376], [4.008732, 5.063662, 7.173521]]),
-    ],
-)
-def test_dora_in_numbers(strength: float, expected: Any):
-    """Against peft, whose strength acts within the norm."""
-    kernel = jnp.float32(W).T
-    factors = ours(DOWN, UP, strength / 2, magnitude=1.1 * np.linalg.norm(W, axis=1))
-    np.testing.assert_allclose(kernel + lora.change(kernel, factors), np.float32(expected).T, rtol=1e-5)
+def merged(params: Any) -> Any:
+    """The tree with kernels that do what kernels and factors did."""
+    if "lora" in params:
+        entries = list(params["lora"].values())
+        own = {name: leaf for name, leaf in params.items() if name != "lora"}
+        return own | changed(own, entries, [1.0] * len(entries))
+    return {name: merged(below) if isinstance(below, dict) else below for name, below in params.items()}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +106,7 @@ def test_branches_do_what_merged_kernels_do(module: nn.Module):
     @jax.jit
     def outputs(a: Any, b: Any) -> Any:
         rows = apply(module, tree(a, b), x)
-        return rows, [apply(module, merge_factors(tree(*pair)), x) for pair in zip(a, b, strict=True)]
+        return rows, [apply(module, merged(tree(*pair)), x) for pair in zip(a, b, strict=True)]
 
     rows, (one, other) = outputs(jnp.array([1.0, 0.0]), jnp.array([0.5, -0.3]))
     np.testing.assert_allclose(rows, np.concatenate([one[:2], other[2:]]), atol=2e-5, rtol=0)
@@ -159,7 +123,6 @@ def test_fresh_factors_change_nothing_and_can_be_stripped():
     own = made["net"]["lora"]["0"]
     assert own["scale"] == 1.5
     assert own["down"].std() == pytest.approx(1 / 2, rel=0.5)
-    np.testing.assert_array_equal(merge_factors(made)["net"]["kernel"], params["net"]["kernel"])
     program = jax.make_jaxpr(lambda p: module.apply({"params": p}, x))(params["net"])
     assert str(jax.make_jaxpr(lambda p: apply(module, p, x))(params["net"])) == str(program)
 
@@ -169,7 +132,7 @@ def test_dropout_zeroes_what_lies_between_and_keeps_the_mean():
     entry = {"down": jnp.eye(8), "up": jnp.eye(8), "scale": jnp.float32(1), "dropout": jnp.float32(0.25)}
     params = {"kernel": jnp.zeros((8, 8)), "lora": {"0": entry}}
     module, x = nn.Dense(8, use_bias=False), jnp.ones((500, 8))
-    out = np.asarray(apply(module, params, x, dropout=jax.random.key(0)))
+    out = np.asarray(apply(module, with_dropout(params, jax.random.key(0)), x))
     assert set(np.unique(out.round(5))) == {0.0, np.float32(1.33333)}
     assert out.mean() == pytest.approx(1.0, abs=0.03)
     np.testing.assert_array_equal(apply(module, params, x), x)

@@ -1,0 +1,143 @@
+"""LoRA is learnt beside a model that stays as it is, and is what diffusers takes it for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_stable_diffusion import written
+
+import sdjax
+import train
+from configs import lora, stable_diffusion_training
+from sdjax.checkpoints.layouts.diffusers import read_folder
+from sdjax.core.errors import UserError
+from sdjax.core.tree import flatten, merge
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.sharding import sharded_put
+from sdjax.tasks.lora import Adapter
+from sdjax.tasks.make import make_task
+from sdjax.training.optim import make_optimizer
+from sdjax.training.step import init_state, make_step
+from sdjax.training.task import split_frozen
+
+EVERYTHING = ("attention", "feed_forward", "projections", "convolutions", "text_attention", "text_feed_forward")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A folder of Stable Diffusion's shape for images of 16 pixels."""
+    small = stable_diffusion_training.get_config("sd1_tiny")
+    small.model.unet.update(channels=(32, 32), depths=(1, 0), heads=(2, 2))
+    small.model.autoencoder.channels, small.data.size = (8,), 16
+    return written(small, tmp_path_factory.mktemp("base") / "model")
+
+
+def config_of(base: Path, pictures: Path, **changes: object):
+    config = lora.get_config(str(base))
+    config.data.source, config.data.crop = f"folder:{pictures}", "centre"
+    config.task.lora.update(targets=EVERYTHING, rank=3, alpha=1.5, conv_rank=2, conv_alpha=1.5, **changes)
+    config.optim.learning_rate = 1e-2
+    config.train.update(steps=4, batch_size=8, sample_every=0, checkpoint_every=2, log_every=1)
+    return config
+
+
+def test_factors_learn_and_all_else_is_frozen(base, pictures):
+    """In another type where the config asks for it; alphas act as scales, and DoRA's lengths are the kernels'."""
+    config, mesh = config_of(base, pictures, dora=True, dropout=0.1), make_mesh({"data": -1})
+    config.train.frozen_dtype = "bfloat16"
+    task = make_task(config, mesh)
+    learnt = flatten(jax.eval_shape(task.init, jax.random.key(0)))
+    assert {name.split("/lora/0/")[1] for name in learnt} == {"down", "up", "magnitude"}
+    assert {leaf.dtype for leaf in learnt.values()} == {jnp.dtype("float32")}
+    params = flatten(task.pretrained(sharded_put(mesh)))
+    for name, like in flatten(task.frozen).items():
+        assert (params[name].shape, params[name].dtype) == (like.shape, like.dtype), name
+    kernel = params["unet/conv_in/kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    at = "unet/down_blocks_0_attentions_0/transformer_blocks_0/attn1/to_q"
+    assert params[f"{at}/lora/0/scale"] == 0.5
+    assert params["unet/down_blocks_0_resnets_0/conv1/lora/0/scale"] == 0.75  # rank 2
+    lengths = np.linalg.norm(np.float32(params[f"{at}/kernel"]), axis=0)
+    np.testing.assert_allclose(params[f"{at}/lora/0/magnitude"], lengths, rtol=1e-6)
+
+
+def test_the_penalty_in_numbers():
+    """Sum of (|past| x own)^2 for past [[1, -2], [0, 3]] and own [[0.5, 1], [2, -1]]: 0.25 + 4 + 0 + 9."""
+    eye, halved = jnp.eye(2), jnp.float32(0.5)
+    past = {"down": jnp.array([[1.0, -2.0], [0.0, 3.0]]), "up": eye, "scale": jnp.float32(1.0)}
+    own = {"down": jnp.array([[1.0, 2.0], [4.0, -2.0]]), "up": eye, "scale": halved}
+    params = {"unet": {"to_k": {"kernel": eye, "lora": {"0": past, "1": own}}, "to_q": {"kernel": eye}}}
+    assert Adapter(("unet/to_k",), entries=1, forgetting=2.0).penalty(params) == 2 * 13.25
+    halves = {name: {**past, "scale": halved} for name in ("0", "1")}
+    params["unet"]["to_k"]["lora"] = {**halves, "2": own}
+    assert Adapter(("unet/to_k",), entries=2, forgetting=1.0).penalty(params) == 13.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, r"config\.task\.lora\.rank=0 must be at least 1"),
+        ({"targets": ("atention",)}, r"'atention' names no dense or convolutional layer, such as 'unet/"),
+        ({"past": ("nowhere",)}, r"nowhere"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(changes, message, base, pictures):
+    config = config_of(base, pictures)
+    config.task.lora.update(changes)
+    with pytest.raises(UserError, match=message) as error:
+        make_task(config, make_mesh({"data": -1}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"dora": True, "dropout": 0.2}], ids=["lora", "dora"])
+def test_nothing_else_changes_and_the_loss_falls(changes, base, pictures):
+    config, mesh = config_of(base, pictures, **changes), make_mesh({"data": -1})
+    task, optimizer = make_task(config, mesh), make_optimizer(config.optim, 60)
+    frozen, initial = split_frozen(task, task.pretrained(sharded_put(mesh)))
+    before = jax.tree.map(np.array, frozen)
+    state = init_state(task, optimizer, 0, mesh, initial)
+    step, batch = make_step(task, optimizer, 0, decay=0.0), next(task.batch(merge(frozen, state.params)))
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    print("loss", np.mean(losses[:10]), np.mean(losses[-10:]))
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    jax.tree.map(np.testing.assert_array_equal, before, frozen)
+
+
+@pytest.mark.slow
+def test_a_trained_lora_is_the_same_in_diffusers(base, pictures, tmp_path, monkeypatch):
+    """Images to 1e-3 by either file, with alphas that are not the ranks; a run that stopped goes on to the bit."""
+    monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda **_: None)
+    folder = train.train_and_evaluate(config_of(base, pictures), tmp_path / "run")
+    stopped = config_of(base, pictures)
+    stopped.train.steps = 2
+    train.train_and_evaluate(stopped, tmp_path / "stopped")
+    again = train.train_and_evaluate(config_of(base, pictures), tmp_path / "stopped")
+    for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+    side = read_folder(base).components["unet"].extra["sample_size"]
+    latents = np.random.default_rng(0).standard_normal((1, side, side, 4)).astype(np.float32)
+    call = {"guidance_scale": 2.0, "num_inference_steps": 3, "output_type": "np"}
+    unchanged = sdjax.load(base)("a cat", steps=3, guidance_scale=2.0, latents=latents)
+    found = sdjax.load(base, lora=[str(tmp_path / "run")])("a cat", steps=3, guidance_scale=2.0, latents=latents)
+    assert np.abs(found - unchanged).max() > 0.02
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(base)
+    theirs.set_progress_bar_config(disable=True)
+    for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+        theirs.load_lora_weights(folder, weight_name=name, adapter_name=name[:3])
+        made = theirs("a cat", latents=torch.from_numpy(latents.transpose(0, 3, 1, 2)), **call).images
+        print(name, "difference", np.abs(made - found).max())
+        np.testing.assert_allclose(made, found, atol=1e-3, rtol=0)
+        theirs.unload_lora_weights()
+        theirs = diffusers.StableDiffusionPipeline.from_pretrained(base)
+        theirs.set_progress_bar_config(disable=True)
