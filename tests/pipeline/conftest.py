@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from PIL import Image
 from tiny_checkpoints import tiny_checkpoint
 from torch_reference import drawn
 
@@ -117,6 +118,20 @@ def noise():
     """First noise of two images."""
     side = zoo.SIDE // 2
     return np.random.default_rng(3).standard_normal((zoo.BATCH, side, side, 4)).astype(np.float32)
+
+
+@pytest.fixture
+def picture():
+    """Smooth, so that nothing is hidden by its encoding."""
+    y, x = np.mgrid[0 : zoo.SIDE, 0 : zoo.SIDE] / zoo.SIDE
+    return Image.fromarray((255 * np.stack([x, y, (x + y) / 2], -1)).astype(np.uint8))
+
+
+@pytest.fixture
+def mask():
+    white = np.zeros((zoo.SIDE, zoo.SIDE), np.uint8)
+    white[3:11, 5:14] = 255
+    return Image.fromarray(white)
 
 
 @pytest.fixture

@@ -31,20 +31,6 @@ NEGATIVES = ["blue cat", "flag"]
 SIDES = {"width": SIZE, "height": SIZE}
 
 
-@pytest.fixture
-def picture():
-    """Smooth, so that nothing is hidden by its encoding."""
-    y, x = np.mgrid[0:SIZE, 0:SIZE] / SIZE
-    return Image.fromarray((255 * np.stack([x, y, (x + y) / 2], -1)).astype(np.uint8))
-
-
-@pytest.fixture
-def mask():
-    white = np.zeros((SIZE, SIZE), np.uint8)
-    white[3:11, 5:14] = 255
-    return Image.fromarray(white)
-
-
 def check(ours, theirs):
     assert theirs.std() > 0.02, "the images show nothing"
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)

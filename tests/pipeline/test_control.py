@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 from PIL import Image
-from test_against_diffusers import SAMPLERS, check, to_torch
+from test_against_diffusers import SAMPLERS, SIDES, check, to_torch
 
 import sdjax
 
@@ -50,14 +50,15 @@ def in_torch(folders):
 
 def expected(pipe: Any, noise: np.ndarray, image: Any, **settings: Any) -> np.ndarray:
     """diffusers' images of text and hints."""
-    how = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "np", "latents": to_torch(noise)}
-    images = [image] * 2 if isinstance(image, Image.Image) else [[one] * 2 for one in image]
-    return pipe(PROMPTS, negative_prompt=NEGATIVES, image=images, **how, **settings).images
+    settings = {"guidance_scale": 4.0, **settings}
+    how = {"num_inference_steps": STEPS, "output_type": "np", "latents": to_torch(noise)}
+    return pipe(PROMPTS, negative_prompt=NEGATIVES, image=[image] * 2, **how, **settings).images
 
 
 def found(pipe: Any, noise: np.ndarray, image: Any, **settings: Any) -> np.ndarray:
+    """This library's, of the same."""
     how = {"steps": STEPS, "guidance_scale": 4.0, "latents": noise, "control_image": image}
-    return pipe(PROMPTS, NEGATIVES, **how, **settings)
+    return pipe(PROMPTS, NEGATIVES, **how | settings)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -82,26 +83,88 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("sampler", ["ddim"])
-def test_ways_to_control(way, sampler, controlled, in_torch, nets, noise):
+def test_ways_to_control(way, controlled, in_torch, nets, noise):
     theirs, ours = WAYS[way]
-    pipe = in_torch("StableDiffusionControlNetPipeline", "sd1", nets("sd1"), sampler=sampler)
+    pipe = in_torch("StableDiffusionControlNetPipeline", "sd1", nets("sd1"), sampler="ddim")
+    check(
+        found(controlled("sd1", nets("sd1")), noise, HINT, sampler="ddim", **ours),
+        expected(pipe, noise, HINT, **theirs),
+    )
+
+
+@pytest.mark.parametrize("way", ["scales", "bounds, and a guess"])
+def test_two_at_once(way, controlled, in_torch, nets, noise):
+    theirs, ours = {
+        "scales": ({"controlnet_conditioning_scale": [0.5, 1.2]}, {"control_scale": [0.5, 1.2]}),
+        "bounds, and a guess": (
+            {"control_guidance_start": [0.0, 0.3], "control_guidance_end": [0.7, 1.0], "guess_mode": True},
+            {"control_start": [0.0, 0.3], "control_end": [0.7, 1.0], "control_mode": "guess"},
+        ),
+    }[way]
+    pair = nets("sd1"), nets("sd1", 1)
+    pipe = in_torch("StableDiffusionControlNetPipeline", "sd1", *pair, sampler="ddim")
+    check(
+        found(controlled("sd1", *pair), noise, [HINT, SECOND], sampler="ddim", **ours),
+        expected(pipe, noise, [HINT, SECOND], **theirs),
+    )
+
+
+def test_averaged_residuals_are_a_guess(controlled, in_torch, nets, noise):
+    net = nets("sd1", global_pool=True)
+    pipe = in_torch("StableDiffusionControlNetPipeline", "sd1", net, sampler="ddim")
+    check(
+        found(controlled("sd1", net), noise, HINT, sampler="ddim", control_scale=0.7),
+        expected(pipe, noise, HINT, controlnet_conditioning_scale=0.7),
+    )
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_image_to_image(family, controlled, in_torch, nets, picture):
+    xl = "XL" if family == "sdxl" else ""
+    pipe = in_torch(f"StableDiffusion{xl}ControlNetImg2ImgPipeline", family, nets(family), sampler="ddim")
+    settings = {"guidance_scale": 4.0, "strength": 0.6}
     images = pipe(
         PROMPTS,
+        image=[picture] * 2,
+        control_image=[HINT] * 2,
         negative_prompt=NEGATIVES,
-        image=[HINT] * 2,
-        num_inference_steps=STEPS,
+        num_inference_steps=10,
+        controlnet_conditioning_scale=0.8,
+        control_guidance_end=0.5,
+        generator=torch.Generator().manual_seed(7),
         output_type="np",
-        latents=to_torch(noise),
-        **{"guidance_scale": 4.0, **theirs},
+        **settings,
     ).images
-    how = {"guidance_scale": 4.0, **ours}
-    check(
-        controlled("sd1", nets("sd1"))(
-            PROMPTS, NEGATIVES, steps=STEPS, latents=noise, control_image=HINT, sampler=sampler, **how
-        ),
-        images,
-    )
+    how = {"sampler": "ddim", "seed": 7, "rng": "torch", "init_image": [picture] * 2, "steps": 10}
+    control = {"control_image": HINT, "control_scale": 0.8, "control_end": 0.5}
+    check(controlled(family, nets(family))(PROMPTS, NEGATIVES, **how, **control, **settings), images)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd1_inpainting", "sdxl"])
+def test_inpainting(family, controlled, in_torch, nets, picture, mask):
+    """With latents held to the image, or nine channels, of which the ControlNet sees the first four; and with its hint
+    of the image, -1 where it is made anew."""
+    xl = "XL" if family == "sdxl" else ""
+    pipe = in_torch(f"StableDiffusion{xl}ControlNetInpaintPipeline", family, nets(family), sampler="ddim")
+    settings = {"guidance_scale": 4.0, "strength": 0.8}
+    hole = np.asarray(mask, np.float32)[..., None] > 127
+    hint = np.where(hole, np.float32(-1.0), np.asarray(picture, np.float32) / np.float32(255.0))
+    images = pipe(
+        PROMPTS,
+        image=picture,
+        mask_image=mask,
+        control_image=torch.from_numpy(hint.transpose(2, 0, 1)[None].repeat(2, 0)),
+        negative_prompt=NEGATIVES,
+        num_inference_steps=10,
+        controlnet_conditioning_scale=0.5,
+        generator=torch.Generator().manual_seed(7),
+        output_type="np",
+        **SIDES,
+        **settings,
+    ).images
+    how = {"sampler": "ddim", "seed": 7, "rng": "torch", "init_image": picture, "mask": mask, "paste": False}
+    control = {"control_image": picture, "control_from": "inpaint", "control_scale": 0.5}
+    check(controlled(family, nets(family))(PROMPTS, NEGATIVES, steps=10, **how, **control, **settings), images)
 
 
 def test_a_strength_of_zero_is_the_base_to_the_bit(opened, controlled, nets, noise):
