@@ -22,12 +22,14 @@ from sdjax.checkpoints.storage.weights import Source, Weights, read_file
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree, flatten, unflatten
-from sdjax.models.controlnet import HINT_ENCODER, ControlNetConfig
+from sdjax.models.controlnet import HINT_ENCODER, ControlNetConfig, config_for
 from sdjax.models.unet import UNetConfig
 
 CONTROLNET, PREFIX, CONFIG = "controlnet", "control_model.", "config.json"
 FIRST = {f"{HINT_ENCODER}.conv_in.weight": "diffusers", "input_hint_block.0.weight": "original"}
 """The naming that a key tells."""
+ENCODER = ("channels", "layers_per_block", "context_dim", "vector_dim", "classes", "in_channels")
+"""Sizes that a ControlNet shares with its UNet; it may have fewer transformers."""
 SIGNS = (
     Sign(r"lora_controlnet|.*\.up", "a control-LoRA, which has low-rank factors alone"),
     Sign(r"difference", "the difference to a base model's weights, not the ControlNet"),
@@ -38,9 +40,8 @@ SIGNS = (
     Sign(r"(controlnet_)?(x_embedder|pos_embed_input|(single_)?transformer_blocks)\..*", "one of Flux or of SD 3"),
     Sign(r"(lora_unet_|ip_adapter|image_proj).*", "a LoRA or an IP-Adapter"),
 )
-SHUFFLE = (
-    "shuffle"  # the model whose residuals are averaged, which its file does not say (Mikubill/sd-webui-controlnet)
-)
+# The model whose residuals are averaged, which its file does not say (Mikubill/sd-webui-controlnet).
+SHUFFLE = "shuffle"
 
 logger = logging.getLogger("sdjax")
 
@@ -53,25 +54,26 @@ def add_controlnets(nets: Sequence[tuple[str, Component]]) -> Patch:
     """
 
     def patch(checkpoint: Checkpoint) -> Checkpoint:
-        unet = checkpoint.components["unet"].config
         components = dict(checkpoint.components)
         for i, (name, net) in enumerate(nets):
-            check_base(net.config, unet, name)
+            check_base(net.config, checkpoint, name)
             components[f"{CONTROLNET}_{i}" if i else CONTROLNET] = net
         return dataclasses.replace(checkpoint, components=components)
 
     return patch
 
 
-def check_base(net: ControlNetConfig, unet: object, name: str) -> None:
-    """Hold a ControlNet to the UNet that it shall control; a UserError names the first size that differs."""
-    if not isinstance(unet, UNetConfig):
-        raise UserError(f"controlnet {name!r}: the model's UNet has no cross-attention, which a ControlNet's has")
-    wanted = dataclasses.replace(unet, in_channels=unet.out_channels)
-    for key in ("channels", "layers_per_block", "context_dim", "vector_dim", "classes", "in_channels"):
-        own, theirs = getattr(net.encoder, key), getattr(wanted, key)
-        if own != theirs:
-            raise UserError(f"controlnet {name!r} is for another base model: its {key} {own}, the UNet's {theirs}")
+def check_base(net: ControlNetConfig, checkpoint: Checkpoint, name: str) -> None:
+    """Hold a ControlNet to the model that it shall control; a UserError names the first size that differs."""
+    unet = checkpoint.components["unet"].config
+    if not isinstance(unet, UNetConfig) or "vae" not in checkpoint.components:
+        raise UserError(f"controlnet {name!r}: the model's UNet is none of latents and prompts, which ControlNets copy")
+    wanted = config_for(unet, checkpoint.components["vae"].config.factor)
+    sizes = [(key, net.encoder, wanted.encoder) for key in ENCODER]
+    for key, ours, theirs in [*sizes, ("hint_channels", net, wanted), ("factor", net, wanted)]:
+        own, needed = getattr(ours, key), getattr(theirs, key)
+        if own != needed:
+            raise UserError(f"controlnet {name!r} is for another base model: its {key} {own}, this one's {needed}")
 
 
 def read_controlnet(path: Path, how: ReadOptions = ReadOptions(), variant: str | None = None) -> Component:  # noqa: B008

@@ -88,6 +88,7 @@ class Host(NamedTuple):
         latents: height and width of their latents.
         rows: of the sampler's table, the length of what `Traits.row_columns` names.
         calls: of the network; the first so many rows make one each (diffusers' timesteps as iterated).
+        total: of those and a refiner's that follow; 0 for `calls`.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Host(NamedTuple):
     latents: tuple[int, int] = (0, 0)
     rows: int = 0
     calls: int = 0
+    total: int = 0
 
 
 @dataclass(frozen=True)

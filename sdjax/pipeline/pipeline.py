@@ -119,10 +119,10 @@ class Pipeline:
             raise UserError(f"{self.name} diffuses pixels, and has no autoencoder")
         return self.model.autoencoder
 
-    def host(self, size: tuple[int, int], table: SamplerTable) -> Host:
+    def host(self, size: tuple[int, int], table: SamplerTable, total: int = 0) -> Host:
         """Facts for encoding conditions of images of this height and width, sampled by a table."""
         latents, rows = self.model.latent_shape(size)[:2], len(table.sigma)
-        return Host(self.name, self.settings, self.tokenizers, size, latents, rows, network_calls(table))
+        return Host(self.name, self.settings, self.tokenizers, size, latents, rows, network_calls(table), total)
 
     def add_loras(self, files: Sequence[tuple[Path, float]]) -> None:
         """Load further LoRAs, at strengths for calls that name none; what was prepared before has none of them.

@@ -351,7 +351,7 @@ def _prepare_entry(
     if entry.get("init_image") is not None and pipe.begins_from_images:
         image = inputs["init_image"] = load_image(entry["init_image"], size)
     first = 0 if given.get("strength") is None else start_of(given["steps"], given["strength"])
-    parts, used = [], {}
+    parts, used, total = [], {}, sum(map(network_calls, tables))
     if pipe.loras:
         inputs = with_strengths(pipe, inputs, tables[0])
         used = record_of(pipe, inputs[LORA_SCALE])
@@ -364,7 +364,7 @@ def _prepare_entry(
             guided = guided or needs_null(one, inputs["prompt"])
             own, schedule = edit_prompts(inputs, table, Pass(given["steps"], earlier_steps), first, guided)
         conditioner = one.model.conditioner
-        columns = conditioner.encode(own, one.host(size, table))
+        columns = conditioner.encode(own, one.host(size, table, total))
         parts.append(Part(columns, table, guided, schedule, conditioner.traits.shared_columns))
     feather = given.get("feather", pipe.model.conditioner.traits.feather)
     return Row(

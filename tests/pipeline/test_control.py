@@ -14,6 +14,7 @@ from PIL import Image
 from test_against_diffusers import SAMPLERS, SIDES, check, to_torch
 
 import sdjax
+from sdjax.core.errors import UserError
 
 PROMPTS, NEGATIVES = ["red heart", "a painting of a dog"], ["blue cat", "flag"]
 STEPS = 5
@@ -173,3 +174,68 @@ def test_a_strength_of_zero_is_the_base_to_the_bit(opened, controlled, nets, noi
     np.testing.assert_array_equal(found(pipe, noise, HINT, sampler="ddim", control_scale=0.0), base)
     np.testing.assert_array_equal(found(pipe, noise, HINT, sampler="ddim", control_start=0.9, control_end=0.95), base)
     assert np.abs(found(pipe, noise, HINT, sampler="ddim", control_scale=0.1) - base).max() > 0.05
+
+
+def test_a_refiner_takes_over_from_a_controlled_base(folders, nets, in_torch, in_diffusers):
+    """Shares of the steps are of all, as diffusers counts them before it cuts those of the base."""
+    common = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0, "num_inference_steps": 10}
+    common["generator"] = torch.Generator().manual_seed(3)
+    base = in_torch("StableDiffusionXLControlNetPipeline", "sdxl", nets("sdxl"), sampler="euler")
+    theirs = in_diffusers("StableDiffusionXLImg2ImgPipeline", "sdxl_refiner", "EulerDiscreteScheduler")
+    how = {"denoising_end": 0.6, "control_guidance_end": 0.5, "output_type": "latent"}
+    latents = base(PROMPTS, image=[HINT] * 2, **how, **common).images
+    sizes = {"original_size": (zoo.SIDE,) * 2, "target_size": (zoo.SIDE,) * 2}
+    images = theirs(PROMPTS, image=latents, denoising_start=0.6, output_type="np", **sizes, **common).images
+    pipe = sdjax.load(folders("sdxl"), refiner=folders("sdxl_refiner"), controlnet=nets("sdxl"))
+    how = {"steps": 10, "sampler": "euler", "seed": 3, "rng": "torch", "refiner_start": 0.6, "control_end": 0.5}
+    check(pipe(PROMPTS, NEGATIVES, guidance_scale=4.0, control_image=HINT, **how), images)
+
+
+def test_settings_compile_nothing(controlled, nets, noise, compilations):
+    pipe = controlled("sd1", nets("sd1"))
+    found(pipe, noise, HINT)
+    compilations.clear()
+    for mode in ("balanced", "prompt", "control", "guess", "resolution"):
+        found(pipe, noise, SECOND, control_mode=mode, control_scale=0.3, control_start=0.1, control_end=0.7)
+    assert not compilations
+
+
+def test_every_prompt_may_have_its_own_hints(controlled, nets):
+    """A list of lists is one list a prompt, and one image serves all; the size is the hint's, cut to latents."""
+    pipe = controlled("sd1", nets("sd1"))
+    odd = HINT.resize((zoo.SIDE + 1, zoo.SIDE))
+    own, shared = (pipe.prepare(PROMPTS, control_image=hints, steps=2) for hints in ([[HINT], [odd]], HINT))
+    assert {row.size for row in (*own, *shared)} == {(zoo.SIDE, zoo.SIDE)}
+    hints = [row.parts[0].columns["control_image"] for row in (*own, *shared)]
+    np.testing.assert_array_equal(hints[0], np.asarray(HINT, np.float32) / np.float32(255.0))
+    np.testing.assert_array_equal(hints[0], hints[3])
+    assert np.abs(hints[1] - hints[0]).max() > 0.1
+    (row,) = pipe.prepare("flag", control_image=HINT, steps=4, hires=2)
+    assert row.second.parts[0].columns["control_image"].shape == (2 * zoo.SIDE, 2 * zoo.SIDE, 3)
+
+
+@pytest.mark.slow
+def test_composed_prompts_are_all_controlled(controlled, nets, noise):
+    """A second prompt of no weight changes nothing: rows of prompts have the prompt's factors, the last the null's."""
+    pipe = controlled("sd1", nets("sd1"))
+    how = {"latents": noise[:1], "steps": 3, "guidance_scale": 4.0, "control_image": HINT, "control_mode": "control"}
+    np.testing.assert_allclose(pipe("red heart AND flag :0", **how), pipe("red heart", **how), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("net", "options", "said"),
+    [
+        ("sdxl", {}, "is for another base model: its channels (64, 64, 128), this one's (64, 128)"),
+        ("sd1", {}, "sd1 needs control_image"),
+        ("sd1", {"control_image": [HINT, SECOND]}, "2 entries in control_image for 1 in controlnet"),
+        ("sd1", {"control_image": HINT, "control_mode": "guessing"}, "unknown control_mode 'guessing'"),
+        ("sd1", {"control_image": HINT, "control_from": "inpaint"}, "control_from 'inpaint' needs a mask"),
+        ("", {"control_image": HINT}, "control_image changes nothing without a controlnet"),
+        ("", {"control_scale": 0.5}, "control_scale 0.5 changes nothing without a controlnet"),
+    ],
+)
+def test_rejects_with_one_line(net, options, said, folders, nets):
+    with pytest.raises(UserError) as error:
+        sdjax.load(folders("sd1"), controlnet=[nets(net)] if net else []).prepare(PROMPTS, **options)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)

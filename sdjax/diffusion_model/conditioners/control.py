@@ -128,9 +128,15 @@ class ControlConditioner(Conditioner):
             raise UserError(f"{len(values)} entries in {name} for {count} in controlnet; give one for each, in order")
         return values
 
+    def _numbers(self, name: str, given: Any) -> list[float]:
+        values = self._each(name, given)
+        if (pair := next((value for value in values if isinstance(value, Sequence)), None)) is not None:
+            raise UserError(f"{name} {pair}: choose a number for each of controlnet")
+        return values
+
     def _weights(self, inputs: Mapping[str, Any], host: Host) -> Float[np.ndarray, "n nets residuals 2"]:
         """Factors of the residuals under the prompt and under the null condition."""
-        chosen = [self._each(n, default if inputs.get(n) is None else inputs[n]) for n, default in DEFAULTS.items()]
+        chosen = [self._numbers(n, default if inputs.get(n) is None else inputs[n]) for n, default in DEFAULTS.items()]
         # An average over the image is always a guess (diffusers, of the first of several networks).
         mode = "guess" if self.nets[0].global_pool else inputs.get(MODE) or "balanced"
         if mode not in MODES:
@@ -138,7 +144,7 @@ class ControlConditioner(Conditioner):
         weigh, both = MODES[mode]
         weights = np.zeros((host.rows, len(self.nets), max(len(net.residuals) for net in self.nets), 2), np.float32)
         for i, (net, scale, *bounds) in enumerate(zip(self.nets, *chosen, strict=True)):
-            on = acting(host.calls, *bounds)
+            on = acting(max(host.total, host.calls), *bounds)[: host.calls]
             each = np.float32(scale) * weigh(net, host.latents).astype(np.float32)
             weights[: host.calls, i, : len(each)] = (on[:, None] * each)[..., None] * np.array([1.0, both], np.float32)
         return weights
