@@ -1,7 +1,8 @@
 """Writes a checkpoint in another layout.
 
-    python -m sdjax.convert SOURCE TARGET [--dtype float16] [--family NAME] [--prediction NAME] [--variant fp16]
-        [--weights ema|model] [--tokenizer FOLDER]
+    python -m sdjax.convert SOURCE [LORA:STRENGTH ...] TARGET [--dtype float16] [--family NAME] [--prediction NAME]
+        [--variant fp16] [--weights ema|model] [--tokenizer FOLDER]
+    python -m sdjax.convert SOURCE TARGET --extract_lora BASE [--rank 16] [--energy 0.99] [--naming kohya|diffusers]
 
 SOURCE is a diffusers folder, a single .safetensors or .ckpt file in the original naming, an autoencoder alone in such a
 file, or an id of the Hub (owner/name or owner/name/file.safetensors). TARGET is a single file in the original naming
@@ -14,11 +15,15 @@ A file may also hold one of the LDM paper's models (family celebahq, lsun_church
 layout, super_resolution, inpainting, semantic or rdm; averages are taken where it has them; --tokenizer is the folder
 with BERT's vocab.txt), or ADM's UNet (adm_64, adm_128, adm_256, adm_512) or classifier. TARGET is then a new folder,
 which sample.py, sdjax.load and, where it has the class, diffusers read.
+Files of LoRA between the two are merged into Stable Diffusion's weights. --extract_lora writes what SOURCE has learned
+beside BASE as a LoRA: each layer's difference by its --rank largest singular values, or by as few of them as keep the
+share --energy of its squared norm; norms and biases stay out.
 A file or folder that was not written here is never written over.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -33,38 +38,91 @@ from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.layouts.diffusers import absent_parts, check_target_folder, write_checkpoint, write_component
 from sdjax.checkpoints.layouts.original import detect, read_adm_classifier, read_autoencoder_file
 from sdjax.checkpoints.layouts.original_writer import write_single_file
+from sdjax.checkpoints.lora.extraction import extract_lora
+from sdjax.checkpoints.lora.patch import merge_loras
+from sdjax.checkpoints.lora.writing import rank_of, write_lora
 from sdjax.checkpoints.open import kind_of, read_checkpoint, resolve
 from sdjax.checkpoints.storage.safetensors import check_target_file
 from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, read_file
 from sdjax.core.errors import UserError, run_or_exit
 from sdjax.core.files import atomic_write, check_writable
 from sdjax.core.flags import parse_flags
+from sdjax.core.precision import dtype_named
+from sdjax.pipeline.load import find_lora
 
 SINGLE = ".safetensors"
 (CLASSIFIER,) = CLASSIFIERS
+EXTRACTED = "extract_lora"
+EXTRACTION = (EXTRACTED, "rank", "energy", "naming")
+RANK, MOST = 16, 2**16  # of an extracted LoRA, without an energy and with one
 Options = Mapping[str, Any]
 
 
 def main() -> None:
     """Reads the command line and converts."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sdjax").setLevel(logging.INFO)
     values = flags.FlagValues()
     for name in ("dtype", "family", "prediction", "variant", "weights", "tokenizer"):
         flags.DEFINE_string(name, None, "", flag_values=values)
-    source, target = parse_flags(values, sys.argv, __doc__, ("SOURCE", "TARGET"))
+    for name in (EXTRACTED, "naming"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    flags.DEFINE_integer("rank", None, "", 1, flag_values=values)
+    flags.DEFINE_float("energy", None, "", 0.0, 1.0, flag_values=values)
+    source, *loras, target = parse_flags(values, sys.argv, __doc__, ("SOURCE", "TARGET"), more=True)
     target = Path(target).expanduser()
     if target.suffix in SUFFIXES:
         raise UserError(f"{target}: files are written as {SINGLE}; another name is a folder's")
     check_free(target)
-    path = resolve(source, variant=values["variant"].value)
+    variant = values["variant"].value
+    path = resolve(source, variant=variant)
     chosen = {name: values[name].value for name in ("dtype", "family", "prediction", "weights", "tokenizer")}
-    if path.is_dir():
-        check_unused(path, chosen, ("dtype", "prediction"))
-        dtype, prediction = chosen["dtype"], chosen["prediction"]
-        write(target, read_checkpoint(path, dtype=dtype, prediction=prediction, variant=values["variant"].value))
+    extraction = {name: values[name].value for name in EXTRACTION if values[name].value is not None}
+    if EXTRACTED in extraction:
+        if loras:
+            raise UserError(f"--{EXTRACTED} takes one SOURCE, without LoRAs")
+        write_extracted(path, target, chosen, extraction)
+        return
+    if extraction:
+        raise UserError(f"--{next(iter(extraction))} changes nothing without --{EXTRACTED} BASE; leave it out")
+    if loras or path.is_dir():
+        files = [find_lora(lora) for lora in loras]
+        checkpoint = read_model(path, chosen, variant)
+        write(target, merge_loras(files)(checkpoint) if files else checkpoint)
         return
     stored = read_file(path)
     read = next((read for holds, read in ALONE if holds(stored)), convert_checkpoint)
     read(stored, target, chosen)
+
+
+def read_model(path: Path, chosen: Options, variant: str | None = None) -> Checkpoint:
+    """A whole model of a folder or a file; a UserError for options that have no meaning for it."""
+    if path.is_dir():
+        check_unused(path, chosen, ("dtype", "prediction"))
+        return read_checkpoint(path, dtype=chosen["dtype"], prediction=chosen["prediction"], variant=variant)
+    stored = read_file(path)
+    kind = kind_of(stored)
+    check_unused(stored.path, chosen, OPTIONS[kind])
+    if kind == STABLE_DIFFUSION:
+        print(f"{stored.path}: {detect(stored, family=chosen['family'], prediction=chosen['prediction'])}")
+    return read_checkpoint(stored, **chosen)
+
+
+def write_extracted(path: Path, target: Path, chosen: Options, extraction: Options) -> None:
+    """The LoRA of what a model has learned beside another.
+
+    Raises:
+        UserError: the target is no file's name, or the models do not fit each other.
+    """
+    if target.suffix != SINGLE:
+        raise UserError(f"{target}: a LoRA is written as {SINGLE}")
+    tuned, base = (read_model(one, {**chosen, "dtype": None}) for one in (path, resolve(extraction[EXTRACTED])))
+    energy = extraction.get("energy")
+    factors = extract_lora(base, tuned, extraction.get("rank", RANK if energy is None else MOST), energy)
+    kind = dtype_named(chosen["dtype"] or "float32")
+    write_lora(target, base, factors, extraction.get("naming", "kohya"), dtype=kind)
+    ranks = [rank_of(entry) for entry in factors.values()]
+    print(f"{target}: a LoRA of {len(factors)} layers, rank {min(ranks)} to {max(ranks)}")
 
 
 def check_unused(path: Path, chosen: Options, known: Collection[str]) -> None:
@@ -119,11 +177,7 @@ def convert_classifier(stored: Weights, target: Path, chosen: Options) -> None:
 
 def convert_checkpoint(stored: Weights, target: Path, chosen: Options) -> None:
     """A whole model."""
-    kind = kind_of(stored)
-    check_unused(stored.path, chosen, OPTIONS[kind])
-    if kind == STABLE_DIFFUSION:
-        print(f"{stored.path}: {detect(stored, family=chosen['family'], prediction=chosen['prediction'])}")
-    write(target, read_checkpoint(stored, **chosen))
+    write(target, read_model(stored.path, chosen))
 
 
 # What a file may hold beside a whole model, and how it is converted.

@@ -29,12 +29,18 @@ def processes(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def parse_flags(
-    values: flags.FlagValues, argv: list[str], usage: str | None = None, arguments: Sequence[str] = ()
+    values: flags.FlagValues,
+    argv: list[str],
+    usage: str | None = None,
+    arguments: Sequence[str] = (),
+    *,
+    more: bool = False,
 ) -> list[str]:
     """Parses, and turns whatever is wrong with a flag or a config into a UserError; --help prints usage and exits.
 
     Returns:
-        The values of the named `arguments`, which stand without dashes anywhere on the command line.
+        The values of the named `arguments`, which stand without dashes anywhere on the command line; with `more`,
+        others may stand among them.
     """
     values.set_gnu_getopt(True)
     if usage and ("--help" in argv[1:] or "-h" in argv[1:]):
@@ -45,7 +51,7 @@ def parse_flags(
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         raise UserError(_reason(error)) from error
     given = left[1:]
-    if len(given) > len(arguments):
+    if len(given) > len(arguments) and not more:
         raise UserError(f"unexpected argument {given[len(arguments)]!r}; flags begin with --")
     if len(given) < len(arguments):
         raise UserError(f"{arguments[len(given)]} is missing; what is wanted: {' '.join(arguments)}")

@@ -98,7 +98,7 @@ def test_an_autoencoder_alone(convert, tmp_path: Path):
     ("arguments", "words"),
     [
         (("{source}",), "TARGET is missing"),
-        (("{source}", "a", "b"), "unexpected argument 'b'"),
+        (("{source}", "a", "b"), "there is no file or folder 'a'"),
         (("{source}", "{tmp}/x.ckpt"), r"written as \.safetensors"),
         (("{tmp}/none.safetensors", "{tmp}/x"), "no file or folder"),
         (("{source}", "{mine}"), "was not written by sdjax"),

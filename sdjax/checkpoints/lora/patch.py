@@ -37,13 +37,13 @@ def add_loras(files: Sequence[tuple[Path, float]], place: Put | None = None) -> 
 
     def patch(checkpoint: Checkpoint) -> Checkpoint:
         layers = _layers(checkpoint)
-        params, loras, leaves = _params(checkpoint), list(checkpoint.loras), dict[str, Any]()
+        params, loras, leaves = params_of(checkpoint), list(checkpoint.loras), dict[str, Any]()
         for file, scale in _read(files, layers):
             branches = []
             for name in file.layers:
                 entry = entry_of(file, layers[name])
                 branches.append(is_branch(entry))
-                kind = next(iter(_own(params, layers[name]).values())).dtype if branches[-1] else np.float32
+                kind = next(iter(own_leaves(params, layers[name]).values())).dtype if branches[-1] else np.float32
                 for leaf, array in entry.items():
                     at, typed = f"{name}/{LORA}/{len(loras)}/{leaf}", np.float32 if leaf == "scale" else kind
                     leaves[at] = (place or _kept)(array.astype(typed), at)
@@ -61,10 +61,10 @@ def merge_loras(files: Sequence[tuple[Path, float]], place: Put | None = None) -
     """
 
     def patch(checkpoint: Checkpoint) -> Checkpoint:
-        layers, params, leaves = _layers(checkpoint), _params(checkpoint), dict[str, Any]()
+        layers, params, leaves = _layers(checkpoint), params_of(checkpoint), dict[str, Any]()
         read = _read(files, layers)
         for name in dict.fromkeys(name for file, _ in read for name in file.layers):
-            own = _own(params, layers[name])
+            own = own_leaves(params, layers[name])
             here = [(entry_of(file, layers[name]), np.float32(scale)) for file, scale in read if name in file.layers]
             entries, strengths = zip(*here, strict=True)
             for leaf, array in _changed(own, entries, strengths).items():
@@ -102,11 +102,12 @@ def _read(files: Sequence[tuple[Path, float]], layers: Mapping[str, Layer]) -> l
     return read
 
 
-def _params(checkpoint: Checkpoint) -> dict[str, Any]:
+def params_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Parameters by component."""
     return {name: part.params for name, part in checkpoint.components.items()}
 
 
-def _own(params: Tree, layer: Layer) -> dict[str, Any]:
+def own_leaves(params: Tree, layer: Layer) -> dict[str, Any]:
     """A layer's parameters."""
     node: Any = params
     for part in layer.path.split("/"):

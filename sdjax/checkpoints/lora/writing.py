@@ -57,7 +57,7 @@ def write_lora(
     layers = layers_of({name: part.config for name, part in checkpoint.components.items()})
     entries = {name: {n: np.asarray(leaf, np.float32) for n, leaf in entry.items()} for name, entry in factors.items()}
     tensors, facts = NAMINGS[naming](checkpoint, {name: layers[name] for name in entries}, entries)
-    tensors = {name: np.ascontiguousarray(tensor, dtype) for name, tensor in tensors.items()}
+    tensors = {name: np.asarray(tensor, dtype) for name, tensor in tensors.items()}
     digest = hashlib.sha256(b"".join(tensors[name].tobytes() for name in sorted(tensors)))
     facts |= {"sshs_model_hash": digest.hexdigest()}
     write_safetensors(path, tensors, None, {**facts, **(metadata or {})})
