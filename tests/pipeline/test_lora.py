@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import sdjax
@@ -175,6 +178,50 @@ def test_records(tagged):
     assert [row.settings["prompt"] for row in rows[:2]] == [f"a cat <lora:{name}:0.5>", "a cat"]
     assert rows[0].settings["loras"] == [[name, 0.5, 0.5, hash_of(pipe.loras[0].path)]]
     assert all("loras" not in row.settings for row in rows[1:])
+
+
+def test_peft_dora(opened, in_diffusers, folders, noise, how, tmp_path):
+    """A file that diffusers saves of peft's layers, with the metadata that say its alpha and sqrt(rank)."""
+    theirs = in_diffusers("StableDiffusionPipeline", "sd1")
+    config = LoraConfig(r=4, lora_alpha=3, target_modules=["to_q", "ff.net.2", "conv1"], use_dora=True, use_rslora=True)
+    try:
+        theirs.unet.add_adapter(config, "style")
+        draw = torch.Generator().manual_seed(0)
+        for name, parameter in theirs.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
+            if "magnitude" in name:
+                parameter.data *= 0.7 + 0.6 * torch.rand(parameter.shape, generator=draw)
+        tensors = convert_state_dict_to_diffusers(get_peft_model_state_dict(theirs.unet, adapter_name="style"))
+        facts = theirs.unet.peft_config["style"].to_dict()
+        theirs.save_lora_weights(tmp_path, unet_lora_layers=tensors, unet_lora_adapter_metadata=facts)
+        sizes = {"width": zoo.SIDE, "height": zoo.SIDE, "num_inference_steps": STEPS}
+        expected = theirs(PROMPTS, latents=to_torch(noise), output_type="np", **sizes, **HOW).images
+    finally:
+        theirs.unload_lora_weights()
+    pipe = sdjax.load(folders("sd1"), lora=[tmp_path])
+    base = opened("sd1")(PROMPTS, **how)
+    check(pipe(PROMPTS, **how), expected, base)
+    np.testing.assert_array_equal(pipe(PROMPTS, lora_scale=0, **how), base)
+    merged = sdjax.load(folders("sd1"), merge_lora=[f"{tmp_path}:0.5"])
+    check(pipe(PROMPTS, lora_scale=0.5, **how), merged(PROMPTS, **how), base)
+
+
+def test_unlike_strengths_of_changed_weights(folders, lora_files, how, tmp_path):
+    """Images whose weights differ do not share a batch, and are as they are alone."""
+    tensors = {name: tensor for name, tensor in load_file(lora_files("sd1")).items() if "_attn2_to_v" in name}
+    ups = {name: tensor for name, tensor in tensors.items() if "lora_up" in name}
+    lengths = {name.replace("lora_up.weight", "dora_scale"): torch.ones(len(tensor), 1) for name, tensor in ups.items()}
+    save_file({**tensors, **lengths}, tmp_path / "dora.safetensors")
+    pipe = sdjax.load(folders("sd1"), lora_dir=tmp_path)
+    tags = [f"<lora:dora:{scale}>" for scale in (1, 0.4)]
+    both = pipe([prompt + tag for prompt, tag in zip(PROMPTS, tags, strict=True)], **how)
+    for i, tag in enumerate(tags):
+        alone = pipe([prompt + tag for prompt in PROMPTS], **how)
+        np.testing.assert_allclose(both[i], alone[i], atol=1e-5)
+    assert np.abs(both[1] - pipe(PROMPTS, lora_scale=1.0, **how)[1]).max() > 0.02
+    with pytest.raises(UserError, match="has no start or stop"):
+        pipe.prepare("a <lora:dora:1:start=2>")
 
 
 @pytest.mark.parametrize(
