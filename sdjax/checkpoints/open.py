@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, cast
 
@@ -29,9 +29,7 @@ from sdjax.checkpoints.checkpoint import (
     Dtypes,
     Format,
     Patch,
-    check_text_encoders,
     family_of,
-    tokenizers_of,
     with_word_pieces,
 )
 from sdjax.checkpoints.families import FAMILIES, PREDICTIONS, UNET, kind_of_shapes
@@ -47,14 +45,12 @@ from sdjax.checkpoints.layouts.original import (
 from sdjax.checkpoints.mapping import Put
 from sdjax.checkpoints.storage.hub_answers import check_answers
 from sdjax.checkpoints.storage.safetensors import read_weight_map
-from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, candidates, read_file, read_groups
+from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, candidates, read_file
 from sdjax.core.config import EXPORT
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.untrusted import read_json
-from sdjax.data.text.textual_inversion import fit, read_embedding
 from sdjax.data.text.word_pieces import FILE
 from sdjax.models.autoencoder import has_same_scale
-from sdjax.models.clip import extend_vocabulary
 
 WEIGHTS = (".safetensors", *SUFFIXES)
 # The bases: all that the HTTP client of the hub's version raises, and OSError.
@@ -317,31 +313,3 @@ def read_vae(path: Path, place: Put | None = None) -> tuple[Component, float | N
     family = detect(stored).family if is_whole else None
     found = read_autoencoder_file(stored, family=family or "sd1", place=place)
     return found, found.config.scaling_factor if is_whole else None
-
-
-def add_embeddings(files: Sequence[str | Path]) -> Patch:
-    """Words of textual inversions, in local `.safetensors`, `.pt` or `.bin` files, for text encoders and tokenizers.
-
-    Raises:
-        UserError: by the patch, where a file is missing or not for these text encoders, or a word is there already.
-    """
-
-    def patch(checkpoint: Checkpoint) -> Checkpoint:
-        names = check_text_encoders(checkpoint)
-        parts = [checkpoint.components[name] for name in names]
-        embeddings = []
-        for file in map(Path, files):
-            if not file.is_file():
-                raise UserError(f"there is no textual inversion {str(file)!r}")
-            embeddings.append(read_embedding(read_groups(file), file.stem))
-        fitted = fit(embeddings, [part.config.width for part in parts])
-        if again := sorted(set(fitted.counts) & set(checkpoint.placeholders)):
-            raise UserError(f"there are two textual inversions for the word {again[0]!r}")
-        extended = {}
-        for name, part, tokenizer, rows in zip(names, parts, tokenizers_of(checkpoint), fitted.rows, strict=True):
-            config, params = extend_vocabulary(part.config, part.params, rows, tokenizer.eos)
-            extended[name] = dataclasses.replace(part, config=config, params=params)
-        components, counts = {**checkpoint.components, **extended}, {**checkpoint.placeholders, **fitted.counts}
-        return dataclasses.replace(checkpoint, components=components, placeholders=counts)
-
-    return patch

@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 
 from sdjax.checkpoints.checkpoint import CLASSIFIERS, TOKENIZERS, Checkpoint, Component, ReadOptions, tokenizers_of
 from sdjax.checkpoints.controlnets import CONTROLNET, add_controlnets, read_controlnet
+from sdjax.checkpoints.embeddings import add_embeddings
 from sdjax.checkpoints.layouts.diffusers import INDEX, read_component
 from sdjax.checkpoints.layouts.original import read_adm_classifier
 from sdjax.checkpoints.lora.patch import add_loras, merge_loras
 from sdjax.checkpoints.lora.reading import find_file
 from sdjax.checkpoints.mapping import Put
-from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae, resolve, within_workdir
+from sdjax.checkpoints.open import read_checkpoint, replace_vae, resolve, within_workdir
 from sdjax.core.config import EXPORT
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
@@ -99,7 +100,7 @@ def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Put) -> Check
     if "controlnet" in given:
         checkpoint = add_controlnets(_controlnets(given["controlnet"], ReadOptions(dtype, place)))(checkpoint)
     if "embeddings" in given:
-        checkpoint = add_embeddings(given["embeddings"])(checkpoint)
+        checkpoint = add_embeddings([resolve(source) for source in given["embeddings"]])(checkpoint)
     for name, patch in (("merge_lora", merge_loras), ("lora", add_loras)):
         if name in given:
             checkpoint = patch([find_lora(source) for source in given[name]], place)(checkpoint)

@@ -214,7 +214,10 @@ class LoadOptions(TypedDict, total=False):
         Sequence[str | Path],
         Option("ControlNet: a Hub id, folder or file; repeated for several", scope="load", many=True),
     ]
-    embeddings: Annotated[Sequence[str | Path], Option("textual inversions", scope="load", many=True)]
+    embeddings: Annotated[
+        Sequence[str | Path],
+        Option("textual inversions: files, or workdirs of their training", scope="load", many=True),
+    ]
     lora: Annotated[
         Sequence[str | Path], Option("LoRA, of any kind and naming: FILE or FILE:0.8", scope="load", many=True)
     ]

@@ -18,12 +18,13 @@ from torch_reference import drawn
 
 import sdjax
 from sdjax.checkpoints.checkpoint import Component, tokenizers_of
+from sdjax.checkpoints.embeddings import add_embeddings
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.checkpoints.mapping import export
 from sdjax.checkpoints.networks import autoencoder, unet2d
-from sdjax.checkpoints.open import add_embeddings, read_checkpoint, replace_vae, resolve
+from sdjax.checkpoints.open import read_checkpoint, replace_vae, resolve
 from sdjax.checkpoints.storage import safetensors, weights
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten

@@ -362,7 +362,7 @@ BAD = {
     "no settings": (["--from_image=fine.png"], "fine.png does not say how it was made"),
     "depth": ([P, "--depth=fine.png"], "depth changes nothing: sd1 is conditioned on prompt; "),
     "refiner": ([P, "--refiner=missing"], "there is no file or folder 'missing'"),
-    "embedding": ([P, "--embedding=missing.pt"], "there is no textual inversion 'missing.pt'"),
+    "embedding": ([P, "--embedding=missing.pt"], "there is no file or folder 'missing.pt'"),
     "vae": ([P, "--vae=missing.safetensors"], "there is no file or folder 'missing.safetensors'"),
     "existing": ([P, "--outdir=taken"], "taken/00000.png exists and is left as it is; choose another --outdir"),
     "of another command": (

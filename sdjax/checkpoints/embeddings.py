@@ -1,0 +1,128 @@
+"""Words of textual inversions: their files, read and written, and the checkpoint whose prompts know them.
+
+Written are `learned_embeds.safetensors` and, of SDXL's second encoder, `learned_embeds_2.safetensors`, as diffusers has
+them, of several words `WORD.safetensors`; and for A1111, ComfyUI and kohya-ss/sd-scripts `webui/WORD.safetensors`, with
+`emb_params`, or `clip_l` and `clip_g`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sdjax.checkpoints.checkpoint import Checkpoint, Patch, check_text_encoders, tokenizers_of
+from sdjax.checkpoints.storage.safetensors import write_safetensors
+from sdjax.checkpoints.storage.weights import read_groups
+from sdjax.core.errors import UserError
+from sdjax.data.text.textual_inversion import ENCODERS, UNNAMED, Embedding, fit, read_embedding
+from sdjax.models.clip import extend_vocabulary
+
+LEARNED, SECOND = "learned_embeds", "_2"
+SUFFIXES = (".safetensors", ".bin", ".pt")
+OTHERS = ("pytorch_", f"{LEARNED}-steps-")
+"""What the names of files begin with that stand in a run's folder beside its last words."""
+WEBUI = "webui"
+UNFIT = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+"""Characters that no file's name may have on every system."""
+
+
+def add_embeddings(files: Sequence[str | Path]) -> Patch:
+    """Words of textual inversions for text encoders and tokenizers.
+
+    Args:
+        files: local `.safetensors`, `.pt` or `.bin` files, or folders with such.
+
+    Raises:
+        UserError: by the patch, where a file is missing or not for these text encoders, or a word is there already.
+    """
+
+    def patch(checkpoint: Checkpoint) -> Checkpoint:
+        check_text_encoders(checkpoint)
+        return add_words([word for source in files for word in read_embeddings(Path(source))])(checkpoint)
+
+    return patch
+
+
+def add_words(embeddings: Sequence[Embedding]) -> Patch:
+    """Words with their vectors for text encoders and tokenizers.
+
+    Raises:
+        UserError: by the patch, where vectors are not for these text encoders, or a word is there already.
+    """
+
+    def patch(checkpoint: Checkpoint) -> Checkpoint:
+        names = check_text_encoders(checkpoint)
+        parts = [checkpoint.components[name] for name in names]
+        fitted = fit(embeddings, [part.config.width for part in parts])
+        if again := sorted(set(fitted.counts) & set(checkpoint.placeholders)):
+            raise UserError(f"there are two textual inversions for the word {again[0]!r}")
+        extended = {}
+        for name, part, tokenizer, rows in zip(names, parts, tokenizers_of(checkpoint), fitted.rows, strict=True):
+            config, params = extend_vocabulary(part.config, part.params, rows, tokenizer.eos)
+            extended[name] = dataclasses.replace(part, config=config, params=params)
+        components, counts = {**checkpoint.components, **extended}, {**checkpoint.placeholders, **fitted.counts}
+        return dataclasses.replace(checkpoint, components=components, placeholders=counts)
+
+    return patch
+
+
+def read_embeddings(source: Path) -> list[Embedding]:
+    """The word of a file, or all words of a folder's files.
+
+    Raises:
+        UserError: there is none, or a file is no textual inversion.
+    """
+    if not source.is_dir():
+        return [_read(source)]
+    found = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and not path.name.startswith(OTHERS))
+    firsts = [path for path in found if _first(path) not in found]
+    if not firsts:
+        raise UserError(f"{source} holds no textual inversion, such as {LEARNED}{SUFFIXES[0]}")
+    return [_read(path) for path in firsts]
+
+
+def _read(file: Path) -> Embedding:
+    """The embedding of a file, with the vectors of SDXL's second encoder where they are in a file beside it."""
+    if not file.is_file():
+        raise UserError(f"there is no textual inversion {str(file)!r}")
+    embedding, second = read_embedding(read_groups(file), file.stem), file.with_stem(file.stem + SECOND)
+    if not second.is_file():
+        return embedding
+    return embedding._replace(vectors=embedding.vectors + read_embedding(read_groups(second), file.stem).vectors)
+
+
+def _first(path: Path) -> Path | None:
+    """The file of the first encoder's vectors beside one of the second's."""
+    return path.with_stem(path.stem.removesuffix(SECOND)) if path.stem.endswith(SECOND) else None
+
+
+def write_embeddings(folder: Path, embeddings: Sequence[Embedding]) -> None:
+    """Write words as diffusers reads them, and for web UIs, which call a word by its file's name.
+
+    Raises:
+        UserError: a word cannot be a file's name; as `write_safetensors`.
+    """
+    for name, embedding in zip(_names(embeddings), embeddings, strict=True):
+        for ending, vectors in zip(("", SECOND), embedding.vectors, strict=False):
+            write_safetensors(folder / f"{name}{ending}.safetensors", {embedding.word: vectors}, np.float32)
+        (folder / WEBUI).mkdir(exist_ok=True)
+        keys: tuple[str, ...] = ENCODERS if len(embedding.vectors) > 1 else UNNAMED
+        tensors: dict[str, np.ndarray] = dict(zip(keys, embedding.vectors, strict=False))
+        write_safetensors(folder / WEBUI / f"{web_name(embedding.word)}.safetensors", tensors, np.float32)
+
+
+def _names(embeddings: Sequence[Embedding]) -> Iterator[str]:
+    """Names of the words' files without their suffixes."""
+    for embedding in embeddings:
+        if "/" in embedding.word:
+            raise UserError(f"word {embedding.word!r} cannot be the name of a file")
+        yield LEARNED if len(embeddings) == 1 else embedding.word
+
+
+def web_name(word: str) -> str:
+    """A word as web UIs call it in prompts: a file's name."""
+    return UNFIT.sub("", word) or "word"
