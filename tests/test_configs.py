@@ -61,6 +61,7 @@ TRAINING = (
     "openmoji_ldm",
     "pixels",
     "stable_diffusion_training",
+    "textual_inversion",
 )
 
 

@@ -241,10 +241,16 @@ def _text_conditioner(
     return Combined((text, parts[channels])) if channels else text
 
 
-def clip_encoders(configs: Mapping[str, Any], dtype: DTypeLike) -> tuple[TextEncoder, ...]:
-    """The text encoders of Stable Diffusion's family among some components; SDXL's read an earlier layer."""
+def clip_encoders(configs: Mapping[str, Any], dtype: DTypeLike, words: int = 0) -> tuple[TextEncoder, ...]:
+    """The text encoders of Stable Diffusion's family among some components; SDXL's read an earlier layer.
+
+    Args:
+        words: vectors of new words, which stand apart from the vocabulary (`sdjax.models.clip.TokenEmbedding`).
+    """
     layer = TEXT_LAYERS["last" if configs[BACKBONE].vector_dim is None else "penultimate_raw"]
-    return tuple(CLIPEncoder(name, CLIPText(configs[name], dtype), layer) for name in TOKENIZERS if name in configs)
+    return tuple(
+        CLIPEncoder(name, CLIPText(configs[name], dtype, words), layer) for name in TOKENIZERS if name in configs
+    )
 
 
 def micro_conditioning(config: UNetConfig, encoders: Sequence[TextEncoder], width: int, place: object) -> int:

@@ -50,6 +50,7 @@ class CLIPTextConfig:
         return self.layers
 
 
+WORDS = "words"
 VARIANTS = {
     "clip_l": CLIPTextConfig(),  # 123,060,480 parameters
     "openclip_h": CLIPTextConfig(width=1024, layers=24, heads=16, feed_forward=4096, activation="gelu"),
@@ -105,16 +106,42 @@ class CLIPLayer(nn.Module):
         return constrain(x + nn.Dense(c.width, dtype=self.dtype, name="fc2")(h), BATCH, None, None)
 
 
+class TokenEmbedding(nn.Embed):
+    """Vectors of a vocabulary, and of `words` further ids, which stand apart so that they can learn alone.
+
+    They are the parameter "words" [words, d] (textual inversion; Gal et al. 2022).
+    """
+
+    words: int = 0
+
+    def setup(self) -> None:
+        super().setup()
+        if self.words:
+            self.vectors = self.param(WORDS, self.embedding_init, (self.words, self.features), self.param_dtype)
+
+    def __call__(self, inputs: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        if not self.words:
+            return super().__call__(inputs)
+        own = inputs - self.num_embeddings
+        known = jnp.take(self.embedding, inputs, axis=0, mode="clip")
+        return jnp.where(own[..., None] < 0, known, jnp.take(self.vectors, own, axis=0, mode="clip"))
+
+
 class CLIPText(nn.Module):
-    """Token ids to states. The final LayerNorm is a method of its own: SD 2 applies it to an earlier layer."""
+    """Token ids to states. The final LayerNorm is a method of its own: SD 2 applies it to an earlier layer.
+
+    Attributes:
+        words: vectors of ids beyond the vocabulary, as of `TokenEmbedding`.
+    """
 
     config: CLIPTextConfig
     dtype: DTypeLike = jnp.float32
+    words: int = 0
 
     def setup(self) -> None:
         c = self.config
         normal = nn.initializers.normal(0.02)
-        self.token_embedding = nn.Embed(c.vocab_size, c.width, embedding_init=normal)
+        self.token_embedding = TokenEmbedding(c.vocab_size, c.width, embedding_init=normal, words=self.words)
         self.position_embedding = nn.Embed(c.max_length, c.width, embedding_init=nn.initializers.normal(0.01))
         self.layers = [CLIPLayer(c, dtype=self.dtype, name=f"layers_{i}") for i in range(c.layers)]
         self.final_layer_norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)

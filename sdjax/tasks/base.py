@@ -16,8 +16,9 @@ from sdjax.data.identity import identity_of
 from sdjax.data.loader import Loader, Prefetch, Shard, Transform, loader
 from sdjax.data.prepared.dataset import PreparedSource
 from sdjax.data.sources import open as sources
-from sdjax.data.sources.base import CONDITIONING_IMAGE
+from sdjax.data.sources.base import CAPTION, CONDITIONING_IMAGE
 from sdjax.data.sources.rules import RowRules
+from sdjax.data.text.prompt_templates import prompts_of
 from sdjax.data.transforms import crops
 from sdjax.ops.partition import constrain
 from sdjax.parallel.batches import rows_of_process
@@ -49,16 +50,19 @@ def row_rules(config: Config) -> RowRules:
     needs = ("label",) if task.name == "classifier" else NEEDS.get(task.get("conditioning", ""), ())
     if CONTROLNET in config.model and not data.get("control_from"):
         needs = (*needs, CONDITIONING_IMAGE)
+    if data.get("prompt"):
+        needs = tuple(name for name in needs if name != CAPTION)
     return RowRules(needs, data.minimum_side, data.size, data.on_bad, tuple(data.links))
 
 
-def open_images(config: Config, split: str = "train") -> sources.UsableRows:
-    """The images of `config.data.source`, held to the rules of the run.
+def open_images(config: Config, split: str = "train") -> sources.UsableRows | sources.PromptedRows:
+    """The images of `config.data.source`, held to the rules of the run, with `config.data.prompt` where it has one.
 
     Raises:
         UserError: as `sources.source`.
     """
-    return sources.source(config.data.source, split, rules=row_rules(config))
+    images, prompt = sources.source(config.data.source, split, rules=row_rules(config)), config.data.get("prompt", "")
+    return sources.PromptedRows(images, prompts_of(prompt, config.task.get("word", ""))) if prompt else images
 
 
 def data_identity(config: Config) -> dict[str, Any]:
@@ -91,7 +95,8 @@ def batches(config: Config, images: sources.Source, transforms: Sequence[Transfo
     Raises:
         UserError: as `sdjax.data.loader.loader` and `loader_options`.
     """
-    train = config.train
+    train, repeats = config.train, config.data.get("repeats", 1)
+    images = sources.RepeatedSource(images, repeats) if repeats > 1 else images
     return loader(images, train.batch_size, train.seed, transforms, process_shard(mesh), loader_options(config))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,6 +46,7 @@ from sdjax.models.autoencoder import AutoencoderConfig
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
 from sdjax.tasks.pretrained import frozen_source
 from sdjax.tasks.variants import sizes_of
+from sdjax.tasks.words import NewWord, new_words, with_new_words
 
 
 class TrainingCondition(NamedTuple):
@@ -59,6 +61,7 @@ class TrainingCondition(NamedTuple):
         loaded: the same tokenizers, where they are CLIP's.
         settings: facts that a finished model keeps, beside the conditioner's own.
         text: the conditioner of prompts; None where there is none.
+        words: new words of its prompts.
     """
 
     conditioner: Conditioner
@@ -69,6 +72,7 @@ class TrainingCondition(NamedTuple):
     loaded: Mapping[str, Tokenizer] = {}
     settings: Mapping[str, Any] = {}
     text: TextConditioner | None = None
+    words: tuple[NewWord, ...] = ()
 
 
 def training_condition(config: Config, first_stage: AutoencoderConfig | None, backbone: Any) -> TrainingCondition:
@@ -183,15 +187,17 @@ def _text(config: Config, first_stage: Any, backbone: Any) -> TrainingCondition:
             raise unknown("text encoder", name, TOKENIZERS, place)
     sizes = {name: sizes_of(sections[name], clip.VARIANTS, f"{place}.{name}") for name in sorted(sections)}
     folders = {name: _tokenizer_folder(config, name, sizes[name]) for name in sizes}
-    encoders = clip_encoders({BACKBONE: backbone, **sizes}, dtype)
+    words = new_words(config.task)
+    loaded = _LazyTokenizers(folders, sizes, words)
+    if words:  # the end of a prompt no longer has its highest id
+        sizes = {name: dataclasses.replace(sizes[name], eos_token_id=loaded[name].eos) for name in sizes}
+    encoders = clip_encoders({BACKBONE: backbone, **sizes}, dtype, sum(word.vectors for word in words))
     numbers = micro_conditioning(backbone, encoders, 256, "config.model")
-    lengths = {name: sizes[name].max_length for name in sizes}
-    loaded = _LazyTokenizers(folders, lengths)
     zeros = config.task.get(ZEROS, numbers == SIZES)
     null = () if zeros else null_ids(encoders, loaded)
     conditioner = TextConditioner(encoders, numbers, 256, null)
     spec = text_spec(conditioner, config.task.text)
-    return TrainingCondition(conditioner, (), spec, _text_columns, folders, loaded, text=conditioner)
+    return TrainingCondition(conditioner, (), spec, _text_columns, folders, loaded, text=conditioner, words=words)
 
 
 TEXTS = ("prepared", "tokens")
@@ -199,13 +205,18 @@ TEXTS = ("prepared", "tokens")
 
 
 class _LazyTokenizers(dict):
-    """Tokenizers by text encoder, each loaded when it is first asked for."""
+    """Tokenizers by text encoder, which read new words, each loaded when it is first asked for."""
 
-    def __init__(self, folders: Mapping[str, Path], lengths: Mapping[str, int]) -> None:
-        self._folders, self._lengths = folders, lengths
+    def __init__(
+        self, folders: Mapping[str, Path], sizes: Mapping[str, clip.CLIPTextConfig], words: tuple[NewWord, ...]
+    ) -> None:
+        self._folders, self._sizes, self._words = folders, sizes, words
 
     def __missing__(self, name: str) -> Tokenizer:
-        self[name] = load_tokenizer(self._folders[name], self._lengths[name])
+        sizes = self._sizes[name]
+        self[name] = with_new_words(
+            load_tokenizer(self._folders[name], sizes.max_length), self._words, sizes.vocab_size
+        )
         return self[name]
 
 

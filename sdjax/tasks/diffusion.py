@@ -32,7 +32,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
 from sdjax.checkpoints.checkpoint import Checkpoint, Component
 from sdjax.checkpoints.controlnets import CONTROLNET
-from sdjax.checkpoints.layouts.diffusers import ZEROS, read_config, write_checkpoint
+from sdjax.checkpoints.layouts.diffusers import ZEROS, read_config
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.open import within_workdir
 from sdjax.core.config import Config
@@ -53,6 +53,7 @@ from sdjax.models.lora import DROPOUT, FIXED, LORA, with_dropout
 from sdjax.tasks.base import data_identity, open_images
 from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
 from sdjax.tasks.control import first_weights, with_control, write_control
+from sdjax.tasks.exports import export_of
 from sdjax.tasks.finetune import PIXELS, from_checkpoint, is_finetuning
 from sdjax.tasks.latents import latent_source, open_prepared
 from sdjax.tasks.lora import adapter_of, write_adapter
@@ -60,6 +61,7 @@ from sdjax.tasks.objective import objective_of
 from sdjax.tasks.pretrained import frozen_source, init_component, read_components
 from sdjax.tasks.preview import preview, preview_prompts
 from sdjax.tasks.variants import sizes_of
+from sdjax.tasks.words import first_vectors, learnt_words, without_words
 from sdjax.training.task import DevicePut, Metrics, Task, select, split_like
 
 
@@ -72,6 +74,7 @@ def make(config: Config, mesh: Mesh) -> Task:
     config = from_checkpoint(config) if is_finetuning(config) else config
     model, condition = make_model(config)
     source, objective = latent_source(config, model, condition, mesh), objective_of(config.task)
+    form = export_of(config.task)
     learned = model.config.out_channels == 2 * model.channels
     bounds = posterior_tables(objective.schedule) if learned else None
     adapter = adapter_of(config, model)
@@ -120,16 +123,17 @@ def make(config: Config, mesh: Mesh) -> Task:
             return put(array.astype(dtypes.get(path, np.float32)), path)
 
         read = read_pretrained(config, model, set(trainable), set(frozen), typed_put)
-        return merge(read, adapter.given(read, put, mesh))
+        words = first_vectors(condition.words, condition.loaded, read, mesh)
+        return merge(merge(read, adapter.given(read, put, mesh)), words)
 
     def export(params: Params, folder: Path) -> None:
-        checkpoint, dtype = checkpoint_of(config, model, condition, params), config.task.export_dtype
+        checkpoint, dtype = checkpoint_of(config, model, condition, without_words(params)), config.task.export_dtype
         if adapter.patterns:
             write_adapter(checkpoint, folder, config, adapter.entry)
         elif CONTROLNET in checkpoint.components:
             write_control(checkpoint, folder, dtype, base_learnt=BACKBONE in trainable)
         else:
-            write_checkpoint(folder, checkpoint, dtype)
+            form.write(folder, checkpoint, learnt_words(condition.words, params), dtype)
 
     def batch(params: Params) -> Loader:
         return source.batches(params)
@@ -141,8 +145,10 @@ def make(config: Config, mesh: Mesh) -> Task:
         return {name: jax.ShapeDtypeStruct((rows, *row.shape), row.dtype) for name, row in source.spec.items()}
 
     inputs = "".join(f" --{name} ..." for name in model.conditioner.traits.required)
-    place = "lora" if adapter.patterns else "controlnet" if CONTROLNET in trainable else "checkpoint"
-    use = f"python sample.py --config {{config}} --{place} {{workdir}}{inputs}"
+    place = form.flags
+    if adapter.patterns or CONTROLNET in trainable:
+        place = f"--{LORA if adapter.patterns else CONTROLNET} {{workdir}}"
+    use = f"python sample.py --config {{config}} {place}{inputs}"
     return Task(init, loss, show, batch, export, batch_spec, frozen, pretrained, use, lambda: data_identity(config))
 
 

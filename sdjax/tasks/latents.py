@@ -122,6 +122,9 @@ def cached(config: Config, model: DiffusionModel, condition: TrainingCondition, 
             images = images.seed(config.train.seed).random_map(ToBucket((Size(side, side),), config.data.crop))
         else:
             images = images.map(transforms.Square(side, config.data.crop))
+        if config.data.get("flip"):  # both sides of every image are kept
+            mirrored = images.seed(config.train.seed).random_map(transforms.Flip(1.0))
+            images = grain.MapDataset.concatenate([images, mirrored])
         for change in condition.transforms:
             images = images.map(change)
         draws = [Draw(TOKENS, TOKENS)] if condition.spec else []

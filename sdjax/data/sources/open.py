@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.sources import openmoji, openmoji_parts
 from sdjax.data.sources.array_records import ArrayRecordSource
-from sdjax.data.sources.base import CONDITIONING_IMAGE, Example, Rows, Source
+from sdjax.data.sources.base import CONDITIONING_IMAGE, Example, Rows, Source, captioned
 from sdjax.data.sources.folder import listed_images, plain_images
 from sdjax.data.sources.recoloured import RecolouredSource
 from sdjax.data.sources.rules import ANY, CAPTIONED, RowRules, UsableRows
@@ -119,6 +119,35 @@ def _unknown(name: str) -> UserError:
     if path.suffix in SUFFIXES:
         meant = f"{SUFFIXES[path.suffix]}:{name}"
     return UserError(f"{error}; did you mean {meant}?") if meant else error
+
+
+class PromptedRows:
+    """The rows of a data set, each with the same captions in place of its own."""
+
+    def __init__(self, rows: UsableRows, captions: Sequence[str]):
+        """Wraps rows that need no caption of their own."""
+        self._rows, self._captions, self.classes = rows, captions, rows.classes
+        self.id, self.size = rows.id, rows.size
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return {**self._rows[index], **captioned(self._captions)}  # type: ignore[typeddict-item]
+
+
+class RepeatedSource:
+    """A source several times over, for batches larger than a handful of images."""
+
+    def __init__(self, rows: Source, times: int):
+        """Wraps rows that are read anew each time."""
+        self._rows, self._times = rows, times
+
+    def __len__(self) -> int:
+        return len(self._rows) * self._times
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows[index % len(self._rows)]
 
 
 class ArraySource:
