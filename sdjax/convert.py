@@ -3,6 +3,7 @@
     python -m sdjax.convert SOURCE [LORA:STRENGTH ...] TARGET [--dtype float16] [--family NAME] [--prediction NAME]
         [--variant fp16] [--weights ema|model] [--tokenizer FOLDER]
     python -m sdjax.convert SOURCE TARGET --extract_lora BASE [--rank 16] [--energy 0.99] [--naming kohya|diffusers]
+    python -m sdjax.convert CONTROLNET TARGET [--control_transfer OLD,NEW]
 
 SOURCE is a diffusers folder, a single .safetensors or .ckpt file in the original naming, an autoencoder alone in such a
 file, or an id of the Hub (owner/name or owner/name/file.safetensors). TARGET is a single file in the original naming
@@ -15,9 +16,14 @@ A file may also hold one of the LDM paper's models (family celebahq, lsun_church
 layout, super_resolution, inpainting, semantic or rdm; averages are taken where it has them; --tokenizer is the folder
 with BERT's vocab.txt), or ADM's UNet (adm_64, adm_128, adm_256, adm_512) or classifier. TARGET is then a new folder,
 which sample.py, sdjax.load and, where it has the class, diffusers read.
+
 Files of LoRA between the two are merged into Stable Diffusion's weights. --extract_lora writes what SOURCE has learned
 beside BASE as a LoRA: each layer's difference by its --rank largest singular values, or by as few of them as keep the
 share --energy of its squared norm; norms and biases stay out.
+
+A ControlNet's folder, or a file of one in either naming, alone or with the model that it was trained on, becomes a
+ControlNet's folder, or with .safetensors a file in the original naming. --control_transfer makes it one for another
+base: the change from the model OLD, which it was trained with, to NEW is added to its copy of the encoder.
 A file or folder that was not written here is never written over.
 """
 
@@ -27,15 +33,30 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from sdjax.checkpoints.checkpoint import CLASSIFIERS, Checkpoint
+from sdjax.checkpoints.checkpoint import CLASSIFIERS, Checkpoint, Component, ReadOptions
+from sdjax.checkpoints.controlnets import (
+    CONTROLNET,
+    is_controlnet,
+    read_controlnet,
+    title_of,
+    transfer,
+    write_controlnet_file,
+)
 from sdjax.checkpoints.families import POOL, UNET
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
-from sdjax.checkpoints.layouts.diffusers import absent_parts, check_target_folder, write_checkpoint, write_component
+from sdjax.checkpoints.layouts.diffusers import (
+    absent_parts,
+    check_target_folder,
+    read_component,
+    write_checkpoint,
+    write_component,
+)
 from sdjax.checkpoints.layouts.original import detect, read_adm_classifier, read_autoencoder_file
 from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.checkpoints.lora.extraction import extract_lora
@@ -55,6 +76,7 @@ SINGLE = ".safetensors"
 EXTRACTED = "extract_lora"
 EXTRACTION = (EXTRACTED, "rank", "energy", "naming")
 RANK, MOST = 16, 2**16  # of an extracted LoRA, without an energy and with one
+CHOICES = ("dtype", "family", "prediction", "weights", "tokenizer", "control_transfer")
 Options = Mapping[str, Any]
 
 
@@ -63,7 +85,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sdjax").setLevel(logging.INFO)
     values = flags.FlagValues()
-    for name in ("dtype", "family", "prediction", "variant", "weights", "tokenizer"):
+    for name in (*CHOICES, "variant"):
         flags.DEFINE_string(name, None, "", flag_values=values)
     for name in (EXTRACTED, "naming"):
         flags.DEFINE_string(name, None, "", flag_values=values)
@@ -76,15 +98,18 @@ def main() -> None:
     check_free(target)
     variant = values["variant"].value
     path = resolve(source, variant=variant)
-    chosen = {name: values[name].value for name in ("dtype", "family", "prediction", "weights", "tokenizer")}
+    chosen = {name: values[name].value for name in CHOICES}
     extraction = {name: values[name].value for name in EXTRACTION if values[name].value is not None}
+    if (loras or extraction) and ((EXTRACTED in extraction and loras) or is_controlnet(path)):
+        raise UserError(f"--{EXTRACTED} takes one SOURCE, without LoRAs, and a ControlNet takes neither")
     if EXTRACTED in extraction:
-        if loras:
-            raise UserError(f"--{EXTRACTED} takes one SOURCE, without LoRAs")
         write_extracted(path, target, chosen, extraction)
         return
     if extraction:
         raise UserError(f"--{next(iter(extraction))} changes nothing without --{EXTRACTED} BASE; leave it out")
+    if is_controlnet(path):
+        convert_controlnet(path, target, chosen)
+        return
     if loras or path.is_dir():
         files = [find_lora(lora) for lora in loras]
         checkpoint = read_model(path, chosen, variant)
@@ -105,7 +130,7 @@ def read_model(path: Path, chosen: Options, variant: str | None = None) -> Check
     check_unused(stored.path, chosen, OPTIONS[kind])
     if kind == STABLE_DIFFUSION:
         print(f"{stored.path}: {detect(stored, family=chosen['family'], prediction=chosen['prediction'])}")
-    return read_checkpoint(stored, **chosen)
+    return read_checkpoint(stored, **{name: value for name, value in chosen.items() if name != "control_transfer"})
 
 
 def write_extracted(path: Path, target: Path, chosen: Options, extraction: Options) -> None:
@@ -164,6 +189,31 @@ def convert_autoencoder(stored: Weights, target: Path, chosen: Options) -> None:
     with atomic_write(fresh(target, "an autoencoder alone")) as partial:
         write_component(partial, "vae", component, None)
     print(f"{target}: the folder of an autoencoder, scaling factor {component.config.scaling_factor}")
+
+
+def convert_controlnet(path: Path, target: Path, chosen: Options) -> None:
+    """A ControlNet, maybe for another base."""
+    check_unused(path, chosen, ("dtype", "control_transfer"))
+    net, bases = read_controlnet(path, ReadOptions(chosen["dtype"])), chosen["control_transfer"]
+    if bases is not None:
+        if bases.count(",") != 1:
+            raise UserError(f"--control_transfer {bases}: give two models, OLD,NEW")
+        old, new = (unet_of(source).params for source in bases.split(","))
+        net = replace(net, params=transfer(net.params, old, new, f"--control_transfer {bases}"))
+    if target.suffix == SINGLE:
+        write_controlnet_file(target, net, None)
+    else:
+        with atomic_write(fresh(target, "a ControlNet")) as partial:
+            write_component(partial, CONTROLNET, net, None)
+    print(f"{target}: a ControlNet of {title_of(net.config)}")
+
+
+def unet_of(source: str) -> Component:
+    """The UNet of a model, its parameters as they are stored."""
+    path = resolve(source, component="unet")
+    if not path.is_dir():
+        return read_checkpoint(path, dtype=None, optional=("vae",)).components["unet"]
+    return read_component(path / "unet" if (path / "unet").is_dir() else path, "unet", None)
 
 
 def convert_classifier(stored: Weights, target: Path, chosen: Options) -> None:

@@ -18,10 +18,11 @@ from sdjax.checkpoints.mapping import Writable, check_blocks, export
 from sdjax.checkpoints.networks import controlnet
 from sdjax.checkpoints.original_keys import outward, without_prefix
 from sdjax.checkpoints.storage.safetensors import write_safetensors
-from sdjax.checkpoints.storage.weights import Source, Weights, read_file
+from sdjax.checkpoints.storage.weights import Source, read_file
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree, flatten, unflatten
+from sdjax.core.untrusted import read_json
 from sdjax.models.controlnet import HINT_ENCODER, ControlNetConfig, config_for
 from sdjax.models.unet import UNetConfig
 
@@ -119,9 +120,16 @@ def naming_of(source: Source) -> tuple[str, str]:
     return prefix, naming
 
 
-def is_controlnet_file(stored: Weights) -> bool:
-    """Tell whether a file holds a ControlNet, maybe with the model that it was trained on."""
-    return any(key.removeprefix(PREFIX) in FIRST for key in stored.tensors)
+def is_controlnet(path: Path) -> bool:
+    """Tell whether a folder is a ControlNet's own, or a file holds one, maybe with the model that it was trained on.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if path.is_dir():
+        config = path / CONFIG
+        return config.is_file() and read_json(config).get("_class_name") == controlnet.CLASS_NAME
+    return any(key.removeprefix(PREFIX) in FIRST for key in read_file(path).tensors)
 
 
 def title_of(config: ControlNetConfig) -> str:
@@ -151,21 +159,31 @@ def write_controlnet_file(path: str | Path, component: Component, dtype: str | N
     write_safetensors(path, tensors, None if dtype is None else dtype_named(dtype))
 
 
-def transfer(params: Tree, old: Tree, new: Tree) -> dict[str, object]:
+def transfer(params: Tree, old: Tree, new: Tree, place: object) -> dict[str, object]:
     """Parameters of a ControlNet for another UNet: p + (new - old) where it copied the UNet's encoder.
 
     Args:
         params: of the ControlNet.
         old, new: of the UNet that it was trained with, and of the one that it shall control.
+        place: of the two, for messages.
+
+    Raises:
+        UserError: the three are not of one size.
     """
     before, after = flatten(old), flatten(new)
 
-    def moved(name: str, leaf: np.ndarray) -> np.ndarray:
-        if name not in before:
-            return leaf
-        delta = np.asarray(after[name], np.float32) - np.asarray(before[name], np.float32)
+    def taken(name: str, of: Tree, like: np.ndarray) -> np.ndarray:
+        array = np.asarray(of[name], np.float32) if name in of else np.zeros(0)
         if name == "conv_in/kernel":  # what is joined to the latents comes after them
-            delta = delta[:, :, : leaf.shape[2]]
-        return (np.asarray(leaf, np.float32) + delta).astype(leaf.dtype)
+            array = array[:, :, : like.shape[2]]
+        if array.shape != like.shape:
+            raise UserError(f"{place}: the ControlNet's {name} is {list(like.shape)}, theirs {list(array.shape)}")
+        return array
+
+    def moved(name: str, leaf: np.ndarray) -> np.ndarray:
+        if name.startswith(CONTROLNET):
+            return leaf
+        change = taken(name, after, leaf) - taken(name, before, leaf)
+        return (np.asarray(leaf, np.float32) + change).astype(leaf.dtype)
 
     return unflatten({name: moved(name, leaf) for name, leaf in flatten(params).items()})
