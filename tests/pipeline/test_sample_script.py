@@ -20,6 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import sdjax
+from sdjax.checkpoints.lora.reading import hash_of
+from sdjax.checkpoints.lora.writing import write_lora
 from sdjax.cli.records import write_image
 from sdjax.core.errors import run_or_exit
 from sdjax.data import image_inputs
@@ -451,3 +453,29 @@ def test_commands_take_hints_by_flag_line_and_grid(run, nets, tmp_path):
         np.testing.assert_array_equal(pixels(tmp_path / "flags/00000.png"), pixels(tmp_path / f"{other}/00000.png"))
     assert np.abs(pixels(tmp_path / "grid/00000.png") - pixels(tmp_path / "grid/00001.png")).max() > 10
     assert pixels(tmp_path / "lines/00001.png").shape == (SIDE, SIDE, 3), "as large as the hint"
+
+
+def test_loras(run, checkpoints, tmp_path, caplog):
+    """A grid of strengths, a tag found in a folder, what a PNG says, and the image made again from it."""
+    path, rng = tmp_path / "loras" / "style.safetensors", np.random.default_rng(0)
+    shapes = {"down": (64, 2), "up": (2, 64), "scale": ()}
+    layer = "unet/down_blocks_0_attentions_0/transformer_blocks_0/attn2/to_q"
+    path.parent.mkdir()
+    factors = {layer: {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}}
+    write_lora(path, checkpoints("sd1"), factors, "kohya")
+    lora = f"--lora={path}:0.5"
+    assert run(P, lora, "--grid=lora_scale=0,0.5", "--outdir=grid", *FAST)[0] == 0
+    assert "matched 1 of 1 layers" in caplog.text
+    zero, half = (pixels(tmp_path / "grid" / f"0000{i}.png") for i in (0, 1))
+    assert np.abs(zero - half).max() > 5
+    found = records(tmp_path / "grid")
+    assert [record.get("loras") for record in found] == [None, [["style", 0.5, 0.5, hash_of(path)]]]
+    text = Image.open(tmp_path / "grid" / "00001.png").info["parameters"]
+    assert text.startswith("red heart <lora:style:0.5:0.5>\n")
+    assert f'Lora hashes: "style: {hash_of(path)}"' in text
+
+    assert run("--from_image=grid/00001.png", "--outdir=again")[0] == 0
+    np.testing.assert_array_equal(pixels(tmp_path / "again" / "00000.png"), half)
+    (tmp_path / "prompts.txt").write_text("red heart <lora:style:0.5>\nred heart <lora:style:1> --lora_scale 0\n")
+    assert run("--from_file=prompts.txt", f"--lora_dir={path.parent}", "--outdir=tags", *FAST)[0] == 0
+    np.testing.assert_allclose(pixels(tmp_path / "tags" / "00000.png"), half, atol=1)
