@@ -14,7 +14,7 @@ import torch
 import transformers
 import zoo
 from PIL import Image
-from test_against_diffusers import NEGATIVES, PROMPTS, SIDES, check, mask, picture, to_torch
+from test_against_diffusers import NEGATIVES, PROMPTS, SIDES, check, to_torch
 from torch_reference import drawn, randomised
 
 import sdjax
@@ -26,7 +26,6 @@ from sdjax.diffusion_model.conditioners.ip_adapter import block_scales
 from sdjax.models.ip_adapter import IPAdapterConfig, ResamplerConfig
 from sdjax.models.unet import SD1, SDXL
 
-__all__ = ["mask", "picture"]
 PIPELINES = {"sd1": "StableDiffusion", "sdxl": "StableDiffusionXL"}
 KINDS = {"plain": ".bin", "plus": ".safetensors"}
 EMBEDDING, WIDTH, SEEN = 40, 48, 28  # of the image encoder: features of its embedding and its states, pixels
