@@ -15,6 +15,7 @@ from PIL import Image
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # whose environment is that of the process that started it
 CACHE_BYTES = 4 * 2**30
+LONG = Path(__file__).with_name("long.txt")
 BUDGET = 2_700  # programs that a default run may compile; 2,224 of them in 2,672 tests
 
 
@@ -51,12 +52,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have ignored by what runs in background
-    is_default = config.option.markexpr == "not slow"
-    if not IS_WORKER and is_default:
+    if not IS_WORKER and config.option.markexpr in ("not slow", "long"):
         os.environ.setdefault("XLA_FLAGS", HASTY)
-    is_all = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
-    budget = BUDGET if is_default and is_all else None
-    config.pluginmanager.register(Compilations(config.option.compilations, budget))
+    is_default = config.option.markexpr == "not slow" and is_whole(config)
+    if is_default:
+        config.option.markexpr = "not slow and not long"  # which workers are given, too
+    config.pluginmanager.register(Compilations(config.option.compilations, BUDGET if is_default else None))
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """True where no file or test was named."""
+    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that `long.txt` names."""
+    names = {line for line in LONG.read_text().splitlines() if line and not line.startswith("#")}
+    for item in items:
+        if item.nodeid in names:
+            item.add_marker("long")
+    if is_whole(config) and (gone := names - {item.nodeid for item in items}):
+        raise pytest.UsageError(f"{LONG} names {', '.join(sorted(gone))}, which are no tests")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

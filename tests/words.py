@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections import defaultdict
@@ -60,6 +61,7 @@ def words(name: str) -> set[str]:
     return set(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().split("_"))
 
 
+@functools.cache
 def offences() -> dict[str, list[str]]:
     """Places by kind."""
     found: dict[str, list[str]] = {"openings": [], "class names": [], "words": []}
