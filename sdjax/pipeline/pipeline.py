@@ -184,7 +184,9 @@ class Pipeline:
                 `sdjax.data.text.wildcards`); longer ones are read in chunks. None for a model that takes none.
             negative_prompt: one for all, or one a prompt: what guidance leads away from. None is "", or for SDXL's
                 base the zeros that it was trained with.
-            options: rows of `sdjax.pipeline.options.Options`.
+            options: rows of `sdjax.pipeline.options.Options`. A list in `control_image`, `control_scale`,
+                `control_start` and `control_end` has an entry for each of the loaded ControlNets; for each prompt
+                hints of its own are a list of such lists of images, [[a], [b]].
 
         Returns:
             float32 [n, height, width, 3] in [0, 1], or unscaled latents [n, h, w, z] for output="latent".

@@ -17,6 +17,7 @@ from sdjax.checkpoints.families import FAMILIES
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
 from sdjax.data.text.tokenizer_training import train_word_pieces
 from sdjax.data.text.word_pieces import load_word_pieces
+from sdjax.models.controlnet import config_for
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
 
 DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}
@@ -86,6 +87,12 @@ def _concat(channels: int) -> Any:
 EMPTY_LAYOUT = [399] * 9 + [0, 399]
 KINDS = {
     "sd1": Kind(_family("sd1"), "a red heart", {"guidance_scale": 3.0}),
+    "controlled": Kind(
+        _family("sd1"),
+        "a red heart",
+        {"control_image": "image", "control_mode": "guess", "guidance_scale": 3.0},
+        {"controlnet": "controlnet"},
+    ),
     "sd2_v": Kind(_family("sd2", **V), "a red heart", {"guidance_scale": 3.0}),
     "sdxl": Kind(_family("sdxl"), "a red heart", {"guidance_scale": 3.0, "crop": (2, 3)}),
     "sdxl_refiner": Kind(_family("sdxl_refiner"), "a cat", {"guidance_scale": 3.0, "aesthetic_score": 4.0}),
@@ -126,7 +133,7 @@ KINDS = {
 
 
 def write_files(folder: Path) -> dict[str, Path]:
-    """Files that options name, the tokenizers, and a classifier."""
+    """Files that options name, the tokenizers, a classifier, and a ControlNet."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     names = ("image", "half", "quarter", "mask", "labels")
@@ -145,6 +152,10 @@ def write_files(folder: Path) -> dict[str, Path]:
     train_word_pieces(["a red heart", "a big blue dog"], files["words"], 80)
     guide = Component(zoo.CLASSIFIER, random_params(ALL_FORMATS["classifier"].shapes(zoo.CLASSIFIER), 5))
     write_component(files["classifier"] / "classifier", "classifier", guide)
+    files["controlnet"] = folder / "controlnet"
+    sizes = config_for(zoo.UNETS["sd1"], zoo.FACTOR)
+    net = Component(sizes, random_params(ALL_FORMATS["controlnet"].shapes(sizes), 6))
+    write_component(files["controlnet"], "controlnet", net)
     return files
 
 
