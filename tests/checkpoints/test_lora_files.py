@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 import zoo
 from safetensors.torch import save_file
 
-from sdjax.checkpoints.lora.keys import split
+from sdjax.checkpoints.lora.keys import ROLES, split
 from sdjax.checkpoints.lora.names import blocks_of, layers_of, spellings
 from sdjax.checkpoints.lora.reading import entry_of, hash_of, read_lora, scale_of
 from sdjax.core.errors import UserError
@@ -147,6 +149,34 @@ def test_scale(config, more, scale, tiny, tmp_path):
     said = {} if config is None else {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()})}
     file = read_lora(written(tmp_path / "a.safetensors", {**FACTORS, **more}, **said), tiny)
     assert scale_of(file, tiny[PATH]) == scale
+
+
+@pytest.mark.parametrize("alpha", [10**30, "2", None, [2], True])
+def test_an_alpha_that_is_none(alpha, tiny, tmp_path):
+    """Where peft's config says nothing that is a number, the alpha is the rank; true is one."""
+    facts = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": alpha, "unet.alpha_pattern": ["x"]})}
+    file = read_lora(written(tmp_path / "a.safetensors", FACTORS, **facts), tiny)
+    assert scale_of(file, tiny[PATH]) == (0.25 if alpha is True else 1.0)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"unet.r": NaN}'])
+def test_hostile_metadata(text, tiny, tmp_path):
+    path = written(tmp_path / "a.safetensors", FACTORS, lora_adapter_metadata=text)
+    with pytest.raises(UserError, match=f"lora_adapter_metadata of {re.escape(str(path))}"):
+        read_lora(path, tiny)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_shapes(seed, tiny, tmp_path):
+    """Factors of any kinds and shapes are read or refused."""
+    rng = np.random.default_rng(seed)
+    names = rng.choice([f"{name}.weight" for name in ("lora_down", "lora_up", "lora_mid")] + list(ROLES), 4)
+    shapes = {str(name): rng.choice([1, 2, 64, 128], rng.integers(0, 6)).tolist() for name in names}
+    need = [{}, {"lora_A.weight": [2, 64], "lora_B.weight": [64, 2]}, {"hada_w1_a": [64, 2]}][seed % 3]
+    stored = {name: torch.ones(shape) for name, shape in {**shapes, **need}.items()}
+    path = written(tmp_path / "a.safetensors", stored)
+    with contextlib.suppress(UserError):
+        entry_of(read_lora(path, tiny), tiny[PATH])
 
 
 def test_peft_folder(tiny, tmp_path):

@@ -26,7 +26,7 @@ from sdjax.models.weight_changes import DORA, IA3, MAGNITUDE, differences
 
 PEFT_CONFIG, PEFT_FACTS = "adapter_config.json", "lora_adapter_metadata"
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin")
-EXAMPLES = 3
+EXAMPLES, MOST_ALPHA = 3, 2.0**64
 BASE, ALIAS, HASH = "ss_base_model_version", "ss_output_name", "sshs_model_hash"
 
 FLAGS = ("alpha", "scale", "on_input")
@@ -184,7 +184,7 @@ def _peft_alpha(config: Mapping[str, Any], name: str) -> float | None:
         ending = pattern.lstrip("^").rstrip("$").replace("\\.", ".")
         if f".{name}".endswith(f".{ending}"):
             alpha = own
-    return float(alpha) if isinstance(alpha, int | float) and math.isfinite(alpha) else None
+    return float(alpha) if isinstance(alpha, int | float) and abs(alpha) <= MOST_ALPHA else None
 
 
 def entry_of(file: LoraFile, layer: Layer) -> dict[str, np.ndarray]:
