@@ -5,8 +5,8 @@
 Jobs
     --prompt TEXT            in A1111's syntax: (word:1.2), [word], BREAK; [from:to:when] and [a|b], which change from
                              step to step; a cat AND a dog :0.8; {{red|blue}} and __name__ (--wildcard_dir), which draw
-                             words for each image by its seed; models of classes, layouts, label maps or images take
-                             none
+                             words for each image by its seed; <lora:name:0.8>, of --lora and --lora_dir; models of
+                             classes, layouts, label maps or images take none
     --from_file FILE         one prompt a line, with its own settings after it: a red heart --steps 20 --seed 3
     --from_image FILE        makes an image again from the settings inside it, of this program, A1111, Forge, SD.Next,
                              ComfyUI, Fooocus, InvokeAI or NovelAI (PNG, JPEG, WebP); further flags change them

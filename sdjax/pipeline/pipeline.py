@@ -181,7 +181,8 @@ class Pipeline:
         Args:
             prompts: one or several, in A1111's syntax: (word:1.2), [word], BREAK, [from:to:when], [a|b] and AND (see
                 `sdjax.data.text.prompt_editing`); {a|b} and __name__ draw words for each image (see
-                `sdjax.data.text.wildcards`); longer ones are read in chunks. None for a model that takes none.
+                `sdjax.data.text.wildcards`); <lora:name:0.8> is the strength of a LoRA (see
+                `sdjax.data.text.lora_tags`); longer ones are read in chunks. None for a model that takes none.
             negative_prompt: one for all, or one a prompt: what guidance leads away from. None is "", or for SDXL's
                 base the zeros that it was trained with.
             options: rows of `sdjax.pipeline.options.Options`. A list in `control_image`, `control_scale`,

@@ -91,7 +91,8 @@ class LoraConditioner(Conditioner):
         columns = {TEXT_SCALES: text, UNET_SCALES: unet * acts[..., None].astype(np.float32)}
         if any(file.changes_weights for file in self.files):
             self._check_rows(strengths)
-            columns[FIXED] = np.concatenate([text[:, None], unet], axis=1)
+            fixed = np.array([file.changes_weights for file in self.files], np.float32)
+            columns[FIXED] = fixed[:, None] * np.concatenate([text[:, None], unet], axis=1)
         return columns
 
     def _check_rows(self, strengths: Sequence[Strength]) -> None:
@@ -114,15 +115,18 @@ class LoraConditioner(Conditioner):
         return found
 
     def adapt(self, params: Params, columns: Columns) -> Params:
-        text, unet = (columns.get(name) for name in (TEXT_SCALES, UNET_SCALES))
+        """See `Conditioner`: text encoders see all columns of a call, the UNet those of the table's row alone."""
+        of_unet = TEXT_SCALES not in columns
+        if of_unet and UNET_SCALES not in columns:
+            return params
+        scales = jnp.asarray(columns[UNET_SCALES if of_unet else TEXT_SCALES])
 
-        def strength(path: str, number: int) -> Array | float | None:
-            scales = unet if path.startswith(f"{UNET}/") else text
-            if scales is None or number >= scales.shape[1]:  # prepared before the file was added
-                return None if scales is None else 0.0
-            return jnp.asarray(scales)[(slice(None), number, self._part(path) - 1)[: scales.ndim]]
+        def strength(path: str, number: int) -> Array | float:
+            if number >= scales.shape[1]:  # prepared before the file was added
+                return 0.0
+            return scales[:, number, self._part(path) - 1] if of_unet else scales[:, number]
 
-        return _at_strengths(params, strength)
+        return {n: _at_strengths(t, strength, n) if (n == UNET) == of_unet else t for n, t in params.items()}
 
     def _part(self, path: str) -> int:
         """Place of a layer's strength among those of the text encoders and of the UNet's blocks."""
@@ -139,19 +143,15 @@ def _adapted(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _adapted(below, f"{path}/{name}" if path else name)
 
 
-def _at_strengths(tree: Tree, strength: Callable[[str, int], Array | float | None], path: str = "") -> dict[str, Any]:
-    """The tree with branches at their strengths, where there are some, and without entries that are no branches."""
+def _at_strengths(tree: Tree, strength: Callable[[str, int], Array | float], path: str) -> dict[str, Any]:
+    """The tree with branches at their strengths, and without entries that are no branches."""
     made: dict[str, Any] = {}
     for name, below in tree.items():
         if name == LORA:
             branches = {number: entry for number, entry in below.items() if is_branch(entry)}
-            made[name] = {n: _scaled(entry, strength(path, int(n))) for n, entry in branches.items()}
+            made[name] = {n: {**e, "scale": e["scale"] * strength(path, int(n))} for n, e in branches.items()}
         elif isinstance(below, Mapping):
-            made[name] = _at_strengths(below, strength, f"{path}/{name}" if path else name)
+            made[name] = _at_strengths(below, strength, f"{path}/{name}")
         else:
             made[name] = below
     return made
-
-
-def _scaled(entry: Mapping[str, Array], strength: Array | float | None) -> Mapping[str, Array]:
-    return entry if strength is None else {**entry, "scale": entry["scale"] * strength}
