@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sdjax.checkpoints.checkpoint import Component, ReadOptions, dtype_of, read_params
 from sdjax.checkpoints.layouts.diffusers import read_component
-from sdjax.checkpoints.mapping import read
+from sdjax.checkpoints.mapping import check_blocks, read
 from sdjax.checkpoints.networks import ip_adapter, t2i_adapter
 from sdjax.checkpoints.storage.weights import read_file, read_groups
 from sdjax.models.unet import UNetConfig
@@ -20,6 +20,7 @@ def read_ip_adapter(path: Path, unet: UNetConfig, how: ReadOptions) -> Component
     """
     tensors = ip_adapter.flat(read_groups(path))
     config = ip_adapter.config_of({key: tuple(tensor.shape) for key, tensor in tensors.items()}, unet, path)
+    check_blocks(config.blocks, tensors, path)
     place = how.place
     below = None if place is None else lambda array, name: place(array, f"ip_adapter/{name}")
     shapes = ip_adapter.shapes(config)

@@ -69,21 +69,18 @@ def add_t2i_adapters(sources: str | Path | Sequence[str | Path], how: ReadOption
 
 
 def find_encoder(source: str | Path, given: str | Path | None, adapter: IPAdapterConfig) -> Path:
-    """The folder of the image encoder whose outputs an adapter reads.
+    """The folder, or a file in one, of the image encoder whose outputs an adapter reads.
 
     Raises:
         UserError: the given one has others, or none is found.
     """
     if given is not None:
-        folder = resolve(given, component=ENCODER)
-        config = folder / CONFIG
-        found = clip_image.from_config(read_json(config), str(config))
-        if width_of(found, adapter) != adapter.image_dim:
-            raise UserError(
-                f"image_encoder {str(given)!r} gives {width_of(found, adapter)} features; {source} reads "
-                f"{adapter.image_dim}"
-            )
-        return folder
+        found = resolve(given, component=ENCODER)
+        config = (found if found.is_dir() else found.parent) / CONFIG
+        width = width_of(clip_image.from_config(read_json(config), str(config)), adapter)
+        if width != adapter.image_dim:
+            raise UserError(f"image_encoder {str(given)!r} gives {width} features; {source} reads {adapter.image_dim}")
+        return found
     for file in _beside(source):
         try:
             config = resolve(file(CONFIG))

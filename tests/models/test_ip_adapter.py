@@ -115,6 +115,14 @@ def test_sizes_are_those_of_the_tensors(plus: bool):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_groups_of_a_pickle_are_those_of_safetensors():
+    """What else a file holds is passed over; a tensor in a group's place is none."""
+    groups = {"image_proj": {"norm.bias": 1}, "ip_adapter": {"1.to_k_ip.weight": 2}, "lora": {"x": 3}}
+    flat = {"image_proj.norm.bias": 1, "ip_adapter.1.to_k_ip.weight": 2}
+    assert conversion.flat(groups) == conversion.flat({**flat, "lora.x": 3}) == flat
+    assert conversion.flat({"image_proj": np.zeros(3)}).keys() <= {"image_proj"}
+
+
 @pytest.mark.parametrize(
     ("found", "message"),
     [

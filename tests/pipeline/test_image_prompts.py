@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import transformers
 import zoo
 from PIL import Image
 from test_against_diffusers import NEGATIVES, PROMPTS, SIDES, check, to_torch
+from test_hub import Hub
 from torch_reference import drawn, randomised
 
 import sdjax
@@ -25,10 +28,12 @@ from sdjax.core.errors import UserError
 from sdjax.diffusion_model.conditioners.ip_adapter import block_scales
 from sdjax.models.ip_adapter import IPAdapterConfig, ResamplerConfig
 from sdjax.models.unet import SD1, SDXL
+from sdjax.pipeline import adapters
 
 PIPELINES = {"sd1": "StableDiffusion", "sdxl": "StableDiffusionXL"}
 KINDS = {"plain": ".bin", "plus": ".safetensors"}
 EMBEDDING, WIDTH, SEEN = 40, 48, 28  # of the image encoder: features of its embedding and its states, pixels
+PLUS = IPAdapterConfig(WIDTH, resampler=ResamplerConfig(64, 4, 2))
 BLOCKS = {"down": {"block_2": [0.7]}, "up": {"block_0": [0.0, 1.0]}}
 
 
@@ -189,6 +194,24 @@ def test_an_adapter_stays_out_of_what_is_saved(with_adapter, folder, tmp_path):
     with_adapter("sd1", "plain").save(tmp_path / "copy")
     files = [sorted(path.relative_to(top) for path in top.rglob("*")) for top in (folder, tmp_path / "copy")]
     assert files[0] == files[1]
+
+
+def test_an_image_encoder_comes_from_the_hub(hub, tmp_path, monkeypatch):
+    """From `models/image_encoder` for SDXL's adapter, of its revision, and only what fits is downloaded."""
+    shutil.copytree(hub, tmp_path / "served" / "acme" / "IP-Adapter")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Hub(tmp_path / "served")
+    from_there = functools.partial(adapters.resolve, cache_dir=tmp_path / "cache", endpoint=server.url)
+    monkeypatch.setattr(adapters, "resolve", from_there)
+    try:
+        found = adapters.find_encoder("acme/IP-Adapter/sdxl_models/plus.safetensors@v1", None, PLUS)
+        place = "models/image_encoder"
+        assert found.parts[-2:] == tuple(place.split("/"))
+        assert server.served == [f"{place}/config.json", f"{place}/model.safetensors"]
+        with pytest.raises(UserError, match="there is no image encoder of 7 features"):
+            adapters.find_encoder("acme/IP-Adapter/models/plus.safetensors", None, replace(PLUS, image_dim=7))
+    finally:
+        server.stop()
 
 
 def test_mistakes_are_said_in_one_line(hub, folders, ours, seen, with_adapter, tmp_path):

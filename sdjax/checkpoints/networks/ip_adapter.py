@@ -103,5 +103,6 @@ def config_of(found: Shapes, unet: UNetConfig, place: object) -> IPAdapterConfig
 
 def flat(groups: Mapping[str, Any]) -> dict[str, Any]:
     """A file's tensors by whole names: pickles hold two groups of them."""
-    inner = {f"{group}.{key}": tensor for group in GROUPS for key, tensor in dict(groups.get(group, {})).items()}
+    found = {group: groups[group] for group in GROUPS if isinstance(groups.get(group), Mapping)}
+    inner = {f"{group}.{key}": tensor for group, tensors in found.items() for key, tensor in tensors.items()}
     return inner or {key: tensor for key, tensor in groups.items() if key.startswith(GROUPS)}
