@@ -54,6 +54,7 @@ TRAINING = (
     "autoencoders",
     "classifiers",
     "controlnet",
+    "dreambooth",
     "finetune",
     "ldm",
     "lora",

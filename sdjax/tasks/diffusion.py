@@ -51,6 +51,7 @@ from sdjax.models import autoencoder, unet, unet2d
 from sdjax.models.autoencoder import autoencoder_of
 from sdjax.models.lora import DROPOUT, FIXED, LORA, with_dropout
 from sdjax.tasks.base import data_identity, open_images
+from sdjax.tasks.class_images import make_class_images
 from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
 from sdjax.tasks.control import first_weights, with_control, write_control
 from sdjax.tasks.exports import export_of
@@ -60,6 +61,7 @@ from sdjax.tasks.lora import adapter_of, write_adapter
 from sdjax.tasks.objective import objective_of
 from sdjax.tasks.pretrained import frozen_source, init_component, read_components
 from sdjax.tasks.preview import preview, preview_prompts
+from sdjax.tasks.prior import has_prior, interleaved
 from sdjax.tasks.variants import sizes_of
 from sdjax.tasks.words import first_vectors, learnt_words, without_words
 from sdjax.training.task import DevicePut, Metrics, Task, select, split_like
@@ -74,7 +76,7 @@ def make(config: Config, mesh: Mesh) -> Task:
     config = from_checkpoint(config) if is_finetuning(config) else config
     model, condition = make_model(config)
     source, objective = latent_source(config, model, condition, mesh), objective_of(config.task)
-    form = export_of(config.task)
+    form, prior = export_of(config.task), config.task.prior_weight if has_prior(config) else None
     learned = model.config.out_channels == 2 * model.channels
     bounds = posterior_tables(objective.schedule) if learned else None
     adapter = adapter_of(config, model)
@@ -92,6 +94,7 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     def loss(params: Params, batch: Any, key: PRNGKeyArray, step: Int[Array, ""]) -> tuple[Array, Metrics]:
         del step
+        batch = interleaved(batch)
         latent_key, noise_key, drop_key = jax.random.split(key, 3)
         params = with_dropout(params, stream_below(key, DROPOUT))
         x0 = source.latents(params, batch, latent_key)
@@ -110,7 +113,7 @@ def make(config: Config, mesh: Mesh) -> Task:
         if adapter.forgetting:
             metrics["forgetting"] = adapter.penalty(params)
         if bounds is None:
-            return objective.loss(network, x0, noise_key) + metrics.get("forgetting", 0.0), metrics
+            return objective.loss(network, x0, noise_key, prior) + metrics.get("forgetting", 0.0), metrics
         noised = objective.noised(x0, noise_key)
         output = network(noised.x, noised.timesteps)
         value = hybrid_loss(output, x0, noised.noise, noised.timesteps, bounds, objective.prediction).mean()
@@ -136,6 +139,7 @@ def make(config: Config, mesh: Mesh) -> Task:
             form.write(folder, checkpoint, learnt_words(condition.words, params), dtype)
 
     def batch(params: Params) -> Loader:
+        make_class_images(config, model, condition, params)
         return source.batches(params)
 
     def show(params: Params) -> UInt8[np.ndarray, "h w 3"]:

@@ -21,6 +21,7 @@ from sdjax.data.loader import Loader
 from sdjax.data.prepared.dataset import PreparedSource
 from sdjax.data.sources import open as sources
 from sdjax.data.sources.base import CONDITIONING_IMAGE
+from sdjax.data.transforms import crops
 from sdjax.data.transforms import images as transforms
 from sdjax.data.transforms.buckets import Size, ToBucket
 from sdjax.data.transforms.conditions import DRAW_CAPTION, Draw, Tokenize
@@ -31,6 +32,7 @@ from sdjax.models.conditioning import apply
 from sdjax.tasks.base import batches, gathered, loader_options, open_images, process_shard, square_crops
 from sdjax.tasks.conditions import TrainingCondition
 from sdjax.tasks.precompute import STORED, check_identity, identity_of
+from sdjax.tasks.prior import for_both, of_both, paired
 
 IMAGE, MOMENTS, TOKENS, SIZES = "image", "moments", "tokens", "sizes"
 PIXELS_AT_ONCE = 64 * 128**2  # of images that are encoded in one go, so that large ones fit into memory
@@ -76,20 +78,24 @@ def encoded(config: Config, model: DiffusionModel, condition: TrainingCondition,
     """Images through the autoencoder in every step, as in the LDM paper; pixels are their own latents."""
     side = config.data.size
     image = jax.ShapeDtypeStruct((side, side, 3), jnp.uint8)
+    spec = of_both(config, {IMAGE: image, **condition.spec})
 
     def load(params: Params) -> Loader:
         del params
-        images, cuts = square_crops(config)
+        cuts: list[Any] = crops.random_cuts(side, config.data.crop, config.data.crop_sides)
         if SIZES in condition.spec:
-            images, cuts = sources.CachedSource(open_images(config)), [ToBucket((Size(side, side),), config.data.crop)]
+            cuts = [ToBucket((Size(side, side),), config.data.crop)]
         flips = [transforms.Flip()] if config.data.flip else []
-        select = transforms.Select((IMAGE, *condition.spec))
-        return batches(config, images, [*cuts, *flips, *example_transforms(condition), select], mesh)
+        changes = for_both(config, [*cuts, *flips, *example_transforms(condition)])
+        return batches(config, paired(config, images), [*changes, transforms.Select(tuple(spec))], mesh)
+
+    def images(config: Config) -> sources.Source:
+        return sources.CachedSource(open_images(config)) if SIZES in condition.spec else square_crops(config)[0]
 
     def latents(params: Params, batch: Mapping[str, Any], key: PRNGKeyArray) -> Array:
         return jax.lax.stop_gradient(encode_sampled(model, params, batch[IMAGE], key))
 
-    return LatentSource({IMAGE: image, **condition.spec}, latents, load)
+    return LatentSource(spec, latents, load)
 
 
 def example_transforms(condition: TrainingCondition) -> list[Any]:
@@ -117,6 +123,10 @@ def cached(config: Config, model: DiffusionModel, condition: TrainingCondition, 
     """
 
     def load(params: Params) -> Loader:
+        draws = [Draw(TOKENS, TOKENS)] if condition.spec else []
+        return batches(config, paired(config, lambda own: rows(own, params)), for_both(config, draws), mesh)
+
+    def rows(config: Config, params: Params) -> sources.Source:
         images, side = grain.MapDataset.source(open_images(config)), config.data.size
         if SIZES in condition.spec:
             images = images.seed(config.train.seed).random_map(ToBucket((Size(side, side),), config.data.crop))
@@ -127,11 +137,10 @@ def cached(config: Config, model: DiffusionModel, condition: TrainingCondition, 
             images = grain.MapDataset.concatenate([images, mirrored])
         for change in condition.transforms:
             images = images.map(change)
-        draws = [Draw(TOKENS, TOKENS)] if condition.spec else []
-        return batches(config, cache_latents(model, params, images, condition), draws, mesh)
+        return cache_latents(model, params, images, condition)
 
     spec = {MOMENTS: jax.ShapeDtypeStruct(_moments_shape(config, model), jnp.float32), **condition.spec}
-    return LatentSource(spec, _from_moments(model), load)
+    return LatentSource(of_both(config, spec), _from_moments(model), load)
 
 
 def prepared(config: Config, model: DiffusionModel, condition: TrainingCondition, mesh: Mesh) -> LatentSource:

@@ -65,16 +65,27 @@ class Objective(NamedTuple):
     offset: float
     norm: str = "l2"
 
-    def loss(self, network: Network, x0: Float[Array, "b h w z"], key: PRNGKeyArray) -> Float[Array, ""]:
+    def loss(
+        self, network: Network, x0: Float[Array, "b h w z"], key: PRNGKeyArray, prior: float | None = None
+    ) -> Float[Array, ""]:
         """The mean over a batch of scaled latents.
 
         Args:
             network: (noisy latents of unit variance, timesteps) -> the raw prediction.
             x0: clean latents.
             key: of the noise and of the timesteps.
+            prior: weight of every second image, which is the class's and has no other weight (DreamBooth, eq. 2; as
+                diffusers' scripts have it, each part is a mean). None for images without those of a class.
         """
         x, noise, t, abar = self.noised(x0, key)
-        return diffusion_loss(network(x, t), x0, noise, abar, self.prediction, self.weighting, self.norm).mean()
+        output = network(x, t)
+
+        def losses(weighting: str) -> Array:
+            return diffusion_loss(output, x0, noise, abar, self.prediction, weighting, self.norm)
+
+        if prior is None:
+            return losses(self.weighting).mean()
+        return losses(self.weighting)[::2].mean() + prior * losses("simple")[1::2].mean()
 
     def noised(self, x0: Float[Array, "b h w z"], key: PRNGKeyArray) -> Noised:
         """Random timesteps, and clean latents as noisy as there."""

@@ -75,9 +75,9 @@ def preview(
 
 
 def sample_columns(
-    config: Config, model: DiffusionModel, params: Params, columns: Columns, size: tuple[int, int]
+    config: Config, model: DiffusionModel, params: Params, columns: Columns, size: tuple[int, int], first: int = 0
 ) -> np.ndarray:
-    """Images in [0, 1] of a batch of columns, with the sampler of `config.sample`."""
+    """Images in [0, 1] of a batch of columns, with the sampler of `config.sample`, numbered from `first` on."""
     options = config.sample
     count = len(next(iter(columns.values())))
     table = table_for(
@@ -85,7 +85,7 @@ def sample_columns(
     )
     scale = options.get("guidance_scale", 1.0)
     guidance = Guidance(np.full(count, scale, np.float32), np.zeros(count, np.float32))
-    keys = image_keys(config.train.seed, jnp.arange(count))
+    keys = image_keys(config.train.seed, first + jnp.arange(count))
     images = generate(model, params, columns, batched([table] * count), guidance, keys, size)
     known = model.conditioner.known(columns)
     if known is None:

@@ -11,12 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
-from tiny_checkpoints import tiny_checkpoint, write_tokenizer
 
 from configs import textual_inversion
 from sdjax.checkpoints.embeddings import read_embeddings
-from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.core.errors import UserError
 from sdjax.core.prng import stream
 from sdjax.core.tree import flatten, merge
@@ -29,30 +26,7 @@ from sdjax.training.optim import make_optimizer
 from sdjax.training.step import init_state, make_step
 from sdjax.training.task import split_frozen
 
-WORD, STEPS, SIDE = "<toy>", 2, 16
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """bases(family): a folder of tiny networks."""
-    root = tmp_path_factory.mktemp("bases")
-    size = write_tokenizer(root / "tokenizer")
-
-    def folder(family: str) -> Path:
-        if not (root / family).exists():
-            write_checkpoint(root / family, tiny_checkpoint(family, root / "tokenizer", size))
-        return root / family
-
-    return folder
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory) -> Path:
-    """Three images without captions."""
-    folder, rng = tmp_path_factory.mktemp("few"), np.random.default_rng(0)
-    for i in range(3):
-        Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(folder / f"{i}.png")
-    return folder
+WORD, STEPS = "<toy>", 2
 
 
 def config_of(base: Path, images: Path, **task: Any):

@@ -150,6 +150,22 @@ class RepeatedSource:
         return self._rows[index % len(self._rows)]
 
 
+class PairedSource:
+    """Rows of two sources side by side, as many as the longer one has; the other's come again."""
+
+    def __init__(self, first: Source, second: Source, prefix: str):
+        """Wraps them; the names of the second one's entries get the prefix."""
+        self._first, self._second, self._prefix = first, second, prefix
+
+    def __len__(self) -> int:
+        return max(len(self._first), len(self._second))
+
+    def __getitem__(self, index: int) -> Any:
+        second = self._second[index % len(self._second)]
+        named = {f"{self._prefix}{name}": value for name, value in second.items()}
+        return {**self._first[index % len(self._first)], **named}
+
+
 class ArraySource:
     """Rows of arrays that are in memory already, e.g. cached latents and tokens."""
 

@@ -73,11 +73,16 @@ def squares(images: Source, size: int, rule: str, shares: tuple[float, float]) -
     Raises:
         UserError: there is no such rule, or the shares are none.
     """
-    if rule == RANDOM:
-        return CachedSource(images), [RandomSquare(size, (shares[0], shares[1]))]
+    if cuts := random_cuts(size, rule, shares):
+        return CachedSource(images), cuts
     if rule not in SQUARES:
         raise unknown("crop", rule, (*SQUARES, RANDOM), "config.data.crop")
     return CachedSource(grain.MapDataset.source(images).map(Square(size, rule))), []
+
+
+def random_cuts(size: int, rule: str, shares: tuple[float, float]) -> list[RandomSquare]:
+    """The transform that cuts squares anew each time, where `rule` is `RANDOM`."""
+    return [RandomSquare(size, (shares[0], shares[1]))] if rule == RANDOM else []
 
 
 def still(images: Source, size: int, rule: str) -> grain.MapDataset:
