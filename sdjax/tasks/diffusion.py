@@ -32,10 +32,11 @@ from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
 from sdjax.checkpoints.checkpoint import Checkpoint, Component
 from sdjax.checkpoints.controlnets import CONTROLNET
+from sdjax.checkpoints.embeddings import write_embeddings
 from sdjax.checkpoints.layouts.diffusers import ZEROS, read_config
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.open import within_workdir
-from sdjax.core.config import Config
+from sdjax.core.config import EXPORT, Config
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream_below
@@ -65,6 +66,9 @@ from sdjax.tasks.prior import has_prior, interleaved
 from sdjax.tasks.variants import sizes_of
 from sdjax.tasks.words import first_vectors, learnt_words, without_words
 from sdjax.training.task import DevicePut, Metrics, Task, select, split_like
+
+WORDS = "embeddings"
+"""Folder of the new words that a run learns beside a LoRA."""
 
 
 def make(config: Config, mesh: Mesh) -> Task:
@@ -131,12 +135,16 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     def export(params: Params, folder: Path) -> None:
         checkpoint, dtype = checkpoint_of(config, model, condition, without_words(params)), config.task.export_dtype
+        words = learnt_words(condition.words, params)
         if adapter.patterns:
             write_adapter(checkpoint, folder, config, adapter.entry)
+            if words:
+                (folder / WORDS).mkdir()
+                write_embeddings(folder / WORDS, words)
         elif CONTROLNET in checkpoint.components:
             write_control(checkpoint, folder, dtype, base_learnt=BACKBONE in trainable)
         else:
-            form.write(folder, checkpoint, learnt_words(condition.words, params), dtype)
+            form.write(folder, checkpoint, words, dtype)
 
     def batch(params: Params) -> Loader:
         make_class_images(config, model, condition, params)
@@ -150,8 +158,12 @@ def make(config: Config, mesh: Mesh) -> Task:
 
     inputs = "".join(f" --{name} ..." for name in model.conditioner.traits.required)
     place = form.flags
-    if adapter.patterns or CONTROLNET in trainable:
-        place = f"--{LORA if adapter.patterns else CONTROLNET} {{workdir}}"
+    if adapter.patterns:
+        place = (
+            f"--lora {{workdir}} --embedding {{workdir}}/{EXPORT}/{WORDS}" if condition.words else "--lora {workdir}"
+        )
+    elif CONTROLNET in trainable:
+        place = "--controlnet {workdir}"
     use = f"python sample.py --config {{config}} {place}{inputs}"
     return Task(init, loss, show, batch, export, batch_spec, frozen, pretrained, use, lambda: data_identity(config))
 

@@ -189,3 +189,21 @@ def test_a_trained_lora_is_the_same_in_diffusers(base, pictures, tmp_path, monke
         theirs.unload_lora_weights()
         theirs = diffusers.StableDiffusionPipeline.from_pretrained(base)
         theirs.set_progress_bar_config(disable=True)
+
+
+def test_new_words_are_written_beside_the_factors(base, pictures, tmp_path):
+    """Pivotal tuning: a run may learn both, and both are loaded from its folder."""
+    config = config_of(base, pictures)
+    with config.unlocked():
+        config.task.update(word="<new>", initializer="cat", vectors=1)
+    config.train.trainable = ("*/lora/0/*", "text_encoder/token_embedding/words")
+    mesh = make_mesh({"data": -1})
+    task = make_task(config, mesh)
+    params = merge(task.init(jax.random.key(0)), task.pretrained(sharded_put(mesh)))
+    task.export(params, tmp_path / "export")
+    assert task.use.split(" --")[2:4] == ["lora {workdir}", "embedding {workdir}/export/embeddings"]
+    embeddings, lora = [tmp_path / "export/embeddings"], [str(tmp_path / "export")]
+    pipe = sdjax.load(base, lora=lora, embeddings=embeddings)
+    table = pipe.params["text_encoder"]["token_embedding"]["embedding"]
+    (cat,) = pipe.tokenizers["text_encoder"].tokens("cat")[0].ids
+    np.testing.assert_array_equal(table[-1], params["text_encoder"]["token_embedding"]["embedding"][cat])
