@@ -3,7 +3,7 @@
     python -m sdjax.convert SOURCE [LORA:STRENGTH ...] TARGET [--dtype float16] [--family NAME] [--prediction NAME]
         [--variant fp16] [--weights ema|model] [--tokenizer FOLDER]
     python -m sdjax.convert SOURCE TARGET --extract_lora BASE [--rank 16] [--energy 0.99] [--naming kohya|diffusers]
-    python -m sdjax.convert CONTROLNET TARGET [--control_transfer OLD,NEW]
+    python -m sdjax.convert CONTROLNET TARGET [--dtype float16] [--control_transfer OLD,NEW]
 
 SOURCE is a diffusers folder, a single .safetensors or .ckpt file in the original naming, an autoencoder alone in such a
 file, or an id of the Hub (owner/name or owner/name/file.safetensors). TARGET is a single file in the original naming
@@ -73,10 +73,11 @@ from sdjax.pipeline.load import find_lora
 
 SINGLE = ".safetensors"
 (CLASSIFIER,) = CLASSIFIERS
+CHOICES = ("dtype", "family", "prediction", "weights", "tokenizer")
+TRANSFER = "control_transfer"
 EXTRACTED = "extract_lora"
 EXTRACTION = (EXTRACTED, "rank", "energy", "naming")
 RANK, MOST = 16, 2**16  # of an extracted LoRA, without an energy and with one
-CHOICES = ("dtype", "family", "prediction", "weights", "tokenizer", "control_transfer")
 Options = Mapping[str, Any]
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sdjax").setLevel(logging.INFO)
     values = flags.FlagValues()
-    for name in (*CHOICES, "variant"):
+    for name in (*CHOICES, "variant", TRANSFER):
         flags.DEFINE_string(name, None, "", flag_values=values)
     for name in (EXTRACTED, "naming"):
         flags.DEFINE_string(name, None, "", flag_values=values)
@@ -107,9 +108,12 @@ def main() -> None:
         return
     if extraction:
         raise UserError(f"--{next(iter(extraction))} changes nothing without --{EXTRACTED} BASE; leave it out")
-    if is_controlnet(path):
-        convert_controlnet(path, target, chosen)
+    bases = values[TRANSFER].value
+    if not loras and is_controlnet(path):
+        convert_controlnet(path, target, chosen, bases)
         return
+    if bases is not None:
+        raise UserError(f"--{TRANSFER} {bases} is for ControlNets, and {path} is none; leave it out")
     if loras or path.is_dir():
         files = [find_lora(lora) for lora in loras]
         checkpoint = read_model(path, chosen, variant)
@@ -130,7 +134,7 @@ def read_model(path: Path, chosen: Options, variant: str | None = None) -> Check
     check_unused(stored.path, chosen, OPTIONS[kind])
     if kind == STABLE_DIFFUSION:
         print(f"{stored.path}: {detect(stored, family=chosen['family'], prediction=chosen['prediction'])}")
-    return read_checkpoint(stored, **{name: value for name, value in chosen.items() if name != "control_transfer"})
+    return read_checkpoint(stored, **chosen)
 
 
 def write_extracted(path: Path, target: Path, chosen: Options, extraction: Options) -> None:
@@ -191,15 +195,15 @@ def convert_autoencoder(stored: Weights, target: Path, chosen: Options) -> None:
     print(f"{target}: the folder of an autoencoder, scaling factor {component.config.scaling_factor}")
 
 
-def convert_controlnet(path: Path, target: Path, chosen: Options) -> None:
-    """A ControlNet, maybe for another base."""
-    check_unused(path, chosen, ("dtype", "control_transfer"))
-    net, bases = read_controlnet(path, ReadOptions(chosen["dtype"])), chosen["control_transfer"]
+def convert_controlnet(path: Path, target: Path, chosen: Options, bases: str | None) -> None:
+    """A ControlNet, for another base where two are given."""
+    check_unused(path, chosen, ("dtype",))
+    net = read_controlnet(path, ReadOptions(chosen["dtype"]))
     if bases is not None:
         if bases.count(",") != 1:
-            raise UserError(f"--control_transfer {bases}: give two models, OLD,NEW")
+            raise UserError(f"--{TRANSFER} {bases}: give two models, OLD,NEW")
         old, new = (unet_of(source).params for source in bases.split(","))
-        net = replace(net, params=transfer(net.params, old, new, f"--control_transfer {bases}"))
+        net = replace(net, params=transfer(net.params, old, new, f"--{TRANSFER} {bases}"))
     if target.suffix == SINGLE:
         write_controlnet_file(target, net, None)
     else:
