@@ -44,7 +44,7 @@ def get_config(arg: str = OPENMOJI) -> Config:
     config.train.update(steps=4000, batch_size=4, log_every=50, sample_every=500, checkpoint_every=500)
     config.train.trainable = ("controlnet",)
     config.sample.count = 4
-    config.eval = {"split": "held_out", "images": 32, "steps": 10, "batch_size": 8, "seed": 0}
+    config.eval = {"split": "held_out", "images": 16, "steps": 10, "batch_size": 8, "seed": 0}
     return locked(openmoji(config, "tiny" in arg) if arg.startswith("openmoji") else config)
 
 
@@ -54,5 +54,5 @@ def openmoji(config: Config, tiny: bool) -> Config:
     config.task.update(latents="cached", timestep_range=(400, 1000), export_dtype="float16")
     config.data.source = "openmoji_lines"
     config.optim.update(learning_rate=1e-3, ema_decay=0.0)
-    config.train.update(steps=280, batch_size=8, log_every=20, sample_every=140, checkpoint_every=40)
+    config.train.update(steps=560, batch_size=8, log_every=20, sample_every=140, checkpoint_every=40)
     return config
