@@ -16,8 +16,10 @@ from sdjax.core.tree import Params, merge, unflatten
 from sdjax.data.image_inputs import paste_back, resize_lanczos
 from sdjax.diffusion.samplers import batched, network_calls
 from sdjax.diffusion_model import sampling
+from sdjax.diffusion_model.conditioners.lora import TEXT_SCALES, UNET_SCALES
 from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
 from sdjax.diffusion_model.tiles import Coder, decode_tiled, encode_tiled
+from sdjax.models.lora import strip_factors
 from sdjax.parallel.sharding import check_batch
 from sdjax.pipeline.noise import GIVEN, MASKED, TorchRow
 from sdjax.pipeline.options import Progress
@@ -143,7 +145,7 @@ def _sample_part(
 ) -> tuple[jax.Array, int]:
     """Scaled latents after one model's rows, from `noisy` latents of the model before where there is one."""
     model, devices, parts = pipe.model, pipe.devices, [row.parts[number] for row in rows]
-    params = _params(pipe, parts[0])
+    params = _params(pipe, parts)
     seeds = seed_words([row.seed for row in rows])
     indices = np.array([row.index for row in rows], np.int32)
     guidance = Guidance(*np.array([row.guidance for row in rows], np.float32).T)
@@ -184,8 +186,14 @@ def _sample_part(
     return state.x, calls
 
 
-def _params(pipe: Pipeline, part: Part) -> Params:
-    """Parameters for a batch whose parts have equal columns of those that images share."""
+def _params(pipe: Pipeline, parts: Sequence[Part]) -> Params:
+    """Parameters for a batch whose parts have equal columns of those that images share.
+
+    Where no LoRA acts on any image there are no factors, so that the program and each bit are those of the base.
+    """
+    if pipe.loras and not any(np.any(part.columns[name]) for part in parts for name in (TEXT_SCALES, UNET_SCALES)):
+        return strip_factors(pipe.params)
+    part = parts[0]
     shared = {name: pipe.devices.replicate(part.columns[name]) for name in part.shared if name in part.columns}
     if not shared:
         return pipe.params

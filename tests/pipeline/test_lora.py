@@ -124,6 +124,7 @@ def test_strengths(family, opened, folders, lora_files, with_loras, noise, how, 
     pipe = sdjax.load(folders(family), lora=[f"{files[0]}:0.5", files[1]])
     base = pipe(PROMPTS, lora_scale=0, **how)
     np.testing.assert_array_equal(base, opened(family)(PROMPTS, **how))
+    pipe(PROMPTS, **how)
     compilations.clear()
     for scale in (0.5, 1.0, 1.3):
         check(pipe(PROMPTS, lora_scale=[scale, 0], **how), with_loras(family, files[:1], [scale], noise), base)
