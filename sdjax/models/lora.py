@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sdjax.core.errors import UserError
 from sdjax.core.prng import stream_below
-from sdjax.core.tree import Params, Tree, merge
+from sdjax.core.tree import Params, Tree, merge, unflatten
 
 LORA, DROPOUT = "lora", "dropout"
 FIXED = tuple(f"*/{LORA}/*/{leaf}" for leaf in ("scale", DROPOUT))
@@ -91,13 +91,11 @@ def add_factors(
     for pattern in patterns:
         if not fnmatch.filter(layers, pattern):
             raise UserError(f"{pattern!r} names no dense or convolutional layer, such as {next(iter(layers))!r}")
-    chosen = sorted({path for pattern in patterns for path in fnmatch.filter(layers, pattern)})
-    for path in chosen:
-        made: Any = {LORA: {name: fresh_factors(layers[path]["kernel"], sizes, stream_below(key, path))}}
-        for part in reversed(path.split("/")):
-            made = {part: made}
-        params = merge(params, made)
-    return params
+    made = {}
+    for path in sorted({path for pattern in patterns for path in fnmatch.filter(layers, pattern)}):
+        factors = fresh_factors(layers[path]["kernel"], sizes, stream_below(key, path))
+        made |= {f"{path}/{LORA}/{name}/{leaf}": array for leaf, array in factors.items()}
+    return merge(params, unflatten(made))
 
 
 def fresh_factors(kernel: Array, sizes: Adaptation, key: PRNGKeyArray) -> dict[str, Array]:

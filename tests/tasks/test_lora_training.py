@@ -18,13 +18,17 @@ from test_stable_diffusion import written
 import sdjax
 import train
 from configs import lora, stable_diffusion_training
+from sdjax.checkpoints.checkpoint import FORMATS
 from sdjax.checkpoints.layouts.diffusers import read_folder
 from sdjax.core.errors import UserError
-from sdjax.core.tree import flatten, merge
+from sdjax.core.tree import flatten, merge, size
+from sdjax.models.clip import VARIANTS as TEXTS
 from sdjax.models.conditioning import apply
+from sdjax.models.lora import Adaptation, add_factors
+from sdjax.models.unet import VARIANTS as UNETS
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import sharded_put
-from sdjax.tasks.lora import Adapter
+from sdjax.tasks.lora import TARGETS, Adapter
 from sdjax.tasks.make import make_task
 from sdjax.training.optim import make_optimizer
 from sdjax.training.step import init_state, make_step
@@ -69,6 +73,35 @@ def test_factors_learn_and_all_else_is_frozen(base, pictures):
     assert params["unet/down_blocks_0_resnets_0/conv1/lora/0/scale"] == 0.75  # rank 2
     lengths = np.linalg.norm(np.float32(params[f"{at}/kernel"]), axis=0)
     np.testing.assert_allclose(params[f"{at}/lora/0/magnitude"], lengths, rtol=1e-6)
+
+
+TRANSFORMERS = ("attention", "feed_forward", "projections")
+
+
+@pytest.mark.parametrize(
+    ("component", "config", "targets", "layers", "learnt"),
+    [
+        ("unet", UNETS["sd1"], ("attention",), 128, 797_184),  # what diffusers' scripts train at rank 4
+        ("unet", UNETS["sd1"], TRANSFORMERS, 192, None),
+        ("unet", UNETS["sdxl"], TRANSFORMERS, 722, None),
+        ("text_encoder", TEXTS["clip_l"], ("text_attention", "text_feed_forward"), 72, None),
+        ("text_encoder_2", TEXTS["openclip_bigg"], ("text_attention", "text_feed_forward"), 192, None),
+    ],
+)
+def test_published_sizes(component, config, targets, layers, learnt):
+    """The layers that kohya-ss/sd-scripts adapts, and the parameters of diffusers' LoRA of Stable Diffusion 1.
+
+    What is learnt is kept four times, in float32: itself, its average and two moments. That is 13 MB, of 14 GB for all
+    of the UNet.
+    """
+    patterns = [pattern for target in targets for pattern in TARGETS[target]]
+    shapes = {component: FORMATS[component].shapes(config)}
+    made = jax.eval_shape(lambda p: add_factors(p, patterns, Adaptation(rank=4), jax.random.key(0)), shapes)
+    factors = {name: leaf for name, leaf in flatten(made).items() if name.endswith(("/down", "/up"))}
+    assert len(factors) == 2 * layers
+    if learnt is not None:
+        assert sum(leaf.size for leaf in factors.values()) == learnt
+        assert learnt < 0.001 * size(shapes)
 
 
 def test_the_penalty_in_numbers():
