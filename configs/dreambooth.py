@@ -17,11 +17,15 @@ with --config.sample's sampler; no file there is written over. Without a class_f
 | diffusers, with its text encoder | SD 1 | 2e-6 | 800 | 200 | 1 + 1 | ("unet", "text_encoder") |
 | XavierXiao/Dreambooth-Stable-Diffusion | SD 1 | 1e-6 | 800 | 100 | 1 + 1 | ("unet", "text_encoder") |
 
+LoRA in place of the UNet, as in configs/lora.py, at diffusers' rate for 500 steps:
+
+    --config.task.lora.targets="('attention',)" --config.train.trainable="()" --config.optim.learning_rate=1e-4
+
 The optimiser is AdamW at a constant rate, without averages; crops are random (--config.data.crop=centre with
 --config.task.latents=cached encodes each image once). Small models such as checkpoints/openmoji take 1e-4.
 """
 
-from configs import finetune
+from configs import finetune, lora
 from configs.common import locked
 from sdjax.core.config import Config
 
@@ -30,6 +34,7 @@ def get_config(arg: str = "checkpoints/openmoji") -> Config:
     """arg: the model to begin from."""
     config = finetune.get_config(arg).unlock()
     config.task.update(latents="encoded", prior_weight=1.0, dropout=0.0)
+    config.task.lora = {**lora.get_config(arg).task.lora.to_dict(), "targets": ()}
     config.data.update(prompt="", repeats=1, crop="random", class_folder="", class_prompt="", class_images=200)
     config.optim.update(learning_rate=5e-6, warmup_steps=0, ema_decay=0.0)
     config.train.update(steps=800, batch_size=1, checkpoint_every=200, sample_every=200)

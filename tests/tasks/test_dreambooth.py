@@ -16,6 +16,7 @@ from PIL import Image
 
 from configs import dreambooth
 from sdjax.core.errors import UserError
+from sdjax.core.tree import flatten, merge
 from sdjax.diffusion.loss import diffusion_loss
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import sharded_put
@@ -86,11 +87,26 @@ def script_loss(folder: Path, config: Any, batch: Any, key: jax.Array) -> float:
     return float(losses.mean() + config.task.prior_weight * torch.nn.functional.mse_loss(of_class, of_target))
 
 
-@pytest.mark.parametrize("weighting", ["simple", pytest.param("min_snr", marks=pytest.mark.slow)])
-def test_the_loss_is_that_of_diffusers_script(weighting, bases, few, classes):
-    """From pixels and prompts on, to 1e-5 of it; min-SNR weights are for the instances alone."""
+SLOW = {"marks": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    ("weighting", "targets"),
+    [("simple", ()), pytest.param("min_snr", (), **SLOW), pytest.param("simple", ("attention",), **SLOW)],
+)
+def test_the_loss_is_that_of_diffusers_script(weighting, targets, bases, few, classes):
+    """From pixels and prompts on, to 1e-5 of it; min-SNR weights are for the instances alone.
+
+    Factors of LoRA, which then are all that is trained, change nothing at first.
+    """
     config = config_of(bases("sd1"), few, classes, weighting=weighting)
+    if targets:
+        config.task.lora.targets, config.train.trainable = targets, ()
     task, params = opened(config)
+    if targets:
+        factors = jax.jit(task.init)(jax.random.key(0))
+        assert all("/lora/0/" in name for name in flatten(factors))
+        params = merge(factors, params)
     batch, key = next(task.batch(params)), jax.random.key(1)
     assert {name: column.shape for name, column in batch.items()} == {
         name: spec.shape for name, spec in task.batch_spec(2).items()
