@@ -54,6 +54,7 @@ TRAINING = (
     "autoencoders",
     "classifiers",
     "controlnet",
+    "custom_diffusion",
     "dreambooth",
     "finetune",
     "ldm",

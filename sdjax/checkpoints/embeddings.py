@@ -100,13 +100,16 @@ def _first(path: Path) -> Path | None:
     return path.with_stem(path.stem.removesuffix(SECOND)) if path.stem.endswith(SECOND) else None
 
 
-def write_embeddings(folder: Path, embeddings: Sequence[Embedding]) -> None:
+def write_embeddings(folder: Path, embeddings: Sequence[Embedding], *, by_word: bool = False) -> None:
     """Write words as diffusers reads them, and for web UIs, which call a word by its file's name.
+
+    Args:
+        by_word: a single word's file is called by it, too, as Custom Diffusion's are.
 
     Raises:
         UserError: a word cannot be a file's name; as `write_safetensors`.
     """
-    for name, embedding in zip(_names(embeddings), embeddings, strict=True):
+    for name, embedding in zip(_names(embeddings, by_word), embeddings, strict=True):
         for ending, vectors in zip(("", SECOND), embedding.vectors, strict=False):
             write_safetensors(folder / f"{name}{ending}.safetensors", {embedding.word: vectors}, np.float32)
         (folder / WEBUI).mkdir(exist_ok=True)
@@ -115,12 +118,12 @@ def write_embeddings(folder: Path, embeddings: Sequence[Embedding]) -> None:
         write_safetensors(folder / WEBUI / f"{web_name(embedding.word)}.safetensors", tensors, np.float32)
 
 
-def _names(embeddings: Sequence[Embedding]) -> Iterator[str]:
+def _names(embeddings: Sequence[Embedding], by_word: bool) -> Iterator[str]:
     """Names of the words' files without their suffixes."""
     for embedding in embeddings:
         if "/" in embedding.word:
             raise UserError(f"word {embedding.word!r} cannot be the name of a file")
-        yield LEARNED if len(embeddings) == 1 else embedding.word
+        yield LEARNED if len(embeddings) == 1 and not by_word else embedding.word
 
 
 def web_name(word: str) -> str:

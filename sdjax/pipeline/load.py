@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from sdjax.checkpoints.checkpoint import CLASSIFIERS, TOKENIZERS, Checkpoint, Component, ReadOptions, tokenizers_of
 from sdjax.checkpoints.controlnets import CONTROLNET, add_controlnets, read_controlnet
+from sdjax.checkpoints.custom_diffusion import add_custom_diffusion
 from sdjax.checkpoints.embeddings import add_embeddings
 from sdjax.checkpoints.layouts.diffusers import INDEX, read_component
 from sdjax.checkpoints.layouts.original import read_adm_classifier
@@ -99,6 +100,8 @@ def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Put) -> Check
         checkpoint = replace_vae(given["vae"], place)(checkpoint)
     if "controlnet" in given:
         checkpoint = add_controlnets(_controlnets(given["controlnet"], ReadOptions(dtype, place)))(checkpoint)
+    if "custom_diffusion" in given:
+        checkpoint = add_custom_diffusion(resolve(given["custom_diffusion"]), place)(checkpoint)
     if "embeddings" in given:
         checkpoint = add_embeddings([resolve(source) for source in given["embeddings"]])(checkpoint)
     for name, patch in (("merge_lora", merge_loras), ("lora", add_loras)):

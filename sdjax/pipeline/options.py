@@ -214,6 +214,10 @@ class LoadOptions(TypedDict, total=False):
         Sequence[str | Path],
         Option("ControlNet: a Hub id, folder or file; repeated for several", scope="load", many=True),
     ]
+    custom_diffusion: Annotated[
+        str | Path | None,
+        Option("weights of Custom Diffusion: a file of diffusers, or a workdir of their training", scope="load"),
+    ]
     embeddings: Annotated[
         Sequence[str | Path],
         Option("textual inversions: files, or workdirs of their training", scope="load", many=True),

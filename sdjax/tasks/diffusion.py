@@ -55,7 +55,7 @@ from sdjax.tasks.base import data_identity, open_images
 from sdjax.tasks.class_images import make_class_images
 from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
 from sdjax.tasks.control import first_weights, with_control, write_control
-from sdjax.tasks.exports import export_of
+from sdjax.tasks.exports import Learnt, export_of
 from sdjax.tasks.finetune import PIXELS, from_checkpoint, is_finetuning
 from sdjax.tasks.latents import latent_source, open_prepared
 from sdjax.tasks.lora import adapter_of, write_adapter
@@ -144,7 +144,7 @@ def make(config: Config, mesh: Mesh) -> Task:
         elif CONTROLNET in checkpoint.components:
             write_control(checkpoint, folder, dtype, base_learnt=BACKBONE in trainable)
         else:
-            form.write(folder, checkpoint, words, dtype)
+            form.write(folder, Learnt(checkpoint, words, flatten(trainable)), dtype)
 
     def batch(params: Params) -> Loader:
         make_class_images(config, model, condition, params)
