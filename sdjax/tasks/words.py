@@ -113,7 +113,9 @@ def loaded_encoders(params: Params) -> list[str]:
 
 
 def learnt_words(words: Sequence[NewWord], params: Params) -> list[Embedding]:
-    """New words with their vectors."""
+    """New words with their vectors; none where a run has none."""
+    if not words:
+        return []
     ends = np.cumsum([word.vectors for word in words])[:-1]
     rows = [np.split(np.asarray(params[name][TABLE][WORDS], np.float32), ends) for name in loaded_encoders(params)]
     return [Embedding(word.word, tuple(own)) for word, *own in zip(words, *rows, strict=True)]
