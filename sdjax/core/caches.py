@@ -8,9 +8,11 @@ import logging
 import os
 import pwd
 import stat
+import threading
 from pathlib import Path
 
 logger = logging.getLogger("sdjax")
+_ONCE = threading.Lock()
 
 
 def cache_folder(name: str) -> Path:
@@ -18,13 +20,18 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdjax" / name
 
 
-@functools.cache
 def own_folder(folder: Path, what: str) -> Path | None:
     """A folder of this user's alone, made where it is not there; None if others could put files into it.
 
     Args:
         what: is kept there, for the log, which says once why not.
     """
+    with _ONCE:  # a cache alone lets two threads look, and speak, at the same time
+        return _own_folder(folder, what)
+
+
+@functools.cache
+def _own_folder(folder: Path, what: str) -> Path | None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         place = exposed(folder)
