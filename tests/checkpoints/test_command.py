@@ -21,7 +21,6 @@ from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS, read_single_fi
 from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.checkpoints.networks.clip import VOCABULARY
 from sdjax.checkpoints.open import read_checkpoint
-from sdjax.convert import main
 from sdjax.core.errors import UserError
 
 PIPELINES = {
@@ -30,15 +29,6 @@ PIPELINES = {
     "sdxl": "StableDiffusionXLPipeline",
     "sdxl_refiner": "StableDiffusionXLImg2ImgPipeline",
 }
-
-
-@pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch):
-    def run(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-        main()
-
-    return run
 
 
 def original(path: Path, family: str, dtype: str) -> Path:

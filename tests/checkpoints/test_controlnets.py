@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.mapping import export
 from sdjax.checkpoints.networks import controlnet
 from sdjax.checkpoints.networks.clip import VOCABULARY
-from sdjax.convert import main
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
 from sdjax.models.controlnet import config_for
@@ -47,15 +45,6 @@ def assert_same(one: Component, other: Component) -> None:
     assert found.keys() == wanted.keys()
     for name in wanted:
         np.testing.assert_array_equal(found[name], wanted[name])
-
-
-@pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch):
-    def run(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-        main()
-
-    return run
 
 
 @pytest.mark.parametrize("family", FAMILIES)

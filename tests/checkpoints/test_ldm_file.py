@@ -14,7 +14,6 @@ from original_names import bert_original, unet2d_original
 from torch_reference import drawn
 
 import sdjax
-from sdjax import convert as command
 from sdjax.checkpoints import checkpoint
 from sdjax.checkpoints.families import FAMILIES
 from sdjax.checkpoints.layouts import original as original_layout
@@ -154,9 +153,9 @@ def test_ema_choice_and_file_scale(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_converted_folder_gives_the_same_images(suffix, tmp_path, monkeypatch, capsys):
+def test_converted_folder_gives_the_same_images(suffix, tmp_path, convert, capsys):
     path = save(tmp_path / f"model{suffix}", original("cin256")[0])
-    convert(monkeypatch, path, tmp_path / "folder")
+    convert(path, tmp_path / "folder")
     assert capsys.readouterr().out.strip() == f"{tmp_path / 'folder'}: a folder of a model of class_conditional"
     asked = {"class_label": 3, "steps": 2, "width": 16, "height": 8}
     pictures = [sdjax.load(source)(**asked) for source in (path, tmp_path / "folder")]
@@ -164,18 +163,13 @@ def test_converted_folder_gives_the_same_images(suffix, tmp_path, monkeypatch, c
     assert pictures[0].std() > 0.05
     np.testing.assert_array_equal(*pictures)
     with pytest.raises(UserError, match="folder: such a model is written as a new folder"):
-        convert(monkeypatch, path, tmp_path / "folder")
+        convert(path, tmp_path / "folder")
 
 
-def convert(monkeypatch, source, target, *flags):
-    monkeypatch.setattr("sys.argv", ["convert", str(source), str(target), *flags])
-    command.main()
-
-
-def test_words_need_berts_vocabulary(tmp_path, monkeypatch):
+def test_words_need_berts_vocabulary(tmp_path, convert):
     train_word_pieces(["a red heart"] * 4, tmp_path / "words", 120)
     path = save(tmp_path / "model.ckpt", original("text")[0])
-    convert(monkeypatch, path, tmp_path / "folder", f"--tokenizer={tmp_path / 'words'}", "--dtype=float16")
+    convert(path, tmp_path / "folder", f"--tokenizer={tmp_path / 'words'}", "--dtype=float16")
     pipe = diffusers.LDMTextToImagePipeline.from_pretrained(tmp_path / "folder")
     assert pipe.bert.dtype == pipe.unet.dtype == torch.float32
     assert pipe.tokenizer.tokenize("a red heart") == ["a", "red", "heart"]
@@ -193,7 +187,7 @@ def test_words_need_berts_vocabulary(tmp_path, monkeypatch):
         (("--family=sd9",), "unknown family 'sd9'; choose one of: celebahq"),
     ):
         with pytest.raises(UserError, match=message):
-            convert(monkeypatch, path, tmp_path / "other", *flags)
+            convert(path, tmp_path / "other", *flags)
     assert not (tmp_path / "other").exists()
 
 
@@ -232,7 +226,7 @@ PIXELS = {
 
 
 @pytest.mark.parametrize("name", PIXELS)
-def test_adms_files_become_folders(name, tmp_path, monkeypatch):
+def test_adms_files_become_folders(name, tmp_path, convert):
     """Bare keys; the order of the heads at 64 pixels; what diffusers has no words for is marked as ours."""
     config = PIXELS[name]
     params = drawn(unet2d.shapes(config))
@@ -240,7 +234,7 @@ def test_adms_files_become_folders(name, tmp_path, monkeypatch):
     path = tmp_path / "diffusion.pt"
     tensors = unet2d_original(stored, config, name == "adm_64")
     torch.save({key: torch.from_numpy(value) for key, value in tensors.items()}, path)
-    convert(monkeypatch, path, tmp_path / "folder")
+    convert(path, tmp_path / "folder")
     found = read_folder(tmp_path / "folder")
     assert found.components["unet"].config == config
     for key, leaf in flatten(params).items():
@@ -302,7 +296,7 @@ def test_sizes_that_diffusers_has_no_words_for_come_back():
             unet2d.from_config({**said, key: value})
 
 
-def test_adms_classifier_becomes_a_folder(tmp_path, monkeypatch):
+def test_adms_classifier_becomes_a_folder(tmp_path, monkeypatch, convert):
     encoder = UNet2DConfig((32, 64), (1,), (1, 1), layers_per_block=1, **ADM)
     config = ClassifierConfig(encoder, 16, 10)
     monkeypatch.setattr(original_layout, "VARIANTS", {"tiny": config})
@@ -323,7 +317,7 @@ def test_adms_classifier_becomes_a_folder(tmp_path, monkeypatch):
     assert found.config == config
     for key, leaf in flatten(params).items():
         np.testing.assert_array_equal(flatten(found.params)[key], leaf, err_msg=key)
-    convert(monkeypatch, path, tmp_path / "folder")
+    convert(path, tmp_path / "folder")
     for source in (path, tmp_path / "folder"):
         guide = read_classifier(source)
         assert guide.config == config

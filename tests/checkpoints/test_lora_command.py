@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -14,7 +12,6 @@ from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.checkpoints.lora.extraction import factors_of
 from sdjax.checkpoints.lora.writing import write_lora
 from sdjax.checkpoints.networks.clip import VOCABULARY
-from sdjax.convert import main
 from sdjax.core.errors import UserError
 
 LINEAR = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
@@ -25,15 +22,6 @@ PATHS = {
     CONV: "unet/down_blocks_0_resnets_0/conv1",
     TEXT: "text_encoder/layers_0/fc1",
 }
-
-
-@pytest.fixture
-def convert(monkeypatch):
-    def run(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-        main()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from every_model import KINDS, write_files
 from PIL import Image
 from tiny_checkpoints import tiny_checkpoint, write_tokenizer
 
@@ -37,6 +38,20 @@ def bases(tmp_path_factory):
         if not (root / family).exists():
             write_checkpoint(root / family, tiny_checkpoint(family, root / "tokenizer", size))
         return root / family
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """folders(kind): a tiny checkpoint of that kind."""
+    root = tmp_path_factory.mktemp("kinds")
+    files = write_files(root / "files")
+
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            KINDS[name].make(root / name, files)
+        return root / name
 
     return folder
 

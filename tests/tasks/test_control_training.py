@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from every_model import KINDS, write_files
 from PIL import Image
 from test_stable_diffusion import texts
 from torch_reference import channels_first, channels_last, randomised, translated
@@ -33,20 +32,6 @@ from sdjax.training.task import split_frozen
 
 CAPTIONS = ("red heart", "a cat", "a photo of a red cat", "a dog")
 FACTOR = 2  # pixels of a latent, as the tiny autoencoders have it
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """folders(kind): a tiny checkpoint of that kind."""
-    root = tmp_path_factory.mktemp("kinds")
-    files = write_files(root / "files")
-
-    def folder(name: str) -> Path:
-        if not (root / name).exists():
-            KINDS[name].make(root / name, files)
-        return root / name
-
-    return folder
 
 
 @pytest.fixture(scope="module")

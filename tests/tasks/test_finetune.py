@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from every_model import KINDS, write_files
+from every_model import KINDS
 from PIL import Image
 from test_ldm_file import MODELS, original, save
 from test_stable_diffusion import reference_loss, texts, written
@@ -37,20 +37,6 @@ from sdjax.tasks.variants import section_of, sizes_of
 CAPTIONS = ("red heart", "a cat", "a photo of a red cat", "")
 CONDITIONED_ON_MORE = ("sdxl_refiner", "sd1_inpainting", "x4_upscaler", "sd2_depth")
 OPEN = tuple(name for name in KINDS if name not in (*CONDITIONED_ON_MORE, "adm_classifier"))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """folders(kind): a tiny checkpoint of that kind."""
-    root = tmp_path_factory.mktemp("kinds")
-    files = write_files(root / "files")
-
-    def folder(name: str) -> Path:
-        if not (root / name).exists():
-            KINDS[name].make(root / name, files)
-        return root / name
-
-    return folder
 
 
 @pytest.fixture(scope="module")

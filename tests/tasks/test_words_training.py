@@ -137,7 +137,7 @@ def test_templates_are_the_published_ones():
         ({"word": "heart"}, "config.task.word: the tokenizer knows 'heart' already; choose another word"),
         ({"word": "<a>+<a>"}, "config.task.initializer='cat': config.task.word='<a>+<a>' needs 2 of them"),
         ({"initializer": "red cat"}, "config.task.initializer: 'red cat' is 2 tokens of the text_encoder; choose "),
-        ({"export": "lora"}, "unknown export 'lora' in config.task.export; choose one of: "),
+        ({"export": "words"}, "unknown export 'words' in config.task.export; choose one of: "),
     ],
 )
 def test_bad_words_are_one_line(task, message, bases, few):
