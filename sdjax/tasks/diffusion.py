@@ -32,18 +32,16 @@ from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
 from sdjax.checkpoints.checkpoint import Checkpoint, Component
 from sdjax.checkpoints.controlnets import CONTROLNET
-from sdjax.checkpoints.embeddings import write_embeddings
 from sdjax.checkpoints.layouts.diffusers import ZEROS, read_config
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.open import within_workdir
-from sdjax.core.config import EXPORT, Config
+from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream_below
 from sdjax.core.tree import Params, flatten, merge
 from sdjax.data.loader import Loader
 from sdjax.diffusion.denoise import per_image
-from sdjax.diffusion.loss import hybrid_loss, posterior_tables
 from sdjax.diffusion_model.conditioner import Columns, Conditioner
 from sdjax.diffusion_model.conditioners import TEXT
 from sdjax.diffusion_model.conditioners.text import NULL
@@ -54,11 +52,11 @@ from sdjax.models.lora import DROPOUT, FIXED, LORA, with_dropout
 from sdjax.tasks.base import data_identity, open_images
 from sdjax.tasks.class_images import make_class_images
 from sdjax.tasks.conditions import TrainingCondition, embedding_shapes, training_condition
-from sdjax.tasks.control import first_weights, with_control, write_control
+from sdjax.tasks.control import first_weights, with_control
 from sdjax.tasks.exports import Learnt, export_of
 from sdjax.tasks.finetune import PIXELS, from_checkpoint, is_finetuning
 from sdjax.tasks.latents import latent_source, open_prepared
-from sdjax.tasks.lora import adapter_of, write_adapter
+from sdjax.tasks.lora import adapter_of
 from sdjax.tasks.objective import objective_of
 from sdjax.tasks.pretrained import frozen_source, init_component, read_components
 from sdjax.tasks.preview import preview, preview_prompts
@@ -66,9 +64,6 @@ from sdjax.tasks.prior import has_prior, interleaved
 from sdjax.tasks.variants import sizes_of
 from sdjax.tasks.words import first_vectors, learnt_words, without_words
 from sdjax.training.task import DevicePut, Metrics, Task, select, split_like
-
-WORDS = "embeddings"
-"""Folder of the new words that a run learns beside a LoRA."""
 
 
 def make(config: Config, mesh: Mesh) -> Task:
@@ -79,14 +74,14 @@ def make(config: Config, mesh: Mesh) -> Task:
     """
     config = from_checkpoint(config) if is_finetuning(config) else config
     model, condition = make_model(config)
-    source, objective = latent_source(config, model, condition, mesh), objective_of(config.task)
-    form, prior = export_of(config.task), config.task.prior_weight if has_prior(config) else None
-    learned = model.config.out_channels == 2 * model.channels
-    bounds = posterior_tables(objective.schedule) if learned else None
+    source = latent_source(config, model, condition, mesh)
+    objective = objective_of(config.task, learned=model.config.out_channels == 2 * model.channels)
+    prior = config.task.prior_weight if has_prior(config) else None
     adapter = adapter_of(config, model)
     shapes = jax.eval_shape(lambda key: adapter.added(init_all(model, key), key), jax.random.key(0))
     trainable, frozen = split_trainable(config, condition, shapes, adapter.trainable)
     frozen = in_frozen_dtype(config, frozen)
+    form = export_of(config.task, trainable, lora=bool(adapter.patterns), words=bool(condition.words))
 
     @functools.cache
     def prompts() -> tuple[str, ...]:
@@ -113,14 +108,11 @@ def make(config: Config, mesh: Mesh) -> Task:
         def network(x: Array, t: Array) -> Array:
             return wrapped(x, t, cond)
 
+        value = objective.loss(network, x0, noise_key, prior)
         metrics = {} if model.autoencoder is None else {"latent_std": x0.std()}
         if adapter.forgetting:
             metrics["forgetting"] = adapter.penalty(params)
-        if bounds is None:
-            return objective.loss(network, x0, noise_key, prior) + metrics.get("forgetting", 0.0), metrics
-        noised = objective.noised(x0, noise_key)
-        output = network(noised.x, noised.timesteps)
-        value = hybrid_loss(output, x0, noised.noise, noised.timesteps, bounds, objective.prediction).mean()
+            value += metrics["forgetting"]
         return value, metrics
 
     def pretrained(put: DevicePut) -> Params:
@@ -134,17 +126,11 @@ def make(config: Config, mesh: Mesh) -> Task:
         return merge(merge(read, adapter.given(read, put, mesh)), words)
 
     def export(params: Params, folder: Path) -> None:
-        checkpoint, dtype = checkpoint_of(config, model, condition, without_words(params)), config.task.export_dtype
+        checkpoint = checkpoint_of(config, model, condition, without_words(params))
         words = learnt_words(condition.words, params)
-        if adapter.patterns:
-            write_adapter(checkpoint, folder, config, adapter.entry)
-            if words:
-                (folder / WORDS).mkdir()
-                write_embeddings(folder / WORDS, words)
-        elif CONTROLNET in checkpoint.components:
-            write_control(checkpoint, folder, dtype, base_learnt=BACKBONE in trainable)
-        else:
-            form.write(folder, Learnt(checkpoint, words, flatten(trainable)), dtype)
+        form.write(
+            folder, Learnt(config, checkpoint, words, flatten(trainable), adapter.entry), config.task.export_dtype
+        )
 
     def batch(params: Params) -> Loader:
         make_class_images(config, model, condition, params)
@@ -157,14 +143,7 @@ def make(config: Config, mesh: Mesh) -> Task:
         return {name: jax.ShapeDtypeStruct((rows, *row.shape), row.dtype) for name, row in source.spec.items()}
 
     inputs = "".join(f" --{name} ..." for name in model.conditioner.traits.required)
-    place = form.flags
-    if adapter.patterns:
-        place = (
-            f"--lora {{workdir}} --embedding {{workdir}}/{EXPORT}/{WORDS}" if condition.words else "--lora {workdir}"
-        )
-    elif CONTROLNET in trainable:
-        place = "--controlnet {workdir}"
-    use = f"python sample.py --config {{config}} {place}{inputs}"
+    use = f"python sample.py --config {{config}} {form.flags}{inputs}"
     return Task(init, loss, show, batch, export, batch_spec, frozen, pretrained, use, lambda: data_identity(config))
 
 

@@ -1,5 +1,8 @@
-"""Forms in which a finished run of a diffusion model is written, by `config.task.export`.
+"""Forms in which a finished run of a diffusion model is written: what it learned says which, else `config.task.export`.
 
+lora               factors beside frozen networks, for diffusers and in kohya's naming (`sdjax.tasks.lora`)
+pivotal_tuning     those, and new words in a folder beside them
+controlnet         the ControlNet, within the base's folder where that learned, too (`sdjax.tasks.control`)
 model              all of it, as a folder of diffusers; where the config does not say otherwise
 embeddings         its new words (`sdjax.tasks.words`)
 custom_diffusion   its new words, and the cross-attention's layers as Custom Diffusion stores them
@@ -15,23 +18,31 @@ from sdjax.checkpoints.checkpoint import Checkpoint
 from sdjax.checkpoints.custom_diffusion import write_custom_diffusion
 from sdjax.checkpoints.embeddings import add_words, write_embeddings
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint
-from sdjax.core.config import Config
+from sdjax.core.config import EXPORT, Config
 from sdjax.core.errors import unknown
 from sdjax.data.text.textual_inversion import Embedding
+from sdjax.diffusion_model.conditioners.control import CONTROLNET
+from sdjax.diffusion_model.model import BACKBONE
+from sdjax.tasks.control import write_control
+from sdjax.tasks.lora import write_adapter
 
 
 class Learnt(NamedTuple):
     """A finished run's result.
 
     Attributes:
+        config: of the run.
         checkpoint: the model without its new words.
         words: those words.
         trained: names of all parameters that were trained.
+        entry: name of its LoRA's factors.
     """
 
+    config: Config
     checkpoint: Checkpoint
     words: Sequence[Embedding]
     trained: Collection[str]
+    entry: str
 
 
 class Export(NamedTuple):
@@ -57,6 +68,20 @@ def _embeddings(folder: Path, learnt: Learnt, dtype: str) -> None:
     write_embeddings(folder, learnt.words)
 
 
+def _lora(folder: Path, learnt: Learnt, dtype: str) -> None:
+    write_adapter(learnt.checkpoint, folder, learnt.config, learnt.entry, dtype)
+
+
+def _pivotal_tuning(folder: Path, learnt: Learnt, dtype: str) -> None:
+    _lora(folder, learnt, dtype)
+    _embeddings(folder / WORDS, learnt, dtype)
+
+
+def _controlnet(folder: Path, learnt: Learnt, dtype: str) -> None:
+    base_learned = any(name.startswith(f"{BACKBONE}/") for name in learnt.trained)
+    write_control(learnt.checkpoint, folder, dtype, base_learned)
+
+
 def _custom_diffusion(folder: Path, learnt: Learnt, dtype: str) -> None:
     del dtype
     folder.mkdir()
@@ -64,16 +89,34 @@ def _custom_diffusion(folder: Path, learnt: Learnt, dtype: str) -> None:
     write_embeddings(folder, learnt.words, by_word=True)
 
 
+WORDS = "embeddings"
+"""Folder of the new words that a run learned beside a LoRA."""
 EXPORTS = {
+    "lora": Export(_lora, "--lora {workdir}"),
+    "pivotal_tuning": Export(_pivotal_tuning, f"--lora {{workdir}} --embedding {{workdir}}/{EXPORT}/{WORDS}"),
+    "controlnet": Export(_controlnet, "--controlnet {workdir}"),
     "model": Export(_model, "--checkpoint {workdir}"),
     "embeddings": Export(_embeddings, "--embedding {workdir}"),
     "custom_diffusion": Export(_custom_diffusion, "--custom_diffusion {workdir} --embedding {workdir}"),
 }
 
 
-def export_of(task: Config) -> Export:
-    """The form that a `task` section names; a UserError for one that there is not."""
+def export_of(task: Config, components: Collection[str], *, lora: bool, words: bool) -> Export:
+    """The form of a run's result.
+
+    Args:
+        task: the config's section.
+        components: that are trained.
+        lora, words: whether LoRA's factors, and new words, are.
+
+    Raises:
+        UserError: the config names one that there is not.
+    """
     name = task.get("export", "model")
     if name not in EXPORTS:
         raise unknown("export", name, EXPORTS, "config.task.export")
+    if lora:
+        name = "pivotal_tuning" if words else "lora"
+    elif CONTROLNET in components:
+        name = "controlnet"
     return EXPORTS[name]

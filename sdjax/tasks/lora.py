@@ -30,6 +30,7 @@ from sdjax.core.files import atomic_write
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream
 from sdjax.core.tree import Params, Tree, flatten, merge, unflatten
+from sdjax.diffusion_model.conditioners import TEXT
 from sdjax.diffusion_model.model import DiffusionModel
 from sdjax.models.lora import FIXED, LORA, Adaptation, add_factors, layers_of, product
 from sdjax.parallel.trees import tree_shardings
@@ -125,6 +126,11 @@ def adapter_of(config: Config, model: DiffusionModel) -> Adapter:
     section = config.task.get(LORA)
     if not section or not section.targets:
         return Adapter()
+    if config.task.conditioning != TEXT:
+        raise UserError(
+            f"config.task.lora.targets={tuple(section.targets)}: files of LoRA name Stable Diffusion's layers; a model of "
+            f"{config.task.conditioning} is fine-tuned by config.train.trainable"
+        )
     if section.rank < 1:
         raise UserError(f"config.task.lora.rank={section.rank} must be at least 1")
     patterns = tuple(pattern for target in section.targets for pattern in TARGETS.get(target, (target,)))
@@ -143,17 +149,18 @@ def read_past(sources: Sequence[str], model: DiffusionModel) -> Params:
     return unflatten(leaves)
 
 
-def write_adapter(checkpoint: Checkpoint, folder: Path, config: Config, entry: str) -> None:
-    """Writes factors into a new folder, in diffusers' naming and in kohya's, and a card of what they are for.
+def write_adapter(checkpoint: Checkpoint, folder: Path, config: Config, entry: str, export_dtype: str) -> None:
+    """Write factors into a new folder, in diffusers' naming and in kohya's, and a card of what they are for.
 
     Args:
         checkpoint: with the factors among its parameters.
         entry: name of theirs.
+        export_dtype: of the numbers; "" for float32.
 
     Raises:
-        UserError: they cannot be written, or are not finite in `config.task.export_dtype`.
+        UserError: they cannot be written, or are not finite in `export_dtype`.
     """
-    dtype = dtype_named(config.task.export_dtype or "float32")
+    dtype = dtype_named(export_dtype or "float32")
     params = {name: part.params for name, part in checkpoint.components.items()}
     factors = {path: layer[LORA][entry] for path, layer in layers_of(params) if entry in layer.get(LORA, {})}
     with atomic_write(folder) as partial:

@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.diffusion.denoise import Network, q_sample
-from sdjax.diffusion.loss import diffusion_loss, gather, offset_noise, uniform_timesteps
+from sdjax.diffusion.loss import (
+    PosteriorTables,
+    diffusion_loss,
+    gather,
+    hybrid_loss,
+    offset_noise,
+    posterior_tables,
+    uniform_timesteps,
+)
 from sdjax.diffusion.samplers import schedule_of
 from sdjax.diffusion.schedule import Schedule
 
@@ -56,6 +64,7 @@ class Objective(NamedTuple):
         timesteps: their distribution.
         prediction, weighting, norm: as `sdjax.diffusion.loss.diffusion_loss` takes them.
         offset: level of SDXL's offset noise; 0 for none.
+        bounds: of a learned variance, which the hybrid loss trains, too (iDDPM, eq. 16); None for a fixed one.
     """
 
     schedule: Schedule
@@ -64,6 +73,7 @@ class Objective(NamedTuple):
     weighting: str
     offset: float
     norm: str = "l2"
+    bounds: PosteriorTables | None = None
 
     def loss(
         self, network: Network, x0: Float[Array, "b h w z"], key: PRNGKeyArray, prior: float | None = None
@@ -79,6 +89,8 @@ class Objective(NamedTuple):
         """
         x, noise, t, abar = self.noised(x0, key)
         output = network(x, t)
+        if self.bounds is not None:
+            return hybrid_loss(output, x0, noise, t, self.bounds, self.prediction).mean()
 
         def losses(weighting: str) -> Array:
             return diffusion_loss(output, x0, noise, abar, self.prediction, weighting, self.norm)
@@ -98,12 +110,15 @@ class Objective(NamedTuple):
         return Noised(q_sample(x0, noise, abar), noise, t, abar)
 
 
-def objective_of(task: Config) -> Objective:
-    """Reads `scheduler`, `timesteps`, `weighting`, `offset_noise` of a task section, `norm` and `timestep_range`, where
+def objective_of(task: Config, learned: bool = False) -> Objective:
+    """Read `scheduler`, `timesteps`, `weighting`, `offset_noise` of a task section, `norm` and `timestep_range`, where
     they are there.
 
+    Args:
+        learned: whether the network predicts its variance, too.
+
     Raises:
-        UserError: one of the names is unknown, or the range is none.
+        UserError: one of the names is unknown, the range is none, or the schedule allows no learned variance.
     """
     scheduler = task.scheduler.to_dict()
     if task.timesteps not in TIMESTEPS:
@@ -121,4 +136,5 @@ def objective_of(task: Config) -> Objective:
         task.weighting,
         task.offset_noise,
         task.get("norm", "l2"),
+        posterior_tables(schedule) if learned else None,
     )
