@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("XLA_FLAGS", HASTY)
     is_default = config.option.markexpr == "not slow" and is_whole(config)
     if is_default:
-        config.option.markexpr = "not slow and not long"  # which workers are given, too
+        config.option.markexpr = "not slow and not long"
     config.pluginmanager.register(Compilations(config.option.compilations, BUDGET if is_default else None))
 
 
@@ -72,8 +72,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.nodeid in names:
             item.add_marker("long")
-    if is_whole(config) and (gone := names - {item.nodeid for item in items}):
-        raise pytest.UsageError(f"{LONG} names {', '.join(sorted(gone))}, which are no tests")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
