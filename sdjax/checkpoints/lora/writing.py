@@ -142,7 +142,10 @@ def _without_core(entry: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
 
 def _peft_config(layers: Mapping[str, Layer], entries: Factors) -> dict[str, Any]:
     """The config that peft builds such factors by: its LoraConfig, without which alpha is lost."""
-    names = {layers[name].theirs: entry for name, entry in entries.items()}
+    # transformers' CLIPTextModel has no text_model from 5.6 on; to peft the end of a name is enough.
+    theirs = {name: layers[name].theirs for name in entries}
+    names = {theirs[name].removeprefix("text_model."): entry for name, entry in entries.items()}
+    start = "" if any(name.startswith("text_model.") for name in theirs.values()) else "^"
     ranks = {name: rank_of(entry) for name, entry in names.items()}
     alphas = {name: _alpha(entry) for name, entry in names.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -150,8 +153,8 @@ def _peft_config(layers: Mapping[str, Layer], entries: Factors) -> dict[str, Any
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {f"^{name}": value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {f"^{name}": value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": {f"{start}{name}": value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"{start}{name}": value for name, value in alphas.items() if value != alpha},
         "target_modules": sorted(names),
         "use_dora": any(MAGNITUDE in entry for entry in names.values()),
         "use_rslora": False,
