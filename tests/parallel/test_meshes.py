@@ -33,7 +33,20 @@ OTHERS = {
     "adm": "configs/pixels.py:adm_64_tiny",
     "classifier": "configs/classifiers.py:adm_64_tiny",
     "controlnet": "configs/controlnet.py",
+    "dreambooth": "configs/dreambooth.py",
+    "lora": "configs/lora.py",
     **{name: f"configs/ldm.py:{name}_tiny" for name in ("celebahq", "cin256", "layout", "semantic", "inpainting")},
+}
+# What they learn, beside a model that is given: hints are made of the images; class images are the images themselves.
+ADAPTED = {
+    "controlnet": ["--config.data.control_from=blur:2"],
+    "dreambooth": [
+        "--config.data.prompt=a photo of sks dog",
+        "--config.data.class_prompt=a photo of dog",
+        "--config.data.class_folder={folder}",
+        "--config.data.class_images=16",
+    ],
+    "lora": [],
 }
 EVERY = [text_of(shape) for shape in shapes_of(8)]
 TINY = {
@@ -83,7 +96,7 @@ def compare(case: str, tmp_path: Path, meshes: list[str], names: list[str]) -> N
             assert difference <= 2, f"{case} {mesh}: {difference}"
             if "fsdp" not in mesh and "tensor" not in mesh:
                 assert held == one["bytes"][0], mesh
-        if case == "autoencoder":  # whose arrays are all too small to be split
+        if case in ("autoencoder", "lora"):  # whose arrays are all too small to be split
             continue
         by_mesh = dict(zip(meshes, other["bytes"].tolist(), strict=True))
         grown = [by_mesh[mesh] for mesh in ("data=8", "data=4,fsdp=2", "data=2,fsdp=4", "fsdp=8") if mesh in by_mesh]
@@ -133,12 +146,11 @@ def quantised(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def controlled(tmp_path_factory) -> list[str]:
-    """The flags for a model that a ControlNet is trained beside, with hints made of the images."""
-    folder = tmp_path_factory.mktemp("controlled") / "model"
+def adapted(tmp_path_factory) -> list[str]:
+    """The flags for a model that is adapted."""
+    folder = tmp_path_factory.mktemp("adapted") / "model"
     write_checkpoint(folder, tiny_checkpoint("sd1", TOKENIZER_FOLDERS / "clip_l", 49408, length=77))
-    changes = {"task.initial": folder, "data.control_from": "blur:2", "sample.steps": 2}
-    return [f"--config.{key}={value}" for key, value in changes.items()]
+    return [f"--config.task.initial={folder}", "--config.sample.steps=2"]
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +171,8 @@ def annotated(pictures, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("case", OTHERS)
 def test_other_systems_are_the_same_on_three_meshes(case, annotated, tmp_path, request):
     flags = [request.getfixturevalue("quantised")] if "ldm.py" in OTHERS[case] else []
-    flags += request.getfixturevalue("controlled") if case == "controlnet" else []
+    flags += [*request.getfixturevalue("adapted"), *ADAPTED[case]] if case in ADAPTED else []
+    flags = [flag.format(folder=annotated) for flag in flags]
     finish(start(case, annotated, tmp_path / "one.npz", ["data=1"], 1, *flags))
     finish(start(case, annotated, tmp_path / "eight.npz", QUICK, 8, *flags))
     compare(case, tmp_path, QUICK, ["one", "eight"])
