@@ -20,8 +20,8 @@ to the next, between 3,000 and 7,000; larger batches, up to 256, help more than 
 captions, so that the hint alone must say what is seen (section 3.3): --config.task.dropout, 0.5 here.
 
 --config.train.trainable="('controlnet', 'unet/up_blocks*', 'unet/conv_norm_out', 'unet/conv_out')" lets the decoder
-learn, too (a learning rate of 2e-6 is advised); RUN is then the whole model, with the ControlNet in it. On a mesh the
-base is sharded like what learns: --config.mesh.fsdp=8.
+learn, too (a learning rate of 2e-6 is advised); RUN is then the whole model, with the ControlNet in it, and is
+sampled with --checkpoint RUN --controlnet RUN. On a mesh the base is sharded like what learns: --config.mesh.fsdp=8.
 
 `openmoji` in place of MODEL colours line drawings with checkpoints/openmoji, on two CPU cores in minutes; results
 stand in checkpoints/openmoji_lineart/README.md.

@@ -8,15 +8,13 @@ config.task.controlnet, a ControlNet to begin from, "" for a copy of the UNet's 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from sdjax.checkpoints.checkpoint import Checkpoint, ReadOptions
+from sdjax.checkpoints.checkpoint import ReadOptions
 from sdjax.checkpoints.controlnets import CONTROLNET, read_controlnet
-from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
 from sdjax.checkpoints.open import resolve
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
@@ -82,16 +80,3 @@ def first_weights(config: Config, sizes: ControlNetConfig, unet: Params, put: De
     if replace(found.config, zero_hint=sizes.zero_hint) != sizes:
         raise UserError(f"config.task.controlnet: {source} is {found.config}, the base needs {sizes}")
     return dict(found.params)
-
-
-def write_control(checkpoint: Checkpoint, folder: Path, dtype: str, base_learnt: bool) -> None:
-    """Writes a ControlNet's folder as diffusers reads it; where the base learnt, too, its folder with the ControlNet's
-    in it.
-    """
-    parts = dict(checkpoint.components)
-    net = parts.pop(CONTROLNET)
-    if base_learnt:
-        write_checkpoint(folder, replace(checkpoint, components=parts), dtype)
-        folder = folder / CONTROLNET
-    folder.mkdir(exist_ok=True)
-    write_component(folder, CONTROLNET, net, dtype)

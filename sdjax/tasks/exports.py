@@ -2,7 +2,8 @@
 
 lora               factors beside frozen networks, for diffusers and in kohya's naming (`sdjax.tasks.lora`)
 pivotal_tuning     those, and new words in a folder beside them
-controlnet         the ControlNet, within the base's folder where that learned, too (`sdjax.tasks.control`)
+controlnet         the ControlNet (`sdjax.tasks.control`)
+controlled_model   all of it as a folder of diffusers, with the ControlNet in it: the base learned, too
 model              all of it, as a folder of diffusers; where the config does not say otherwise
 embeddings         its new words (`sdjax.tasks.words`)
 custom_diffusion   its new words, and the cross-attention's layers as Custom Diffusion stores them
@@ -11,19 +12,18 @@ custom_diffusion   its new words, and the cross-attention's layers as Custom Dif
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from sdjax.checkpoints.checkpoint import Checkpoint
 from sdjax.checkpoints.custom_diffusion import write_custom_diffusion
 from sdjax.checkpoints.embeddings import add_words, write_embeddings
-from sdjax.checkpoints.layouts.diffusers import write_checkpoint
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
 from sdjax.core.config import EXPORT, Config
 from sdjax.core.errors import unknown
 from sdjax.data.text.textual_inversion import Embedding
 from sdjax.diffusion_model.conditioners.control import CONTROLNET
-from sdjax.diffusion_model.model import BACKBONE
-from sdjax.tasks.control import write_control
 from sdjax.tasks.lora import write_adapter
 
 
@@ -78,8 +78,14 @@ def _pivotal_tuning(folder: Path, learnt: Learnt, dtype: str) -> None:
 
 
 def _controlnet(folder: Path, learnt: Learnt, dtype: str) -> None:
-    base_learned = any(name.startswith(f"{BACKBONE}/") for name in learnt.trained)
-    write_control(learnt.checkpoint, folder, dtype, base_learned)
+    folder.mkdir()
+    write_component(folder, CONTROLNET, learnt.checkpoint.components[CONTROLNET], dtype)
+
+
+def _controlled_model(folder: Path, learnt: Learnt, dtype: str) -> None:
+    base = {name: part for name, part in learnt.checkpoint.components.items() if name != CONTROLNET}
+    _model(folder, learnt._replace(checkpoint=replace(learnt.checkpoint, components=base)), dtype)
+    _controlnet(folder / CONTROLNET, learnt, dtype)
 
 
 def _custom_diffusion(folder: Path, learnt: Learnt, dtype: str) -> None:
@@ -95,6 +101,7 @@ EXPORTS = {
     "lora": Export(_lora, "--lora {workdir}"),
     "pivotal_tuning": Export(_pivotal_tuning, f"--lora {{workdir}} --embedding {{workdir}}/{EXPORT}/{WORDS}"),
     "controlnet": Export(_controlnet, "--controlnet {workdir}"),
+    "controlled_model": Export(_controlled_model, "--checkpoint {workdir} --controlnet {workdir}"),
     "model": Export(_model, "--checkpoint {workdir}"),
     "embeddings": Export(_embeddings, "--embedding {workdir}"),
     "custom_diffusion": Export(_custom_diffusion, "--custom_diffusion {workdir} --embedding {workdir}"),
@@ -118,5 +125,5 @@ def export_of(task: Config, components: Collection[str], *, lora: bool, words: b
     if lora:
         name = "pivotal_tuning" if words else "lora"
     elif CONTROLNET in components:
-        name = "controlnet"
+        name = "controlnet" if set(components) == {CONTROLNET} else "controlled_model"
     return EXPORTS[name]

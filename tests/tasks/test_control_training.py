@@ -17,6 +17,7 @@ from torch_reference import channels_first, channels_last, randomised, translate
 
 import train
 from configs import controlnet
+from sdjax.checkpoints.controlnets import is_controlnet
 from sdjax.checkpoints.layouts.diffusers import read_component, read_folder
 from sdjax.checkpoints.networks import controlnet as conversion
 from sdjax.core.errors import UserError
@@ -131,6 +132,26 @@ def test_a_fresh_net_changes_no_loss(folders, pairs):
     changed = jax.tree.map(lambda leaf: leaf + 0.01, params["controlnet"])
     values = [float(run({**params, "controlnet": changed}, rows, jax.random.key(0), 0)[0]) for rows in (batch, other)]
     assert values[0] != values[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "flags"),
+    [
+        ((), "--controlnet {workdir}"),
+        (("unet/conv_out",), "--checkpoint {workdir} --controlnet {workdir}"),
+        (("text_encoder/*",), "--checkpoint {workdir} --controlnet {workdir}"),
+    ],
+)
+def test_the_command_at_the_end_names_all_that_learned(more, flags, folders, pairs, tmp_path):
+    """Beside the ControlNet what it was trained with, where that is no longer the base."""
+    config = config_of(folders("sd1"), pairs)
+    config.train.trainable = ("controlnet", *more)
+    mesh = make_mesh(config.mesh)
+    task = make_task(config, mesh)
+    assert task.use == f"python sample.py --config {{config}} {flags} --prompt ... --control_image ..."
+    task.export(merge(task.init(jax.random.key(0)), task.pretrained(sharded_put(mesh))), tmp_path / "export")
+    assert is_controlnet(tmp_path / "export" / ("controlnet" if more else ""))
+    assert (tmp_path / "export" / "unet").exists() == bool(more)
 
 
 @pytest.mark.slow
