@@ -29,6 +29,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from sdjax.checkpoints.controlnets import CONTROLNET
 from sdjax.checkpoints.open import within_workdir
 from sdjax.core.compilation import keep_compiled
 from sdjax.core.errors import UserError, run_or_exit
@@ -75,8 +76,9 @@ def main() -> None:
 def _figures(values: flags.FlagValues) -> dict[str, Any]:
     flag: dict[str, Any] = {name: values[name].value for name in (*TEXTS, *INTEGERS)}
     if config := values["config"].value:
-        judge_run = evaluate_control if "controlnet" in config.model else evaluate
-        return judge_run(config, flag["checkpoint"] or config.sample.checkpoint)
+        if CONTROLNET in config.model:
+            return evaluate_control(config, require(values, "checkpoint"))
+        return evaluate(config, flag["checkpoint"] or config.sample.checkpoint)
     judged = [name for name in ("fake", "autoencoder", "pixels") if flag[name]]
     if len(judged) != 1:
         raise UserError(f"one of --fake, --autoencoder, --pixels and --config is required; given: {len(judged)}")

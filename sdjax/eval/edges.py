@@ -10,12 +10,18 @@ from jaxtyping import Float, UInt8
 from scipy.ndimage import distance_transform_edt
 
 import sdjax
+from sdjax.checkpoints.controlnets import CONTROLNET
+from sdjax.checkpoints.layouts.diffusers import INDEX
+from sdjax.checkpoints.open import resolve
 from sdjax.core.config import Config
 from sdjax.data.image_inputs import LUMA
 from sdjax.data.sources.base import CONDITIONING_IMAGE
-from sdjax.data.sources.open import source
+from sdjax.data.transforms import crops
+from sdjax.tasks.base import open_images
+from sdjax.tasks.control import hint_makers
+from sdjax.tasks.finetune import from_checkpoint
 
-WHITE, DARK = 0.5, 0.45  # least grey of a line of a hint, and what is darker than any line of an image is not
+WHITE, DARK = 0.5, 0.45  # grey of a hint's line at least; grey of an image's dark pixel at most
 RADIUS = 2.0  # pixels
 
 
@@ -38,16 +44,25 @@ def evaluate_control(config: Config, controlnet: str) -> dict[str, Any]:
     """Mean F1 over drawings of `config.eval.split`, which training has not seen, with a ControlNet and without it.
 
     Prompts say nothing, or what another drawing is: without the hint there is nothing to know its lines from. Also
-    those of the drawings themselves and of their reconstructions by the autoencoder, which bound what can be reached.
+    that of the drawings themselves, which bounds what can be reached.
 
     Args:
-        config: of the ControlNet's training.
-        controlnet: its folder, or its run's workdir.
+        config: of the ControlNet's training, whose rows, crops and hints are those of the drawings.
+        controlnet: its folder, or its run's workdir; where that is a whole model, its base learned, too.
+
+    Raises:
+        UserError: the data or a checkpoint cannot be read.
     """
-    options, images = config.eval, source(config.data.source, config.eval.split)
-    rows: list[Any] = [images[i * len(images) // options.images] for i in range(options.images)]
+    config = from_checkpoint(config)
+    options = config.eval
+    images = crops.still(open_images(config, options.split), config.data.size, config.data.crop)
+    for maker in hint_makers(config):
+        images = images.map(maker)
+    count = min(options.images, len(images))
+    rows: list[Any] = [images[i * len(images) // count] for i in range(count)]
     hints = [row[CONDITIONING_IMAGE] for row in rows]
-    pipe = sdjax.load(config.task.initial, controlnet=[controlnet])
+    whole = (resolve(controlnet, component=CONTROLNET) / INDEX).is_file()
+    pipe = sdjax.load(controlnet if whole else config.task.initial, controlnet=[controlnet])
     captions = [row["caption"] for row in rows]
     prompts = {"empty": [""] * len(rows), "another": captions[1:] + captions[:1]}
     figures: dict[str, Any] = {"drawings": len(rows), "f1_drawings": _mean([row["image"] for row in rows], hints)}

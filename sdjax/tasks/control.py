@@ -52,7 +52,6 @@ def with_control(condition: TrainingCondition, config: Config, factor: int, back
     except TypeError as error:
         raise UserError(f"config.model.controlnet: {error}") from error
     net = ControlConditioner((sizes,), dtype_named(config.train.dtype, "config.train.dtype"), config.train.remat)
-    made = [MakeHint(config.data.control_from)] if config.data.control_from else []
     side = config.data.size
 
     def columns(batch: Columns) -> Columns:
@@ -60,10 +59,19 @@ def with_control(condition: TrainingCondition, config: Config, factor: int, back
 
     return condition._replace(
         conditioner=Combined((condition.conditioner, net)),
-        transforms=(*condition.transforms, *made),
+        transforms=(*condition.transforms, *hint_makers(config)),
         spec={**condition.spec, CONDITIONING_IMAGE: jax.ShapeDtypeStruct((side, side, 3), np.uint8)},
         columns=columns,
     )
+
+
+def hint_makers(config: Config) -> list[MakeHint]:
+    """Transforms that make the hints of square images; none where the data has them.
+
+    Raises:
+        UserError: there is no such maker.
+    """
+    return [MakeHint(config.data.control_from)] if config.data.control_from else []
 
 
 def first_weights(config: Config, sizes: ControlNetConfig, unet: Params, put: DevicePut) -> Params:

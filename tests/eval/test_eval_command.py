@@ -156,6 +156,7 @@ def test_a_missing_network_is_named_and_the_rest_computed(run, folders, monkeypa
     [
         (["--real={0}/real"], "one of --fake, --autoencoder, --pixels and --config is required"),
         (["--fake={0}/fake"], "--real is required"),
+        (["--config=configs/controlnet.py:openmoji"], "--checkpoint is required"),
         (["--fake={0}/fake", "--real={0}/real", "--metrics=fidd"], "unknown metric 'fidd' in --metrics; choose"),
         (["--fake={0}/nowhere", "--real={0}/real"], "/nowhere does not exist"),
         (["--fake={0}/fake", "--real={0}/real", "--limit=3", "--metrics=psnr"], "6 sampled and 3 real images"),
