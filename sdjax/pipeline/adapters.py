@@ -13,7 +13,7 @@ from sdjax.checkpoints.networks import clip_image
 from sdjax.checkpoints.open import CONFIG, resolve
 from sdjax.core.errors import UserError
 from sdjax.core.untrusted import read_json
-from sdjax.diffusion_model.conditioners import t2i_adapter
+from sdjax.diffusion_model.conditioners import TEXT, t2i_adapter
 from sdjax.diffusion_model.conditioners.ip_adapter import ADAPTER, ENCODER
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE
 from sdjax.models.clip_image import CLIPImageConfig
@@ -37,9 +37,7 @@ def add_ip_adapter(source: str | Path, encoder: str | Path | None, how: ReadOpti
     """
 
     def patch(checkpoint: Checkpoint) -> Checkpoint:
-        unet = checkpoint.components[BACKBONE].config
-        if not isinstance(unet, UNetConfig) or checkpoint.conditioning != "text":
-            raise UserError(f"ip_adapter {str(source)!r}: IP-Adapters are for models of Stable Diffusion's")
+        unet = _unet_for("IP-Adapter", ADAPTER, source, checkpoint)
         adapter = read_ip_adapter(resolve(source), unet, how)
         tower = read_component(find_encoder(source, encoder, adapter.config), ENCODER, how.dtype, place=how.place)
         return checkpoint.replace_component(ADAPTER, adapter).replace_component(ENCODER, tower)
@@ -55,10 +53,11 @@ def add_t2i_adapters(sources: str | Path | Sequence[str | Path], how: ReadOption
     """
 
     def patch(checkpoint: Checkpoint) -> Checkpoint:
-        unet, vae = (checkpoint.components[name].config for name in (BACKBONE, AUTOENCODER))
         for number, source in enumerate([sources] if isinstance(sources, str | Path) else sources):
+            unet = _unet_for("T2I-Adapter", t2i_adapter.ADAPTER, source, checkpoint)
+            factor = checkpoint.components[AUTOENCODER].config.factor
             adapter = read_t2i_adapter(resolve(source, component=t2i_adapter.ADAPTER), how)
-            found, wanted = adapter.config.places, [(width, side * vae.factor) for width, side in unet.adapted]
+            found, wanted = adapter.config.places, [(width, side * factor) for width, side in unet.adapted]
             if list(found) != wanted[: len(found)]:
                 said = [", ".join(f"{width} at 1/{side}" for width, side in each) for each in (found, wanted)]
                 raise UserError(f"t2i_adapter {str(source)!r} is for another UNet: it gives {said[0]}, not {said[1]}")
@@ -81,24 +80,35 @@ def find_encoder(source: str | Path, given: str | Path | None, adapter: IPAdapte
         if width != adapter.image_dim:
             raise UserError(f"image_encoder {str(given)!r} gives {width} features; {source} reads {adapter.image_dim}")
         return found
+    failed: UserError | None = None
     for file in _beside(source):
         try:
             config = resolve(file(CONFIG))
-        except UserError:  # not there
+        except UserError as error:  # not there, or not to be downloaded
+            failed = error
             continue
         if width_of(clip_image.from_config(read_json(config), str(config)), adapter) == adapter.image_dim:
             if not os.path.exists(file("")):  # of the Hub, which has given its config.json alone
                 resolve(file(WEIGHTS))
             return config.parent
+    reason = "" if failed is None else f" ({failed})"
     raise UserError(
         f"there is no image encoder of {adapter.image_dim} features for {source}: neither {FOLDERS[0]} beside it nor "
-        f"{FOLDERS[1]} is one; give its folder as image_encoder"
-    )
+        f"{FOLDERS[1]} is one{reason}; give its folder as image_encoder"
+    ) from failed
 
 
 def width_of(encoder: CLIPImageConfig, adapter: IPAdapterConfig) -> int:
     """Features of what an adapter reads of an encoder."""
     return encoder.projection_dim if adapter.resampler is None else encoder.width
+
+
+def _unet_for(kind: str, option: str, source: str | Path, checkpoint: Checkpoint) -> UNetConfig:
+    """Sizes of the UNet that an adapter acts on; a UserError where the model is none of Stable Diffusion's."""
+    unet = checkpoint.components[BACKBONE].config
+    if not isinstance(unet, UNetConfig) or checkpoint.conditioning != TEXT:
+        raise UserError(f"{option} {str(source)!r}: {kind}s are for models of Stable Diffusion's")
+    return unet
 
 
 def _beside(source: str | Path) -> Iterator[Callable[[str], str]]:

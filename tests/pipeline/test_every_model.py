@@ -213,6 +213,10 @@ def test_a_guide_of_the_wrong_size_or_kind_is_one_line(files, folder_of):
         sdjax.load(folder_of("adm"), classifier=files["image"].parent)
     with pytest.raises(UserError, match="a model of unconditional reads no words"):
         sdjax.load(folder_of("unconditional"), tokenizer=files["words"])
+    for option, kind in {"ip_adapter": "IP-Adapter", "t2i_adapter": "T2I-Adapter"}.items():
+        for name in ("unconditional", "adm"):
+            with pytest.raises(UserError, match=f"^{option} 'any.bin': {kind}s are for models of Stable Diffusion's$"):
+                sdjax.load(folder_of(name), **{option: "any.bin"})
 
 
 @pytest.mark.parametrize("name", ["unconditional", pytest.param("inpainting", marks=pytest.mark.slow)])

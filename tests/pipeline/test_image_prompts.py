@@ -210,6 +210,8 @@ def test_an_image_encoder_comes_from_the_hub(hub, tmp_path, monkeypatch):
         assert server.served == [f"{place}/config.json", f"{place}/model.safetensors"]
         with pytest.raises(UserError, match="there is no image encoder of 7 features"):
             adapters.find_encoder("acme/IP-Adapter/models/plus.safetensors", None, replace(PLUS, image_dim=7))
+        with pytest.raises(UserError, match=r"beside it nor .* is one \(.*acme/gated.* is gated: accept its terms"):
+            adapters.find_encoder("acme/gated/models/plus.safetensors", None, PLUS)
     finally:
         server.stop()
 
