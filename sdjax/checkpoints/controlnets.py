@@ -21,7 +21,7 @@ from sdjax.checkpoints.storage.safetensors import write_safetensors
 from sdjax.checkpoints.storage.weights import Source, read_file
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
-from sdjax.core.tree import Tree, flatten, unflatten
+from sdjax.core.tree import Tree, flatten, numbered, unflatten
 from sdjax.core.untrusted import read_json
 from sdjax.models.controlnet import HINT_ENCODER, ControlNetConfig, config_for
 from sdjax.models.unet import UNetConfig
@@ -58,7 +58,7 @@ def add_controlnets(nets: Sequence[tuple[str, Component]]) -> Patch:
         components = dict(checkpoint.components)
         for i, (name, net) in enumerate(nets):
             check_base(net.config, checkpoint, name)
-            components[f"{CONTROLNET}_{i}" if i else CONTROLNET] = net
+            components[numbered(CONTROLNET, i)] = net
         return dataclasses.replace(checkpoint, components=components)
 
     return patch

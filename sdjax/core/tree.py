@@ -14,6 +14,11 @@ Params = dict[str, Any]
 """Parameters by component: {"unet": ..., "vae": ..., "text_encoder": ...}."""
 
 
+def numbered(stem: str, number: int) -> str:
+    """The name of one of several, e.g. of components of one kind: the first has no number."""
+    return f"{stem}_{number}" if number else stem
+
+
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": x}} becomes {"a/b": x}."""
     flat: dict[str, Any] = {}

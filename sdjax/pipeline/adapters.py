@@ -12,6 +12,7 @@ from sdjax.checkpoints.layouts.diffusers import read_component
 from sdjax.checkpoints.networks import clip_image
 from sdjax.checkpoints.open import CONFIG, resolve
 from sdjax.core.errors import UserError
+from sdjax.core.tree import numbered
 from sdjax.core.untrusted import read_json
 from sdjax.diffusion_model.conditioners import TEXT, t2i_adapter
 from sdjax.diffusion_model.conditioners.ip_adapter import ADAPTER, ENCODER
@@ -61,7 +62,7 @@ def add_t2i_adapters(sources: str | Path | Sequence[str | Path], how: ReadOption
             if list(found) != wanted[: len(found)]:
                 said = [", ".join(f"{width} at 1/{side}" for width, side in each) for each in (found, wanted)]
                 raise UserError(f"t2i_adapter {str(source)!r} is for another UNet: it gives {said[0]}, not {said[1]}")
-            checkpoint = checkpoint.replace_component(t2i_adapter.numbered(t2i_adapter.ADAPTER, number), adapter)
+            checkpoint = checkpoint.replace_component(numbered(t2i_adapter.ADAPTER, number), adapter)
         return checkpoint
 
     return patch

@@ -133,6 +133,10 @@ def test_mistakes_are_said_in_one_line(with_adapters, ours, adapters, folders, h
             pipe.prepare("", **{given: 0.5})
     with pytest.raises(UserError, match="1 entries in t2i_image for 2 in t2i_adapter; give one for each, in order"):
         pipe.prepare("", t2i_image=hints[0])
+    with pytest.raises(UserError, match="0 entries in t2i_image for 1 in t2i_adapter; give one for each, in order"):
+        with_adapters("sd1", "full").prepare("", t2i_image=[])
+    with pytest.raises(UserError, match=r"t2i_scale \[0.5, 1.0\]: choose a number for each of t2i_adapter"):
+        pipe.prepare("", t2i_image=hints, t2i_scale=[[0.5, 1.0], 1.0])
     with pytest.raises(UserError, match=r"20x18: sides are multiples of 4 where this T2I-Adapter acts"):
         with_adapters("sdxl", "xl").prepare("", t2i_image=hints[0], width=20, height=18)
     with pytest.raises(UserError, match=r"full' is for another UNet: it gives 64 at 1/2, 128 at 1/4, not 64 at 1/4, "):

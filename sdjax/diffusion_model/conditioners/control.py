@@ -17,11 +17,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.core.tree import Params
+from sdjax.core.tree import Params, numbered
 from sdjax.data.hints.makers import CONTROL_FROM, CONTROL_IMAGE, CONTROL_RESIZE, make_hint
-from sdjax.data.image_inputs import size_of
 from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Network, Traits, required
+from sdjax.diffusion_model.conditioners.hints import Hinted
 from sdjax.models.conditioning import Cond, apply
 from sdjax.models.controlnet import ControlNetConfig, controlnet_of
 
@@ -93,7 +93,11 @@ class ControlConditioner(Conditioner):
 
     def _columns(self, stem: str) -> list[str]:
         """A name for each network."""
-        return [f"{stem}_{i}" if i else stem for i in range(len(self.nets))]
+        return [numbered(stem, i) for i in range(len(self.nets))]
+
+    @property
+    def _hinted(self) -> Hinted:
+        return Hinted(CONTROLNET, CONTROL_IMAGE, len(self.nets))
 
     @property
     def components(self) -> dict[str, Any]:
@@ -104,39 +108,21 @@ class ControlConditioner(Conditioner):
         return {name: controlnet_of(c).init(own, *c.example_inputs())["params"] for (name, c), own in pairs}
 
     def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
-        """The largest part of the first hint that can be made, where no image to begin from says the size."""
-        given = inputs.get(CONTROL_IMAGE)
-        if given is None or inputs.get("init_image") is not None:
-            return None
-        height, width = size_of(self._each(CONTROL_IMAGE, given)[0], CONTROL_IMAGE)
-        return max(height // factor, 1) * factor, max(width // factor, 1) * factor
+        return self._hinted.image_size(inputs, factor)
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
-        images = self._each(CONTROL_IMAGE, required(inputs, CONTROL_IMAGE, host.name))
+        images = self._hinted.each(CONTROL_IMAGE, required(inputs, CONTROL_IMAGE, host.name))
         makers = inputs.get(CONTROL_FROM) or "none"
-        makers = self._each(CONTROL_FROM, makers.split(",") if isinstance(makers, str) else makers)
+        makers = self._hinted.each(CONTROL_FROM, makers.split(",") if isinstance(makers, str) else makers)
         how = host.size, inputs.get(CONTROL_RESIZE), inputs.get("mask")
         hints = [make_hint(image, maker, *how) for image, maker in zip(images, makers, strict=True)]
         return {**dict(zip(self._columns(CONTROL_IMAGE), hints, strict=True)), WEIGHTS: self._weights(inputs, host)}
 
-    def _each(self, name: str, given: Any) -> list[Any]:
-        """A value for each network, of one for all or a list."""
-        count = len(self.nets)
-        values = list(given) if isinstance(given, list | tuple) else [given]
-        values = values * count if len(values) == 1 and name != CONTROL_IMAGE else values
-        if len(values) != count:
-            raise UserError(f"{len(values)} entries in {name} for {count} in controlnet; give one for each, in order")
-        return values
-
-    def _numbers(self, name: str, given: Any) -> list[float]:
-        values = self._each(name, given)
-        if (pair := next((value for value in values if isinstance(value, Sequence)), None)) is not None:
-            raise UserError(f"{name} {pair}: choose a number for each of controlnet")
-        return values
-
     def _weights(self, inputs: Mapping[str, Any], host: Host) -> Float[np.ndarray, "n nets residuals 2"]:
         """Factors of the residuals under the prompt and under the null condition."""
-        chosen = [self._numbers(n, default if inputs.get(n) is None else inputs[n]) for n, default in DEFAULTS.items()]
+        chosen = [
+            self._hinted.numbers(n, usual if inputs.get(n) is None else inputs[n]) for n, usual in DEFAULTS.items()
+        ]
         # An average over the image is always a guess (diffusers, of the first of several networks).
         mode = "guess" if self.nets[0].global_pool else inputs.get(MODE) or "balanced"
         if mode not in MODES:

@@ -13,10 +13,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sdjax.core.errors import UserError
-from sdjax.core.tree import Params
-from sdjax.data.image_inputs import LUMA, load_image, size_of
+from sdjax.core.tree import Params, numbered
+from sdjax.data.image_inputs import LUMA, load_image
 from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Network, Traits
+from sdjax.diffusion_model.conditioners.hints import Hinted
 from sdjax.models.conditioning import Cond, apply
 from sdjax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 
@@ -60,13 +61,7 @@ class T2IAdapterConditioner(Conditioner):
         return made
 
     def image_size(self, inputs: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
-        """The largest part of the first hint that can be made, where no image to begin from says the size."""
-        given = inputs.get(IMAGE)
-        if given is None or inputs.get("init_image") is not None:
-            return None
-        multiple = max(factor, self.adapters[0].factor)
-        height, width = size_of(given[0] if isinstance(given, list | tuple) else given, IMAGE)
-        return max(height // multiple, 1) * multiple, max(width // multiple, 1) * multiple
+        return self._hinted.image_size(inputs, max(factor, self.adapters[0].factor))
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         if inputs.get(IMAGE) is None:
@@ -75,23 +70,17 @@ class T2IAdapterConditioner(Conditioner):
         if any(side % multiple for side in host.size):
             size = f"{host.size[1]}x{host.size[0]}"
             raise UserError(f"{size}: sides are multiples of {multiple} where this T2I-Adapter acts")
-        images = self._each(IMAGE, inputs[IMAGE])
+        images = self._hinted.each(IMAGE, inputs[IMAGE])
         hints = [_hint(image, config, host.size) for image, config in zip(images, self.adapters, strict=True)]
-        scale = self._each(SCALE, 1.0 if inputs.get(SCALE) is None else inputs[SCALE])
-        if not all(isinstance(one, int | float) for one in scale):
-            raise UserError(f"{SCALE} {scale}: give one number for each T2I-Adapter")
+        scale = self._hinted.numbers(SCALE, 1.0 if inputs.get(SCALE) is None else inputs[SCALE])
         share = 1.0 if inputs.get(FACTOR) is None else inputs[FACTOR]
         on = (np.arange(host.rows) < int(host.calls * share)).astype(np.float32)
         columns = {numbered(IMAGE, i): hint for i, hint in enumerate(hints)}
         return {**columns, SCALE: np.array(scale, np.float32), ON: on}
 
-    def _each(self, name: str, given: Any) -> list[Any]:
-        """A value for each adapter, of one for all or a list; several adapters want a hint each."""
-        values, count = list(given) if isinstance(given, list | tuple) else [given], len(self.adapters)
-        values = values * count if len(values) == 1 and name != IMAGE else values
-        if len(values) != count:
-            raise UserError(f"{len(values)} entries in {name} for {count} in t2i_adapter; give one for each, in order")
-        return values
+    @property
+    def _hinted(self) -> Hinted:
+        return Hinted(ADAPTER, IMAGE, len(self.adapters))
 
     def precompute(self, params: Params, columns: Columns) -> dict[str, Array]:
         if IMAGE not in columns:
@@ -116,11 +105,6 @@ class T2IAdapterConditioner(Conditioner):
             return network(x, t, cond._replace(features=[jnp.repeat(feature, rows, axis=0) for feature in features]))
 
         return adapted
-
-
-def numbered(stem: str, number: int) -> str:
-    """The name of one of several: the first has none."""
-    return f"{stem}_{number}" if number else stem
 
 
 def _hint(image: Any, config: T2IAdapterConfig, size: tuple[int, int]) -> Float[np.ndarray, "H W c"]:
