@@ -85,6 +85,19 @@ def test_edges_are_found_at_the_size_of_the_image(mode):
     assert 60 < inked.sum() < 250  # of a line one pixel wide
 
 
+@pytest.mark.parametrize("mode", [None, *resize.RESIZES])
+@pytest.mark.parametrize("maker", ["none", "canny"])
+def test_strips_are_brought_to_size(maker, mode):
+    """However little is left of a side, and however much the other would be enlarged."""
+    for shape in ((1, 1100, 3), (3000, 1, 3)):
+        assert make_hint(np.full(shape, 90, np.uint8), maker, (512, 512), mode).shape == (512, 512, 3)
+
+
+def test_thresholds_of_canny_come_in_either_order():
+    """As in OpenCV (cv2.Canny: `if (low_thresh > high_thresh) std::swap`)."""
+    assert np.array_equal(hint_maker("canny:200:100")(IMAGE), hint_maker("canny")(IMAGE))
+
+
 def test_hints_without_neighbours():
     bytes_ = IMAGE[:40, :40]
     image = bytes_ / np.float32(255.0)

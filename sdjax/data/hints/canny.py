@@ -19,8 +19,10 @@ def canny(pixels: UInt8[np.ndarray, "h w c"], low: float = 100.0, high: float = 
     Nothing is smoothed before; of the channels the one with the largest gradient |dx| + |dy| counts.
 
     Args:
-        low, high: gradients above which a pixel belongs to an edge that has begun, and above which one begins.
+        low, high: gradients above which a pixel belongs to an edge that has begun, and above which one begins; in
+            either order.
     """
+    low, high = sorted((low, high))
     dx, dy = _gradient(pixels)
     size = np.abs(dx) + np.abs(dy)
     edges = _peaks(dx, dy, size) & (size > math.floor(low))

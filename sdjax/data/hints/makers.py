@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.hints.canny import canny
-from sdjax.data.hints.resize import RESIZES, at_scale, fit, interpolated, nearest_weights, pixel_scale
+from sdjax.data.hints.resize import RESIZES, at_scale, fit, interpolated, nearest_weights
 from sdjax.data.image_inputs import LUMA, ImageInput, cubic_weights, load_image, rgb
 from sdjax.data.images import to_uint8
 
@@ -113,7 +113,7 @@ def make_hint(
     elif resize in RESIZES:
         pixels = to_uint8(rgb(given, place))
         if HINTS[name.partition(":")[0]].local:
-            pixels = at_scale(pixels, pixel_scale(pixels.shape[:2], size, resize))
+            pixels = at_scale(pixels, size, resize)
         hint = fit(make(pixels), size, resize)
     else:
         raise unknown(CONTROL_RESIZE, resize, RESIZES)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage, sparse
 
-from sdjax.data.image_inputs import cubic_weights
+from sdjax.data.image_inputs import centred, cubic_weights
 
 STRETCH, CROP, FILL = "stretch", "crop", "fill"
 RESIZES = (STRETCH, CROP, FILL)
@@ -20,6 +20,7 @@ Size = tuple[int, int]
 # Colours of a map of labels, which are not mixed.
 LABELS = range(3, 200)
 ROUNDS = 32  # of thinning
+LONGEST = 2**13  # side of a photograph that is enlarged; a strip that is stretched would not fit in memory
 # Neighbours, 1 set and -1 not, of a pixel that is no part of a line of one pixel; and of an end.
 CORNERS = ([[-1, -1, -1], [0, 1, 0], [1, 1, 1]], [[0, -1, -1], [1, 1, -1], [0, 1, 0]])
 ENDS = ([[-1, -1, -1], [-1, 1, -1], [0, 0, -1]], [[-1, -1, -1], [-1, 1, -1], [-1, 0, 0]])
@@ -33,28 +34,20 @@ def fit(hint: UInt8[np.ndarray, "h w 3"], size: Size, resize: str) -> UInt8[np.n
         size: height and width.
         resize: of `RESIZES`; where it is filled, the border has the median colour of the hint's edges.
     """
-    if resize == STRETCH:
-        return resized(hint, size)
-    scale = pixel_scale(hint.shape[:2], size, resize)
-    small = resized(hint, _scaled(hint.shape[:2], scale))
-    offsets = [abs(have - want) // 2 for have, want in zip(small.shape[:2], size, strict=True)]
-    inside = tuple(slice(at, at + min(*sides)) for at, *sides in zip(offsets, small.shape[:2], size, strict=True))
-    if resize == CROP:
-        return np.ascontiguousarray(small[inside])
+    if resize != FILL:
+        return resized(_shown(hint, size, resize), size)
+    small = resized(hint, _scaled(hint.shape[:2], _pixel_scale(hint.shape[:2], size, resize)))
     edges = np.concatenate([hint[0], hint[-1], hint[:, 0], hint[:, -1]])
     filled = np.tile(np.median(edges, axis=0).astype(np.uint8), (*size, 1))
-    filled[inside] = small
+    top, left = ((want - have) // 2 for have, want in zip(small.shape[:2], size, strict=True))
+    filled[top : top + small.shape[0], left : left + small.shape[1]] = small
     return filled
 
 
-def pixel_scale(given: Size, size: Size, resize: str) -> float:
-    """Factor of a photograph's sides at which a hint made of it needs no resizing ("pixel perfect")."""
-    factors = [want / have for have, want in zip(given, size, strict=True)]
-    return min(factors) if resize == FILL else max(factors)
-
-
-def at_scale(pixels: UInt8[np.ndarray, "h w 3"], scale: float) -> UInt8[np.ndarray, "H W 3"]:
-    """A photograph, of which a hint shall be made, at a scale of its own sides."""
+def at_scale(pixels: UInt8[np.ndarray, "h w 3"], size: Size, resize: str) -> UInt8[np.ndarray, "H W 3"]:
+    """The part of a photograph that is shown, so large that a hint made of it needs no resizing ("pixel perfect")."""
+    pixels = _shown(pixels, size, resize)
+    scale = min(_pixel_scale(pixels.shape[:2], size, resize), LONGEST / max(pixels.shape[:2]))
     return interpolated(pixels, _scaled(pixels.shape[:2], scale), cubic_weights if scale > 1.0 else area_weights)
 
 
@@ -120,8 +113,18 @@ def nearest_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
     return np.eye(old)[np.minimum(np.arange(new) * step, old - 1).astype(int)]
 
 
+def _shown(pixels: UInt8[np.ndarray, "h w 3"], size: Size, resize: str) -> UInt8[np.ndarray, "H W 3"]:
+    """Cut before it is resized, which A1111 does after: enlarged, a strip would not fit in memory."""
+    return centred(pixels, size) if resize == CROP else pixels
+
+
+def _pixel_scale(given: Size, size: Size, resize: str) -> float:
+    factors = [want / have for have, want in zip(given, size, strict=True)]
+    return min(factors) if resize == FILL else max(factors)
+
+
 def _scaled(given: Size, scale: float) -> Size:
-    return round(given[0] * scale), round(given[1] * scale)
+    return max(1, round(given[0] * scale)), max(1, round(given[1] * scale))
 
 
 def _ridges(grey: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
