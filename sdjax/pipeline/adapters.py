@@ -46,7 +46,7 @@ def add_ip_adapter(source: str | Path, encoder: str | Path | None, how: ReadOpti
     return patch
 
 
-def add_t2i_adapters(sources: str | Path | Sequence[str | Path], how: ReadOptions) -> Patch:
+def add_t2i_adapters(sources: Sequence[str | Path], how: ReadOptions) -> Patch:
     """T2I-Adapters, whose features add up: folders of diffusers', or files, local or of the Hub.
 
     Raises:
@@ -54,7 +54,7 @@ def add_t2i_adapters(sources: str | Path | Sequence[str | Path], how: ReadOption
     """
 
     def patch(checkpoint: Checkpoint) -> Checkpoint:
-        for number, source in enumerate([sources] if isinstance(sources, str | Path) else sources):
+        for number, source in enumerate(sources):
             unet = _unet_for("T2I-Adapter", t2i_adapter.ADAPTER, source, checkpoint)
             factor = checkpoint.components[AUTOENCODER].config.factor
             adapter = read_t2i_adapter(resolve(source, component=t2i_adapter.ADAPTER), how)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -54,7 +54,7 @@ def load(source: Source, dtype: str = "float32", mesh: Mesh | None = None, **opt
             `256x256_diffusion.pt`), or the workdir of a finished train.py run.
         dtype: of the backbone and the text encoders, "float32" or "bfloat16"; the autoencoder works in float32 always.
         mesh: of `sdjax.parallel.mesh.make_mesh`; parameters and batches are spread over it. None for one device.
-        options: rows of `sdjax.pipeline.options.LoadOptions`.
+        options: rows of `sdjax.pipeline.options.LoadOptions`; where a flag may be repeated, one source or a list.
 
     Raises:
         UserError: the source is missing or is none of these, or what it holds is corrupt or not supported.
@@ -63,6 +63,7 @@ def load(source: Source, dtype: str = "float32", mesh: Mesh | None = None, **opt
     for name in given:
         if name not in LOAD_OPTIONS:
             raise unknown("option", name, LOAD_OPTIONS, "load")
+    given |= {n: [value] for n, value in given.items() if LOAD_OPTIONS[n].many and isinstance(value, Source)}
     path = find(source, cast(Any, given.get("variant")))
     place: Put = (lambda array, name: jax.device_put(array)) if mesh is None else sharded_put(mesh)
     checkpoint = _read(path, dtype, given, place)
@@ -98,8 +99,10 @@ def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Put) -> Check
     checkpoint = read_checkpoint(path, dtype=dtypes, place=place, optional=optional, **chosen)
     if "vae" in given:
         checkpoint = replace_vae(given["vae"], place)(checkpoint)
+    how = ReadOptions(dtype, place)
     if "controlnet" in given:
-        checkpoint = add_controlnets(_controlnets(given["controlnet"], ReadOptions(dtype, place)))(checkpoint)
+        nets = [(str(one), read_controlnet(resolve(one, component=CONTROLNET), how)) for one in given["controlnet"]]
+        checkpoint = add_controlnets(nets)(checkpoint)
     if "custom_diffusion" in given:
         checkpoint = add_custom_diffusion(resolve(given["custom_diffusion"]), place)(checkpoint)
     if "embeddings" in given:
@@ -110,17 +113,10 @@ def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Put) -> Check
     if "image_encoder" in given and "ip_adapter" not in given:
         raise UserError(f"image_encoder {str(given['image_encoder'])!r} changes nothing without an ip_adapter")
     if "ip_adapter" in given:
-        how = ReadOptions(dtype, place)
         checkpoint = add_ip_adapter(given["ip_adapter"], given.get("image_encoder"), how)(checkpoint)
     if "t2i_adapter" in given:
-        checkpoint = add_t2i_adapters(given["t2i_adapter"], ReadOptions(dtype, place))(checkpoint)
+        checkpoint = add_t2i_adapters(given["t2i_adapter"], how)(checkpoint)
     return checkpoint
-
-
-def _controlnets(sources: Source | Sequence[Source], how: ReadOptions) -> list[tuple[str, Component]]:
-    """ControlNets by their sources; a UserError where one cannot be read."""
-    each = [sources] if isinstance(sources, str | Path) else sources
-    return [(str(one), read_controlnet(resolve(one, component=CONTROLNET), how)) for one in each]
 
 
 def _with_classifier(checkpoint: Checkpoint, path: Path, name: str, place: Put) -> Checkpoint:

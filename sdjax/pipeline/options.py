@@ -28,6 +28,7 @@ Number = int | float
 Pair = Sequence[int]
 Scales = Sequence[Number | Sequence[Number]]
 Images = ImageInput | Sequence[ImageInput]
+Sources = str | Path | Sequence[str | Path]
 Progress = Callable[[int, int], None]
 """progress(done, total) network calls."""
 MAX_SIDE, MAX_BITS = 2**14, 1023
@@ -79,8 +80,8 @@ class Option:
         return self.scope == "image" and self.grid and (self.is_number or self.kind is Scales or bool(self.choices))
 
 
-def _image(text: str) -> Option:
-    return Option(text, grid=False, file=True)
+def _image(text: str, *, many: bool = False) -> Option:
+    return Option(text, grid=False, file=True, many=many)
 
 
 def _condition(
@@ -145,7 +146,7 @@ class Options(TypedDict, total=False):
     neighbours: Annotated[Any, _condition("NumPy file of CLIP embeddings [k, d]", file=True)]
     control_image: Annotated[
         Images | Sequence[Images] | None,
-        Option("hint of a ControlNet; of several one each, in their order", grid=False, file=True, many=True),
+        _image("hint of a ControlNet; of several one each, in their order", many=True),
     ]
     control_scale: Annotated[Number | Scales | None, Option("strength of each ControlNet; 1 where none is named")]
     control_start: Annotated[Number | Scales | None, Option("share of the steps before a ControlNet acts", 0, 1)]
@@ -171,14 +172,18 @@ class Options(TypedDict, total=False):
     resemble: Annotated[Images | None, _image("image that the result shall be like")]
     resemble_scale: Annotated[Number | None, Option("how strongly", 0)]
     ip_image: Annotated[
-        Images | Sequence[Images] | None, _image("image that is a prompt, too; of one prompt several as a list")
+        Images | Sequence[Images] | None,
+        _image("image that is a prompt, too; repeated for several of one prompt", many=True),
     ]
     ip_scale: Annotated[Number | None, Option("how strongly, 1 as trained; 0.5 leaves room for the text")]
     ip_blocks: Annotated[
         str | Mapping[str, Any] | None,
         Option('of SDXL: style, layout or both; or JSON of scales as {"up": {"block_0": [0, 1, 0]}}', grid=False),
     ]
-    t2i_image: Annotated[Images | None, _image("hint of a T2I-Adapter; of several a list with one for each")]
+    t2i_image: Annotated[
+        Images | Sequence[Images] | None,
+        _image("hint of a T2I-Adapter; of several one each, in their order", many=True),
+    ]
     t2i_scale: Annotated[Number | Scales | None, Option("how strongly it acts, 1 as trained; of each where several")]
     t2i_factor: Annotated[Number | None, Option("share of the steps, from the first, at which it acts", 0, 1)]
     classifier_scale: Annotated[Number | None, _condition("of a classifier's guidance", 0, grid=True)]
@@ -211,7 +216,7 @@ class LoadOptions(TypedDict, total=False):
     variant: Annotated[str | None, Option("of a folder's weights, e.g. fp16", scope="load")]
     vae: Annotated[str | Path | None, Option("another autoencoder: a Hub id, folder or file", scope="load")]
     controlnet: Annotated[
-        Sequence[str | Path],
+        Sources,
         Option("ControlNet: a Hub id, folder or file; repeated for several", scope="load", many=True),
     ]
     custom_diffusion: Annotated[
@@ -219,15 +224,11 @@ class LoadOptions(TypedDict, total=False):
         Option("weights of Custom Diffusion: a file of diffusers, or a workdir of their training", scope="load"),
     ]
     embeddings: Annotated[
-        Sequence[str | Path],
+        Sources,
         Option("textual inversions: files, or workdirs of their training", scope="load", many=True),
     ]
-    lora: Annotated[
-        Sequence[str | Path], Option("LoRA, of any kind and naming: FILE or FILE:0.8", scope="load", many=True)
-    ]
-    merge_lora: Annotated[
-        Sequence[str | Path], Option("LoRA at a fixed strength, merged into the weights", scope="load", many=True)
-    ]
+    lora: Annotated[Sources, Option("LoRA, of any kind and naming: FILE or FILE:0.8", scope="load", many=True)]
+    merge_lora: Annotated[Sources, Option("LoRA at a fixed strength, merged into the weights", scope="load", many=True)]
     lora_dir: Annotated[str | Path | None, Option("folder of LoRAs, which prompts name: <lora:name:0.8>", scope="load")]
     refiner: Annotated[str | Path | None, Option("checkpoint that takes over the last steps", scope="load")]
     ip_adapter: Annotated[
@@ -237,8 +238,8 @@ class LoadOptions(TypedDict, total=False):
         str | Path | None, Option("folder of its CLIP, where that is not beside it; or of the Hub", scope="load")
     ]
     t2i_adapter: Annotated[
-        Sequence[str | Path],
-        Option("T2I-Adapters: folders or files, local or of the Hub", scope="load", many=True),
+        Sources,
+        Option("T2I-Adapter: a folder or file, local or of the Hub; repeated for several", scope="load", many=True),
     ]
     classifier: Annotated[str | Path | None, Option("classifier of noisy images, for guidance", scope="load")]
     tokenizer: Annotated[str | Path | None, Option("folder with BERT's vocab.txt, for LDM's text models", scope="load")]

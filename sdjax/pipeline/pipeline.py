@@ -186,8 +186,9 @@ class Pipeline:
             negative_prompt: one for all, or one a prompt: what guidance leads away from. None is "", or for SDXL's
                 base the zeros that it was trained with.
             options: rows of `sdjax.pipeline.options.Options`. A list in `control_image`, `control_scale`,
-                `control_start` and `control_end` has an entry for each of the loaded ControlNets; for each prompt
-                hints of its own are a list of such lists of images, [[a], [b]].
+                `control_start` and `control_end` has an entry for each of the loaded ControlNets, in `t2i_image` and
+                `t2i_scale` for each of the T2I-Adapters, and in `ip_image` all images of a prompt. For each prompt
+                images of its own are a list of such lists, [[a], [b]].
 
         Returns:
             float32 [n, height, width, 3] in [0, 1], or unscaled latents [n, h, w, z] for output="latent".

@@ -180,8 +180,8 @@ def _conditions(pipe: Pipeline) -> str:
 
 
 def _is_listed(pipe: Pipeline, name: str, value: Any) -> bool:
-    """A layout is itself a list, as are the hints of several networks; several of them are a list of lists."""
-    if name in ("layout", "control_image", "t2i_image"):
+    """A layout is itself a list, as are images of a repeated flag; those of several prompts are a list of lists."""
+    if name == "layout" or OPTIONS[name].many:
         return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], list | tuple)
     if name == "neighbours":
         return isinstance(value, list | tuple)

@@ -16,7 +16,7 @@ import torch
 import zoo
 from PIL import Image
 from tiny_checkpoints import tiny_checkpoint
-from torch_reference import drawn
+from torch_reference import drawn, randomised
 
 import sdjax
 from sdjax.checkpoints.checkpoint import Component
@@ -27,6 +27,12 @@ from sdjax.models.controlnet import config_for
 
 WORDS = ("red heart", "blue cat with a hat", "a painting of a dog", "flag: Norway", "smiling face")
 VOCABULARY = 560  # room for all bytes, so that any prompt has tokens of its own
+
+T2I_ADAPTERS = {
+    "full": {"channels": (64, 128), "downscale_factor": zoo.FACTOR},
+    "grey": {"channels": (64, 128), "downscale_factor": zoo.FACTOR, "in_channels": 1},
+    "xl": {"channels": (64, 64, 128, 128), "downscale_factor": 2 * zoo.FACTOR, "adapter_type": "full_adapter_xl"},
+}
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +80,20 @@ def nets(tmp_path_factory):
         return str(folder)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory):
+    """adapters(name): an adapter of diffusers and its folder."""
+    parent = tmp_path_factory.mktemp("t2i")
+
+    @functools.cache
+    def adapter(name: str):
+        made = randomised(diffusers.T2IAdapter(**T2I_ADAPTERS[name]))
+        made.save_pretrained(parent / name)
+        return made, parent / name
+
+    return adapter
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,7 @@ def test_images_are_diffusers(family, kind, scale, count, theirs_with, with_adap
         ).images
     how = {"ip_blocks": scale} if isinstance(scale, dict) else {"ip_scale": scale}
     ours = with_adapter(family, kind)
-    found = ours(PROMPTS, NEGATIVES, steps=3, latents=noise, ip_image=[seen[:count]], **how, **given)
+    found = ours(PROMPTS, NEGATIVES, steps=3, latents=noise, ip_image=seen[:count], **how, **given)
     check(found, expected)
     assert np.abs(found - ours(PROMPTS, NEGATIVES, steps=3, latents=noise, **given)).max() > 0.01
 
@@ -125,10 +125,10 @@ def test_images_are_diffusers(family, kind, scale, count, theirs_with, with_adap
 def test_a_scale_compiles_nothing_and_zero_is_the_base(with_adapter, ours, seen, noise, compilations):
     """To the bit: the images of a pipeline without adapter; each prompt may have an image of its own."""
     pipe, how = with_adapter("sd1", "plain"), {"steps": 3, "latents": noise, "guidance_scale": 4.0}
-    first = pipe(PROMPTS, ip_image=seen, ip_scale=0.6, **how)
+    first = pipe(PROMPTS, ip_image=[[one] for one in seen], ip_scale=0.6, **how)
     compilations.clear()
-    second = pipe(PROMPTS, ip_image=seen[::-1], ip_scale=1.2, ip_blocks={"mid": 0.5, "up": 1}, **how)
-    zero = pipe(PROMPTS, ip_image=seen, ip_scale=0, **how)
+    second = pipe(PROMPTS, ip_image=[[one] for one in seen[::-1]], ip_scale=1.2, ip_blocks={"mid": 0.5, "up": 1}, **how)
+    zero = pipe(PROMPTS, ip_image=[[one] for one in seen], ip_scale=0, **how)
     assert not compilations
     assert np.abs(first - second).max() > 0.01
     np.testing.assert_array_equal(zero, ours(PROMPTS, **how))
@@ -137,7 +137,7 @@ def test_a_scale_compiles_nothing_and_zero_is_the_base(with_adapter, ours, seen,
 def test_an_image_is_the_same_in_every_batch(with_adapter, seen):
     pipe = with_adapter("sd1", "plain")
     how = {"steps": 3, "guidance_scale": 4.0, "seed": 3, **SIDES}
-    together = pipe(PROMPTS, ip_image=seen, batch_size=2, **how)
+    together = pipe(PROMPTS, ip_image=[[one] for one in seen], batch_size=2, **how)
     np.testing.assert_allclose(together[1:], pipe(PROMPTS[1], ip_image=seen[1], first_index=1, **how), atol=1e-5)
 
 
@@ -224,7 +224,7 @@ def test_mistakes_are_said_in_one_line(hub, folders, ours, seen, with_adapter, t
         with pytest.raises(UserError, match=message):
             ours.prepare("", **{name: seen[0] if name == "ip_image" else 0.5 for name in given})
     with pytest.raises(UserError, match="ip_image is an empty list"):
-        with_adapter("sd1", "plain").prepare("", ip_image=[[]])
+        with_adapter("sd1", "plain").prepare("", ip_image=[])
     alone = tmp_path / "alone.bin"
     alone.write_bytes(file_of(hub, "sd1", "plain").read_bytes())
     with pytest.raises(UserError, match=r"there is no image encoder of 40 features for .*alone.bin: neither image_enc"):

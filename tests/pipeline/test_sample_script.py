@@ -432,18 +432,23 @@ def test_help(run):
     assert "python sample.py --config" in out
 
 
-def test_commands_take_hints_by_flag_line_and_grid(run, nets, tmp_path):
+@pytest.mark.parametrize("kind", ["controlnet", "t2i_adapter"])
+def test_commands_take_hints_by_flag_line_and_grid(kind, run, nets, adapters, tmp_path):
     """The same image by flags, by a line of a prompt file, by a cell of a grid, and by its own record."""
     colors = np.random.default_rng(5).integers(0, 256, (2, SIDE, SIDE, 3)).astype(np.uint8)
     for name, image in zip("ab", colors, strict=True):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
-    model = ["--controlnet", nets("sd1"), "--controlnet", nets("sd1", 1)]
-    hints = "--control_image a.png --control_image b.png --control_mode prompt"
-    (tmp_path / "lines.txt").write_text(f"red heart {hints} --control_scale 0.5,1 --steps 2\nflag {hints} --steps 2\n")
+    sources, stem, mode = {
+        "controlnet": ((nets("sd1"), nets("sd1", 1)), "control", " --control_mode prompt"),
+        "t2i_adapter": ((adapters("full")[1], adapters("grey")[1]), "t2i", ""),
+    }[kind]
+    model = [f"--{kind}={source}" for source in sources]
+    hints = f"--{stem}_image a.png --{stem}_image b.png{mode}"
+    (tmp_path / "lines.txt").write_text(f"red heart {hints} --{stem}_scale 0.5,1 --steps 2\nflag {hints} --steps 2\n")
     for folder, flags in {
-        "flags": ["--prompt=red heart", *hints.split(), "--control_scale=0.5,1", "--steps=2"],
+        "flags": ["--prompt=red heart", *hints.split(), f"--{stem}_scale=0.5,1", "--steps=2"],
         "lines": ["--from_file=lines.txt"],
-        "grid": ["--prompt=red heart", *hints.split(), "--steps=2", "--grid=control_scale=0,1"],
+        "grid": ["--prompt=red heart", *hints.split(), "--steps=2", f"--grid={stem}_scale=0,1"],
     }.items():
         code, _, err = run(*model, *flags, f"--outdir={folder}")
         assert code == 0, err

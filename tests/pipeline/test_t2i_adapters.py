@@ -10,32 +10,11 @@ import pytest
 import zoo
 from PIL import Image
 from test_against_diffusers import NEGATIVES, PROMPTS, check, to_torch
-from torch_reference import randomised
 
 import sdjax
 from sdjax.core.errors import UserError
 
-FACTOR = zoo.VAES["sd"].factor
-ADAPTERS = {
-    "full": {"channels": (64, 128), "downscale_factor": FACTOR},
-    "grey": {"channels": (64, 128), "downscale_factor": FACTOR, "in_channels": 1},
-    "xl": {"channels": (64, 64, 128, 128), "downscale_factor": 2 * FACTOR, "adapter_type": "full_adapter_xl"},
-}
 PIPELINES = {"sd1": "StableDiffusion", "sdxl": "StableDiffusionXL"}
-
-
-@pytest.fixture(scope="session")
-def adapters(tmp_path_factory):
-    """adapters(name): an adapter of diffusers and its folder."""
-    parent = tmp_path_factory.mktemp("t2i")
-
-    @functools.cache
-    def adapter(name: str):
-        made = randomised(diffusers.T2IAdapter(**ADAPTERS[name]))
-        made.save_pretrained(parent / name)
-        return made, parent / name
-
-    return adapter
 
 
 @pytest.fixture(scope="session")
@@ -140,4 +119,4 @@ def test_mistakes_are_said_in_one_line(with_adapters, ours, adapters, folders, h
     with pytest.raises(UserError, match=r"20x18: sides are multiples of 4 where this T2I-Adapter acts"):
         with_adapters("sdxl", "xl").prepare("", t2i_image=hints[0], width=20, height=18)
     with pytest.raises(UserError, match=r"full' is for another UNet: it gives 64 at 1/2, 128 at 1/4, not 64 at 1/4, "):
-        sdjax.load(folders("sdxl"), t2i_adapter=[adapters("full")[1]])
+        sdjax.load(folders("sdxl"), t2i_adapter=adapters("full")[1])

@@ -18,10 +18,10 @@ TEXTS = ("prompt", "model", "checkpoint", *LOAD_OPTIONS)
 # What JSON may have for options whose values are more than one thing.
 KINDS: dict[str, tuple[type, ...]] = {
     "class_label": (str, int),
-    "control_image": (str, list),
     "layout": (str, list),
     "lora_scale": (int, float, list),
 }
+KINDS |= {name: (str, list) for name, option in OPTIONS.items() if option.many}
 KINDS |= {name: (list,) for name, option in LOAD_OPTIONS.items() if option.many}
 # Options of a call that makes several images.
 FOREIGN = ("num_images", "first_index")
