@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+import zoo
 from PIL import Image
 from test_stable_diffusion import texts
 from torch_reference import channels_first, channels_last, randomised, translated
@@ -32,7 +33,6 @@ from sdjax.tasks.make import make_task
 from sdjax.training.task import split_frozen
 
 CAPTIONS = ("red heart", "a cat", "a photo of a red cat", "a dog")
-FACTOR = 2  # pixels of a latent, as the tiny autoencoders have it
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_loss_and_gradients_are_those_of_diffusers(name, folders, pairs, tmp_pat
     """From pairs on disk on: the loss to 1e-4, every gradient to 1e-3 of its largest value."""
     base = folders(name)
     unet = diffusers.UNet2DConditionModel.from_pretrained(base / "unet").requires_grad_(False).eval()
-    sizes = config_for(conversion_of_unet(base), FACTOR)
+    sizes = config_for(conversion_of_unet(base), zoo.FACTOR)
     net = randomised(diffusers.ControlNetModel.from_config(conversion.to_diffusers_config(sizes))).train()
     net.save_pretrained(tmp_path / "net")
     config = config_of(base, pairs, controlnet=str(tmp_path / "net"), timestep_range=(400, 1000))
