@@ -128,8 +128,8 @@ def adapter_of(config: Config, model: DiffusionModel) -> Adapter:
         return Adapter()
     if config.task.conditioning != TEXT:
         raise UserError(
-            f"config.task.lora.targets={tuple(section.targets)}: files of LoRA name Stable Diffusion's layers; a model of "
-            f"{config.task.conditioning} is fine-tuned by config.train.trainable"
+            f"config.task.lora.targets={tuple(section.targets)}: files of LoRA name Stable Diffusion's layers; a model "
+            f"of {config.task.conditioning} is fine-tuned by config.train.trainable"
         )
     if section.rank < 1:
         raise UserError(f"config.task.lora.rank={section.rank} must be at least 1")
