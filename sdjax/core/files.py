@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from sdjax.core.errors import UserError
+
+T = TypeVar("T")
 
 # Name, process and host of what is being written, and what an old folder is called while the new one takes its name.
 PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)@(?P<host>[^@]+)\.partial(?P<old>\.old)?")
@@ -29,6 +33,25 @@ def cannot_write(path: str | os.PathLike, error: OSError) -> UserError:
     reason = error.strerror or str(error) or type(error).__name__
     advice = ADVICE.get(error.errno or 0, "choose another place")
     return UserError(f"cannot write {os.fspath(path)}: {reason}; {advice}")
+
+
+def cached_by_stat(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """Keep what a function reads of a file for as long as the file's time and size stay."""
+
+    @functools.lru_cache(4096)
+    def kept(path: Path, time: int, size: int) -> T:
+        del time, size
+        return read(path)
+
+    @functools.wraps(read)
+    def current(path: Path) -> T:
+        try:
+            found = path.stat()
+        except OSError:
+            return read(path)  # which says what is wrong
+        return kept(path, found.st_mtime_ns, found.st_size)
+
+    return current
 
 
 @contextlib.contextmanager

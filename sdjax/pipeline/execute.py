@@ -189,9 +189,11 @@ def _sample_part(
 def _params(pipe: Pipeline, parts: Sequence[Part]) -> Params:
     """Parameters for a batch whose parts have equal columns of those that images share.
 
-    Where no LoRA acts on any image there are no factors, so that the program and each bit are those of the base.
+    Where no LoRA acts on any image there are no factors, so that the program and each bit are those of the base. Images
+    that were prepared before the first one was loaded have no strengths.
     """
-    if pipe.loras and not any(np.any(part.columns[name]) for part in parts for name in (TEXT_SCALES, UNET_SCALES)):
+    strengths = [part.columns.get(name, 0.0) for part in parts for name in (TEXT_SCALES, UNET_SCALES)]
+    if pipe.loras and not any(map(np.any, strengths)):
         return strip_factors(pipe.params)
     part = parts[0]
     shared = {name: pipe.devices.replicate(part.columns[name]) for name in part.shared if name in part.columns}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,15 @@ from sdjax.checkpoints.lora.patch import name_of
 from sdjax.checkpoints.lora.reading import ALIAS, hash_of
 from sdjax.checkpoints.storage.weights import SAFETENSORS, SUFFIXES, read_file
 from sdjax.core.errors import UserError, unknown
+from sdjax.core.files import cached_by_stat
 from sdjax.data.text.lora_tags import LoraTag, read_tags
 from sdjax.diffusion.samplers import SamplerTable
 from sdjax.diffusion_model.conditioners.lora import LORA_SCALE, Strength, strengths_of
 
 if TYPE_CHECKING:
     from sdjax.pipeline.pipeline import Pipeline
+
+logger = logging.getLogger("sdjax")
 
 BASE = "BASE"
 # Lists of weights that name the blocks which attend, or all (sd-webui-lora-block-weight, BLOCKID17, 26, 12 and 20).
@@ -39,12 +42,12 @@ def with_strengths(pipe: Pipeline, inputs: Mapping[str, Any], table: SamplerTabl
     A tag wins over lora_scale, and that over the strength at load.
 
     Raises:
-        UserError: a tag names a LoRA that is not loaded, or is not well-formed.
+        UserError: a tag is not well-formed.
     """
     prompt, tags = read_tags(inputs["prompt"]) if inputs["syntax"] == "a1111" else (inputs["prompt"], [])
     strengths = strengths_of(pipe.loras, inputs.get(LORA_SCALE))
     for tag in tags:
-        number = find(tag.name, pipe.loras, prompt)
+        number = find(tag.name, pipe.loras)
         strengths[number] = _strength(tag, blocks_of(layers_of(pipe.model.configs()))[0], table)
     return {**inputs, "prompt": prompt, LORA_SCALE: strengths}
 
@@ -52,40 +55,56 @@ def with_strengths(pipe: Pipeline, inputs: Mapping[str, Any], table: SamplerTabl
 def load_named(pipe: Pipeline, entries: Sequence[Mapping[str, Any]]) -> None:
     """Load the LoRAs that prompts name and that are only in the pipeline's folder of them.
 
+    Where there is neither a folder nor a LoRA, the reader of prompts leaves tags out with a warning: the prompt of
+    another's image, made again, names files that may not be here.
+
     Raises:
-        UserError: as of `read_tags` and `Pipeline.add_loras`.
+        UserError: a LoRA is neither loaded nor in the folder; as of `read_tags` and `Pipeline.add_loras`.
     """
-    if pipe.lora_dir is None:
+    if pipe.lora_dir is None and not pipe.loras:
         return
     prompts = [entry["prompt"] or "" for entry in entries if entry["syntax"] == "a1111"]
-    names = dict.fromkeys(tag.name for prompt in prompts for tag in read_tags(prompt)[1])
-    known = {name for lora in pipe.loras for name in (lora.name, lora.alias)}
-    if missing := [name for name in names if name not in known]:
-        folder = _folder(pipe.lora_dir)
-        if files := [(folder[name], 0.0) for name in missing if name in folder]:
-            pipe.add_loras(list(dict.fromkeys(files)))
+    known = {name for lora in pipe.loras for name in (lora.name, lora.alias) if name}
+    places = {tag.name: prompt for prompt in prompts for tag in read_tags(prompt)[1] if tag.name not in known}
+    if not places:
+        return
+    folder = {} if pipe.lora_dir is None else _folder(pipe.lora_dir)
+    for name, prompt in places.items():
+        if name not in folder:
+            raise unknown("LoRA", name, known | set(folder), f"the prompt {prompt[:40]!r}")
+    pipe.add_loras(list(dict.fromkeys((folder[name], 0.0) for name in places)))
 
 
-@functools.lru_cache(8)
 def _folder(path: Path) -> dict[str, Path]:
     """Files of a folder and of those in it by name, or by the name that their training gave them.
 
     Raises:
-        UserError: there is no such folder, or a file's header cannot be read.
+        UserError: there is no such folder.
     """
     if not path.is_dir():
         raise UserError(f"lora_dir {str(path)!r}: there is no such folder")
     files = sorted(file for file in path.rglob("*") if file.suffix in (SAFETENSORS, *SUFFIXES))
-    aliases = {read_file(f).facts.get(ALIAS, ""): f for f in files if f.suffix == SAFETENSORS}
-    return {**aliases, **{name_of(file): file for file in files}}
+    aliases = {file: alias for file in files if (alias := _alias(file)) is not None}
+    named = {alias: file for file, alias in aliases.items() if alias}
+    return named | {name_of(file): file for file in aliases}
 
 
-def find(name: str, loras: Sequence[LoadedLora], prompt: str) -> int:
-    """The place of the LoRA of a name, its file's or the one that its training gave it; a UserError without one."""
-    for names in ([lora.name for lora in loras], [lora.alias for lora in loras]):
-        if name in names:
-            return names.index(name)
-    raise unknown("LoRA", name, (lora.name for lora in loras), f"the prompt {prompt[:40]!r}")
+@cached_by_stat
+def _alias(file: Path) -> str | None:
+    """The name that a file's training gave it, "" for none; None, and a line in the log, where it cannot be read."""
+    if file.suffix != SAFETENSORS:
+        return ""
+    try:
+        return read_file(file).facts.get(ALIAS, "")
+    except UserError as error:
+        logger.warning("left out of lora_dir: %s", error)
+        return None
+
+
+def find(name: str, loras: Sequence[LoadedLora]) -> int:
+    """The place of the loaded LoRA of a name: its file's, or else the one that its training gave it."""
+    names = [lora.name for lora in loras]
+    return (names if name in names else [lora.alias for lora in loras]).index(name)
 
 
 def record_of(pipe: Pipeline, strengths: Sequence[Strength]) -> dict[str, Any]:

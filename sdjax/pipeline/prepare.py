@@ -128,15 +128,16 @@ def prepare(
     given = check_options(options)
     if given.pop("guess_mode", False):
         given.setdefault("control_mode", "guess")
+    given["seed"] = drawn_seed(given.get("seed", 0))
     entries = _entries(pipe, prompts, negative_prompt, given)
-    _check_used(pipe, given)
-    count = given.get("num_images", 1)
-    size = _size(pipe, entries[0], given, len(entries) * count)
-    given = _resolved(pipe, given, size)
-    first = check_int("first_index", given.get("first_index", 0), 0, 2**31 - 1 - len(entries) * count)
-    tables = [make_rows(pipe, given)] if pipe.refiner is None else hand_over(pipe, given)
+    total = len(entries) * given.get("num_images", 1)
+    first = check_int("first_index", given.get("first_index", 0), 0, 2**31 - 1 - total)
     images = inputs_of_images(pipe, entries, given, first)
-    load_named(pipe, images)
+    load_named(pipe, images)  # which decides what a call may set
+    _check_used(pipe, given)
+    size = _size(pipe, entries[0], given, total)
+    given = _resolved(pipe, given, size)
+    tables = [make_rows(pipe, given)] if pipe.refiner is None else hand_over(pipe, given)
     made = {key: _prepare_entry(pipe, entry, given, size, tables) for key, entry in {id(e): e for e in images}.items()}
     rows = [made[id(entry)]._replace(index=first + i) for i, entry in enumerate(images)]
     rows = _with_noise(pipe, rows, given, len(entries))
@@ -260,7 +261,6 @@ def _resolved(pipe: Pipeline, given: Mapping[str, Any], size: tuple[int, int]) -
         "sampler": sampler,
         "guidance_scale": pipe.model.conditioner.traits.guidance_scale,
         "guidance_rescale": 0.0,
-        "seed": 0,
         "rng": "jax",
         "tile": TILE,
         **{name: pipe.settings[name] for name in SAMPLED if name in pipe.settings},
@@ -268,7 +268,6 @@ def _resolved(pipe: Pipeline, given: Mapping[str, Any], size: tuple[int, int]) -
         "height": size[0],
         "width": size[1],
     }
-    chosen["seed"] = drawn_seed(chosen["seed"])
     if chosen.get("schedule") == "ays" and pipe.text.numbers:
         chosen["schedule"] = "ays_sdxl"  # SDXL has levels of its own (Sabour et al. 2024)
     if "init_image" in given and pipe.begins_from_images:

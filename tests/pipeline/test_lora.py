@@ -143,6 +143,7 @@ def tagged(folders, lora_files):
 def test_tags(tagged, ours, lora_files, with_loras, noise, how):
     """Strengths of text encoder and UNet for one image of a batch; the other is the base's."""
     pipe, name = tagged
+    before = pipe.prepare(PROMPTS, **how)
     made = pipe([f"{PROMPTS[0]} <lora:{name}:0.8:0.4>", PROMPTS[1]], **how)
     base = ours(PROMPTS, **how)
     expected = with_loras("sd1", [lora_files("sd1")], [{"unet": 0.4, "text_encoder": 0.8}], noise)
@@ -150,6 +151,8 @@ def test_tags(tagged, ours, lora_files, with_loras, noise, how):
     np.testing.assert_allclose(made[1], base[1], atol=1e-5)
     np.testing.assert_array_equal(made[0], pipe(PROMPTS, lora_scale=[[0.4, 0.8]], **how)[0])
     np.testing.assert_array_equal(pipe(PROMPTS, **how), base)  # a file of the folder acts where it is named
+    for i, image in pipe.run(before):
+        np.testing.assert_array_equal(image, base[i])
 
 
 def test_steps_of_a_tag(tagged, ours, lora_files, with_loras, noise, how):
@@ -228,15 +231,39 @@ def test_unlike_strengths_of_changed_weights(folders, lora_files, how, tmp_path)
 @pytest.mark.parametrize(
     ("options", "prompt", "message"),
     [
-        ({"lora_scale": [1, 2, 3]}, "", "lora_scale has 3 values for 1 LoRAs"),
+        ({"lora_scale": [1, 2, 3]}, "<lora:sd1_0:1>", "lora_scale has 3 values for 1 LoRAs"),
         ({"lora_scale": [[1, 2, 3]]}, "", "choose a number for each, or a pair"),
         ({}, "a <lora:other:1>", "unknown LoRA 'other' in the prompt"),
         ({}, "a <lora:sd1_0:1:lbw=1,2>", "has 2 weights; lists have 17, 26, 12, 20"),
     ],
 )
 def test_faults(options, prompt, message, tagged):
-    pipe, name = tagged
-    pipe.prepare(f"<lora:{name}:1>")
+    pipe, _ = tagged
     with pytest.raises(UserError) as error:
         pipe.prepare(prompt, **options)
     assert message in str(error.value)
+
+
+def test_a_folder_is_read_as_it_is_now(folders, lora_files, tmp_path, caplog):
+    """A first call may set strengths; files come, change and cannot be read while the pipeline stays."""
+    pipe = sdjax.load(folders("sd1"), lora_dir=tmp_path)
+    with pytest.raises(UserError, match="unknown LoRA 'style' in the prompt 'a <lora:style:1>'"):
+        pipe.prepare("a <lora:style:1>")
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    tensors = load_file(lora_files("sd1"))
+    save_file(tensors, tmp_path / "style.safetensors", {"ss_output_name": "alias"})
+    (row,) = pipe.prepare("a <lora:alias:1>", lora_scale=0.5, steps=2)
+    assert "left out of lora_dir: " in caplog.text
+    assert row.settings["loras"][0][:3] == ["style", 1.0, 1.0]
+    before = hash_of(tmp_path / "style.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, tmp_path / "style.safetensors")
+    assert hash_of(tmp_path / "style.safetensors") != before
+
+
+def test_tags_without_loras_are_left_out(ours, caplog):
+    """A prompt of another's image may name files that are not here."""
+    assert ours.prepare("a <lora:style:1>", steps=2)
+    assert (
+        "'<lora:style:1>' is not understood in the prompt 'a <lora:style:1>': left out; lora and lora_dir"
+        in caplog.text
+    )

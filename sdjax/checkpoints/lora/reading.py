@@ -21,6 +21,7 @@ from sdjax.checkpoints.mapping import Stored, finite
 from sdjax.checkpoints.storage.safetensors import data_section
 from sdjax.checkpoints.storage.weights import SAFETENSORS, Weights, read_file
 from sdjax.core.errors import UserError
+from sdjax.core.files import cached_by_stat
 from sdjax.core.untrusted import parse_json, read_json
 from sdjax.models.weight_changes import DORA, IA3, MAGNITUDE, differences
 
@@ -264,7 +265,7 @@ def _fits(shapes: Shapes, on_input: bool, own: Shapes) -> bool:
     return all(name in leaves and leaf.shape == leaves[name].shape for name, leaf in made.items())
 
 
-@functools.lru_cache(256)
+@cached_by_stat
 def hash_of(path: Path) -> str | None:
     """A1111's hash of a file, 12 digits (AutoV3: SHA-256 of the tensors, without the header); None for pickles."""
     if path.suffix != SAFETENSORS:

@@ -76,7 +76,7 @@ def parse(prompt: str) -> Parsed:
     As in A1111 a bracket that is never closed reaches to the end, one that was never opened is a character, and a
     backslash before any other character is dropped. Unlike there, BREAK works inside brackets too.
     """
-    reports = [Report("not understood", tag, "an unknown tag; it is left out") for tag in TAG.findall(prompt)]
+    reports = [Report("not understood", tag, "left out; lora and lora_dir give LoRAs") for tag in TAG.findall(prompt)]
     prompt = TAG.sub("", prompt)
     tokens = list(SYNTAX.finditer(prompt))
     factors, closing, unmatched = _match_brackets(tokens)
