@@ -19,11 +19,13 @@ with --config.sample's sampler; no file there is written over. Without a class_f
 
 LoRA in place of the UNet, as in configs/lora.py, at diffusers' rate for 500 steps:
 
-    --config.task.lora.targets="('attention',)" --config.train.trainable="()" --config.optim.learning_rate=1e-4
+    --config.task.lora.targets="('attention',)" --config.optim.learning_rate=1e-4
 
 The optimiser is AdamW at a constant rate, without averages; crops are random (--config.data.crop=centre with
 --config.task.latents=cached encodes each image once). Small models such as checkpoints/openmoji take 1e-4.
 """
+
+from ml_collections import config_dict
 
 from configs import finetune, lora
 from configs.common import locked
@@ -38,5 +40,6 @@ def get_config(arg: str = "checkpoints/openmoji") -> Config:
     config.data.update(prompt="", repeats=1, crop="random", class_folder="", class_prompt="", class_images=200)
     config.optim.update(learning_rate=5e-6, warmup_steps=0, ema_decay=0.0)
     config.train.update(steps=800, batch_size=1, checkpoint_every=200, sample_every=200)
+    config.train.trainable = config_dict.placeholder(tuple)  # None: the UNet, or the factors of its LoRA
     config.sample.steps = 50
     return locked(config)

@@ -81,7 +81,8 @@ def make(config: Config, mesh: Mesh) -> Task:
     shapes = jax.eval_shape(lambda key: adapter.added(init_all(model, key), key), jax.random.key(0))
     trainable, frozen = split_trainable(config, condition, shapes, adapter.trainable)
     frozen = in_frozen_dtype(config, frozen)
-    form = export_of(config.task, trainable, lora=bool(adapter.patterns), words=bool(condition.words))
+    entry = adapter.entry if adapter.patterns else None
+    form = export_of(config.task, flatten(trainable), entry=entry, words=bool(condition.words))
 
     @functools.cache
     def prompts() -> tuple[str, ...]:

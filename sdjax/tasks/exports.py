@@ -11,6 +11,7 @@ custom_diffusion   its new words, and the cross-attention's layers as Custom Dif
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,13 @@ from sdjax.checkpoints.custom_diffusion import write_custom_diffusion
 from sdjax.checkpoints.embeddings import add_words, write_embeddings
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
 from sdjax.core.config import EXPORT, Config
-from sdjax.core.errors import unknown
+from sdjax.core.errors import UserError, unknown
 from sdjax.data.text.textual_inversion import Embedding
 from sdjax.diffusion_model.conditioners.control import CONTROLNET
+from sdjax.diffusion_model.model import BACKBONE
+from sdjax.models.lora import LORA
 from sdjax.tasks.lora import write_adapter
+from sdjax.tasks.words import TRAINED
 
 
 class Learnt(NamedTuple):
@@ -51,15 +55,20 @@ class Export(NamedTuple):
     Attributes:
         write: (folder, what was learnt, type of the numbers) -> None.
         flags: of `sample.py` that use it, with {workdir} in them.
+        holds: patterns of the parameters that it keeps, with {entry} for the name of the run's LoRA.
     """
 
     write: Callable[[Path, Learnt, str], None]
     flags: str
+    holds: tuple[str, ...]
 
 
 def _model(folder: Path, learnt: Learnt, dtype: str) -> None:
-    words = learnt.words
-    write_checkpoint(folder, add_words(words)(learnt.checkpoint) if words else learnt.checkpoint, dtype)
+    write_checkpoint(folder, _with_words(learnt), dtype)
+
+
+def _with_words(learnt: Learnt) -> Checkpoint:
+    return add_words(learnt.words)(learnt.checkpoint) if learnt.words else learnt.checkpoint
 
 
 def _embeddings(folder: Path, learnt: Learnt, dtype: str) -> None:
@@ -97,33 +106,48 @@ def _custom_diffusion(folder: Path, learnt: Learnt, dtype: str) -> None:
 
 WORDS = "embeddings"
 """Folder of the new words that a run learned beside a LoRA."""
+FACTORS = f"*/{LORA}/{{entry}}/*"
 EXPORTS = {
-    "lora": Export(_lora, "--lora {workdir}"),
-    "pivotal_tuning": Export(_pivotal_tuning, f"--lora {{workdir}} --embedding {{workdir}}/{EXPORT}/{WORDS}"),
-    "controlnet": Export(_controlnet, "--controlnet {workdir}"),
-    "controlled_model": Export(_controlled_model, "--checkpoint {workdir} --controlnet {workdir}"),
-    "model": Export(_model, "--checkpoint {workdir}"),
-    "embeddings": Export(_embeddings, "--embedding {workdir}"),
-    "custom_diffusion": Export(_custom_diffusion, "--custom_diffusion {workdir} --embedding {workdir}"),
+    "lora": Export(_lora, "--lora {workdir}", (FACTORS,)),
+    "pivotal_tuning": Export(
+        _pivotal_tuning, f"--lora {{workdir}} --embedding {{workdir}}/{EXPORT}/{WORDS}", (FACTORS, TRAINED)
+    ),
+    "controlnet": Export(_controlnet, "--controlnet {workdir}", (f"{CONTROLNET}/*",)),
+    "controlled_model": Export(_controlled_model, "--checkpoint {workdir} --controlnet {workdir}", ("*",)),
+    "model": Export(_model, "--checkpoint {workdir}", ("*",)),
+    "embeddings": Export(_embeddings, "--embedding {workdir}", (TRAINED,)),
+    "custom_diffusion": Export(
+        _custom_diffusion,
+        "--custom_diffusion {workdir} --embedding {workdir}",
+        (f"{BACKBONE}/*attn2/to_*", TRAINED),
+    ),
 }
 
 
-def export_of(task: Config, components: Collection[str], *, lora: bool, words: bool) -> Export:
+def export_of(task: Config, trained: Collection[str], *, entry: str | None, words: bool) -> Export:
     """The form of a run's result.
 
     Args:
         task: the config's section.
-        components: that are trained.
-        lora, words: whether LoRA's factors, and new words, are.
+        trained: names of all parameters that are trained.
+        entry: name of the run's LoRA; None where it has none.
+        words: whether new words are learnt.
 
     Raises:
-        UserError: the config names one that there is not.
+        UserError: the config names one that there is not, or trains what is not in it.
     """
     name = task.get("export", "model")
     if name not in EXPORTS:
         raise unknown("export", name, EXPORTS, "config.task.export")
-    if lora:
+    if entry is not None:
         name = "pivotal_tuning" if words else "lora"
-    elif CONTROLNET in components:
-        name = "controlnet" if set(components) == {CONTROLNET} else "controlled_model"
+    elif any(path.startswith(f"{CONTROLNET}/") for path in trained):
+        is_alone = all(path.startswith(f"{CONTROLNET}/") for path in trained)
+        name = "controlnet" if is_alone else "controlled_model"
+    held = [pattern.format(entry=entry) for pattern in EXPORTS[name].holds]
+    lost = (path for path in trained if not any(fnmatch.fnmatchcase(path, pattern) for pattern in held))
+    if (first := next(lost, None)) is not None:
+        raise UserError(
+            f"config.train.trainable names {first}, which the export {name!r} does not hold; it holds {', '.join(held)}"
+        )
     return EXPORTS[name]

@@ -44,7 +44,8 @@ def from_checkpoint(config: Config) -> Config:
     """The config with all that the checkpoint `config.task.initial` says, as other configs have it.
 
     These are `model`, `task.conditioning`, `task.scheduler` and what else depends on the condition, and where they are
-    left open (0, "" or None) `data.size`, `task.export_dtype` and the sampler of previews.
+    left open (0, "" or None) `data.size`, `task.export_dtype` and the sampler of previews. An open `train.trainable` is
+    the backbone, or where it has a LoRA that one's factors.
 
     Raises:
         UserError: the checkpoint cannot be read, or is conditioned on what no data set holds.
@@ -59,6 +60,8 @@ def from_checkpoint(config: Config) -> Config:
     config.task.update(_task(checkpoint, config.task))
     config.task.export_dtype = config.task.export_dtype or _stored_dtype(checkpoint)
     config.data.size = config.data.size or checkpoint.default_size[0]
+    if config.train.trainable is None:
+        config.train.trainable = () if config.task.lora.targets else (BACKBONE,)
     guided = {"guidance_scale": GUIDED.get(checkpoint.conditioning, 1.0)}
     for name, usual in (SAMPLE | guided | dict(checkpoint.settings)).items():
         if name in SAMPLE and config.sample[name] is None:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 
-from configs import dreambooth
+from configs import custom_diffusion, dreambooth, lora, textual_inversion
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten, merge
 from sdjax.diffusion.loss import diffusion_loss
@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_diffusers_script(weighting, targets, bases, few, cl
     """
     config = config_of(bases("sd1"), few, classes, weighting=weighting)
     if targets:
-        config.task.lora.targets, config.train.trainable = targets, ()
+        config.task.lora.targets = targets
     task, params = opened(config)
     if targets:
         factors = jax.jit(task.init)(jax.random.key(0))
@@ -113,6 +113,40 @@ def test_the_loss_is_that_of_diffusers_script(weighting, targets, bases, few, cl
     }
     value, _ = jax.jit(task.loss)(params, batch, key, 0)
     assert float(value) == pytest.approx(script_loss(bases("sd1"), config, batch, key), rel=1e-5)
+
+
+UNET, WORDS, ENCODER = "unet/conv_in/kernel", "text_encoder/token_embedding/words", "text_encoder/layers_0"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "form", "trainable"),
+    [
+        (dreambooth, "model", None),
+        (dreambooth, "lora", None),
+        (dreambooth, "lora", ("unet",)),
+        (lora, "lora", ("*/lora/0/*", ENCODER)),
+        (custom_diffusion, "custom_diffusion", (WORDS, "unet/*attn2/*", ENCODER)),
+        (custom_diffusion, "custom_diffusion", (WORDS, UNET)),
+        (textual_inversion, "embeddings", (WORDS, UNET)),
+    ],
+)
+def test_all_that_learns_is_exported(recipe, form, trainable, bases, few):
+    """DreamBooth with a LoRA's targets learns its factors alone; what a form does not hold is refused before a run."""
+    config = recipe.get_config(str(bases("sd1")))
+    config.data.source = f"pictures:{few}"
+    if form == "lora":
+        config.task.lora.targets = ("attention",)
+    if "initializer" in config.task:
+        config.task.initializer = "cat"
+    if trainable is None:
+        task = make_task(config, make_mesh(config.mesh))
+        learnt = flatten(jax.eval_shape(task.init, jax.random.key(0)))
+        assert all(("/lora/0/" in name) == (form == "lora") and name.startswith("unet/") for name in learnt)
+        return
+    config.train.trainable = trainable
+    message = rf"^config\.train\.trainable names [a-z_]*/[^ ]*, which the export '{form}' does not hold; it holds "
+    with pytest.raises(UserError, match=message):
+        make_task(config, make_mesh(config.mesh))
 
 
 def test_rows_are_pairs_of_which_both_are_cut_anew(bases, few, classes):
