@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,27 +77,27 @@ def read_embeddings(source: Path) -> list[Embedding]:
         UserError: there is none, or a file is no textual inversion.
     """
     if not source.is_dir():
-        return [_read(source)]
+        if not source.is_file():
+            raise UserError(f"there is no textual inversion {str(source)!r}")
+        return _read([path for path in (source, _second(source)) if path.is_file()])[:1]
     found = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and not path.name.startswith(OTHERS))
-    firsts = [path for path in found if _first(path) not in found]
-    if not firsts:
+    if not found:
         raise UserError(f"{source} holds no textual inversion, such as {LEARNED}{SUFFIXES[0]}")
-    return [_read(path) for path in firsts]
+    return _read(found)
 
 
-def _read(file: Path) -> Embedding:
-    """The embedding of a file, with the vectors of SDXL's second encoder where they are in a file beside it."""
-    if not file.is_file():
-        raise UserError(f"there is no textual inversion {str(file)!r}")
-    embedding, second = read_embedding(read_groups(file), file.stem), file.with_stem(file.stem + SECOND)
-    if not second.is_file():
-        return embedding
-    return embedding._replace(vectors=embedding.vectors + read_embedding(read_groups(second), file.stem).vectors)
+def _read(files: Sequence[Path]) -> list[Embedding]:
+    """Words of files; SDXL's second encoder has its vectors under the same word in the file that `_second` names."""
+    read = {file: read_embedding(read_groups(file), file.stem) for file in files}
+    pairs = {file: _second(file) for file in files if _second(file) in read}
+    pairs = {file: second for file, second in pairs.items() if read[file].word == read[second].word}
+    for file, second in pairs.items():
+        read[file] = read[file]._replace(vectors=read[file].vectors + read[second].vectors)
+    return [embedding for file, embedding in read.items() if file not in pairs.values()]
 
 
-def _first(path: Path) -> Path | None:
-    """The file of the first encoder's vectors beside one of the second's."""
-    return path.with_stem(path.stem.removesuffix(SECOND)) if path.stem.endswith(SECOND) else None
+def _second(file: Path) -> Path:
+    return file.with_stem(file.stem + SECOND)
 
 
 def write_embeddings(folder: Path, embeddings: Sequence[Embedding], *, by_word: bool = False) -> None:
@@ -107,9 +107,10 @@ def write_embeddings(folder: Path, embeddings: Sequence[Embedding], *, by_word: 
         by_word: a single word's file is called by it, too, as Custom Diffusion's are.
 
     Raises:
-        UserError: a word cannot be a file's name; as `write_safetensors`.
+        UserError: as `file_names` and `write_safetensors`.
     """
-    for name, embedding in zip(_names(embeddings, by_word), embeddings, strict=True):
+    names = file_names([embedding.word for embedding in embeddings], by_word=by_word)
+    for name, embedding in zip(names, embeddings, strict=True):
         for ending, vectors in zip(("", SECOND), embedding.vectors, strict=False):
             write_safetensors(folder / f"{name}{ending}.safetensors", {embedding.word: vectors}, np.float32)
         (folder / WEBUI).mkdir(exist_ok=True)
@@ -118,12 +119,23 @@ def write_embeddings(folder: Path, embeddings: Sequence[Embedding], *, by_word: 
         write_safetensors(folder / WEBUI / f"{web_name(embedding.word)}.safetensors", tensors, np.float32)
 
 
-def _names(embeddings: Sequence[Embedding], by_word: bool) -> Iterator[str]:
-    """Names of the words' files without their suffixes."""
-    for embedding in embeddings:
-        if "/" in embedding.word:
-            raise UserError(f"word {embedding.word!r} cannot be the name of a file")
-        yield LEARNED if len(embeddings) == 1 and not by_word else embedding.word
+def file_names(words: Sequence[str], *, by_word: bool = False) -> list[str]:
+    """Names of words' files without their suffixes; `by_word` as of `write_embeddings`.
+
+    Raises:
+        UserError: a word cannot be a file's name, or two would have the same.
+    """
+    names = [LEARNED] if len(words) == 1 and not by_word else list(words)
+    if unfit := [name for name in names if "/" in name]:
+        raise UserError(f"word {unfit[0]!r} cannot be the name of a file, with a '/' in it; choose another word")
+    for word in words:
+        if f"{word}{SECOND}" in words:
+            raise UserError(f"word '{word}{SECOND}' is the name of a file of {word!r}; choose another word")
+        if same := [other for other in words if other != word and web_name(other) == web_name(word)]:
+            raise UserError(
+                f"words {word!r} and {same[0]!r} have the same file {web_name(word)!r}; choose another word"
+            )
+    return names
 
 
 def web_name(word: str) -> str:

@@ -82,7 +82,7 @@ def make(config: Config, mesh: Mesh) -> Task:
     trainable, frozen = split_trainable(config, condition, shapes, adapter.trainable)
     frozen = in_frozen_dtype(config, frozen)
     entry = adapter.entry if adapter.patterns else None
-    form = export_of(config.task, flatten(trainable), entry=entry, words=bool(condition.words))
+    form = export_of(config.task, flatten(trainable), entry=entry, words=[new.word for new in condition.words])
 
     @functools.cache
     def prompts() -> tuple[str, ...]:

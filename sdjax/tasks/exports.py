@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from sdjax.checkpoints.checkpoint import Checkpoint
 from sdjax.checkpoints.custom_diffusion import write_custom_diffusion
-from sdjax.checkpoints.embeddings import add_words, write_embeddings
+from sdjax.checkpoints.embeddings import add_words, file_names, write_embeddings
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
 from sdjax.core.config import EXPORT, Config
 from sdjax.core.errors import UserError, unknown
@@ -56,11 +56,13 @@ class Export(NamedTuple):
         write: (folder, what was learnt, type of the numbers) -> None.
         flags: of `sample.py` that use it, with {workdir} in them.
         holds: patterns of the parameters that it keeps, with {entry} for the name of the run's LoRA.
+        by_word: as of `write_embeddings`.
     """
 
     write: Callable[[Path, Learnt, str], None]
     flags: str
     holds: tuple[str, ...]
+    by_word: bool = False
 
 
 def _model(folder: Path, learnt: Learnt, dtype: str) -> None:
@@ -120,21 +122,22 @@ EXPORTS = {
         _custom_diffusion,
         "--custom_diffusion {workdir} --embedding {workdir}",
         (f"{BACKBONE}/*attn2/to_*", TRAINED),
+        by_word=True,
     ),
 }
 
 
-def export_of(task: Config, trained: Collection[str], *, entry: str | None, words: bool) -> Export:
+def export_of(task: Config, trained: Collection[str], *, entry: str | None, words: Sequence[str]) -> Export:
     """The form of a run's result.
 
     Args:
         task: the config's section.
         trained: names of all parameters that are trained.
         entry: name of the run's LoRA; None where it has none.
-        words: whether new words are learnt.
+        words: new ones that are learnt.
 
     Raises:
-        UserError: the config names one that there is not, or trains what is not in it.
+        UserError: the config names one that there is not, or trains what is not in it; as `file_names`.
     """
     name = task.get("export", "model")
     if name not in EXPORTS:
@@ -150,4 +153,6 @@ def export_of(task: Config, trained: Collection[str], *, entry: str | None, word
         raise UserError(
             f"config.train.trainable names {first}, which the export {name!r} does not hold; it holds {', '.join(held)}"
         )
+    if TRAINED in held:
+        file_names(words, by_word=EXPORTS[name].by_word)
     return EXPORTS[name]

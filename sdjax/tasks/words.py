@@ -52,6 +52,8 @@ def new_words(task: Config) -> tuple[NewWord, ...]:
         raise UserError(
             f"config.task.initializer={task.initializer!r}: config.task.word={task.word!r} needs {len(words)} of them"
         )
+    if again := [word for i, word in enumerate(words) if word.lower() in map(str.lower, words[:i])]:
+        raise UserError(f"config.task.word={task.word!r} has {again[0]!r} twice; choose another word")
     return tuple(NewWord(word, first, task.vectors) for word, first in zip(words, initializers, strict=True))
 
 

@@ -6,15 +6,29 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from safetensors.numpy import save_file
 
 import sdjax
-from sdjax.checkpoints.embeddings import write_embeddings
+from sdjax.checkpoints.embeddings import read_embeddings, write_embeddings
 from sdjax.data.text.textual_inversion import Embedding
 
 WORD, PROMPTS = "<hat>", ["a painting of <hat>", "red <hat>, heart"]
 KINDS = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 HOW = {"guidance_scale": 5.0}
 STEPS = 3
+
+
+def test_a_file_beside_is_the_second_encoders_if_its_word_is_the_same(tmp_path):
+    """Else it is a word of its own, whatever its name."""
+    first, second = (np.full((1, width), width, np.float32) for width in (4, 6))
+    save_file({"<cat>": first}, tmp_path / "cat.safetensors")
+    save_file({"<cat>": second}, tmp_path / "cat_2.safetensors")
+    for source in (tmp_path, tmp_path / "cat.safetensors"):
+        assert [[v.shape[1] for v in word.vectors] for word in read_embeddings(source)] == [[4, 6]]
+    save_file({"<cat2>": second}, tmp_path / "cat_2.safetensors")
+    assert [word.word for word in read_embeddings(tmp_path)] == ["<cat>", "<cat2>"]
+    (word,) = read_embeddings(tmp_path / "cat.safetensors")
+    assert [v.shape[1] for v in word.vectors] == [4]
 
 
 @pytest.mark.parametrize("family", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])

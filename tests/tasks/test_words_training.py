@@ -136,6 +136,19 @@ def test_templates_are_the_published_ones():
     [
         ({"word": "heart"}, "config.task.word: the tokenizer knows 'heart' already; choose another word"),
         ({"word": "<a>+<a>"}, "config.task.initializer='cat': config.task.word='<a>+<a>' needs 2 of them"),
+        (
+            {"word": "<a>+<b>+<A>", "initializer": "cat+dog+cat"},
+            "config.task.word='<a>+<b>+<A>' has '<A>' twice; choose",
+        ),
+        (
+            {"word": "<a>+<a>_2", "initializer": "cat+dog"},
+            "word '<a>_2' is the name of a file of '<a>'; choose another",
+        ),
+        (
+            {"word": "<a>+<<a>", "initializer": "cat+dog"},
+            "words '<a>' and '<<a>' have the same file 'a'; choose another word",
+        ),
+        ({"word": "<a>+b/c", "initializer": "cat+dog"}, "word 'b/c' cannot be the name of a file, with a '/' in it; "),
         ({"initializer": "red cat"}, "config.task.initializer: 'red cat' is 2 tokens of the text_encoder; choose "),
         ({"export": "words"}, "unknown export 'words' in config.task.export; choose one of: "),
     ],
