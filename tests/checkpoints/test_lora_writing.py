@@ -120,7 +120,8 @@ def test_metadata(checkpoint, layers, tmp_path):
         "ss_network_dim": "2",
         "ss_output_name": "style",
     }
-    assert json.loads(facts["ss_network_args"]).keys() == {"conv_dim", "conv_alpha"}
+    # Of the one 3x3 convolution, whose rank is 4.
+    assert json.loads(facts["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "2.8"}
     assert (
         hash_of(path) == hashlib.sha256(b"".join(data_section(path))).hexdigest()[:12] == facts["sshs_model_hash"][:12]
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def kohya_facts(checkpoint: Checkpoint, entries: Factors) -> dict[str, str]:
     family, prediction = family_of(checkpoint), checkpoint.scheduler.get("prediction_type", "epsilon")
     bases = BASES | VELOCITY if prediction == "v_prediction" else BASES
     base, architecture = bases[family]
-    (rank, alpha), _ = Counter((rank_of(entry), _alpha(entry)) for entry in entries.values()).most_common(1)[0]
+    rank, alpha = _commonest(entries.values())
     facts = {
         "ss_v2": str(family == "sd2"),
         "ss_base_model_version": base,
@@ -113,9 +113,15 @@ def kohya_facts(checkpoint: Checkpoint, entries: Factors) -> dict[str, str]:
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
     }
-    if any(entry.get("down", np.empty(0)).ndim == 4 and entry["down"].shape[0] > 1 for entry in entries.values()):
+    if large := [entry for entry in entries.values() if "mid" in entry or entry["down"].shape[:-2] > (1, 1)]:
+        rank, alpha = _commonest(large)
         facts["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": f"{alpha:g}"})
     return facts
+
+
+def _commonest(entries: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
+    """Rank and alpha of most entries."""
+    return Counter((rank_of(entry), _alpha(entry)) for entry in entries).most_common(1)[0][0]
 
 
 def _diffusers(checkpoint: Checkpoint, layers: Mapping[str, Layer], entries: Factors) -> tuple[dict[str, Any], Any]:
