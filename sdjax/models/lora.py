@@ -33,6 +33,7 @@ from sdjax.core.prng import stream_below
 from sdjax.core.tree import Params, Tree, merge, unflatten
 
 LORA, DROPOUT = "lora", "dropout"
+GAUSSIAN, KAIMING = INITS = ("gaussian", "kaiming")
 FIXED = tuple(f"*/{LORA}/*/{leaf}" for leaf in ("scale", DROPOUT))
 """Leaves that never learn, as patterns of names."""
 
@@ -62,7 +63,7 @@ class Adaptation(NamedTuple):
     rslora: bool = False
     dora: bool = False
     dropout: float = 0.0
-    init: str = "gaussian"
+    init: str = GAUSSIAN
 
 
 def layers_of(tree: Tree, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -105,7 +106,7 @@ def fresh_factors(kernel: Array, sizes: Adaptation, key: PRNGKeyArray) -> dict[s
     rank = (sizes.conv_rank if large else None) or sizes.rank
     alpha = (sizes.conv_alpha if large and sizes.conv_rank else sizes.alpha) or rank
     shape = (*taps, inputs, rank)
-    if sizes.init == "gaussian":
+    if sizes.init == GAUSSIAN:
         down = jax.random.normal(key, shape) / rank
     else:
         bound = 1.0 / math.sqrt(math.prod(taps) * inputs)

@@ -25,14 +25,15 @@ from sdjax.checkpoints.lora.reading import FILES, entry_of, find_file, read_lora
 from sdjax.checkpoints.lora.writing import write_lora
 from sdjax.checkpoints.open import resolve
 from sdjax.core.config import Config
-from sdjax.core.errors import UserError
+from sdjax.core.errors import UserError, unknown
 from sdjax.core.files import atomic_write
 from sdjax.core.precision import dtype_named
 from sdjax.core.prng import stream
 from sdjax.core.tree import Params, Tree, flatten, merge, unflatten
 from sdjax.diffusion_model.conditioners import TEXT
 from sdjax.diffusion_model.model import DiffusionModel
-from sdjax.models.lora import FIXED, LORA, Adaptation, add_factors, layers_of, product
+from sdjax.models.lora import FIXED, INITS, LORA, Adaptation, add_factors, layers_of, product
+from sdjax.models.weight_changes import is_branch
 from sdjax.parallel.trees import tree_shardings
 from sdjax.training.task import DevicePut, select
 
@@ -121,7 +122,7 @@ def adapter_of(config: Config, model: DiffusionModel) -> Adapter:
     """The LoRA that a config describes, with the factors of those before it.
 
     Raises:
-        UserError: a rank is none, or a file of `task.lora.past` cannot be read or does not fit the model.
+        UserError: a setting is out of its range; as `read_past`.
     """
     section = config.task.get(LORA)
     if not section or not section.targets:
@@ -133,18 +134,31 @@ def adapter_of(config: Config, model: DiffusionModel) -> Adapter:
         )
     if section.rank < 1:
         raise UserError(f"config.task.lora.rank={section.rank} must be at least 1")
+    if section.init not in INITS:
+        raise unknown("init", section.init, INITS, "config.task.lora.init")
+    if not 0.0 <= section.dropout < 1.0:
+        raise UserError(f"config.task.lora.dropout={section.dropout} must be at least 0 and less than 1")
     patterns = tuple(pattern for target in section.targets for pattern in TARGETS.get(target, (target,)))
     sizes = Adaptation(**{name: section[name] or default for name, default in Adaptation()._asdict().items()})
     return Adapter(patterns, sizes, read_past(section.past, model), len(section.past), section.forgetting)
 
 
 def read_past(sources: Sequence[str], model: DiffusionModel) -> Params:
-    """Factors of files, as entries "0", "1", ... of a tree of parameters."""
+    """Factors of files, as entries "0", "1", ... of a tree of parameters.
+
+    Raises:
+        UserError: a file cannot be read, does not fit the model, or changes weights, which training leaves alone.
+    """
     layers, leaves = named_layers(model.configs()), dict[str, Any]()
     for i, source in enumerate(sources):
         file = read_lora(find_file(resolve(source)), layers)
         for path in file.layers:
             entry = entry_of(file, layers[path])
+            if not is_branch(entry):
+                own = ", ".join(sorted(entry))
+                raise UserError(
+                    f"config.task.lora.past: {source} changes weights, e.g. of {path} by {own}; merge it into the base"
+                )
             leaves |= {f"{path}/{LORA}/{i}/{name}": np.asarray(leaf, np.float32) for name, leaf in entry.items()}
     return unflatten(leaves)
 

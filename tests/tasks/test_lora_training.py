@@ -13,6 +13,7 @@ import optax
 import pytest
 import torch
 import transformers
+from safetensors.numpy import save_file
 from test_stable_diffusion import written
 
 import sdjax
@@ -167,6 +168,8 @@ def test_the_penalty_makes_concepts_forgotten_less():
         ({"rank": 0}, r"config\.task\.lora\.rank=0 must be at least 1"),
         ({"targets": ("atention",)}, r"'atention' names no dense or convolutional layer, such as 'unet/"),
         ({"past": ("nowhere",)}, r"nowhere"),
+        ({"init": "kaimin"}, r"unknown init 'kaimin' in config\.task\.lora\.init; choose one of: gaussian, kaiming"),
+        ({"dropout": 1.0}, r"config\.task\.lora\.dropout=1\.0 must be at least 0 and less than 1"),
     ],
 )
 def test_mistakes_are_said_in_a_line(changes, message, base, pictures):
@@ -175,6 +178,26 @@ def test_mistakes_are_said_in_a_line(changes, message, base, pictures):
     with pytest.raises(UserError, match=message) as error:
         make_task(config, make_mesh({"data": -1}))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["hada", "dora_scale", "lora_magnitude_vector"])
+def test_a_past_that_changes_weights_is_refused(kind, base, pictures, tmp_path):
+    """Training applies branches alone, so that LoHa and DoRA would be left out or misread."""
+    width, stem = 32, "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    down, up, ones = np.ones((2, width), np.float32), np.ones((width, 2), np.float32), np.ones(width, np.float32)
+    factors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    save_file(
+        {
+            "hada": {f"{stem}.hada_w{i}_{side}": {"a": up, "b": down}[side] for i in (1, 2) for side in "ab"},
+            "dora_scale": {**factors, f"{stem}.dora_scale": ones[:, None]},
+            "lora_magnitude_vector": {**factors, f"{stem}.lora_magnitude_vector": ones},
+        }[kind],
+        tmp_path / "past.safetensors",
+    )
+    config = config_of(base, pictures)
+    config.task.lora.past = (str(tmp_path / "past.safetensors"),)
+    with pytest.raises(UserError, match=r"^config\.task\.lora\.past: .*changes weights.*; merge it into the base$"):
+        make_task(config, make_mesh({"data": -1}))
 
 
 @pytest.mark.slow
