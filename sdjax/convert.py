@@ -3,6 +3,7 @@
     python -m sdjax.convert SOURCE [LORA:STRENGTH ...] TARGET [--dtype float16] [--family NAME] [--prediction NAME]
         [--variant fp16] [--weights ema|model] [--tokenizer FOLDER]
     python -m sdjax.convert SOURCE TARGET --extract_lora BASE [--rank 16] [--energy 0.99] [--naming kohya|diffusers]
+        [--variant fp16]
     python -m sdjax.convert CONTROLNET TARGET [--dtype float16] [--control_transfer OLD,NEW]
 
 SOURCE is a diffusers folder, a single .safetensors or .ckpt file in the original naming, an autoencoder alone in such a
@@ -61,11 +62,11 @@ from sdjax.checkpoints.layouts.original import detect, read_adm_classifier, read
 from sdjax.checkpoints.layouts.original_writer import write_single_file
 from sdjax.checkpoints.lora.extraction import extract_lora
 from sdjax.checkpoints.lora.patch import merge_loras
-from sdjax.checkpoints.lora.writing import rank_of, write_lora
+from sdjax.checkpoints.lora.writing import NAMINGS, rank_of, write_lora
 from sdjax.checkpoints.open import kind_of, read_checkpoint, resolve
 from sdjax.checkpoints.storage.safetensors import check_target_file
 from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, read_file
-from sdjax.core.errors import UserError, run_or_exit
+from sdjax.core.errors import UserError, run_or_exit, unknown
 from sdjax.core.files import atomic_write, check_writable
 from sdjax.core.flags import parse_flags
 from sdjax.core.precision import dtype_named
@@ -104,7 +105,7 @@ def main() -> None:
     if (loras or extraction) and ((EXTRACTED in extraction and loras) or is_controlnet(path)):
         raise UserError(f"--{EXTRACTED} takes one SOURCE, without LoRAs, and a ControlNet takes neither")
     if EXTRACTED in extraction:
-        write_extracted(path, target, chosen, extraction)
+        write_extracted(path, target, chosen, extraction, variant)
         return
     if extraction:
         raise UserError(f"--{next(iter(extraction))} changes nothing without --{EXTRACTED} BASE; leave it out")
@@ -137,19 +138,23 @@ def read_model(path: Path, chosen: Options, variant: str | None = None) -> Check
     return read_checkpoint(stored, **chosen)
 
 
-def write_extracted(path: Path, target: Path, chosen: Options, extraction: Options) -> None:
+def write_extracted(path: Path, target: Path, chosen: Options, extraction: Options, variant: str | None = None) -> None:
     """The LoRA of what a model has learned beside another.
 
     Raises:
-        UserError: the target is no file's name, or the models do not fit each other.
+        UserError: the target is no file's name, the naming is unknown, or the models do not fit each other.
     """
     if target.suffix != SINGLE:
         raise UserError(f"{target}: a LoRA is written as {SINGLE}")
-    tuned, base = (read_model(one, {**chosen, "dtype": None}) for one in (path, resolve(extraction[EXTRACTED])))
+    naming = extraction.get("naming", "kohya")
+    if naming not in NAMINGS:
+        raise unknown("naming", naming, NAMINGS, "--naming")
+    models = path, resolve(extraction[EXTRACTED], variant=variant)
+    tuned, base = (read_model(one, {**chosen, "dtype": None}, variant) for one in models)
     energy = extraction.get("energy")
     factors = extract_lora(base, tuned, extraction.get("rank", RANK if energy is None else MOST), energy)
     kind = dtype_named(chosen["dtype"] or "float32")
-    write_lora(target, base, factors, extraction.get("naming", "kohya"), dtype=kind)
+    write_lora(target, base, factors, naming, dtype=kind)
     ranks = [rank_of(entry) for entry in factors.values()]
     print(f"{target}: a LoRA of {len(factors)} layers, rank {min(ranks)} to {max(ranks)}")
 

@@ -93,6 +93,16 @@ def test_extraction(how, files, convert, tmp_path, capsys):
         np.testing.assert_allclose(found[name], array, atol=2e-6, err_msg=name)
 
 
+def test_models_of_a_variant(files, convert, tmp_path):
+    """Of both models the files that --variant names are read."""
+    for name, loras in {"base": (), "tuned": (files / "one.safetensors",)}.items():
+        convert(files / "base.safetensors", *loras, tmp_path / name)
+        for file in list((tmp_path / name).rglob("*.safetensors")):
+            file.rename(file.with_suffix(".fp16.safetensors"))
+    convert(tmp_path / "tuned", tmp_path / "t.safetensors", f"--extract_lora={tmp_path}/base", "--variant=fp16")
+    assert len(load_file(tmp_path / "t.safetensors")) == 9
+
+
 def test_factors_are_the_best_of_their_rank():
     """Eckart & Young (1936): what they leave is the singular values beyond."""
     difference = np.random.default_rng(0).standard_normal((3, 3, 4, 10), np.float32)
@@ -115,6 +125,10 @@ def test_factors_are_the_best_of_their_rank():
         (("base.safetensors", "t.safetensors", "--rank=4"), "--rank changes nothing without --extract_lora BASE"),
         (("base.safetensors", "t.safetensors", "--extract_lora=base.safetensors"), "the same weights"),
         (("base.safetensors", "t", "--extract_lora=base.safetensors"), "a LoRA is written as .safetensors"),
+        (
+            ("base.safetensors", "t.safetensors", "--extract_lora=none", "--naming=peft"),
+            "unknown naming 'peft' in --naming",
+        ),
         (("base.safetensors", "one.safetensors", "t.safetensors", "--extract_lora=base.safetensors"), "without LoRAs"),
     ],
 )
