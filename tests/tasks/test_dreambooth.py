@@ -212,6 +212,22 @@ def test_class_images_are_made_until_there_are_enough(bases, few, classes, monke
     assert len(calls) == 3
 
 
+@pytest.mark.slow
+def test_class_images_after_a_stop_are_those_of_one_run(bases, few, tmp_path):
+    """2 + 4 images of the model equal, to the bit, 6 that were generated at once."""
+    for name, counts in {"whole": (6,), "halves": (2, 6)}.items():
+        for count in counts:
+            config = config_of(bases("sd1"), few, tmp_path / name)
+            config.data.class_images, config.sample.steps = count, 2
+            task, params = opened(config)
+            task.batch(params)
+    whole, halves = ({p.name: np.asarray(Image.open(p)) for p in (tmp_path / n).iterdir()} for n in ("whole", "halves"))
+    assert sorted(whole) == sorted(halves) == [f"class_{i:05d}.png" for i in range(6)]
+    for name, image in whole.items():
+        np.testing.assert_array_equal(image, halves[name], err_msg=name)
+    assert len({image.tobytes() for image in whole.values()}) == 6
+
+
 def test_a_class_without_a_prompt_is_one_line(bases, few, classes):
     config = config_of(bases("sd1"), few, classes)
     config.data.class_prompt = ""
