@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from test_against_diffusers import to_torch
 
 from sdjax.core.errors import UserError
 
@@ -24,10 +25,6 @@ def texts_at(step):
     """Both prompts and negative prompts at a step, counted from 0."""
     prompts = ["a red heart" if step < STEPS // 2 else "a blue cat", ("flag", "smiling face")[step % 2]]
     return prompts, ["a dog" if step < 2 else "", "a hat"]
-
-
-def to_torch(noise):
-    return torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
 
 
 def check(ours, theirs):
