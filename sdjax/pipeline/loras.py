@@ -63,9 +63,8 @@ def load_named(pipe: Pipeline, entries: Sequence[Mapping[str, Any]]) -> None:
     """
     if pipe.lora_dir is None and not pipe.loras:
         return
-    prompts = [entry["prompt"] or "" for entry in entries if entry["syntax"] == "a1111"]
     known = {name for lora in pipe.loras for name in (lora.name, lora.alias) if name}
-    places = {tag.name: prompt for prompt in prompts for tag in read_tags(prompt)[1] if tag.name not in known}
+    places = {tag.name: entry["prompt"] for entry in entries for tag in _tags(entry) if tag.name not in known}
     if not places:
         return
     folder = {} if pipe.lora_dir is None else _folder(pipe.lora_dir)
@@ -107,11 +106,23 @@ def find(name: str, loras: Sequence[LoadedLora]) -> int:
     return (names if name in names else [lora.alias for lora in loras]).index(name)
 
 
-def record_of(pipe: Pipeline, strengths: Sequence[Strength]) -> dict[str, Any]:
-    """Field of an image's record: name, strengths of UNet and text encoders, and hash of each LoRA that acts on it."""
-    acting = [pair for pair in zip(pipe.loras, strengths, strict=True) if (pair[1].unet, pair[1].text) != (0.0, 0.0)]
-    said = [[lora.name, strength.unet, strength.text, hash_of(lora.path)] for lora, strength in acting]
+def record_of(pipe: Pipeline, entry: Mapping[str, Any], strengths: Sequence[Strength]) -> dict[str, Any]:
+    """Field of an image's record: name, strengths of UNet and text encoders, and hash of each LoRA that acts on it.
+
+    The name is the one by which the prompt calls it, as in A1111's hashes, or else the file's.
+    """
+    called = {find(tag.name, pipe.loras): tag.name for tag in _tags(entry)}
+    said = [
+        [called.get(i, lora.name), strength.unet, strength.text, hash_of(lora.path)]
+        for i, (lora, strength) in enumerate(zip(pipe.loras, strengths, strict=True))
+        if (strength.unet, strength.text) != (0.0, 0.0)
+    ]
     return {"loras": said} if said else {}
+
+
+def _tags(entry: Mapping[str, Any]) -> list[LoraTag]:
+    """Tags of an image's prompt, where its syntax has them."""
+    return read_tags(entry["prompt"] or "")[1] if entry["syntax"] == "a1111" else []
 
 
 def _strength(tag: LoraTag, blocks: Sequence[str], table: SamplerTable) -> Strength:

@@ -353,7 +353,7 @@ def _prepare_entry(
     parts, used, total = [], {}, sum(map(network_calls, tables))
     if pipe.loras:
         inputs = with_strengths(pipe, inputs, tables[0])
-        used = record_of(pipe, inputs[LORA_SCALE])
+        used = record_of(pipe, entry, inputs[LORA_SCALE])
     for one, table in zip([pipe, pipe.refiner], tables, strict=False):
         assert one is not None, "a second table is a refiner's"
         # 1 or less is none, as in diffusers; so is 0 for models distilled to need none.

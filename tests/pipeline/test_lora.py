@@ -10,9 +10,11 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from test_against_diffusers import to_torch
 
 import sdjax
 from sdjax.checkpoints.lora.reading import hash_of
+from sdjax.cli.records import parameters
 from sdjax.core.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
@@ -24,10 +26,6 @@ STEPS = 3
 PIPELINES = {"sd1": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-
-
-def to_torch(noise: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
 
 
 def layers_of(pipe) -> dict[str, torch.nn.Module]:
@@ -254,7 +252,8 @@ def test_a_folder_is_read_as_it_is_now(folders, lora_files, tmp_path, caplog):
     save_file(tensors, tmp_path / "style.safetensors", {"ss_output_name": "alias"})
     (row,) = pipe.prepare("a <lora:alias:1>", lora_scale=0.5, steps=2)
     assert "left out of lora_dir: " in caplog.text
-    assert row.settings["loras"][0][:3] == ["style", 1.0, 1.0]
+    assert row.settings["loras"][0][:3] == ["alias", 1.0, 1.0]
+    assert parameters(row.settings).startswith("a <lora:alias:1>\n"), "one tag"
     before = hash_of(tmp_path / "style.safetensors")
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, tmp_path / "style.safetensors")
     assert hash_of(tmp_path / "style.safetensors") != before
