@@ -119,6 +119,21 @@ def in_diffusers(folders):
 
 
 @pytest.fixture(scope="session")
+def in_torch(in_diffusers):
+    """in_torch(kind, family, *nets, sampler class): diffusers' pipeline of `in_diffusers`' networks and ControlNets."""
+    net = functools.cache(diffusers.ControlNetModel.from_pretrained)
+
+    def call(kind: str, family: str, *nets: str, sampler: str) -> Any:
+        base = in_diffusers(f"StableDiffusion{'XL' if family == 'sdxl' else ''}Pipeline", family, sampler)
+        own = [net(name) for name in nets]
+        pipe = getattr(diffusers, kind).from_pipe(base, controlnet=own if len(own) > 1 else own[0])
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return call
+
+
+@pytest.fixture(scope="session")
 def folder(folders) -> Path:
     return folders("sd1")
 

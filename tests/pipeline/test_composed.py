@@ -12,14 +12,14 @@ import pytest
 import zoo
 from PIL import Image
 from test_against_diffusers import NEGATIVES, PROMPTS, check, to_torch
-from test_control import HINT, in_torch
+from test_control import HINT
 from test_image_prompts import file_of, hub, seen
 from test_lora import lora_files
 from test_sample_script import run, script
 
 import sdjax
 
-__all__ = ["hub", "in_torch", "lora_files", "run", "script", "seen"]
+__all__ = ["hub", "lora_files", "run", "script", "seen"]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")]
 STEPS, SHARE = 5, 0.6
 GUIDED = {"guidance_scale": 4.0}
@@ -56,7 +56,7 @@ def test_images_are_diffusers(pipe, in_torch, in_diffusers, nets, hub, lora_file
     """The base makes three of five steps, where it is interrupted, and the refiner two."""
     # The newest peft of PyPI is older than what transformers asks for, and does all the same.
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda *a, **k: None)
-    base = in_torch("StableDiffusionXLControlNetPipeline", "sdxl", nets("sdxl"), sampler="euler")
+    base = in_torch("StableDiffusionXLControlNetPipeline", "sdxl", nets("sdxl"), sampler="EulerDiscreteScheduler")
     for seed, name in enumerate(("first", "second")):
         file = lora_files("sdxl", seed)
         base.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
@@ -80,6 +80,8 @@ def test_images_are_diffusers(pipe, in_torch, in_diffusers, nets, hub, lora_file
         output_type="latent",
         **common,
     ).images
+    base.unload_ip_adapter()  # its networks are those of other tests
+    base.unload_lora_weights()
     refiner = in_diffusers("StableDiffusionXLImg2ImgPipeline", "sdxl_refiner", "EulerDiscreteScheduler")
     sizes = dict.fromkeys(("original_size", "target_size"), (zoo.SIDE, zoo.SIDE))
     expected = refiner(PROMPTS, image=latents, denoising_start=SHARE, output_type="np", **sizes, **common).images

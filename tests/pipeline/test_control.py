@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 import zoo
 from PIL import Image
-from test_against_diffusers import SAMPLERS, SIDES, check, to_torch
+from test_against_diffusers import SIDES, check, to_torch
 
 import sdjax
 from sdjax.core.errors import UserError
@@ -26,27 +25,6 @@ SECOND = HINT.transpose(Image.Transpose.ROTATE_90)
 def controlled(folders):
     """controlled(family, *nets): the pipeline of this library."""
     return functools.cache(lambda family, *nets: sdjax.load(folders(family), controlnet=list(nets)))
-
-
-@pytest.fixture(scope="session")
-def in_torch(folders):
-    """in_torch(kind, family, *nets, sampler): diffusers' pipeline."""
-    torch.set_num_threads(1)
-
-    @functools.cache
-    def read(kind: str, family: str, *nets: str) -> Any:
-        found = [diffusers.ControlNetModel.from_pretrained(net) for net in nets]
-        own = found if len(found) > 1 else found[0]
-        pipe = getattr(diffusers, kind).from_pretrained(folders(family), controlnet=own, local_files_only=True)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe, {**pipe.scheduler.config, "clip_sample": False, "skip_prk_steps": True}
-
-    def call(kind: str, family: str, *nets: str, sampler: str) -> Any:
-        pipe, config = read(kind, family, *nets)
-        pipe.scheduler = getattr(diffusers, SAMPLERS[sampler]).from_config(config)
-        return pipe
-
-    return call
 
 
 def expected(pipe: Any, noise: np.ndarray, image: Any, **settings: Any) -> np.ndarray:
@@ -65,7 +43,7 @@ def found(pipe: Any, noise: np.ndarray, image: Any, **settings: Any) -> np.ndarr
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_text_to_image(family, controlled, in_torch, nets, noise):
     kind = f"StableDiffusion{'XL' if family == 'sdxl' else ''}ControlNetPipeline"
-    theirs = in_torch(kind, family, nets(family), sampler="euler")
+    theirs = in_torch(kind, family, nets(family), sampler="EulerDiscreteScheduler")
     check(
         found(controlled(family, nets(family)), noise, HINT, sampler="euler", control_scale=0.8),
         expected(theirs, noise, HINT, controlnet_conditioning_scale=0.8),
@@ -86,7 +64,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_control(way, controlled, in_torch, nets, noise):
     theirs, ours = WAYS[way]
-    pipe = in_torch("StableDiffusionControlNetPipeline", "sd1", nets("sd1"), sampler="ddim")
+    pipe = in_torch("StableDiffusionControlNetPipeline", "sd1", nets("sd1"), sampler="DDIMScheduler")
     check(
         found(controlled("sd1", nets("sd1")), noise, HINT, sampler="ddim", **ours),
         expected(pipe, noise, HINT, **theirs),
@@ -103,7 +81,7 @@ def test_two_at_once(way, controlled, in_torch, nets, noise):
         ),
     }[way]
     pair = nets("sd1"), nets("sd1", 1)
-    pipe = in_torch("StableDiffusionControlNetPipeline", "sd1", *pair, sampler="ddim")
+    pipe = in_torch("StableDiffusionControlNetPipeline", "sd1", *pair, sampler="DDIMScheduler")
     check(
         found(controlled("sd1", *pair), noise, [HINT, SECOND], sampler="ddim", **ours),
         expected(pipe, noise, [HINT, SECOND], **theirs),
@@ -112,7 +90,7 @@ def test_two_at_once(way, controlled, in_torch, nets, noise):
 
 def test_averaged_residuals_are_a_guess(controlled, in_torch, nets, noise):
     net = nets("sd1", global_pool=True)
-    pipe = in_torch("StableDiffusionControlNetPipeline", "sd1", net, sampler="ddim")
+    pipe = in_torch("StableDiffusionControlNetPipeline", "sd1", net, sampler="DDIMScheduler")
     check(
         found(controlled("sd1", net), noise, HINT, sampler="ddim", control_scale=0.7),
         expected(pipe, noise, HINT, controlnet_conditioning_scale=0.7),
@@ -122,7 +100,7 @@ def test_averaged_residuals_are_a_guess(controlled, in_torch, nets, noise):
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_image_to_image(family, controlled, in_torch, nets, picture):
     xl = "XL" if family == "sdxl" else ""
-    pipe = in_torch(f"StableDiffusion{xl}ControlNetImg2ImgPipeline", family, nets(family), sampler="ddim")
+    pipe = in_torch(f"StableDiffusion{xl}ControlNetImg2ImgPipeline", family, nets(family), sampler="DDIMScheduler")
     settings = {"guidance_scale": 4.0, "strength": 0.6}
     images = pipe(
         PROMPTS,
@@ -146,7 +124,7 @@ def test_inpainting(family, controlled, in_torch, nets, picture, mask):
     """With latents held to the image, or nine channels, of which the ControlNet sees the first four; and with its hint
     of the image, -1 where it is made anew."""
     xl = "XL" if family == "sdxl" else ""
-    pipe = in_torch(f"StableDiffusion{xl}ControlNetInpaintPipeline", family, nets(family), sampler="ddim")
+    pipe = in_torch(f"StableDiffusion{xl}ControlNetInpaintPipeline", family, nets(family), sampler="DDIMScheduler")
     settings = {"guidance_scale": 4.0, "strength": 0.8}
     hole = np.asarray(mask, np.float32)[..., None] > 127
     hint = np.where(hole, np.float32(-1.0), np.asarray(picture, np.float32) / np.float32(255.0))
@@ -180,7 +158,7 @@ def test_a_refiner_takes_over_from_a_controlled_base(folders, nets, in_torch, in
     """Shares of the steps are of all, as diffusers counts them before it cuts those of the base."""
     common = {"negative_prompt": NEGATIVES, "guidance_scale": 4.0, "num_inference_steps": 10}
     common["generator"] = torch.Generator().manual_seed(3)
-    base = in_torch("StableDiffusionXLControlNetPipeline", "sdxl", nets("sdxl"), sampler="euler")
+    base = in_torch("StableDiffusionXLControlNetPipeline", "sdxl", nets("sdxl"), sampler="EulerDiscreteScheduler")
     theirs = in_diffusers("StableDiffusionXLImg2ImgPipeline", "sdxl_refiner", "EulerDiscreteScheduler")
     how = {"denoising_end": 0.6, "control_guidance_end": 0.5, "output_type": "latent"}
     latents = base(PROMPTS, image=[HINT] * 2, **how, **common).images
