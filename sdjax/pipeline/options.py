@@ -167,7 +167,7 @@ class Options(TypedDict, total=False):
     ]
     control_resize: Annotated[
         str | None,
-        Option("of the hint, as A1111 does it; else like init_image", choices=RESIZES, grid=False),
+        Option("of a hint that has not the proportions of the image, as A1111 does it", choices=RESIZES, grid=False),
     ]
     resemble: Annotated[Images | None, _image("image that the result shall be like")]
     resemble_scale: Annotated[Number | None, Option("how strongly", 0)]

@@ -77,6 +77,7 @@ def test_edges_are_found_at_the_size_of_the_image(mode):
     """Found before the image was made small, they would be grey or gone ("pixel perfect")."""
     y, x = np.indices((256, 512))
     circle = np.where((y - 128) ** 2 + (x - 256) ** 2 < 90**2, 0, 255).astype(np.uint8)
+    circle = circle if mode else circle[:, 128:-128]
     hint = make_hint(circle, "canny", (64, 64), mode)
     assert hint.shape == (64, 64, 3)
     assert set(np.unique(hint)) == {0.0, 1.0}
@@ -85,12 +86,29 @@ def test_edges_are_found_at_the_size_of_the_image(mode):
     assert 60 < inked.sum() < 250  # of a line one pixel wide
 
 
-@pytest.mark.parametrize("mode", [None, *resize.RESIZES])
+@pytest.mark.parametrize("mode", resize.RESIZES)
 @pytest.mark.parametrize("maker", ["none", "canny"])
 def test_strips_are_brought_to_size(maker, mode):
     """However little is left of a side, and however much the other would be enlarged."""
     for shape in ((1, 1100, 3), (3000, 1, 3)):
         assert make_hint(np.full(shape, 90, np.uint8), maker, (512, 512), mode).shape == (512, 512, 3)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((48, 63), (48, 56)), ((519, 775), (664, 992)), ((900, 1600), (288, 512))])
+def test_hints_are_cut_to_sides_of_whole_latents(shape, size):
+    """The sizes of images that are made from hints, of a second pass, and of the same proportions."""
+    assert make_hint(np.full((*shape, 3), 90, np.uint8), "none", size).shape == (*size, 3)
+
+
+def test_hints_of_other_proportions_are_refused():
+    """Silently cut they would show another part than the one that was drawn."""
+    tall, size = np.zeros((60, 40, 3), np.uint8), (40, 40)
+    line = r"control_image has 40x60 pixels, the image 40x40: their proportions differ; choose control_resize: stretch,"
+    for maker in ("none", "canny"):
+        with pytest.raises(UserError, match=rf"^{line} crop, fill$"):
+            make_hint(tall, maker, size)
+        for mode in resize.RESIZES:
+            assert make_hint(tall, maker, size, mode).shape == (40, 40, 3)
 
 
 def test_thresholds_of_canny_come_in_either_order():

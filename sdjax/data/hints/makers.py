@@ -12,12 +12,13 @@ from scipy import ndimage
 from sdjax.core.errors import UserError, unknown
 from sdjax.data.hints.canny import canny
 from sdjax.data.hints.resize import RESIZES, at_scale, fit, interpolated, nearest_weights
-from sdjax.data.image_inputs import LUMA, ImageInput, cubic_weights, load_image, rgb
+from sdjax.data.image_inputs import LUMA, ImageInput, cubic_weights, load_image, rgb, size_of
 from sdjax.data.images import to_uint8
 
 CONTROL_IMAGE, CONTROL_FROM, CONTROL_RESIZE = "control_image", "control_from", "control_resize"
 INPAINT = "inpaint"
 MOST = 4096  # of a number after a name; gradients of bytes reach 2040
+ROUNDING = 16  # pixels of a hint: sides of images are multiples of 8, in the first pass and in that of hires
 Pixels = UInt8[np.ndarray, "h w 3"]
 
 
@@ -97,18 +98,20 @@ def make_hint(
         given: a photograph, or with "none" the hint itself.
         name: a key of `HINTS`, with numbers or without: "canny", "canny:50:150".
         size: height and width of the image that is generated.
-        resize: a way of `RESIZES`, as A1111 does it; None for the largest centred part by Lanczos, like other images
-            of a call, and like diffusers where the proportions agree.
+        resize: a way of `RESIZES`, as A1111 does it; None for a hint of the image's proportions, brought to its size by
+            Lanczos as in diffusers, which stretches others.
         mask: of `load_mask`, which "inpaint" alone reads.
         place: what an error shall name.
 
     Raises:
-        UserError: the image cannot be read, a name or number is none, or a mask is missing.
+        UserError: the image cannot be read, or has other proportions and no `resize`; a name or number is none, or a
+            mask is missing.
     """
     make = hint_maker(name)
     if name == INPAINT and mask is None:
         raise UserError(f"{CONTROL_FROM} {INPAINT!r} needs a mask")
     if resize is None:
+        _check_proportions(size_of(given, place), size, place)
         hint = make(to_uint8(load_image(given, size, place)))
     elif resize in RESIZES:
         pixels = to_uint8(rgb(given, place))
@@ -119,6 +122,16 @@ def make_hint(
         raise unknown(CONTROL_RESIZE, resize, RESIZES)
     values = hint.astype(np.float32) / np.float32(255.0)
     return np.where(mask > 0.5, np.float32(-1.0), values) if name == INPAINT and mask is not None else values
+
+
+def _check_proportions(have: tuple[int, int], size: tuple[int, int], place: str) -> None:
+    scale = max(want / side for want, side in zip(size, have, strict=True))
+    beyond = max(side * scale - want for want, side in zip(size, have, strict=True))
+    if beyond / max(scale, 1.0) >= min(ROUNDING, min(have) / 4):
+        raise UserError(
+            f"{place} has {have[1]}x{have[0]} pixels, the image {size[1]}x{size[0]}: their proportions differ; choose "
+            f"{CONTROL_RESIZE}: {', '.join(RESIZES)}"
+        )
 
 
 def hint_maker(name: str) -> Callable[[Pixels], Pixels]:
