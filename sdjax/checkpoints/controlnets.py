@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from sdjax.checkpoints.checkpoint import ALL_FORMATS, Checkpoint, Component, Patch, ReadOptions, read_params
 from sdjax.checkpoints.families import Sign
-from sdjax.checkpoints.layouts.diffusers import read_component
+from sdjax.checkpoints.layouts.diffusers import INDEX, present, read_component
 from sdjax.checkpoints.layouts.original import Network, read_alone, shapes_of
 from sdjax.checkpoints.mapping import Writable, check_blocks, export
 from sdjax.checkpoints.networks import controlnet
@@ -41,6 +42,8 @@ SIGNS = (
     Sign(r"(controlnet_)?(x_embedder|pos_embed_input|(single_)?transformer_blocks)\..*", "one of Flux or of SD 3"),
     Sign(r"(lora_unet_|ip_adapter|image_proj).*", "a LoRA or an IP-Adapter"),
 )
+SEVERAL = "MultiControlNetModel"
+"""Class of several in an index of diffusers'."""
 # The model whose residuals are averaged, which its file does not say (Mikubill/sd-webui-controlnet).
 SHUFFLE = "shuffle"
 
@@ -75,6 +78,22 @@ def check_base(net: ControlNetConfig, checkpoint: Checkpoint, name: str) -> None
         own, needed = getattr(ours, key), getattr(theirs, key)
         if own != needed:
             raise UserError(f"controlnet {name!r} is for another base model: its {key} {own}, this one's {needed}")
+
+
+def listed_controlnets(path: Path) -> list[Path]:
+    """Folders of the ControlNets that a pipeline's folder lists, in their order; () of a model without, and of a file.
+
+    Raises:
+        UserError: one is listed that is not there.
+    """
+    index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    if not present(index, CONTROLNET):
+        return []
+    folders = list(itertools.takewhile(Path.is_dir, (path / numbered(CONTROLNET, i) for i in itertools.count())))
+    least = 1 + (SEVERAL in index[CONTROLNET])
+    if len(folders) < least:
+        raise UserError(f"{path / INDEX} lists {CONTROLNET}, but there is no {path / numbered(CONTROLNET, least - 1)}")
+    return folders
 
 
 def read_controlnet(path: Path, how: ReadOptions = ReadOptions(), variant: str | None = None) -> Component:  # noqa: B008

@@ -32,6 +32,7 @@ from sdjax.checkpoints.checkpoint import (
     family_of,
     with_word_pieces,
 )
+from sdjax.checkpoints.controlnets import CONTROLNET
 from sdjax.checkpoints.families import FAMILIES, PREDICTIONS, UNET, kind_of_shapes
 from sdjax.checkpoints.kinds import PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.layouts.diffusers import FIRST_STAGE, INDEX, class_of_index, present, read_component, read_folder
@@ -56,7 +57,7 @@ WEIGHTS = (".safetensors", *SUFFIXES)
 # The bases: all that the HTTP client of the hub's version raises, and OSError.
 FAILURES = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
 ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>[^@]+))?(@(?P<revision>[\w./-]+))?")
-NETWORKS = {**FORMATS, FIRST_STAGE: FORMATS["vae"], **CONDITIONERS}
+NETWORKS = {**FORMATS, FIRST_STAGE: FORMATS["vae"], **CONDITIONERS, CONTROLNET: ALL_FORMATS[CONTROLNET]}
 CONFIG = "config.json"
 SETTINGS = (
     INDEX,

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from sdjax.checkpoints.checkpoint import CLASSIFIERS, TOKENIZERS, Checkpoint, Component, ReadOptions, tokenizers_of
-from sdjax.checkpoints.controlnets import CONTROLNET, add_controlnets, read_controlnet
+from sdjax.checkpoints.controlnets import CONTROLNET, add_controlnets, listed_controlnets, read_controlnet
 from sdjax.checkpoints.custom_diffusion import add_custom_diffusion
 from sdjax.checkpoints.embeddings import add_embeddings
 from sdjax.checkpoints.layouts.diffusers import INDEX, read_component
@@ -50,8 +50,9 @@ def load(source: Source, dtype: str = "float32", mesh: Mesh | None = None, **opt
     """Load anything that can be sampled; parameters are read one at a time, straight to the devices.
 
     Args:
-        source: a Hub id, a diffusers folder, a single file (Stable Diffusion's, LDM's `model.ckpt`, ADM's
-            `256x256_diffusion.pt`), or the workdir of a finished train.py run.
+        source: a Hub id, a diffusers folder (with its ControlNets, unless `controlnet` names others), a single file
+            (Stable Diffusion's, LDM's `model.ckpt`, ADM's `256x256_diffusion.pt`), or the workdir of a finished
+            train.py run.
         dtype: of the backbone and the text encoders, "float32" or "bfloat16"; the autoencoder works in float32 always.
         mesh: of `sdjax.parallel.mesh.make_mesh`; parameters and batches are spread over it. None for one device.
         options: rows of `sdjax.pipeline.options.LoadOptions`; where a flag may be repeated, one source or a list.
@@ -102,6 +103,9 @@ def _read(path: Path, dtype: str, given: Mapping[str, Any], place: Put) -> Check
     how = ReadOptions(dtype, place)
     if "controlnet" in given:
         nets = [(str(one), read_controlnet(resolve(one, component=CONTROLNET), how)) for one in given["controlnet"]]
+        checkpoint = add_controlnets(nets)(checkpoint)
+    elif listed := listed_controlnets(path):
+        nets = [(str(folder), read_controlnet(folder, how, given.get("variant"))) for folder in listed]
         checkpoint = add_controlnets(nets)(checkpoint)
     if "custom_diffusion" in given:
         checkpoint = add_custom_diffusion(resolve(given["custom_diffusion"]), place)(checkpoint)

@@ -160,6 +160,20 @@ def test_hub_download_is_cached(checkpoint, hub: Hub, tmp_path: Path):
     assert "\n" not in str(error.value)
 
 
+def test_listed_controlnets_are_downloaded(hub: Hub, tmp_path: Path):
+    """With their model, and alone where nothing else is wanted."""
+    folder = hub.root / "acme" / "xl"
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "controlnet": ["diffusers", "ControlNetModel"]}))
+    (folder / "controlnet").mkdir()
+    (folder / "controlnet" / "config.json").write_text("{}")
+    (folder / "controlnet" / f"{STEM}.safetensors").write_bytes(b"weights")
+    resolve("acme/xl", component="controlnet", cache_dir=tmp_path / "alone", endpoint=hub.url)
+    assert weights(hub.served) == {f"controlnet/{STEM}.safetensors"}
+    whole = resolve("acme/xl", cache_dir=tmp_path / "whole", endpoint=hub.url)
+    assert {path.parent.name for path in whole.rglob(f"{STEM}.safetensors")} == {"controlnet", "unet", "vae"}
+
+
 def test_half_precision_is_taken_when_asked_for(checkpoint, hub: Hub, tmp_path: Path):
     folder = resolve("acme/xl", variant="fp16", cache_dir=tmp_path / "cache", endpoint=hub.url)
     assert len(weights(hub.served)) == 4

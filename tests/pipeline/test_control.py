@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,8 @@ from PIL import Image
 from test_against_diffusers import SIDES, check, to_torch
 
 import sdjax
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint
+from sdjax.checkpoints.open import read_checkpoint
 from sdjax.core.errors import UserError
 
 PROMPTS, NEGATIVES = ["red heart", "a painting of a dog"], ["blue cat", "flag"]
@@ -48,6 +53,20 @@ def test_text_to_image(family, controlled, in_torch, nets, noise):
         found(controlled(family, nets(family)), noise, HINT, sampler="euler", control_scale=0.8),
         expected(theirs, noise, HINT, controlnet_conditioning_scale=0.8),
     )
+
+
+def test_a_folder_with_controlnets_is_a_base_with_them(controlled, in_torch, nets, tmp_path):
+    """As diffusers saves a pipeline of several; those that are given by name take their place."""
+    both, whole = (nets("sd1"), nets("sd1", 1)), tmp_path / "whole"
+    in_torch("StableDiffusionControlNetPipeline", "sd1", *both, sampler="DDIMScheduler").save_pretrained(whole)
+    jax.tree.map(np.testing.assert_array_equal, sdjax.load(whole).params, controlled("sd1", *both).params)
+    other = sdjax.load(whole, controlnet=[both[1]]).params
+    jax.tree.map(np.testing.assert_array_equal, other, controlled("sd1", both[1]).params)
+    write_checkpoint(tmp_path / "base", read_checkpoint(whole))
+    assert json.loads((tmp_path / "base/model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+    shutil.rmtree(whole / "controlnet_1")
+    with pytest.raises(UserError, match=r"model_index\.json lists controlnet, but there is no .*controlnet_1$"):
+        sdjax.load(whole)
 
 
 # Of diffusers' settings and ours.
@@ -208,6 +227,11 @@ def test_composed_prompts_are_all_controlled(controlled, nets, noise):
         ("sd1", {"control_image": [HINT, SECOND]}, "2 entries in control_image for 1 in controlnet"),
         ("sd1", {"control_image": HINT, "control_mode": "guessing"}, "unknown control_mode 'guessing'"),
         ("sd1", {"control_image": HINT, "control_from": "inpaint"}, "control_from 'inpaint' needs a mask"),
+        (
+            "sd1",
+            {"control_image": HINT, "width": 3 * zoo.SIDE},
+            f"control_image has {zoo.SIDE}x{zoo.SIDE} pixels, the image {3 * zoo.SIDE}x{zoo.SIDE}: their proportions",
+        ),
         ("", {"control_image": HINT}, "control_image changes nothing without a controlnet"),
         ("", {"control_scale": 0.5}, "control_scale 0.5 changes nothing without a controlnet"),
     ],

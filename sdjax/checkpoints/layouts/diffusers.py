@@ -45,7 +45,8 @@ INDEX = "model_index.json"
 WRITER, OWN = "_writer", "_sdjax"
 ZEROS = "force_zeros_for_empty_prompt"  # of an index of SDXL's: its null condition is zeros, and no empty prompt
 DIFFUSERS_VERSION = "0.42.0"  # the version whose layout this is
-OTHER_NETWORKS = ("transformer", "text_encoder_3", "controlnet", "prior_prior", "motion_adapter", "movq", "vqvae")
+OTHER_NETWORKS = ("transformer", "text_encoder_3", "prior_prior", "motion_adapter", "movq", "vqvae")
+CONTROLLED = "ControlNet"  # in the names of pipelines of a model and ControlNets
 FIRST_STAGE = "vqvae"  # the name of an autoencoder in diffusers' pipelines of LDM's models
 COMPONENTS = {STABLE_DIFFUSION: tuple(FORMATS), LDM: ("unet", "vae", *CONDITIONERS), PIXELS: ("unet",)}
 TOKENIZER_FOLDERS = {**TOKENIZERS, BERT: "tokenizer"}
@@ -192,6 +193,8 @@ def read_folder(
         tokenizers = {encoder: find_tokenizer(folder) for encoder, folder in tokenizers.items()}
         ours = (WRITER, OWN, "_diffusers_version", "_name_or_path")
         said = {key: value for key, value in index.items() if not isinstance(value, list) and key not in ours}
+        if CONTROLLED in str(said.get("_class_name")):
+            del said["_class_name"]  # which follows from the networks: ControlNets are read apart from their model
     elif row.kind == LDM:
         settings = dict(settings)
         conditioning = settings.pop("task", row.conditioning)
