@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from sdjax.checkpoints.checkpoint import Checkpoint, Patch, check_text_encoders, tokenizers_of
+from sdjax.checkpoints.embedding_images import SUFFIXES as IMAGES
+from sdjax.checkpoints.embedding_images import read_embedding_image
 from sdjax.checkpoints.storage.safetensors import write_safetensors
 from sdjax.checkpoints.storage.weights import read_groups
 from sdjax.core.errors import UserError
@@ -22,7 +24,7 @@ from sdjax.data.text.textual_inversion import ENCODERS, UNNAMED, Embedding, fit,
 from sdjax.models.clip import extend_vocabulary
 
 LEARNED, SECOND = "learned_embeds", "_2"
-SUFFIXES = (".safetensors", ".bin", ".pt")
+SUFFIXES = (".safetensors", ".bin", ".pt", *IMAGES)
 OTHERS = ("pytorch_", f"{LEARNED}-steps-")
 """What the names of files begin with that stand in a run's folder beside its last words."""
 WEBUI = "webui"
@@ -34,7 +36,7 @@ def add_embeddings(files: Sequence[str | Path]) -> Patch:
     """Words of textual inversions for text encoders and tokenizers.
 
     Args:
-        files: local `.safetensors`, `.pt` or `.bin` files, or folders with such.
+        files: local `.safetensors`, `.pt` or `.bin` files, A1111's images, or folders with such.
 
     Raises:
         UserError: by the patch, where a file is missing or not for these text encoders, or a word is there already.
@@ -76,24 +78,36 @@ def read_embeddings(source: Path) -> list[Embedding]:
     Raises:
         UserError: there is none, or a file is no textual inversion.
     """
-    if not source.is_dir():
-        if not source.is_file():
-            raise UserError(f"there is no textual inversion {str(source)!r}")
-        return _read([path for path in (source, _second(source)) if path.is_file()])[:1]
-    found = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and not path.name.startswith(OTHERS))
-    if not found:
+    if source.is_dir():
+        files = [path for path in source.iterdir() if path.suffix in SUFFIXES and not path.name.startswith(OTHERS)]
+        words = _read(sorted(files))
+    elif source.is_file():
+        words = _read([path for path in (source, _second(source)) if path.is_file()])[:1]
+    else:
+        raise UserError(f"there is no textual inversion {str(source)!r}")
+    if not words:
         raise UserError(f"{source} holds no textual inversion, such as {LEARNED}{SUFFIXES[0]}")
-    return _read(found)
+    return words
 
 
 def _read(files: Sequence[Path]) -> list[Embedding]:
-    """Words of files; SDXL's second encoder has its vectors under the same word in the file that `_second` names."""
-    read = {file: read_embedding(read_groups(file), file.stem) for file in files}
+    """Words of files; SDXL's second encoder has its vectors under the same word in the file that `_second` names.
+
+    Images without words, such as previews beside other files, are passed over, as by A1111.
+    """
+    read = {file: embedding for file in files if (embedding := _read_one(file)) is not None}
     pairs = {file: _second(file) for file in files if _second(file) in read}
     pairs = {file: second for file, second in pairs.items() if read[file].word == read[second].word}
     for file, second in pairs.items():
         read[file] = read[file]._replace(vectors=read[file].vectors + read[second].vectors)
     return [embedding for file, embedding in read.items() if file not in pairs.values()]
+
+
+def _read_one(file: Path) -> Embedding | None:
+    if file.suffix not in IMAGES:
+        return read_embedding(read_groups(file), file.stem)
+    content = read_embedding_image(file)
+    return None if content is None else read_embedding(content, content["name"])
 
 
 def _second(file: Path) -> Path:

@@ -94,6 +94,12 @@ def image_size(file: str | Path | bytes, place: str = "") -> tuple[int, int]:
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
+def read_png_text(file: str | Path, key: str) -> str | None:
+    """A text that a PNG has beside its pixels; None without it, and of other formats. Errors are `read_image`'s."""
+    with _opened(file, "") as image:
+        return getattr(image, "text", {}).get(key)
+
+
 @contextlib.contextmanager
 def _opened(file: str | Path | bytes, place: str) -> Iterator[Image.Image]:
     name = f"{'a record' if isinstance(file, bytes) else file}{f' ({place})' if place else ''}"

@@ -225,7 +225,9 @@ class LoadOptions(TypedDict, total=False):
     ]
     embeddings: Annotated[
         Sources,
-        Option("textual inversions: files, or workdirs of their training", scope="load", many=True),
+        Option(
+            "textual inversions: files, A1111's images among them, or workdirs of training", scope="load", many=True
+        ),
     ]
     lora: Annotated[Sources, Option("LoRA, of any kind and naming: FILE or FILE:0.8", scope="load", many=True)]
     merge_lora: Annotated[Sources, Option("LoRA at a fixed strength, merged into the weights", scope="load", many=True)]

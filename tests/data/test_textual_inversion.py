@@ -1,9 +1,17 @@
 """The layouts in which textual inversions are found, and how they are given to encoders."""
 
+import base64
+import itertools
+import json
+import zlib
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image, PngImagePlugin
 
+from sdjax.checkpoints.embedding_images import generated
+from sdjax.checkpoints.embeddings import read_embeddings
 from sdjax.checkpoints.storage.weights import read_groups
 from sdjax.core.errors import UserError
 from sdjax.data.text.textual_inversion import Embedding, fit, read_embedding
@@ -45,6 +53,66 @@ def test_pickles_of_every_program(tmp_path):
         embedding = read_embedding(read_groups(tmp_path / f"{name}.pt"), name)
         assert embedding.word == name
         np.testing.assert_array_equal(embedding.vectors, [A])
+
+
+STORED = {
+    "string_to_token": {"*": 265},
+    "string_to_param": {"*": {"TORCHTENSOR": A.tolist()}},
+    "name": "cat",
+    "step": 9,
+}
+PIXELS = np.random.default_rng(0).integers(16, 255, (24, 30, 3)).astype(np.uint8)
+
+
+def mask(count: int) -> np.ndarray:
+    """What A1111 combines its pixels with, number for number."""
+    numbers = itertools.accumulate(range(count), lambda state, _: (1664525 * state + 1013904223) % 2**32, initial=0)
+    return np.array([number % 255 for number in list(numbers)[1:]])
+
+
+def with_hidden(content: bytes) -> Image.Image:
+    """PIXELS between the low and the high halves of bytes, which fill columns by repetition, in a black frame."""
+    height, packed = len(PIXELS), np.frombuffer(zlib.compress(content, 9), np.uint8)
+    packed = np.resize(packed, (height, -(-len(packed) // (3 * height)), 3))
+    combine = (mask(packed.size) & 0x0F).astype(np.uint8).reshape(packed.shape)
+    low, high = (half ^ combine | 0x50 for half in (packed & 0x0F, packed >> 4))
+    line = np.zeros((height, 1, 3), np.uint8)
+    return Image.fromarray(np.pad(np.concatenate([low, line, PIXELS, line, high], 1), ((2, 3), (1, 4), (0, 0))))
+
+
+def test_images_of_a1111_are_read(tmp_path):
+    """Their words are in a PNG's text or in its pixels; other images of a folder are passed over."""
+    content, seen = json.dumps(STORED).encode(), Image.fromarray(PIXELS)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("sd-ti-embedding", base64.b64encode(content).decode())
+    seen.save(tmp_path / "written.png", pnginfo=text)
+    with_hidden(content).save(tmp_path / "hidden.png")
+    with_hidden(content).save(tmp_path / "hidden.webp", lossless=True)
+    seen.save(tmp_path / "cat.preview.png")
+    for name in ("written.png", "hidden.png", "hidden.webp"):
+        (found,) = read_embeddings(tmp_path / name)
+        assert found.word == "cat"
+        np.testing.assert_array_equal(found.vectors, [A])
+    assert [word.word for word in read_embeddings(tmp_path)] == ["cat"] * 3
+    np.testing.assert_array_equal(generated(1000), mask(1000))
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (Image.fromarray(PIXELS), "holds no textual inversion"),
+        (Image.fromarray(0 * PIXELS), "holds no textual inversion"),
+        (with_hidden(b'{"name": "cat"}'), "its text has no string_to_param"),
+        (with_hidden(b"[" * 9), "is not JSON"),
+        (with_hidden(json.dumps({"string_to_param": {"*": {"TORCHTENSOR": [[1], [1, 2]]}}}).encode()), "not a tensor"),
+        (with_hidden(json.dumps({"string_to_param": {"*": {}}}).encode()), "not a list of finite"),
+    ],
+)
+def test_images_without_words_are_refused_in_a_line(image, said, tmp_path):
+    image.save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=said) as error:
+        read_embeddings(tmp_path / "x.png")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
