@@ -18,22 +18,27 @@ diffusers' naming and in kohya's, which other programs read, and a card.
 | | --config.train.remat=blocks |
 
 The learning rate suits published models; checkpoints/openmoji takes 2e-3. C-LoRA (Smith et al. 2024) learns concepts
-one after another, each in a run of its own, whose penalty guards those before:
+one after another in the keys and values of cross-attention, each in a run of its own, whose penalty guards those
+before:
 
     --config.task.lora.targets="('unet/*/attn2/to_[kv]',)" --config.task.lora.past="('RUN_1','RUN_2')"
     --config.task.lora.forgetting=1e6
 
-A model with all of them is the base with `--lora RUN_1 --lora RUN_2 --lora RUN_3`.
+A model with all of them is the base with `--lora RUN_1 --lora RUN_2 --lora RUN_3`. The weight depends on the size of
+what was learnt before; `openmoji_concept` in place of the base has one for checkpoints/openmoji, on two CPU cores in
+minutes; results stand in docs/results.md.
 """
 
 from configs import finetune
 from configs.common import locked
 from sdjax.core.config import Config
 
+OPENMOJI, CONCEPT = "checkpoints/openmoji", "openmoji_concept"
 
-def get_config(arg: str = "checkpoints/openmoji") -> Config:
-    """arg: the base."""
-    config = finetune.get_config(arg).unlock()
+
+def get_config(arg: str = OPENMOJI) -> Config:
+    """arg: the base; "openmoji_concept" for one of several concepts of checkpoints/openmoji."""
+    config = finetune.get_config(OPENMOJI if arg == CONCEPT else arg).unlock()
     config.task.lora = {
         "targets": ("attention",),
         "rank": 4,
@@ -50,4 +55,14 @@ def get_config(arg: str = "checkpoints/openmoji") -> Config:
     config.task.export_dtype = "float32"
     config.optim.update(learning_rate=1e-4, warmup_steps=0, ema_decay=0.0)
     config.train.trainable = ()  # the factors
-    return locked(config)
+    return locked(concept(config) if arg == CONCEPT else config)
+
+
+def concept(config: Config) -> Config:
+    """Colours, which are learnt at the noisy timesteps."""
+    config.task.lora.update(targets=("unet/*/attn2/to_[kv]",), rank=16, forgetting=1.0)
+    config.task.update(dropout=0.0, timestep_range=(300, 1000))
+    config.data.source = "openmoji_recoloured:brg:zork"
+    config.optim.update(learning_rate=6e-3)
+    config.train.update(steps=100, batch_size=8, sample_every=0)
+    return config

@@ -117,6 +117,32 @@ def test_the_penalty_in_numbers():
     assert Adapter(("unet/to_k",), entries=2, forgetting=1.0).penalty(params) == 13.25
 
 
+def test_the_penalty_is_a_part_of_the_loss(base, pictures, tmp_path):
+    """By its weight, of a layer's changes before and of its own."""
+    rng, mesh, at = (
+        np.random.default_rng(0),
+        make_mesh({"data": -1}),
+        "mid_block_attentions_0/transformer_blocks_0/attn1",
+    )
+    past = {role: rng.standard_normal(shape).astype(np.float32) for role, shape in (("A", (2, 32)), ("B", (32, 2)))}
+    stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{stem}.lora_{role}.weight": factor for role, factor in past.items()}, tmp_path / "past.safetensors")
+    tasks = []
+    for weight in (0.0, 0.25):
+        config = config_of(base, pictures, past=(str(tmp_path / "past.safetensors"),), forgetting=weight)
+        config.task.lora.update(targets=(f"unet/{at}/to_q",))
+        tasks.append(make_task(config, mesh))
+    params = merge(tasks[0].pretrained(sharded_put(mesh)), tasks[0].init(jax.random.key(0)))
+    own = params["unet"]["mid_block_attentions_0"]["transformer_blocks_0"]["attn1"]["to_q"]["lora"]["1"]
+    own["up"] = 0.1 * jnp.asarray(rng.standard_normal((3, 32)), jnp.float32)
+    batch = next(tasks[0].batch(params))
+    losses = jax.jit(lambda params: [task.loss(params, batch, jax.random.key(1), 0) for task in tasks])(params)
+    (plain, _), (whole, metrics) = losses
+    expected = 0.25 * np.square((past["B"] @ past["A"]).T * (0.5 * own["down"] @ own["up"])).sum()
+    np.testing.assert_allclose(metrics["forgetting"], expected, rtol=1e-4)
+    np.testing.assert_allclose(whole - plain, expected, rtol=1e-3)
+
+
 def test_the_penalty_makes_concepts_forgotten_less():
     """Four words learnt one after another, each by a layer's factors of rank 2: all are learnt, and the first three are
     worse off by less than half of what plain LoRA does to them."""
