@@ -15,6 +15,7 @@ from sdjax.core.prng import seed_words
 from sdjax.core.tree import Params, merge, unflatten
 from sdjax.data.image_inputs import paste_back, resize_lanczos
 from sdjax.diffusion.samplers import batched, network_calls
+from sdjax.diffusion.samplers.scan import State
 from sdjax.diffusion_model import sampling
 from sdjax.diffusion_model.conditioners.lora import TEXT_SCALES, UNET_SCALES
 from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
@@ -135,15 +136,19 @@ def _run_batch(
     return _run_batch(pipe, seconds, lambda n: report(done + n), decoded, rows_per_call)
 
 
-def _sample_part(
-    pipe: Pipeline,
-    rows: Sequence[Row],
-    number: int,
-    noisy: jax.Array | None,
-    report: Callable[[int], None],
-    rows_per_call: int,
-) -> tuple[jax.Array, int]:
-    """Scaled latents after one model's rows, from `noisy` latents of the model before where there is one."""
+def start(
+    pipe: Pipeline, rows: Sequence[Row], number: int = 0, noisy: jax.Array | None = None
+) -> tuple[Params, SamplingBatch, State]:
+    """All that the rows of a model's table need: its parameters, what the loop reads, and its first state.
+
+    Args:
+        pipe, rows: the model and images that share its programs.
+        number: of the model among those that make an image, see `Row.parts`.
+        noisy: scaled latents of the model before, which this one goes on with.
+
+    Raises:
+        UserError: a condition or the encoding of a given image is not finite.
+    """
     model, devices, parts = pipe.model, pipe.devices, [row.parts[number] for row in rows]
     params = _params(pipe, parts)
     seeds = seed_words([row.seed for row in rows])
@@ -160,16 +165,29 @@ def _sample_part(
     cond, columns = _condition(pipe, params, rows, number, keys, guidance)
     schedules = [part.schedule for part in parts]  # all have one, or none has
     schedule = devices.shard_batch(jax.tree.map(lambda *each: np.stack(each), *schedules))
-    start, state = _start(pipe, rows, noise, tables, keys)
+    begin, state = _start(pipe, rows, noise, tables, keys)
     if noisy is not None:
         state = sampling.init_state(noisy)
     steps = _torch_noise(pipe, rows, lambda row: row.steps(number))
-    batch = SamplingBatch(tables, cond, columns, guidance, keys, start, steps, schedule)
-    calls = max(network_calls(part.table) for part in parts)
+    return params, SamplingBatch(tables, cond, columns, guidance, keys, begin, steps, schedule), state
+
+
+def _sample_part(
+    pipe: Pipeline,
+    rows: Sequence[Row],
+    number: int,
+    noisy: jax.Array | None,
+    report: Callable[[int], None],
+    rows_per_call: int,
+) -> tuple[jax.Array, int]:
+    """Scaled latents after one model's rows, from `noisy` latents of the model before where there is one."""
+    params, batch, state = start(pipe, rows, number, noisy)
+    table = rows[0].parts[number].table
+    calls = max(network_calls(row.parts[number].table) for row in rows)
 
     def finish(first: int, last: int, finite: jax.Array) -> None:
         which = f"network call {last}" if last - first == 1 else f"network calls {first + 1} to {last}"
-        timestep = parts[0].table.timestep[min(first, network_calls(parts[0].table) - 1)]
+        timestep = table.timestep[min(first, network_calls(table) - 1)]
         place = f"{which} of {calls} (timestep {timestep:g}, guidance scale {rows[0].guidance[0]:g})"
         check_finite(pipe, finite, f"the UNet's output at {place}")
         report(last)
@@ -177,7 +195,7 @@ def _sample_part(
     running = []
     for first in range(0, calls, rows_per_call):
         last = min(first + rows_per_call, calls)
-        state, finite = sampling.sample(model, params, batch, state, np.int32(first), np.int32(last))
+        state, finite = sampling.sample(pipe.model, params, batch, state, np.int32(first), np.int32(last))
         # The call before is waited for while this one runs, so that devices never wait for the host.
         for call in running:
             finish(*call)

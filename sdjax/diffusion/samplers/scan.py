@@ -30,11 +30,13 @@ class State(NamedTuple):
         x: variance-exploding samples.
         anchor: where a step of several network calls began.
         kept: the last predictions, newest first.
+        x0: the last denoised samples, for previews alone; zeros before the first row.
     """
 
     x: Float[Array, "b *space c"]
     anchor: Float[Array, "b *space c"]
     kept: Float[Array, "b k *space c"]
+    x0: Float[Array, "b *space c"]
 
 
 def first_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b *space c"]:
@@ -45,8 +47,9 @@ def first_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, 
 def init_state(x: Float[Array, "b *space c"]) -> State:
     """The state before the first row, from x in variance-exploding coordinates."""
     x = x.astype(jnp.float32)
-    # Two buffers: a state is donated.
-    return State(x, jnp.copy(x), jnp.zeros((len(x), HISTORY - 1, *x.shape[1:]), jnp.float32))
+    # Buffers of its own for each: a state is donated.
+    kept = jnp.zeros((len(x), HISTORY - 1, *x.shape[1:]), jnp.float32)
+    return State(x, jnp.copy(x), kept, jnp.zeros_like(x))
 
 
 def advance(
@@ -131,7 +134,7 @@ def _step(denoise: Denoise, state: State, row: SamplerTable, limits: Array | np.
     if gradient is not None:
         x = x + per_image(row.drift, x) * jnp.exp(log_variance) * gradient
     pushed = jnp.concatenate([prediction[:, None], state.kept[:, :-1]], axis=1)
-    return State(x, anchor, jnp.where(per_image(row.keep, pushed), pushed, state.kept))
+    return State(x, anchor, jnp.where(per_image(row.keep, pushed), pushed, state.kept), x0)
 
 
 def _weighted(weights: Float[Array | np.ndarray, "b k"], terms: tuple[Array, ...]) -> Array:
