@@ -127,13 +127,21 @@ def _run_batch(
     assert latents is not None
     if not decoded:
         return list(np.asarray(last.devices.all_gather(latents)) / np.float32(last.model.scale))
-    images = decode(last, latents, rows[0].tile)
-    images = [_paste(row, image) for row, image in zip(rows, images, strict=True)]
-    if rows[0].second is None:
+    images = finish(last, rows, latents)
+    seconds = [second for row, image in zip(rows, images, strict=True) if (second := second_pass(row, image))]
+    if not seconds:
         return images
-    pairs = [(row.second, image) for row, image in zip(rows, images, strict=True) if row.second is not None]
-    seconds = [row._replace(image=resize_lanczos(image, row.size)) for row, image in pairs]
     return _run_batch(pipe, seconds, lambda n: report(done + n), decoded, rows_per_call)
+
+
+def finish(pipe: Pipeline, rows: Sequence[Row], latents: jax.Array) -> list[Float[np.ndarray, "H W 3"]]:
+    """Images in [0, 1] of the last model's scaled latents, with what a mask keeps of given images."""
+    return [_paste(row, image) for row, image in zip(rows, decode(pipe, latents, rows[0].tile), strict=True)]
+
+
+def second_pass(row: Row, image: Float[np.ndarray, "H W 3"]) -> Row | None:
+    """The pass over a finished image, enlarged; None where there is none."""
+    return row.second and row.second._replace(image=resize_lanczos(image, row.second.size))
 
 
 def start(
@@ -185,7 +193,7 @@ def _sample_part(
     table = rows[0].parts[number].table
     calls = max(network_calls(row.parts[number].table) for row in rows)
 
-    def finish(first: int, last: int, finite: jax.Array) -> None:
+    def settle(first: int, last: int, finite: jax.Array) -> None:
         which = f"network call {last}" if last - first == 1 else f"network calls {first + 1} to {last}"
         timestep = table.timestep[min(first, network_calls(table) - 1)]
         place = f"{which} of {calls} (timestep {timestep:g}, guidance scale {rows[0].guidance[0]:g})"
@@ -198,9 +206,9 @@ def _sample_part(
         state, finite = sampling.sample(pipe.model, params, batch, state, np.int32(first), np.int32(last))
         # The call before is waited for while this one runs, so that devices never wait for the host.
         for call in running:
-            finish(*call)
+            settle(*call)
         running = [(first, last, finite)]
-    finish(*running[0])
+    settle(*running[0])
     return state.x, calls
 
 

@@ -1,0 +1,1 @@
+"""A web page and APIs over one engine that owns the devices."""
