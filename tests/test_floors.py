@@ -25,8 +25,9 @@ FLOORS = {
     "cli": 6,
     "eval": 6,
     "plan": 6,
+    "serve": 7,
 }
-SCRIPTS = 7
+SCRIPTS = 8
 FOREIGN = {"torch", "tensorflow", "diffusers", "torchvision"}
 # The rival of a benchmark.
 EXCEPTIONS = {"benchmarks/against_diffusers.py": {"torch", "diffusers"}}

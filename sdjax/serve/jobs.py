@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -56,6 +56,19 @@ class QueueFullError(Exception):
         self.retry_after = retry_after
 
 
+def record_of(row: Row, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an image as a file has them; images in memory have no name, and are left out."""
+    named = {name: value for name, value in row.settings.items() if is_json(value)}
+    return {**named, **about, "index": row.index}
+
+
+def is_json(value: Any) -> bool:
+    """True for what JSON has: texts, numbers, and lists of these."""
+    if isinstance(value, list | tuple):
+        return all(map(is_json, value))
+    return value is None or isinstance(value, str | int | float | Mapping)
+
+
 class Job:
     """A request: the engine's thread writes its progress, any thread reads it.
 
@@ -63,7 +76,7 @@ class Job:
         id: unguessable.
         model: name of the checkpoint.
         origin: the API that it came by.
-        rows: prepared, one an image.
+        rows, records: prepared, and their settings, one an image.
         state: where it stands.
         done, total: network calls.
         results: one an image, None until it is made.
@@ -74,10 +87,16 @@ class Job:
         created, started, ended: seconds since 1970; None until then.
     """
 
-    def __init__(self, model: str, rows: Sequence[Row], origin: str) -> None:
-        """Wait in the queue."""
+    def __init__(self, model: str, rows: Sequence[Row], origin: str, about: Mapping[str, Any]) -> None:
+        """Wait in the queue.
+
+        Args:
+            model, rows, origin: see the attributes.
+            about: settings of the model, for every record.
+        """
         self.id = secrets.token_hex(8)
         self.model, self.rows, self.origin = model, list(rows), origin
+        self.records = [record_of(row, about) for row in rows]
         self.state: State = "queued"
         self.done, self.total = 0, sum(row.calls for row in rows)
         self.results: list[Result | None] = [None] * len(rows)

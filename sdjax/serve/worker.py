@@ -1,0 +1,264 @@
+"""Work on the devices, a turn at a time: what waits joins the loops, and what is done leaves them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from sdjax.core.errors import UserError
+from sdjax.data.images import to_uint8
+from sdjax.diffusion.samplers.table import padded_length
+from sdjax.pipeline.execute import finish, second_pass
+from sdjax.pipeline.pipeline import Pipeline
+from sdjax.serve import previews
+from sdjax.serve.jobs import Job, Result
+from sdjax.serve.lanes import Begun, Lane, Passage
+from sdjax.serve.metrics import Metrics
+from sdjax.serve.models import Models
+
+EVERY = 0.3  # seconds between two previews
+SMOOTHING = 0.1  # of the measured rate
+
+
+class EngineOptions(NamedTuple):
+    """Choices of the server.
+
+    Attributes:
+        batch_sizes: of the loops, ascending.
+        queue_length: jobs that may wait.
+        max_steps: of a request; it decides the length of all tables.
+        rows_per_call: rows of the tables between two chances to join, leave or cancel.
+        lanes: loops at a time, for requests that cannot share one.
+        outdir: where images are kept; None for nowhere.
+    """
+
+    batch_sizes: tuple[int, ...] = (1, 2, 4)
+    queue_length: int = 64
+    max_steps: int = 150
+    rows_per_call: int = 1
+    lanes: int = 4
+    outdir: Path | None = None
+
+
+class Worker:
+    """Images that wait, and the loops that run; only `add` may be called by other threads than one.
+
+    Attributes:
+        lanes: loops, each with at least one image.
+        rate: network calls of one image a second; 0 until it was measured.
+        colours: of previews, by model.
+    """
+
+    def __init__(self, models: Models, options: EngineOptions, metrics: Metrics) -> None:
+        """Begin with nothing to do."""
+        self.models, self.options, self.metrics = models, options, metrics
+        self.length = padded_length(2 * options.max_steps + options.rows_per_call)
+        self.lanes: list[Lane] = []
+        self.rate = 0.0
+        self.colours: dict[Pipeline, np.ndarray] = {}
+        self._queue: deque[Passage] = deque()
+        self._lock = threading.Lock()
+        self._shown = 0.0
+
+    def add(self, passages: Sequence[Passage]) -> None:
+        """Let images wait, after those that do."""
+        with self._lock:
+            self._queue.extend(passages)
+
+    @property
+    def is_idle(self) -> bool:
+        """True if nothing waits and nothing runs."""
+        return not self._queue and not self.lanes
+
+    def left(self) -> int:
+        """Network calls that all images have before them."""
+        return sum(job.total - job.done for job in {*self._waiting_jobs(), *self._running_jobs()})
+
+    def turn(self) -> None:
+        """One call of every loop, and all that is due between calls."""
+        began, advanced = time.monotonic(), 0
+        self._drop_ended()
+        self._admit()
+        for lane in self.lanes:
+            rows = lane.call(self.options.rows_per_call)
+            advanced += rows * len(lane.seats)
+            for passage, _ in lane.seats.values():
+                passage.job.done += rows
+        for lane in list(self.lanes):
+            lane.wait()
+            for passage, latents in lane.arrived():
+                self._guard(passage.job, lambda p=passage, x=latents: self._pass_on(p, x))
+        self.lanes = [lane for lane in self.lanes if lane.seats]
+        if advanced:
+            self._measure(advanced / (time.monotonic() - began))
+        self._tell()
+
+    def fail_all(self, error: str) -> None:
+        """End every job."""
+        for job in {*self._waiting_jobs(), *self._running_jobs()}:
+            job.end("failed", error)
+        self.lanes = []
+        self._drop_ended()
+
+    def _drop_ended(self) -> None:
+        """Take out images of jobs that were cancelled or have failed."""
+        with self._lock:
+            self._queue = deque(passage for passage in self._queue if not passage.job.has_ended)
+        for lane in self.lanes:
+            for passage in [passage for passage, _ in lane.seats.values() if passage.job.has_ended]:
+                lane.leave(passage)
+        self.lanes = [lane for lane in self.lanes if lane.seats]
+
+    def _admit(self) -> None:
+        """Let images that wait join loops with places, the first come first.
+
+        An image whose loop is full waits for it, and lets others pass; one for which there is no loop lets nobody pass.
+        """
+        most, begun = self.options.batch_sizes[-1], 0
+        joining: dict[tuple, list[Passage]] = {}
+        lanes = {lane.key: lane for lane in self.lanes}
+        for passage in list(self._queue):
+            if begun >= 2 * most:
+                break
+            if not self._guard(passage.job, lambda p=passage: self._begin(p)):
+                continue
+            begun += 1
+            assert passage.begun is not None
+            key = passage.begun.key
+            taken = len(joining.get(key, ())) + (len(lanes[key].seats) if key in lanes else 0)
+            if taken >= most:
+                continue
+            if key not in lanes and key not in joining and len({*lanes, *joining}) >= self.options.lanes:
+                break
+            joining.setdefault(key, []).append(passage)
+        for key, passages in joining.items():
+            self._join(lanes.get(key), passages)
+        for lane in self.lanes:
+            lane.resize(self._size(len(lane.seats), lane.pipe))
+
+    def _join(self, lane: Lane | None, passages: Sequence[Passage]) -> None:
+        first = passages[0].begun
+        assert first is not None, "begun before it joins"
+        pipe = self._pipe(passages[0])
+        if lane is None:
+            lane = Lane(pipe, first, self._size(len(passages), pipe))
+            self.lanes.append(lane)
+        lane.resize(max(lane.size, self._size(len(lane.seats) + len(passages), pipe)))
+        for passage in passages:
+            lane.join(passage)
+            passage.job.state, passage.job.place = "running", 0
+            passage.job.started = passage.job.started or time.time()
+        with self._lock:
+            self._queue = deque(passage for passage in self._queue if passage not in passages)
+
+    def _size(self, images: int, pipe: Pipeline) -> int:
+        """The least batch size for so many images."""
+        sizes = [size for size in self.options.batch_sizes if size % pipe.devices.min_batch == 0]
+        return next((size for size in sizes if size >= images), sizes[-1])
+
+    def _begin(self, passage: Passage) -> None:
+        if passage.begun is None:
+            model = self.models.find(passage.job.model)
+            with model.lock:
+                passage.begun = Begun(self._pipe(passage), passage, self.length)
+
+    def _pipe(self, passage: Passage) -> Pipeline:
+        pipe = self.models.find(passage.job.model).pipe
+        assert pipe is not None, "a model with jobs stays"
+        refiner = pipe.refiner
+        if passage.part == 0 or refiner is None:
+            return pipe
+        return refiner
+
+    def _pass_on(self, passage: Passage, latents: jax.Array) -> None:
+        """After its last row: to the next model, to the second pass, or out."""
+        pipe, row = self._pipe(passage), passage.row
+        if passage.part + 1 < len(row.parts):
+            passage.part, passage.noisy = passage.part + 1, latents
+            return self._again(passage)
+        if not np.isfinite(np.asarray(pipe.devices.all_gather(latents))).all():
+            raise UserError(f"the UNet's output is not finite: the weights of {pipe.name} hold values that overflow")
+        with pipe.devices.mesh_context():
+            image = finish(pipe, [row] * pipe.devices.min_batch, latents)[0]
+        second = second_pass(row, image)
+        if second is not None:
+            passage.row, passage.part, passage.noisy = second, 0, None
+            return self._again(passage)
+        job = passage.job
+        job.results[passage.number] = Result(to_uint8(image), dict(job.records[passage.number]))
+        self.metrics.images.inc()
+        if all(job.results):
+            job.end("done")
+        return None
+
+    def _again(self, passage: Passage) -> None:
+        """Let an image wait before all others, for its next model or pass."""
+        with self._lock:
+            self._queue.appendleft(passage)
+
+    def _guard(self, job: Job, step: object) -> bool:
+        """Do a step of a job's; False where it failed, and with it the job."""
+        try:
+            step()  # pyright: ignore[reportCallIssue]
+        except UserError as error:
+            job.end("failed", str(error))
+            return False
+        return True
+
+    def _waiting_jobs(self) -> Iterator[Job]:
+        with self._lock:
+            queue = list(self._queue)
+        yield from dict.fromkeys(passage.job for passage in queue)
+
+    def _running_jobs(self) -> Iterator[Job]:
+        yield from dict.fromkeys(passage.job for lane in self.lanes for passage, _ in lane.seats.values())
+
+    def _measure(self, rate: float) -> None:
+        self.rate += (rate - self.rate) * (SMOOTHING if self.rate else 1.0)
+
+    def _tell(self) -> None:
+        """Progress, time left, previews and places of all jobs."""
+        now = time.monotonic()
+        shows = now - self._shown >= EVERY
+        if shows:
+            self._shown = now
+            for lane in self.lanes:
+                self._show(lane)
+        for job in self._running_jobs():
+            began = job.started or time.time()
+            job.eta = (time.time() - began) * (job.total - job.done) / job.done if job.done else None
+            job.notify()
+        before = sum(job.total - job.done for job in self._running_jobs())
+        queued = [job for job in self._waiting_jobs() if job.state == "queued"]
+        for place, job in enumerate(queued, 1):
+            before += job.total
+            moved = job.place != place
+            job.place, job.eta = place, before / self.rate if self.rate else None
+            if moved or shows:
+                job.notify()
+        self.metrics.waiting.set(len(queued))
+        self.metrics.batch_fill.set(_fill(self.lanes))
+
+    def _show(self, lane: Lane) -> None:
+        colours = self.colours.get(lane.pipe)
+        if colours is None:
+            return
+        made = np.asarray(lane.pipe.devices.all_gather(previews.preview(lane.x0, colours)))
+        furthest: dict[Job, tuple[int, int]] = {}
+        for place, (passage, last) in lane.seats.items():
+            furthest[passage.job] = min(furthest.get(passage.job, (last, place)), (last, place))
+        for job, (_, place) in furthest.items():
+            job.preview, job.previews = made[place], job.previews + 1
+
+
+def _fill(lanes: Sequence[Lane]) -> float:
+    """Share of the loops' places that images have."""
+    size = sum(lane.size for lane in lanes)
+    return sum(len(lane.seats) for lane in lanes) / size if size else 0.0
