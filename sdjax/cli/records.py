@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -105,19 +105,29 @@ def _tagged(prompt: str, loras: Sequence[Any]) -> str:
 
 def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"], record: Mapping[str, Any]) -> None:
     """Write a PNG with the record inside, and the record as JSON; errors are those of `write_png`."""
-    write_png(path, image, {"parameters": parameters(record), CHUNK: json.dumps(record)})
+    write_png(path, image, texts_of(record))
     write_record(path.with_suffix(".json"), record)
+
+
+def texts_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """Text chunks of an image with this record."""
+    return {"parameters": parameters(record), CHUNK: json.dumps(record)}
 
 
 def write_png(path: Path, image: UInt8[np.ndarray, "h w 3"], texts: Mapping[str, str]) -> None:
     """Write a PNG with some text chunks; a UserError where the file exists or cannot be written."""
     if path.exists():
         raise UserError(f"{path} exists and is left as it is")
+    with atomic_write(path) as partial:
+        save_png(partial, image, texts)
+
+
+def save_png(file: Path | BinaryIO, image: UInt8[np.ndarray, "h w 3"], texts: Mapping[str, str]) -> None:
+    """Save an image with some text chunks as PNG."""
     chunks = PngInfo()
     for name, text in texts.items():
         chunks.add_text(name, text)
-    with atomic_write(path) as partial:
-        Image.fromarray(image).save(partial, format="PNG", pnginfo=chunks)
+    Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

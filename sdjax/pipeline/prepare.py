@@ -24,6 +24,7 @@ from sdjax.pipeline.noise import Draws, TorchNoise, TorchRow
 from sdjax.pipeline.options import OPTIONS, check_int, check_options
 from sdjax.pipeline.seeds import drawn_seed
 from sdjax.pipeline.templates import TEMPLATES, inputs_of_images
+from sdjax.pipeline.usable import check_used, required_names
 
 if TYPE_CHECKING:
     from sdjax.pipeline.pipeline import Pipeline
@@ -37,7 +38,6 @@ UNRECORDED = ("num_images", "first_index", "wildcard_dir")
 # Options of which a list gives one value a prompt.
 LISTED = ("init_image", "mask", "depth", "class_label", "layout", "label_map", "neighbours", "resemble")
 LISTED += ("control_image", "ip_image", "t2i_image")
-CONTROLS = tuple(name for name in OPTIONS if name.startswith("control_"))
 
 
 class Part(NamedTuple):
@@ -134,7 +134,7 @@ def prepare(
     first = check_int("first_index", given.get("first_index", 0), 0, 2**31 - 1 - total)
     images = inputs_of_images(pipe, entries, given, first)
     load_named(pipe, images)  # which decides what a call may set
-    _check_used(pipe, given)
+    check_used(pipe, given)
     size = _size(pipe, entries[0], given, total)
     given = _resolved(pipe, given, size)
     tables = [make_rows(pipe, given)] if pipe.refiner is None else hand_over(pipe, given)
@@ -159,7 +159,7 @@ def _entries(
         count = len(texts)
     else:
         if prompts:
-            raise UserError(f"{pipe.name} takes no prompt; it is conditioned on {_conditions(pipe)}")
+            raise UserError(f"{pipe.name} takes no prompt; it is conditioned on {required_names(pipe)}")
         texts, count = [None], max(map(len, lists.values()), default=1)
     if negatives is None or isinstance(negatives, str):
         negatives = [negatives] * count
@@ -176,10 +176,6 @@ def _entries(
     ]
 
 
-def _conditions(pipe: Pipeline) -> str:
-    return ", ".join(pipe.model.conditioner.traits.required) or "nothing"
-
-
 def _is_listed(pipe: Pipeline, name: str, value: Any) -> bool:
     """A layout is itself a list, as are images of a repeated flag; those of several prompts are a list of lists."""
     if name == "layout" or OPTIONS[name].many:
@@ -187,39 +183,6 @@ def _is_listed(pipe: Pipeline, name: str, value: Any) -> bool:
     if name == "neighbours":
         return isinstance(value, list | tuple)
     return True
-
-
-def _check_used(pipe: Pipeline, given: Mapping[str, Any]) -> None:
-    """Refuse options that would change nothing."""
-    known = set(pipe.inputs) | (set() if pipe.refiner is None else set(pipe.refiner.inputs))
-    needs = {
-        "strength": ("an init_image to begin from", "init_image" in given and pipe.begins_from_images),
-        "mask": ("an init_image whose unmasked part is kept", "init_image" in given),
-        "feather": ("a mask", "mask" in given),
-        "refiner_start": ("a refiner", pipe.refiner is not None),
-        "classifier_scale": ("a classifier", "classifier_scale" in known),
-        **dict.fromkeys(CONTROLS, ("a controlnet", "control_image" in known)),
-        "ip_image": ("an IP-Adapter", "ip_image" in known),
-        "ip_scale": ("an ip_image", "ip_image" in given),
-        "ip_blocks": ("an ip_image", "ip_image" in given),
-        "t2i_image": ("a T2I-Adapter", "t2i_image" in known),
-        "t2i_scale": ("a t2i_image", "t2i_image" in given),
-        "t2i_factor": ("a t2i_image", "t2i_image" in given),
-        "hires_strength": ("hires", "hires" in given),
-        "torch_batch": ('rng="torch"', given.get("rng") == "torch"),
-        "wildcard_dir": ('syntax="a1111"', given.get("syntax", "a1111") == "a1111"),
-    }
-    for name, value in given.items():
-        idle = (
-            f"{name} {value!r} changes nothing" if isinstance(value, int | float | tuple) else f"{name} changes nothing"
-        )
-        if OPTIONS[name].condition and name not in known:
-            raise UserError(f"{idle}: {pipe.name} is conditioned on {_conditions(pipe)}; leave it out")
-        needed, there = needs.get(name, ("", True))
-        if not there:
-            raise UserError(f"{idle} without {needed}; leave it out")
-    if "mask" in given and not pipe.begins_from_images:
-        raise UserError(f"mask changes nothing: {pipe.name} enlarges its init_image; leave it out")
 
 
 def _size(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], total: int) -> tuple[int, int]:
@@ -251,6 +214,11 @@ def _size(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], to
         if not np.isfinite(latents).all():
             raise UserError("latents hold values that are not finite")
     return size
+
+
+def defaults(pipe: Pipeline) -> dict[str, Any]:
+    """Options as they are where a call names none."""
+    return _resolved(pipe, {}, pipe.default_size)
 
 
 def _resolved(pipe: Pipeline, given: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:

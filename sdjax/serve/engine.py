@@ -14,6 +14,7 @@ from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.prepare import Row
 from sdjax.serve.jobs import Call, Job, QueueFullError
 from sdjax.serve.lanes import Passage
+from sdjax.serve.limits import Limits
 from sdjax.serve.metrics import Metrics
 from sdjax.serve.models import Model, Models
 from sdjax.serve.outputs import keep
@@ -30,20 +31,20 @@ class Engine:
 
     Attributes:
         models: checkpoints; its `current` is used where a request names none.
-        options: of the server.
+        options, limits: of the server, and of each request.
         jobs: that wait, run, or ended lately, by id.
         metrics: for `/metrics`.
         is_ready: whether everything is loaded and compiled that was to be at the start.
         is_draining: whether new requests are refused.
     """
 
-    def __init__(self, models: Models, options: EngineOptions | None = None) -> None:
+    def __init__(self, models: Models, options: EngineOptions | None = None, limits: Limits | None = None) -> None:
         """Start nothing yet."""
-        self.models, self.options = models, options or EngineOptions()
+        self.models, self.options, self.limits = models, options or EngineOptions(), limits or Limits()
         self.jobs: OrderedDict[str, Job] = OrderedDict()
         self.metrics = Metrics()
         self.is_ready = self.is_draining = False
-        self._worker = Worker(models, self.options, self.metrics)
+        self._worker = Worker(models, self.options, self.metrics, self.limits.max_steps)
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._holds: dict[Job, Model] = {}
         self._changed = threading.Condition()
@@ -104,6 +105,7 @@ class Engine:
             QueueFullError: no place is free.
         """
         self._check_room()
+        self.limits.check_calls(calls)
         model = await self._acquire(name)
         try:
             job = await asyncio.to_thread(self._prepare, model, calls, origin)
@@ -157,7 +159,8 @@ class Engine:
             pipe: Any = model.pipe
             for call in calls:
                 rows += pipe.prepare(call.prompt, call.negative_prompt, **call.options)
-        about = {"model": model.name, "checkpoint": model.source, "dtype": pipe.dtype}
+        self.limits.check_rows(rows)
+        about = {"model": model.name, "dtype": pipe.dtype}
         return Job(model.name, rows, origin, about)
 
     def _enqueue(self, job: Job, model: Model) -> None:

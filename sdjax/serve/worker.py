@@ -33,7 +33,6 @@ class EngineOptions(NamedTuple):
     Attributes:
         batch_sizes: of the loops, ascending.
         queue_length: jobs that may wait.
-        max_steps: of a request; it decides the length of all tables.
         rows_per_call: rows of the tables between two chances to join, leave or cancel.
         lanes: loops at a time, for requests that cannot share one.
         outdir: where images are kept; None for nowhere.
@@ -41,7 +40,6 @@ class EngineOptions(NamedTuple):
 
     batch_sizes: tuple[int, ...] = (1, 2, 4)
     queue_length: int = 64
-    max_steps: int = 150
     rows_per_call: int = 1
     lanes: int = 4
     outdir: Path | None = None
@@ -56,10 +54,15 @@ class Worker:
         colours: of previews, by model.
     """
 
-    def __init__(self, models: Models, options: EngineOptions, metrics: Metrics) -> None:
-        """Begin with nothing to do."""
+    def __init__(self, models: Models, options: EngineOptions, metrics: Metrics, max_steps: int) -> None:
+        """Begin with nothing to do.
+
+        Args:
+            models, options, metrics: of the engine.
+            max_steps: of a request; it decides the length of all tables.
+        """
         self.models, self.options, self.metrics = models, options, metrics
-        self.length = padded_length(2 * options.max_steps + options.rows_per_call)
+        self.length = padded_length(2 * max_steps + 1)  # some samplers call the network twice a step
         self.lanes: list[Lane] = []
         self.rate = 0.0
         self.colours: dict[Pipeline, np.ndarray] = {}

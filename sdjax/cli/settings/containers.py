@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import iTXt
@@ -24,7 +24,7 @@ UNICODE, PREFIXES = b"UNICODE\0", (b"ASCII\0\0\0", b"JIS\0\0\0\0\0", b"\0" * 8)
 NAMED = re.compile(r"(prompt|workflow):\s*(?=\{)", re.IGNORECASE)
 
 
-def read_texts(path: str | Path, names: Collection[str]) -> dict[str, str]:
+def read_texts(path: str | Path | BinaryIO, names: Collection[str], place: str = "") -> dict[str, str]:
     """Texts by the names of PNG's chunks; an EXIF comment is `parameters`.
 
     Only a PNG that has none of the names before its pixels is decoded.
@@ -32,20 +32,21 @@ def read_texts(path: str | Path, names: Collection[str]) -> dict[str, str]:
     Raises:
         UserError: the file cannot be read, is none of these formats, or a text is longer than 4 million characters.
     """
+    place = place or str(path)
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of parts of EXIF that Pillow leaves out
             texts = _texts(path, names)
     except UNREADABLE as error:
         reason = "it is no PNG, JPEG or WebP, or a damaged one"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else reason
-        raise UserError(f"cannot read the settings of {path}: {reason}") from error
+        raise UserError(f"cannot read the settings of {place}: {reason}") from error
     for name, text in texts.items():
         if len(text) > MAX_CHARACTERS:
-            raise UserError(f"the {name[:40]} text of {path} is longer than {MAX_CHARACTERS} characters")
+            raise UserError(f"the {name[:40]} text of {place} is longer than {MAX_CHARACTERS} characters")
     return texts
 
 
-def _texts(path: str | Path, names: Collection[str]) -> dict[str, str]:
+def _texts(path: str | Path | BinaryIO, names: Collection[str]) -> dict[str, str]:
     with Image.open(path, formats=FORMATS) as image:
         texts = _chunks(image.info)
         missing = image.format == "PNG" and "exif" not in image.info and texts.keys().isdisjoint(names)

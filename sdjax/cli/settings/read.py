@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from sdjax.cli.records import CHUNK
 from sdjax.cli.settings import a1111, comfyui, flat, invokeai, novelai, own
@@ -49,23 +49,25 @@ WRITERS = (
 )
 
 
-def read_settings(path: str | Path, given: Iterable[str] = ()) -> Settings:
+def read_settings(path: str | Path | BinaryIO, given: Iterable[str] = (), place: str = "") -> Settings:
     """Settings inside an image, in the names of options.
 
     Every value comes from the file and is as trustworthy as it: a checkpoint or a given image may be any path.
 
     Args:
-        path: a PNG, JPEG or WebP of this program, or of one of `WRITERS`.
+        path: a PNG, JPEG or WebP of this program, or of one of `WRITERS`; or such a file that is open.
         given: options that the user sets beside it, which win over the file's, whatever those are.
+        place: of an open file, for messages.
 
     Raises:
         UserError: the file cannot be read or has no settings; or one of them is none, or cannot be followed, and is
             not given.
     """
-    found = find_settings(read_texts(path, {writer.text for writer in WRITERS}), str(path))
+    place = place or str(path)
+    found = find_settings(read_texts(path, {writer.text for writer in WRITERS}, place), place)
     found.drop(given)
     for note in found.notes:
-        logger.warning("%s: %s", path, note)
+        logger.warning("%s: %s", place, note)
     return found
 
 

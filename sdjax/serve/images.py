@@ -1,0 +1,65 @@
+"""Images of requests and answers."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+
+from PIL import Image, ImageOps
+
+from sdjax.cli.records import save_png, texts_of
+from sdjax.core.errors import UserError
+from sdjax.data.images import UNREADABLE
+from sdjax.serve.jobs import Result
+from sdjax.serve.limits import Limits
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+PREFIX = re.compile(r"data:image/[\w.+-]+;base64,")
+
+
+def decode_image(text: str, place: str, limits: Limits) -> Image.Image:
+    """The image in base64, with the prefix of a data URL or without.
+
+    Args:
+        text: of the request.
+        place: of the image in it, for messages.
+        limits: of its bytes and pixels.
+
+    Raises:
+        UserError: it is no base64, too large, or no PNG, JPEG or WebP.
+    """
+    found = PREFIX.match(text)
+    try:
+        data = base64.b64decode(text[found.end() :] if found else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(f"{place}: it is no image in base64") from error
+    return read_upload(data, place, limits)
+
+
+def read_upload(data: bytes, place: str, limits: Limits) -> Image.Image:
+    """The image in a file's bytes, upright; see `decode_image`, whose errors it raises."""
+    if len(data) > limits.max_upload_bytes:
+        raise UserError(f"{place}: the image has {len(data)} bytes; at most {limits.max_upload_bytes} are read")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > limits.max_pixels:
+                most = f"at most {limits.max_pixels} pixels are read"
+                raise UserError(f"{place}: the image is {image.width}x{image.height}; {most}")
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except UNREADABLE as error:
+        raise UserError(f"{place}: it is no PNG, JPEG or WebP, or a damaged one") from error
+
+
+def encode_png(result: Result) -> bytes:
+    """A PNG of a finished image with its settings inside."""
+    file = io.BytesIO()
+    save_png(file, result.pixels, texts_of(result.record))
+    return file.getvalue()
+
+
+def in_base64(data: bytes) -> str:
+    """Bytes as JSON holds them."""
+    return base64.b64encode(data).decode("ascii")
