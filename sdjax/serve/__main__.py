@@ -10,8 +10,9 @@ Models
     --mesh data=4            devices; all of them by default
 {load}
 Batches
-    --batch 1,2,4            sizes that requests share; a request gives the same picture in each, to the bit where the
-                             size is the same
+    --batch 1,4              sizes that requests share; 1 on CPUs, which gain nothing by more, else 1,4. A request
+                             gives the same picture in each, to the bit where the size is the same (on CPUs but for
+                             the last place of a batch)
     --sizes WxH,...          that are compiled before the server is ready; the model's own by default, none for none
     --rows_per_call N        network calls between two chances to join, cancel and show previews (1)
     --queue N                requests that may wait (64); further ones are answered 503
@@ -64,7 +65,6 @@ SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 DEFAULTS = {
     "host": "127.0.0.1",
     "port": "7860",
-    "batch": "1,2,4",
     "queue": "64",
     "rows_per_call": "1",
     "max_steps": "150",
@@ -72,7 +72,7 @@ DEFAULTS = {
     "max_images": "16",
     "max_upload": "32",
 }
-TEXTS = ("sizes", "memory", "mesh", "auth", "outdir")
+TEXTS = ("batch", "sizes", "memory", "mesh", "auth", "outdir")
 MANY = ("checkpoint", "hostname", "cors")
 ROOT = Path(sdjax.__file__).parents[1]
 
@@ -190,8 +190,10 @@ def names_of(sources: list[str]) -> list[str]:
     return names
 
 
-def read_batch(text: str) -> tuple[int, ...]:
+def read_batch(text: str | None) -> tuple[int, ...]:
     """Batch sizes, ascending."""
+    if text is None:
+        return (1,) if jax.default_backend() == "cpu" and jax.device_count() == 1 else (1, 4)
     sizes = [int(parse_number("--batch", part, int)) for part in text.split(",")]
     if min(sizes) < 1:
         raise UserError(f"--batch {text!r}: choose sizes of at least 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import threading
 import time
@@ -135,7 +136,7 @@ class Job:
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def listen() -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens any more
                 loop.call_soon_threadsafe(changed.set)
 
         with self._lock:

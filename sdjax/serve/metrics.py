@@ -19,7 +19,11 @@ class Metrics:
             "sdjax_batch_fill", "Share of the running batches' places with an image", registry=registry
         )
         self.stages = Histogram(
-            "sdjax_stage_seconds", "Seconds of a stage", ["stage"], registry=registry, buckets=BUCKETS
+            "sdjax_stage_seconds",
+            "Seconds of a turn and of its parts",
+            ["stage"],
+            registry=registry,
+            buckets=BUCKETS,
         )
 
     def text(self) -> bytes:

@@ -77,17 +77,14 @@ def compile_row(worker: Worker, name: str, pipe: Pipeline, row: Row) -> None:
         assert one is not None, "prepared with a refiner"
         passage = Passage(Job(name, [row], "warm-up", {}), 0, row)
         passage.part = part
+        begun = Begun(one, passage, worker.length)
         for size in sizes:
-            lane = None
             for other in sizes:
-                passage.begun = Begun(one, passage, worker.length)
-                lane = Lane(one, passage.begun, size)
-                lane.resize(other)
-            assert lane is not None, "there is a size"
-            lane.resize(size)
+                Lane(one, begun, other).resize(size)
+            lane, passage.begun = Lane(one, begun, size), begun
             lane.join(passage)
-            lane.call(1)
-            lane.call(1)
+            for _ in range(STEPS):  # whose arguments come from joining, then from the call before
+                lane.call(1)
             latents = lane.latents(0)
         if part == len(row.parts) - 1:
             with one.devices.mesh_context():

@@ -38,7 +38,7 @@ class EngineOptions(NamedTuple):
         outdir: where images are kept; None for nowhere.
     """
 
-    batch_sizes: tuple[int, ...] = (1, 2, 4)
+    batch_sizes: tuple[int, ...] = (1, 4)
     queue_length: int = 64
     rows_per_call: int = 1
     lanes: int = 4
@@ -100,7 +100,9 @@ class Worker:
                 self._guard(passage.job, lambda p=passage, x=latents: self._pass_on(p, x))
         self.lanes = [lane for lane in self.lanes if lane.seats]
         if advanced:
-            self._measure(advanced / (time.monotonic() - began))
+            seconds = time.monotonic() - began
+            self.metrics.stages.labels("turn").observe(seconds)
+            self._measure(advanced / seconds)
         self._tell()
 
     def fail_all(self, error: str) -> None:
@@ -169,7 +171,7 @@ class Worker:
     def _begin(self, passage: Passage) -> None:
         if passage.begun is None:
             model = self.models.find(passage.job.model)
-            with model.lock:
+            with model.lock, self.metrics.stages.labels("begin").time():
                 passage.begun = Begun(self._pipe(passage), passage, self.length)
 
     def _pipe(self, passage: Passage) -> Pipeline:
@@ -188,7 +190,7 @@ class Worker:
             return self._again(passage)
         if not np.isfinite(np.asarray(pipe.devices.all_gather(latents))).all():
             raise UserError(f"the UNet's output is not finite: the weights of {pipe.name} hold values that overflow")
-        with pipe.devices.mesh_context():
+        with pipe.devices.mesh_context(), self.metrics.stages.labels("finish").time():
             image = finish(pipe, [row] * pipe.devices.min_batch, latents)[0]
         second = second_pass(row, image)
         if second is not None:
