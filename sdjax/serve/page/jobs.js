@@ -1,0 +1,78 @@
+/** The server's jobs as they are now. */
+
+import { cancelJob, getJobs, listen } from "./api.js";
+
+const LIMIT = 200;
+const BUSY = 1000;
+const IDLE = 4000;
+
+export const isActive = (job) => job.state === "queued" || job.state === "running";
+
+/**
+ * Asks for all jobs now and then, and listens to one, the first that is active: a browser opens six connections to a
+ * server for all its tabs together, and an event stream holds one.
+ */
+export class Jobs {
+  constructor({ onChange, onFailure }) {
+    this.byId = new Map();
+    this.onChange = onChange;
+    this.onFailure = onFailure;
+    this.stop = null;
+    this.heard = null;
+    document.addEventListener("visibilitychange", () => this.refresh());
+  }
+
+  /** Newest first. */
+  get all() {
+    return [...this.byId.values()];
+  }
+
+  get active() {
+    return this.all.filter(isActive);
+  }
+
+  async refresh() {
+    clearTimeout(this.timer);
+    try {
+      const jobs = await getJobs(LIMIT);
+      this.byId = new Map(jobs.map((job) => [job.id, job]));
+      this.onFailure("");
+      this.changed();
+    } catch (error) {
+      this.onFailure(error.message);
+    }
+    clearTimeout(this.timer);
+    if (!document.hidden || this.active.length) this.timer = setTimeout(() => this.refresh(), this.active.length ? BUSY : IDLE);
+  }
+
+  /** A job that was just made, or has news. */
+  put(job) {
+    if (this.byId.has(job.id)) this.byId.set(job.id, job);
+    else this.byId = new Map([[job.id, job], ...this.byId]);
+    this.changed();
+  }
+
+  async cancel(id) {
+    this.put(await cancelJob(id));
+    this.refresh();
+  }
+
+  changed() {
+    this.follow();
+    this.onChange(this.all);
+  }
+
+  follow() {
+    const first = document.hidden ? undefined : this.active.at(-1);
+    if (first?.id === this.heard) return;
+    this.stop?.();
+    this.stop = null;
+    this.heard = first?.id;
+    if (!first) return;
+    const ended = (job) => {
+      this.put(job);
+      this.refresh();
+    };
+    this.stop = listen(first.id, (job) => this.put(job), ended);
+  }
+}

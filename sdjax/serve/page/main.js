@@ -1,0 +1,199 @@
+/** The page: parts that know nothing of each other, put together. */
+
+import { fetchImage, getModels, getOptions, postJob, readSettings } from "./api.js";
+import { byId, element } from "./dom.js";
+import { takeDrops } from "./drops.js";
+import { Form } from "./form.js";
+import { Gallery, imagesOf } from "./gallery.js";
+import { readFile } from "./image-files.js";
+import { isActive, Jobs } from "./jobs.js";
+import { announcer, banner, toast } from "./notices.js";
+import { Queue } from "./queue.js";
+import { load, loadImages, save, saveImages } from "./state.js";
+import { Viewer } from "./viewer.js";
+import { percent, state } from "./words.js";
+
+const RECORD = { index: "first_index" }; // an image's record, by options of a call
+const KEPT = 20; // jobs of which this tab keeps all that it sent, images included
+const sent = new Map();
+let images = [];
+
+const promptOf = (job) => sent.get(job.id)?.prompt ?? job.prompt ?? job.images.find(Boolean)?.settings.prompt ?? null;
+const say = announcer(promptOf);
+
+const form = new Form({ onSeed: () => images[0]?.settings.seed });
+const jobs = new Jobs({ onChange: render, onFailure: banner });
+const queue = new Queue({ promptOf, onCancel: attempt((id) => jobs.cancel(id)), onDismiss: dismiss });
+const gallery = new Gallery({ onOpen: (key) => viewer.open(key) });
+const viewer = new Viewer({
+  images: () => images,
+  onUse: (image) => use(image.settings, `Settings of seed ${image.settings.seed} are in the form.`, sent.get(image.job)),
+  onInit: attempt(async (image) => begin(await fetchImage(image.url))),
+  onCopy: attempt(copy),
+  onClose: (key) => gallery.focus(key),
+});
+
+/** A function whose errors are said at the foot of the page. */
+function attempt(run) {
+  return async (...given) => {
+    try {
+      return await run(...given);
+    } catch (error) {
+      toast(error.message);
+    }
+  };
+}
+
+// Jobs
+
+function render(all) {
+  const { dismissed = [], hiddenBefore = 0 } = load();
+  const seen = all.filter((job) => isActive(job) || job.created > hiddenBefore);
+  images = imagesOf(seen);
+  queue.show(seen.filter((job) => job.state !== "done" && !dismissed.includes(job.id)));
+  gallery.show(images);
+  byId("empty").hidden = seen.length > 0;
+  byId("hide-all").hidden = !images.length;
+  byId("show-all").hidden = seen.length === all.length;
+  all.filter((job) => sent.has(job.id)).forEach((job) => say(job, state(job), percent(job)));
+  const running = all.find((job) => job.state === "running");
+  document.title = running ? `${percent(running)} % · sdjax` : "sdjax";
+}
+
+function dismiss(id) {
+  const { dismissed = [] } = load();
+  save({ dismissed: [id, ...dismissed].slice(0, 1000) });
+  render(jobs.all);
+}
+
+function hideBefore(time) {
+  save({ hiddenBefore: time });
+  render(jobs.all);
+}
+
+async function generate() {
+  const body = form.body(byId("model").value || null);
+  const go = byId("generate");
+  if (!body || go.disabled) return;
+  go.disabled = true;
+  try {
+    const job = await postJob(body);
+    sent.set(job.id, body);
+    if (sent.size > KEPT) sent.delete(sent.keys().next().value);
+    jobs.put(job);
+    if (matchMedia("(max-width: 820px)").matches) byId("results").scrollIntoView({ behavior: "smooth" });
+  } catch (error) {
+    form.fail(error);
+  }
+  go.disabled = false;
+}
+
+// Settings
+
+/** Settings of an image into the form; images that it was made from are there if this tab sent them. */
+function use(settings, message, body = null) {
+  const values = Object.fromEntries(Object.entries(settings).map(([name, value]) => [RECORD[name] ?? name, value]));
+  if (!values.first_index) delete values.first_index;
+  const missing = [];
+  for (const name of [...form.fields.keys()].filter((name) => form.isImage(name))) {
+    if (name in values && !body?.options[name]) missing.push(name);
+    delete values[name];
+    if (body?.options[name]) values[name] = body.options[name];
+  }
+  if (values.strength !== undefined && !values.init_image) {
+    delete values.strength; // which acts on an init image alone
+    missing.push("init_image");
+  }
+  form.write(values);
+  keep();
+  const lost = [...new Set(missing)].map((name) => form.fields.get(name).row.label.toLowerCase()).join(", ");
+  toast(lost ? `${message} Choose its ${lost}: no image keeps another.` : message);
+  byId("fields").querySelector("textarea, input, select")?.focus();
+}
+
+async function begin(file) {
+  form.set("init_image", await readFile(file));
+  form.fields.get("init_image")?.focus();
+}
+
+/** Reads the settings of a file that was dropped, pasted or chosen. */
+async function take(file) {
+  const init = ["Use as init image", attempt(() => begin(file))];
+  try {
+    const { settings, warnings } = await readSettings(file);
+    use(settings, ["Settings of the image are in the form.", ...warnings].join(" "));
+  } catch (error) {
+    toast(error.message, form.fields.has("init_image") ? [init] : []);
+  }
+}
+
+async function copy(image) {
+  await navigator.clipboard.writeText(image.parameters);
+  toast("The settings are copied as A1111 writes them.");
+}
+
+/** The form outlives a reload. */
+function keep() {
+  keepTexts();
+  keepImages();
+}
+
+function keepTexts() {
+  save({ model: byId("model").value, values: entries((name) => !form.isImage(name)) });
+}
+
+function keepImages() {
+  saveImages(entries((name) => form.isImage(name)));
+}
+
+const entries = (isWanted) => Object.fromEntries(Object.entries(form.values()).filter(([name]) => isWanted(name)));
+
+// Start
+
+async function choose(model) {
+  byId("generate").disabled = true;
+  form.say("");
+  try {
+    const facts = await getOptions(model);
+    form.build(facts);
+    byId("model").value = facts.model;
+  } catch (error) {
+    form.say(error.message);
+  }
+  byId("generate").disabled = false;
+}
+
+async function start() {
+  const kept = load();
+  const models = await getModels();
+  byId("model").replaceChildren(...models.map(({ id }) => element("option", { value: id }, id)));
+  const isKnown = models.some(({ id }) => id === kept.model);
+  await choose(isKnown ? kept.model : null);
+  form.write({ ...kept.values, ...(await loadImages()) });
+}
+
+byId("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  generate();
+});
+byId("form").addEventListener("input", keepTexts);
+byId("form").addEventListener("change", (event) => (event.target.closest(".kind-image") ? keep : keepTexts)());
+byId("reset").addEventListener("click", () => {
+  form.write({});
+  keep();
+});
+byId("model").addEventListener("change", async (event) => {
+  await choose(event.target.value);
+  keep();
+});
+byId("hide-all").addEventListener("click", () => hideBefore(Math.max(...jobs.all.map((job) => job.created))));
+byId("show-all").addEventListener("click", () => hideBefore(0));
+addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) {
+    event.preventDefault();
+    generate();
+  }
+});
+takeDrops(take);
+jobs.refresh();
+attempt(start)();

@@ -1,0 +1,37 @@
+/** Messages: for readers of the screen alone, and for all, for a while. */
+
+import { button, byId, element, show } from "./dom.js";
+
+const SHOWN = 8000;
+let timer;
+
+export function announce(text) {
+  byId("status").textContent = text;
+}
+
+/** A message at the foot of the page, with actions [[text, run], ...]. */
+export function toast(text, actions = []) {
+  const target = byId("toast");
+  clearTimeout(timer);
+  const close = () => target.replaceChildren();
+  const acting = (run) => () => {
+    close();
+    run();
+  };
+  const buttons = actions.map(([name, run]) => button(name, acting(run)));
+  target.replaceChildren(element("p", {}, text), ...buttons, button("×", close, { class: "quiet icon", "aria-label": "Close the message" }));
+  if (!actions.length) timer = setTimeout(close, SHOWN);
+}
+
+export const banner = (text) => show(byId("banner"), text);
+
+/** Says of a job how far it is, in quarters, where that has changed. */
+export function announcer(promptOf) {
+  const said = new Map();
+  return (job, words, share) => {
+    const stage = `${job.state} ${job.state === "running" ? Math.floor(share / 25) : ""} ${job.state === "queued" ? job.place : ""}`;
+    if (said.get(job.id) === stage) return;
+    said.set(job.id, stage);
+    announce(`${promptOf(job) || "Job"}: ${words}`);
+  };
+}
