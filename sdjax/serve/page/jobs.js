@@ -47,9 +47,11 @@ export class Jobs {
 
   /** A job that was just made, or has news. */
   put(job) {
-    if (this.byId.has(job.id)) this.byId.set(job.id, job);
-    else this.byId = new Map([[job.id, job], ...this.byId]);
+    const isNew = !this.byId.has(job.id);
+    if (isNew) this.byId = new Map([[job.id, job], ...this.byId]);
+    else this.byId.set(job.id, job);
     this.changed();
+    if (isNew) this.refresh(); // busy from now on
   }
 
   async cancel(id) {

@@ -3,7 +3,7 @@
 import { local } from "./api.js";
 import { arrange, button, byId, element } from "./dom.js";
 import { isActive } from "./jobs.js";
-import { count, percent, state } from "./words.js";
+import { count, joined, percent, state } from "./words.js";
 
 export class Queue {
   /** `promptOf` gives a job's prompt, null where it is not known. */
@@ -38,7 +38,7 @@ export class Queue {
     const prompt = this.promptOf(job) ?? "A job of another tab";
     card.node.dataset.state = job.state;
     put(card.title, prompt || "Without a prompt");
-    put(card.line, [state(job), job.images.length > 1 ? count(job.images.length, "image") : null].filter(Boolean).join(" · "));
+    put(card.line, joined(state(job), job.images.length > 1 && count(job.images.length, "image")));
     card.bar.hidden = !isActive(job);
     card.bar.value = job.state === "running" ? percent(job) / 100 : 0;
     card.bar.setAttribute("aria-label", `Progress of ${prompt}`);

@@ -25,17 +25,13 @@ export function seconds(left) {
 export const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 export const percent = ({ done, total }) => (total ? Math.floor((100 * done) / total) : 0);
 
+export const joined = (...parts) => parts.filter(Boolean).join(" · ");
+
 /** State of a job in one line. */
 export function state(job) {
-  if (job.state === "queued") return job.place ? `Waiting: ${count(job.place, "job")} before it` : "Waiting: next in the queue";
-  if (job.state === "running") return [`${percent(job)} %`, job.eta === null ? null : seconds(job.eta)].filter(Boolean).join(" · ");
+  const left = job.eta === null ? null : seconds(job.eta);
+  if (job.state === "queued") return joined(job.place ? `Place ${job.place} in the queue` : "Next in the queue", left);
+  if (job.state === "running") return joined(`${percent(job)} %`, left);
   if (job.state === "failed") return `Failed: ${job.error}`;
   return job.state === "cancelled" ? "Cancelled" : `Done: ${count(job.images.length, "image")}`;
-}
-
-/** The settings that a person looks for first, in one line. */
-export function brief(settings) {
-  const { sampler, steps, width, height, seed } = settings;
-  const parts = [sampler, steps && `${steps} steps`, width && `${width} × ${height}`, seed !== undefined && `seed ${seed}`];
-  return parts.filter(Boolean).join(" · ");
 }
