@@ -34,9 +34,12 @@ export function arranged(rows) {
 /** Names of what an option has an entry for each of; null for one value. */
 export function namesOf(row, facts) {
   if (row.name === "lora_scale") return facts.loras;
-  if (row.name.startsWith("control_") && (row.many || row.kind === "scales")) {
-    const nets = Array.from({ length: facts.controlnets }, (_, i) => `ControlNet ${i + 1}`);
-    return nets.length > 1 || row.many ? nets : null;
-  }
-  return null;
+  if (!row.name.startsWith("control_") || !(row.many || row.kind === "scales")) return null;
+  return Array.from({ length: facts.controlnets }, (_, i) => `ControlNet ${i + 1}`);
+}
+
+/** A row for one ControlNet has one number, not a list. */
+export function singled(row, facts) {
+  const isOne = row.kind === "scales" && row.name.startsWith("control_") && facts.controlnets === 1;
+  return isOne ? { ...row, kind: "float" } : row;
 }

@@ -92,7 +92,14 @@ function lineControl(row, { id }, parse, format, placeholder) {
   return { nodes: [input], inputs: [input], read, write: (value) => (input.value = value === undefined || value === null ? "" : format(value)) };
 }
 
-export const textControl = (row, how) => lineControl(row, how, (text) => text, listed, standing(row));
+/** Text of any kind; `suggestions` are shown while it is written. */
+export function textControl(row, how) {
+  const control = lineControl(row, how, (text) => text, listed, standing(row));
+  if (!how.suggestions?.length) return control;
+  const list = element("datalist", { id: `${how.id}-list` }, ...how.suggestions.map((value) => element("option", { value })));
+  control.inputs[0].setAttribute("list", list.id);
+  return { ...control, nodes: [...control.nodes, list] };
+}
 
 const listed = (value) => (Array.isArray(value) ? value.map((one) => (Array.isArray(one) ? one.join(":") : one)).join(", ") : String(value));
 

@@ -1,6 +1,6 @@
 /** The form: fields of the model's options, what they say, and what the server says of them. */
 
-import { arranged, namesOf, PROMPTS, STANDING } from "./arrangement.js";
+import { arranged, namesOf, PROMPTS, singled, STANDING } from "./arrangement.js";
 import { standing } from "./controls.js";
 import { button, byId, element, show } from "./dom.js";
 import { makeField, valueOf } from "./fields.js";
@@ -40,7 +40,7 @@ export class Form {
   }
 
   section({ id, title, rows }) {
-    const nodes = rows.map((row) => this.add(row, this.how(row)));
+    const nodes = rows.map((row) => this.add(singled(row, this.facts), this.how(row)));
     if (title === null) return element("div", { class: "grid common" }, ...nodes);
     const badge = element("span", { class: "badge" });
     const fold = element("details", { id: `section-${id}` }, element("summary", {}, title, badge), element("div", { class: "grid" }, ...nodes));
@@ -59,7 +59,7 @@ export class Form {
     }
     if (row.name === "seed") return { after: this.seedButtons() };
     if (row.name === "mask") return { extras: [button("Draw", () => this.draw(), { id: "draw-mask" })] };
-    return { names: namesOf(row, this.facts) };
+    return { names: namesOf(row, this.facts), suggestions: row.name === "class_label" ? this.facts.classes : [] };
   }
 
   seedButtons() {
