@@ -199,6 +199,12 @@ class Options(TypedDict, total=False):
     refiner_start: Annotated[Number | None, Option("share of the noise levels from which a refiner takes over", 0, 1)]
     hires: Annotated[Number | None, Option("factor of a second pass over the enlarged image", 1, label="Hires upscale")]
     hires_strength: Annotated[Number | None, Option("strength of the second pass", 0, 1)]
+    hires_steps: Annotated[
+        int | None,
+        Option(
+            "that the second pass runs, as A1111 counts; else its strength's share of steps", 1, label="Hires steps"
+        ),
+    ]
     tile: Annotated[int | None, Option("pixels of the autoencoder's tiles; 0 for none", 0)]
     guess_mode: Annotated[bool | None, Option("diffusers' name of control_mode guess", scope="call")]
     paste: Annotated[bool | None, Option("put init_image's own pixels back outside of the mask", scope="call")]

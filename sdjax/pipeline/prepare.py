@@ -14,7 +14,15 @@ from jaxtyping import Float
 from sdjax.core.errors import UserError
 from sdjax.data.image_inputs import check_mask_size, listed, load_image, load_mask, size_of
 from sdjax.data.text.prompt_editing import Pass
-from sdjax.diffusion.samplers import SamplerTable, network_calls, sampler_of, schedule_of, start_of, table_for
+from sdjax.diffusion.samplers import (
+    SamplerTable,
+    network_calls,
+    sampler_of,
+    schedule_of,
+    start_of,
+    strength_of,
+    table_for,
+)
 from sdjax.diffusion_model.conditioners.lora import LORA_SCALE
 from sdjax.diffusion_model.conditioners.upscale import NOISE, SMALL
 from sdjax.diffusion_model.sampling import ConditionSchedule
@@ -307,7 +315,7 @@ def _prepare_entry(
     given: Mapping[str, Any],
     size: tuple[int, int],
     tables: Sequence[SamplerTable],
-    earlier_steps: int | None = None,
+    over: Pass | None = None,
 ) -> Row:
     guidance = float(given["guidance_scale"])
     image = mask = None
@@ -329,7 +337,7 @@ def _prepare_entry(
         own, schedule = inputs, None
         if "syntax" in one.inputs and entry["syntax"] == "a1111":
             guided = guided or needs_null(one, inputs["prompt"])
-            own, schedule = edit_prompts(inputs, table, Pass(given["steps"], earlier_steps), first, guided)
+            own, schedule = edit_prompts(inputs, table, over or Pass(given["steps"]), first, guided)
         conditioner = one.model.conditioner
         columns = conditioner.encode(own, one.host(size, table, total))
         parts.append(Part(columns, table, guided, schedule, conditioner.traits.shared_columns))
@@ -407,10 +415,30 @@ def _with_second_pass(pipe: Pipeline, row: Row, entry: Mapping[str, Any], given:
         raise UserError(f"hires {scale:g} is for images from a prompt alone; set width and height instead")
     multiple = pipe.model.multiple
     size = tuple(round(side * scale / multiple) * multiple for side in row.size)
-    again = {**given, "strength": given.get("hires_strength", HIRES_STRENGTH), "height": size[0], "width": size[1]}
+    again = {**given, **_second_steps(pipe, given), "height": size[0], "width": size[1]}
     blank = np.zeros((*size, 3), np.float32)  # stands for what the first pass makes
-    second = _prepare_entry(pipe, entry, again, size, [make_rows(pipe, again)], given["steps"])
+    over = Pass(given.get("hires_steps", given["steps"]), given["steps"])
+    second = _prepare_entry(pipe, entry, again, size, [make_rows(pipe, again)], over)
     second = second._replace(index=row.index, image=blank, fresh=False)
     if row.torch is not None:
         second = _with_torch_noise(pipe, second, row.torch.noise.batch, 1)
     return row._replace(second=second)
+
+
+def _second_steps(pipe: Pipeline, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps and strength of the second pass; A1111 has it run a number of steps, whatever the strength.
+
+    The steps are then the last ones of as many as the strength is their share of (modules/sd_samplers_common.py,
+    setup_img2img_steps).
+    """
+    strength, run = given.get("hires_strength", HIRES_STRENGTH), given.get("hires_steps")
+    start_of(given["steps"], strength)  # which refuses a strength of 0
+    if run is None:
+        return {"strength": strength}
+    total, most = int(run / min(strength, 0.999)), schedule_of(pipe.scheduler).num_timesteps
+    if total > most:
+        raise UserError(
+            f"hires_steps {run} are {strength:g} of {total} steps, and the model was trained on {most}; "
+            "lower hires_steps or raise hires_strength"
+        )
+    return {"steps": total, "strength": strength_of(run, total)}

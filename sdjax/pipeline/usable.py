@@ -27,7 +27,7 @@ BESIDE = {
     "ip_blocks": ("an ip_image", "ip_image"),
     "t2i_scale": ("a t2i_image", "t2i_image"),
     "t2i_factor": ("a t2i_image", "t2i_image"),
-    "hires_strength": ("hires", "hires"),
+    **dict.fromkeys(("hires_strength", "hires_steps"), ("hires", "hires")),
 }
 
 
@@ -43,7 +43,7 @@ def usable_options(pipe: Pipeline) -> list[str]:
     if pipe.refiner is None:
         idle.add("refiner_start")
     if not pipe.begins_from_images:
-        idle |= {"strength", "mask", "feather", "hires", "hires_strength"}
+        idle |= {"strength", "mask", "feather", "hires", "hires_strength", "hires_steps"}
         if "init_image" not in known:
             idle.add("init_image")
     return [

@@ -116,7 +116,7 @@ def test_our_own_record_comes_back_exactly(tmp_path: Path):
 
 
 def test_the_text_alone_says_the_same(tmp_path: Path):
-    record = {**RECORD, "clip_skip": 1, "rng": "torch", "hires": 2.0, "hires_strength": 1 / 3}
+    record = {**RECORD, "clip_skip": 1, "rng": "torch", "hires": 2.0, "hires_strength": 1 / 3, "hires_steps": 9}
     found = read_settings(save(tmp_path / "x.png", parameters=parameters(record)))
     absent = ("eta", "checkpoint", "given", "init_image", "strength", "original_size", "class_label", "embeddings")
     expected = {name: value for name, value in record.items() if name not in absent}

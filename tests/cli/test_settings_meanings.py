@@ -130,7 +130,7 @@ def test_second_passes_of_a1111_by_any_size(extra: dict[str, Any], wanted: tuple
     assert values["hires_strength"] == 0.5
     assert "strength" not in values
     assert any("Hires upscaler: Latent" in note for note in found.notes)
-    assert "the second pass runs 10 steps, there all 20" in found.notes
+    assert values["hires_steps"] == 20, "all of them"
 
 
 def test_a_crop_of_a_second_pass_is_named():
@@ -146,7 +146,14 @@ def test_strength_acts_only_beside_an_image(strength: float):
     assert "strength" not in settled(a1111(text))
     assert settled(a1111(text), "init_image")["strength"] > 0.0
     hires = line(**{"Hires upscale": 2, "Denoising strength": 0.5})
-    assert not {"hires", "hires_strength"} & settled(a1111(hires), "init_image").keys()
+    assert not {"hires", "hires_strength", "hires_steps"} & settled(a1111(hires), "init_image").keys()
+
+
+def test_steps_of_a_second_pass_are_named():
+    second = {"Hires upscale": 2, "Denoising strength": 0.5, "Hires steps": 7}
+    assert settled(a1111(line(**second)))["hires_steps"] == 7
+    assert "hires_steps" not in settled(a1111(line(**second | {"Denoising strength": 0})))
+    assert "hires_steps" not in settled(a1111(line(**{"Hires steps": 7})))
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 29, 100])

@@ -156,6 +156,9 @@ def test_which_step_is_which(ours):
         assert row.parts[0].schedule is None
         np.testing.assert_array_equal(row.parts[0].columns["ids"], first)
         assert conditions(row.second) == [0, 0, 2, 2, 2, 2]
+    for when in ("1.25", "12"):
+        (row,) = ours.prepare(f"[red heart:flag:{when}]", **hires, hires_steps=8)
+        assert conditions(row.second) == [0, 0, 2, 2, 2, 2, 2, 2], "of 13 steps the last 8, which are counted"
 
 
 def test_plain_syntax_edits_nothing(ours):

@@ -122,7 +122,15 @@ FLAGS += ("init_image", "mask", "strength")
 
 
 def test_an_image_is_made_again_from_itself(run, tmp_path):
-    how = ("--sampler=euler_a", "--steps=4", "--seed=9", "--rng=torch", "--hires=1.5", "--hires_strength=0.6")
+    how = (
+        "--sampler=euler_a",
+        "--steps=4",
+        "--seed=9",
+        "--rng=torch",
+        "--hires=1.5",
+        "--hires_strength=0.6",
+        "--hires_steps=3",
+    )
     assert run(*TWO, *how, "--negative_prompt=cat", "--outdir=all")[0] == 0
     code, _, err = run("--from_image=all/00001.png", "--outdir=again")
     assert code == 0, err
@@ -343,6 +351,16 @@ BAD = {
     "strength of nothing": ([P, "--strength=0.5"], "strength 0.5 changes nothing without an init_image"),
     "feather of nothing": ([P, "--feather=2"], "feather 2.0 changes nothing without a mask"),
     "hires of nothing": ([P, "--hires_strength=0.3"], "hires_strength 0.3 changes nothing without hires"),
+    "hires steps of nothing": ([P, "--hires_steps=3"], "hires_steps 3 changes nothing without hires"),
+    "hires steps": (
+        [P, "--hires=2", "--hires_steps=9", "--hires_strength=0.001"],
+        "hires_steps 9 are 0.001 of 9000 steps, and the model was trained on 1000; lower hires_steps or raise "
+        "hires_strength",
+    ),
+    "hires strength": (
+        [P, "--hires=2", "--hires_strength=0", "--hires_steps=9"],
+        "strength 0.0: choose more than 0, at most 1",
+    ),
     "hires of an image": ([P, "--hires=2", "--init_image=fine.png"], "hires 2 is for images from a prompt alone"),
     "size of an SDXL": ([P, "--crop=3,4"], r"crop \(3, 4\) changes nothing: sd1 is conditioned on prompt; "),
     "empty name": (["--from_image="], "cannot read the settings of "),

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from sdjax.cli.records import NEGATIVE
-from sdjax.cli.settings.names import A1111, FOOOCUS, FORGE, SDJAX, SDNEXT, Dialect
+from sdjax.cli.settings.names import A1111, FOOOCUS, FORGE, SDJAX, SDNEXT, Dialect, run_share
 from sdjax.cli.settings.settings import Settings, brief
 from sdjax.core.errors import UserError
 from sdjax.pipeline.options import OPTIONS
@@ -160,7 +160,9 @@ def _put_second_pass(found: Settings, settings: Mapping[str, str]) -> None:
         if factor - min(factors) > 0.01 * factor:
             found.notes.append(f"the second pass is not cropped to {second[0]}x{second[1]}")
     if factor is not None:
-        found.put_second_pass(factor, values.pop("strength", None))
+        runs_all = found.dialect.img2img is not run_share
+        steps = values.pop("hires_steps", values.get("steps") if runs_all else None)
+        found.put_second_pass(factor, values.pop("strength", None), steps)
 
 
 def _first_pass(width: int, height: int) -> tuple[int, int]:

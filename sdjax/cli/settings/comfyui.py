@@ -156,8 +156,9 @@ def _put_second(found: Settings, graph: Graph, first: Node, last: Node) -> None:
         if isinstance(end, int) and steps and 0 < end < steps:
             found.put("refiner_start", end / steps)
         return
-    found.put_second_pass(_factor(found, graph, first, last), _value(graph, last, "denoise"))
-    for name in ("steps", "cfg", "sampler_name", "scheduler", "seed"):
+    run = _value(graph, last, "steps")
+    found.put_second_pass(_factor(found, graph, first, last), _value(graph, last, "denoise"), run)
+    for name in ("cfg", "sampler_name", "scheduler", "seed"):
         own, other = _value(graph, first, name), _value(graph, last, name)
         if own != other:
             found.notes.append(f"{name} {brief(other)} of the second pass is not followed: it has the first one's")

@@ -8,13 +8,13 @@ InvokeAI backend/stable_diffusion/schedulers; NovelAI's images.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from sdjax.cli.records import SAMPLER_LABELS, SCHEDULE_LABELS
 from sdjax.cli.settings import emphasis
 from sdjax.core.errors import unknown
+from sdjax.diffusion.samplers import strength_of
 
 OWN_TIMESTEPS = ("lcm", "tcd")
 SHOWN = 80
@@ -53,19 +53,13 @@ class Dialect(NamedTuple):
 
 def run_one_more(steps: int, strength: float) -> tuple[int, float]:
     """A1111 runs int(strength steps) + 1 of the steps (modules/sd_samplers_common.py, setup_img2img_steps)."""
-    return steps, _share(min(int(min(strength, 0.999) * steps) + 1, steps), steps)
+    return steps, strength_of(min(int(min(strength, 0.999) * steps) + 1, steps), steps)
 
 
 def run_all(steps: int, strength: float) -> tuple[int, float]:
     """ComfyUI runs the last steps of int(steps / strength) (comfy/samplers.py, KSampler.set_steps)."""
     total = int(steps / strength) if strength > 0.0 else steps
-    return total, _share(steps, total)
-
-
-def _share(part: int, total: int) -> float:
-    """A number of which int(number total) is the part."""
-    share = part / total
-    return share if int(share * total) >= part else math.nextafter(share, 2.0)
+    return total, strength_of(steps, total)
 
 
 K_SAMPLERS = {

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sdjax.cli.settings.names import OWN_TIMESTEPS, Dialect, run_share, sampler_of, schedule_of
+from sdjax.cli.settings.names import OWN_TIMESTEPS, Dialect, sampler_of, schedule_of
 from sdjax.core.errors import UserError, unknown
 from sdjax.pipeline.options import OPTIONS, Pair, Scales, check_value, parse_value
 from sdjax.pipeline.seeds import RANDOM
@@ -20,6 +20,7 @@ NEEDS = {
     "strength": ("init_image", "an image to begin from"),
     "refiner_start": ("refiner", "a refiner"),
     "hires_strength": ("hires", "a second pass"),
+    "hires_steps": ("hires", "a second pass"),
 }
 # Every program here has an autoencoder of this factor, and cuts images to multiples of it.
 FACTOR = 8
@@ -117,13 +118,12 @@ class Settings:
         if implied:
             self.implied.add("schedule")
 
-    def put_second_pass(self, factor: Any, strength: Any) -> None:
-        """Keep a second pass over the enlarged image, and say how many steps that program gives it."""
+    def put_second_pass(self, factor: Any, strength: Any, steps: Any = None) -> None:
+        """Keep a second pass over the enlarged image; steps are None where that program runs a share of all."""
         self.put("hires", factor)
         self.put("hires_strength", strength)
-        steps, share = self.values.get("steps"), self.values.get("hires_strength")
-        if steps and share and self.dialect.img2img is not run_share:
-            self.notes.append(f"the second pass runs {max(int(share * steps), 1)} steps, there all {steps}")
+        if self.values.get("hires_strength"):  # at 0 all would be a share of nothing
+            self.put("hires_steps", steps)
 
     def put_clip_skip(self, layer: Any) -> None:
         """Keep the layers that are skipped, of which that program names the one it stops at."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ __all__ = [
     "sampler_of",
     "schedule_of",
     "start_of",
+    "strength_of",
     "table_for",
 ]
 
@@ -138,6 +140,12 @@ def start_of(steps: int, strength: float) -> int:
     if not 0.0 < strength <= 1.0:
         raise UserError(f"strength {strength}: choose more than 0, at most 1")
     return steps - min(max(int(steps * strength), 1), steps)
+
+
+def strength_of(part: int, steps: int) -> float:
+    """A strength that leaves so many of all steps: the inverse of `start_of`."""
+    strength = part / steps
+    return strength if int(strength * steps) >= part else math.nextafter(strength, 2.0)
 
 
 def _spacing(name: str, sampler: str) -> dict[str, object]:
