@@ -86,6 +86,7 @@ class Checkpoint:
         placeholders: words of textual inversions, and the number of vectors of each. Their ids are the last of every
             text encoder, in this order.
         loras: files whose factors stand in the parameters, as the entries "0", "1", ... of a layer's "lora".
+        controlnets: names of the components "controlnet", "controlnet_1", ..., those of their files or folders.
     """
 
     components: Mapping[str, Component]
@@ -97,6 +98,7 @@ class Checkpoint:
     model_index: Mapping[str, Any] = field(default_factory=dict)
     placeholders: Mapping[str, int] = field(default_factory=dict)
     loras: tuple[LoadedLora, ...] = ()
+    controlnets: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:

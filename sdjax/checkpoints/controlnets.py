@@ -7,7 +7,7 @@ import itertools
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from sdjax.checkpoints.mapping import Writable, check_blocks, export
 from sdjax.checkpoints.networks import controlnet
 from sdjax.checkpoints.original_keys import outward, without_prefix
 from sdjax.checkpoints.storage.safetensors import write_safetensors
-from sdjax.checkpoints.storage.weights import Source, read_file
+from sdjax.checkpoints.storage.weights import SAFETENSORS, SUFFIXES, Source, read_file
 from sdjax.core.errors import UserError
 from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree, flatten, numbered, unflatten
@@ -51,7 +51,7 @@ logger = logging.getLogger("sdjax")
 
 
 def add_controlnets(nets: Sequence[tuple[str, Component]]) -> Patch:
-    """ControlNets, each after its name in messages, as the components "controlnet", "controlnet_1", ..., in order.
+    """ControlNets, each after its source, as the components "controlnet", "controlnet_1", ..., in order.
 
     Raises:
         UserError: by the patch, where one is made for another UNet.
@@ -62,9 +62,17 @@ def add_controlnets(nets: Sequence[tuple[str, Component]]) -> Patch:
         for i, (name, net) in enumerate(nets):
             check_base(net.config, checkpoint, name)
             components[numbered(CONTROLNET, i)] = net
-        return dataclasses.replace(checkpoint, components=components)
+        return dataclasses.replace(
+            checkpoint, components=components, controlnets=tuple(_name(name) for name, _ in nets)
+        )
 
     return patch
+
+
+def _name(source: str) -> str:
+    """The name of a ControlNet: its file's or folder's, or on the Hub its repository's."""
+    path = PurePath(source)
+    return path.stem if path.suffix in (SAFETENSORS, *SUFFIXES) else path.name
 
 
 def check_base(net: ControlNetConfig, checkpoint: Checkpoint, name: str) -> None:

@@ -107,6 +107,11 @@ class Pipeline:
         return self.checkpoint.loras
 
     @property
+    def controlnets(self) -> tuple[str, ...]:
+        """Names of the ControlNets that were loaded, in the order of their hints."""
+        return self.checkpoint.controlnets
+
+    @property
     def text(self) -> TextConditioner:
         """The conditioner of prompts; one without encoders for models that take none."""
         parts = getattr(self.model.conditioner, "parts", (self.model.conditioner,))

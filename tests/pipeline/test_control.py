@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from PIL import Image
 from test_against_diffusers import SIDES, check, to_torch
 
 import sdjax
+from sdjax.checkpoints.controlnets import add_controlnets, read_controlnet
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.checkpoints.open import read_checkpoint
 from sdjax.core.errors import UserError
@@ -163,6 +165,18 @@ def test_inpainting(family, controlled, in_torch, nets, picture, mask):
     how = {"sampler": "ddim", "seed": 7, "rng": "torch", "init_image": picture, "mask": mask, "paste": False}
     control = {"control_image": picture, "control_from": "inpaint", "control_scale": 0.5}
     check(controlled(family, nets(family))(PROMPTS, NEGATIVES, steps=10, **how, **control, **settings), images)
+
+
+def test_controlnets_have_the_names_of_their_files(controlled, nets, tmp_path):
+    two = [nets("sd1"), nets("sd1", 1)]
+    assert controlled("sd1", *two).controlnets == ("sd1_0", "sd1_1")
+    net = tmp_path / "control.v11.safetensors"
+    net.symlink_to(Path(two[0]) / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").symlink_to(Path(two[0]) / "config.json")
+    component = read_controlnet(net)
+    checkpoint = controlled("sd1", *two).checkpoint
+    added = add_controlnets([(str(net), component), ("lllyasviel/sd-controlnet-canny", component)])(checkpoint)
+    assert added.controlnets == ("control.v11", "sd-controlnet-canny")
 
 
 def test_a_strength_of_zero_is_the_base_to_the_bit(opened, controlled, nets, noise):
