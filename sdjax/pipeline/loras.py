@@ -74,6 +74,16 @@ def load_named(pipe: Pipeline, entries: Sequence[Mapping[str, Any]]) -> None:
     pipe.add_loras(list(dict.fromkeys((folder[name], 0.0) for name in places)))
 
 
+def lora_files(pipe: Pipeline) -> dict[str, Path]:
+    """Files by the names of LoRAs that prompts may have: those in the pipeline's folder, and those that are loaded.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    folder = {} if pipe.lora_dir is None else _folder(pipe.lora_dir)
+    return folder | {lora.name: lora.path for lora in pipe.loras}
+
+
 def _folder(path: Path) -> dict[str, Path]:
     """Files of a folder and of those in it by name, or by the name that their training gave them.
 

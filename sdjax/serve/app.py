@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 import sdjax
 from sdjax.core.errors import UserError, printable
 from sdjax.serve.api import jobs, openai
+from sdjax.serve.api.a1111 import routes as a1111
 from sdjax.serve.api.options import option_of
 from sdjax.serve.engine import Engine
 from sdjax.serve.jobs import QueueFullError
@@ -36,7 +37,7 @@ def make_app(engine: Engine, access: Access | None = None) -> Any:
     """
     access = access or Access()
     app = FastAPI(title="sdjax", description=str(sdjax.__doc__), version="1")
-    for module in (jobs, openai):
+    for module in (jobs, openai, a1111):
         app.include_router(module.router(engine))
     _add_states(app, engine)
     _add_errors(app)

@@ -19,6 +19,10 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 PREFIX = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
+class UnreadableImageError(UserError):
+    """A given image is none."""
+
+
 def decode_image(text: str, place: str, limits: Limits) -> Image.Image:
     """The image in base64, with the prefix of a data URL or without.
 
@@ -28,20 +32,26 @@ def decode_image(text: str, place: str, limits: Limits) -> Image.Image:
         limits: of its bytes and pixels.
 
     Raises:
-        UserError: it is no base64, too large, or no PNG, JPEG or WebP.
+        UnreadableImageError: it is no base64, or no PNG, JPEG or WebP.
+        UserError: it is too large.
     """
+    return read_upload(decode_file(text, place, limits), place, limits)
+
+
+def decode_file(text: str, place: str, limits: Limits) -> bytes:
+    """The bytes of an image in base64; see `decode_image`, whose errors it raises."""
     found = PREFIX.match(text)
     try:
         data = base64.b64decode(text[found.end() :] if found else text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UserError(f"{place}: it is no image in base64") from error
-    return read_upload(data, place, limits)
+        raise UnreadableImageError(f"{place}: it is no image in base64") from error
+    _check_bytes(data, place, limits)
+    return data
 
 
 def read_upload(data: bytes, place: str, limits: Limits) -> Image.Image:
     """The image in a file's bytes, upright; see `decode_image`, whose errors it raises."""
-    if len(data) > limits.max_upload_bytes:
-        raise UserError(f"{place}: the image has {len(data)} bytes; at most {limits.max_upload_bytes} are read")
+    _check_bytes(data, place, limits)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > limits.max_pixels:
@@ -50,7 +60,12 @@ def read_upload(data: bytes, place: str, limits: Limits) -> Image.Image:
             image.load()
             return ImageOps.exif_transpose(image)
     except UNREADABLE as error:
-        raise UserError(f"{place}: it is no PNG, JPEG or WebP, or a damaged one") from error
+        raise UnreadableImageError(f"{place}: it is no PNG, JPEG or WebP, or a damaged one") from error
+
+
+def _check_bytes(data: bytes, place: str, limits: Limits) -> None:
+    if len(data) > limits.max_upload_bytes:
+        raise UserError(f"{place}: the image has {len(data)} bytes; at most {limits.max_upload_bytes} are read")
 
 
 def encode_png(result: Result) -> bytes:

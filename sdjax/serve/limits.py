@@ -14,6 +14,8 @@ from sdjax.serve.jobs import Call
 IMAGES = ("init_image", "mask", "depth", "label_map", "control_image", "resemble", "ip_image", "t2i_image")
 # Options of the server's own files.
 LOCAL = ("wildcard_dir",)
+# An option of calls in Python that an API's own code may set.
+OPEN = ("paste",)
 
 
 class Limits(NamedTuple):
@@ -42,7 +44,7 @@ class Limits(NamedTuple):
         images = 0
         for call in calls:
             for name, value in call.options.items():
-                if name in OPTIONS and (OPTIONS[name].scope != "image" or name in LOCAL):
+                if name in OPTIONS and (OPTIONS[name].scope != "image" or name in LOCAL) and name not in OPEN:
                     raise UserError(f"{name} is no option of a request")
                 if name in OPTIONS and OPTIONS[name].file and holds_text(value):
                     raise UserError(f"{name}: a request holds the data itself, not the name of a file")
@@ -54,9 +56,9 @@ class Limits(NamedTuple):
     def check_rows(self, rows: Sequence[Row]) -> None:
         """Hold prepared images to the bounds; a UserError names the option that is beyond."""
         for row in rows:
-            steps = row.settings["steps"]
-            if steps > self.max_steps:
-                raise UserError(f"steps {steps}: this server runs at most {self.max_steps}")
+            for name in ("steps", "hires_steps"):
+                if row.settings.get(name, 0) > self.max_steps:
+                    raise UserError(f"{name} {row.settings[name]}: this server runs at most {self.max_steps}")
             for one, name in ((row, ""), (row.second, "hires: ")):
                 if one is not None and max(one.size) > self.max_side:
                     size = f"{one.size[1]}x{one.size[0]}"

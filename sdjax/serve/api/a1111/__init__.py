@@ -1,0 +1,1 @@
+"""The API of AUTOMATIC1111/stable-diffusion-webui, for the clients that speak it."""
