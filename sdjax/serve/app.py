@@ -66,20 +66,28 @@ def _add_states(app: FastAPI, engine: Engine) -> None:
         return Response(engine.metrics.text(), media_type=METRICS_TYPE)
 
 
+def mistaken(request: Request, text: str, option: str | None) -> JSONResponse:
+    """A client's mistake in a line; clients of OpenAI's read it from a field of their own."""
+    body: dict[str, Any] = {"detail": text, "option": option}
+    if request.url.path.startswith("/v1/images"):
+        body["error"] = {"message": text, "type": "invalid_request_error", "param": option, "code": None}
+    return JSONResponse(body, 422)
+
+
 def _add_errors(app: FastAPI) -> None:
     """Errors as one line, never with a traceback."""
 
     @app.exception_handler(UserError)
     async def mistake(request: Request, error: UserError) -> JSONResponse:
         text = printable(error)
-        return JSONResponse({"detail": text, "option": option_of(text)}, 422)
+        return mistaken(request, text, option_of(text))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
         text = printable(f"{place}: {first['msg']}" if place else first["msg"])
-        return JSONResponse({"detail": text, "option": option_of(place)}, 422)
+        return mistaken(request, text, option_of(place))
 
     @app.exception_handler(QueueFullError)
     async def full(request: Request, error: QueueFullError) -> JSONResponse:

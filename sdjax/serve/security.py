@@ -54,10 +54,16 @@ class Guard:
         if refusal is not None:
             return await _refuse(send, *refusal)
         counted = _Counted(receive, self.access.max_bytes)
-        try:
-            await self.app(scope, counted, _with_headers(send, scope["path"]))
-        except _TooLargeError:
-            await _refuse(send, 413, self._too_large())
+        answers: list[bool] = []
+
+        async def sending(message: MutableMapping[str, Any]) -> None:
+            if counted.left >= 0:
+                await send(message)
+            elif not answers:  # what the application makes of a body that breaks off is no answer
+                answers.append(True)
+                await _refuse(send, 413, self._too_large())
+
+        await self.app(scope, counted, _with_headers(sending, scope["path"]))
         return None
 
     def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
@@ -87,10 +93,6 @@ def is_known(header: str, secret: str) -> bool:
     return kind.lower() in ("basic", "bearer") and hmac.compare_digest(value.strip().encode(), wanted.encode())
 
 
-class _TooLargeError(Exception):
-    pass
-
-
 class _Counted:
     """The body of a request whose length was not said, up to a bound."""
 
@@ -100,9 +102,7 @@ class _Counted:
     async def __call__(self) -> MutableMapping[str, Any]:
         message = await self.receive()
         self.left -= len(message.get("body", b""))
-        if self.left < 0:
-            raise _TooLargeError
-        return message
+        return message if self.left >= 0 else {"type": "http.disconnect"}
 
 
 def _with_headers(send: Send, path: str) -> Send:

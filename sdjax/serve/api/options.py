@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from sdjax.serve.limits import IMAGES, LOCAL, Limits
 
 KINDS = {int: "int", float: "float", bool: "bool", Pair: "pair", Scales: "scales"}
 JSON = ("layout", "neighbours")
+WORD = re.compile(r"\w+")
 
 
 def describe(pipe: Pipeline) -> dict[str, Any]:
@@ -70,9 +72,7 @@ def with_images(options: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
 
 def option_of(message: str) -> str | None:
     """The option that an error is about, which its line names first; None where it is about none."""
-    places = {name: message.find(name) for name in (*OPTIONS, "prompt", "model")}
-    found = [(place, -len(name), name) for name, place in places.items() if place >= 0]
-    return min(found)[-1] if found else None
+    return next((word for word in WORD.findall(message) if word in OPTIONS or word in ("prompt", "model")), None)
 
 
 def _read(name: str, value: Any, limits: Limits) -> Any:
