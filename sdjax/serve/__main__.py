@@ -128,8 +128,9 @@ def serve(engine: Engine, access: Access, host: str, port: int, ready: Future[No
     drain.start()
     try:
         server.run()
-    except SystemExit as error:  # uvicorn's answer to an address that is taken
-        raise UserError(f"--host {host} --port {port}: the address cannot be had") from error
+    except (SystemExit, KeyboardInterrupt) as error:  # uvicorn's answer to an address that is taken, and to a signal
+        if not server.started:
+            raise UserError(f"--host {host} --port {port}: the address cannot be had") from error
     if ready.done() and ready.exception() is not None:
         raise cast(Exception, ready.exception())
     engine.stop(60.0)
