@@ -37,9 +37,9 @@ def served(folder):
     """served(**options): an engine that has started; it is stopped at the end."""
     engines = []
 
-    def serve(sources: dict[str, str] | None = None, memory: int | None = None, **options: Any) -> Engine:
+    def serve(sources: dict | None = None, memory: int | None = None, limits: Any = None, **options: Any) -> Engine:
         models = Models(sources or {"tiny": str(folder)}, lambda source: sdjax.load(source), memory)
-        engine = Engine(models, EngineOptions(**options))
+        engine = Engine(models, EngineOptions(**options), limits)
         engines.append(engine)
         engine.start([]).result(60.0)
         return engine

@@ -20,7 +20,7 @@ def decoded(text: str, place: str, limits: Limits) -> Image.Image:
     """The image in base64.
 
     Raises:
-        HTTPException: 500, it cannot be read.
+        HTTPException: 422, it cannot be read.
         UserError: it is too large.
     """
     with _invalid():
@@ -38,7 +38,7 @@ def _invalid() -> Iterator[None]:
     try:
         yield
     except UnreadableImageError as error:
-        raise HTTPException(500, "Invalid encoded image") from error
+        raise HTTPException(422, "Invalid encoded image") from error
 
 
 def encoded(pixels: UInt8[np.ndarray, "h w 3"]) -> str:

@@ -93,7 +93,7 @@ def router(engine: Engine) -> APIRouter:
         job = await engine.submit(name, [enlarging_call(image, pipe.model.multiple)], ORIGIN)
         (result,) = (await wait_for(engine, job, request)).results
         if result is None:
-            raise HTTPException(500, "the job was interrupted")
+            raise HTTPException(422, "the job was interrupted")
         return await run_in_threadpool(fitted, result.pixels, image, size)
 
     return routes
@@ -109,12 +109,12 @@ def settings_of(data: bytes) -> ImageSettings:
     """Settings of an image as A1111's text, its parts, and the other texts; empty where there are none.
 
     Raises:
-        HTTPException: 500, the image cannot be read.
+        HTTPException: 422, the image cannot be read.
     """
     try:
         texts = read_texts(io.BytesIO(data), {writer.text for writer in WRITERS}, "the image")
     except UserError as error:
-        raise HTTPException(500, "Invalid encoded image") from error
+        raise HTTPException(422, "Invalid encoded image") from error
     info = texts.get(PARAMETERS, "")
     parts = split(info)
     if not parts.settings and texts:

@@ -105,7 +105,7 @@ def image_plan(body: ImageToImage, pipe: Pipeline, limits: Limits, clip_stop: in
     """A plan of img2img.
 
     Raises:
-        HTTPException: 500, an image cannot be read.
+        HTTPException: 422, an image cannot be read.
         UserError: a field is not what it should be.
     """
     seeds, size = seeds_of(body, limits), size_of(body, pipe, limits)
