@@ -73,7 +73,7 @@ def a1111(folder, tmp_path_factory):
         "x4": lambda: sdjax.load(parent / "x4"),
     }
     models = Models({name.split(".")[0]: f"/srv/models/{name}" for name in loads}, lambda s: loads[s.split("/")[-1]]())
-    engine = Engine(models, EngineOptions(batch_sizes=(2,)))
+    engine = Engine(models, EngineOptions(batch_sizes=(1,)))
     engine.start([]).result(60.0)
     server = uvicorn.Server(uvicorn.Config(make_app(engine), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)

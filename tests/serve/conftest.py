@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import zoo
+from a1111_server import a1111  # noqa: F401
 from tiny_checkpoints import tiny_checkpoint
 
 import sdjax

@@ -58,7 +58,7 @@ class UpscaleConditioner(_Enlarging):
         return Traits(("init_image",), (LEVEL,), concat_channels=3, strength=None)
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
-        level = NOISE_LEVEL if inputs.get(LEVEL) is None else inputs[LEVEL]
+        level = min(NOISE_LEVEL, self.levels - 1) if inputs.get(LEVEL) is None else inputs[LEVEL]
         if not 0 <= level < self.levels:
             raise UserError(f"noise_level {level}: {host.name} knows the levels 0 to {self.levels - 1}")
         schedule = schedule_of(host.settings.get("low_res_scheduler") or SCHEDULE)

@@ -1,4 +1,4 @@
-"""Images made larger without a prompt: by Lanczos, nearest pixels, or a model that enlarges by four."""
+"""Images made larger without a prompt: by Lanczos, nearest pixels, or a model that enlarges."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from sdjax.core.errors import UserError, unknown
-from sdjax.data.images import on_white
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.serve.api.a1111.fields import ExtrasFields, UpscalerItem
 from sdjax.serve.api.a1111.resizing import Size
@@ -19,7 +19,7 @@ from sdjax.serve.models import Model
 
 NONE = "None"
 FILTERS = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
-FACTOR = 4  # of models that enlarge
+FACTOR = 4  # that A1111 names beside its filters, which know any
 SEED = 0
 
 
@@ -45,21 +45,17 @@ class EnlargedSize(NamedTuple):
 def upscalers(models: Iterable[Model]) -> list[UpscalerItem]:
     """Names of upscalers: A1111's two filters, and loaded models that enlarge."""
     own = [UpscalerItem(name=name, scale=FACTOR) for name in (NONE, *FILTERS)]
-    return own + [UpscalerItem(name=name, model_name=name, scale=FACTOR) for name in enlargers(models)]
+    pipes = enlargers(models).items()
+    return own + [UpscalerItem(name=name, model_name=name, scale=pipe.model.factor) for name, pipe in pipes]
 
 
-def enlargers(models: Iterable[Model]) -> list[str]:
-    """Names of loaded models that enlarge an image."""
+def enlargers(models: Iterable[Model]) -> dict[str, Pipeline]:
+    """Loaded models whose condition is a small image, by name."""
     pipes = {model.name: model.pipe for model in models}
-    return [name for name, pipe in pipes.items() if pipe is not None and enlarges(pipe)]
+    return {name: pipe for name, pipe in pipes.items() if pipe is not None and "noise_level" in pipe.inputs}
 
 
-def enlarges(pipe: Pipeline) -> bool:
-    """True of a model whose condition is the small image."""
-    return "noise_level" in pipe.inputs
-
-
-def check_extras(body: ExtrasFields, known: list[str]) -> None:
+def check_extras(body: ExtrasFields, known: Iterable[str]) -> None:
     """Hold a request to what is here; a UserError names the field."""
     for name in ("gfpgan_visibility", "codeformer_visibility"):
         if getattr(body, name) > 0.0:
@@ -88,15 +84,12 @@ def filtered(image: Image.Image, name: str, size: Size) -> Image.Image:
     return image.resize(size, FILTERS[name])
 
 
-def enlarging_call(image: Image.Image, multiple: int) -> Call:
-    """The call of a model that enlarges, of an image whose sides are filled up to what it can make."""
-    pixels = np.asarray(on_white(image))
-    pads = [(0, -side % multiple) for side in pixels.shape[:2]]
-    padded = Image.fromarray(np.pad(pixels, [*pads, (0, 0)], "edge"))
-    return Call("", None, {"init_image": padded, "seed": SEED})
+def enlarging_call(image: Image.Image) -> Call:
+    """The call of a model that enlarges."""
+    return Call("", None, {"init_image": image, "seed": SEED})
 
 
-def fitted(made: np.ndarray, image: Image.Image, size: Size) -> Image.Image:
-    """An enlarged image without what its small one was filled up with, at the size that was wanted."""
-    own = Image.fromarray(made[: FACTOR * image.height, : FACTOR * image.width])
-    return own if own.size == size else own.resize(size, Image.Resampling.LANCZOS)
+def fitted(made: UInt8[np.ndarray, "h w 3"], size: Size) -> Image.Image:
+    """An image that a model enlarged at the size that was wanted."""
+    image = Image.fromarray(made)
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)

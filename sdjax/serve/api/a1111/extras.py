@@ -89,12 +89,11 @@ def router(engine: Engine) -> APIRouter:
             return image
         if name in FILTERS:
             return await run_in_threadpool(filtered, image, name, size)
-        pipe = await engine.pipeline(name)
-        job = await engine.submit(name, [enlarging_call(image, pipe.model.multiple)], ORIGIN)
+        job = await engine.submit(name, [enlarging_call(image)], ORIGIN)
         (result,) = (await wait_for(engine, job, request)).results
         if result is None:
             raise HTTPException(422, "the job was interrupted")
-        return await run_in_threadpool(fitted, result.pixels, image, size)
+        return await run_in_threadpool(fitted, result.pixels, size)
 
     return routes
 

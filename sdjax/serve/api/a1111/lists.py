@@ -30,6 +30,8 @@ from sdjax.serve.engine import Engine
 # Kinds of things that A1111 has and this server does not.
 NONE = ("hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles", "latent-upscale-modes", "sd-vae")
 NONE += ("extensions",)
+# A script of the ControlNet extension, without which webuiapi sends the units of one request again with the next.
+MARK = "controlnet m2m"
 
 
 def router(engine: Engine) -> APIRouter:
@@ -75,7 +77,7 @@ def router(engine: Engine) -> APIRouter:
     @routes.get("/scripts")
     async def scripts() -> dict[str, list[str]]:
         """Scripts that alwayson_scripts may name."""
-        return {"txt2img": [SCRIPT], "img2img": [SCRIPT]}
+        return {"txt2img": [SCRIPT, MARK], "img2img": [SCRIPT, MARK]}
 
     @routes.get("/script-info")
     async def script_info() -> list[dict[str, Any]]:
