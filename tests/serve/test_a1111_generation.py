@@ -269,11 +269,11 @@ def test_only_the_masked_part_at_full_size(a1111):
     [
         ({"init_images": []}, 404, "Init image not found"),
         ({"init_images": None}, 404, "Init image not found"),
-        ({"init_images": ["bm8gaW1hZ2U="]}, 500, "Invalid encoded image"),
-        ({"init_images": ["http://127.0.0.1/x.png"]}, 500, "Invalid encoded image"),
-        ({"init_images": ["/etc/passwd"]}, 500, "Invalid encoded image"),
-        ({"init_images": [in_base64(picture(), "GIF")]}, 500, "Invalid encoded image"),
-        ({"mask": "!"}, 500, "Invalid encoded image"),
+        ({"init_images": ["bm8gaW1hZ2U="]}, 422, "Invalid encoded image"),
+        ({"init_images": ["http://127.0.0.1/x.png"]}, 422, "Invalid encoded image"),
+        ({"init_images": ["/etc/passwd"]}, 422, "Invalid encoded image"),
+        ({"init_images": [in_base64(picture(), "GIF")]}, 422, "Invalid encoded image"),
+        ({"mask": "!"}, 422, "Invalid encoded image"),
         (
             {"init_images": [in_base64(Image.new("L", (5000, 5000)))]},
             422,
