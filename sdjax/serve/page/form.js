@@ -142,6 +142,10 @@ export class Form {
     return Object.keys(values).filter((name) => !this.fields.has(name));
   }
 
+  get imageNames() {
+    return [...this.fields.keys()].filter((name) => this.isImage(name));
+  }
+
   isImage(name) {
     return this.fields.get(name)?.row.kind === "image";
   }

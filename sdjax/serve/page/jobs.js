@@ -19,6 +19,7 @@ export class Jobs {
     this.onFailure = onFailure;
     this.stop = null;
     this.heard = null;
+    this.turn = 0;
     document.addEventListener("visibilitychange", () => this.refresh());
   }
 
@@ -32,15 +33,18 @@ export class Jobs {
   }
 
   async refresh() {
-    clearTimeout(this.timer);
+    const turn = ++this.turn;
+    let failure = "";
+    let jobs = this.all;
     try {
-      const jobs = await getJobs(LIMIT);
-      this.byId = new Map(jobs.map((job) => [job.id, job]));
-      this.onFailure("");
-      this.changed();
+      jobs = await getJobs(LIMIT);
     } catch (error) {
-      this.onFailure(error.message);
+      failure = error.message;
     }
+    if (turn !== this.turn) return; // asked again since, e.g. after a job that this answer does not know
+    this.onFailure(failure);
+    this.byId = new Map(jobs.map((job) => [job.id, job]));
+    this.changed();
     clearTimeout(this.timer);
     if (!document.hidden || this.active.length) this.timer = setTimeout(() => this.refresh(), this.active.length ? BUSY : IDLE);
   }

@@ -1,7 +1,7 @@
 /** The page: parts that know nothing of each other, put together. */
 
 import { fetchImage, getModels, getOptions, postJob, readSettings } from "./api.js";
-import { byId, element } from "./dom.js";
+import { byId, element, show } from "./dom.js";
 import { takeDrops } from "./drops.js";
 import { Form } from "./form.js";
 import { Gallery, imagesOf } from "./gallery.js";
@@ -9,12 +9,13 @@ import { readFile } from "./image-files.js";
 import { isActive, Jobs } from "./jobs.js";
 import { announcer, banner, toast } from "./notices.js";
 import { Queue } from "./queue.js";
+import { valuesOf } from "./records.js";
 import { load, loadImages, save, saveImages } from "./state.js";
 import { Viewer } from "./viewer.js";
 import { percent, state } from "./words.js";
 
-const RECORD = { index: "first_index" }; // an image's record, by options of a call
 const KEPT = 20; // jobs of which this tab keeps all that it sent, images included
+const PATIENCE = 300; // milliseconds before it is said that a model loads
 const sent = new Map();
 let images = [];
 
@@ -27,7 +28,7 @@ const queue = new Queue({ promptOf, onCancel: attempt((id) => jobs.cancel(id)), 
 const gallery = new Gallery({ onOpen: (key) => viewer.open(key) });
 const viewer = new Viewer({
   images: () => images,
-  onUse: (image) => use(image.settings, `Settings of seed ${image.settings.seed} are in the form.`, sent.get(image.job)),
+  onUse: attempt(({ settings, job }) => use(settings, `Settings of seed ${settings.seed} are in the form.`, sent.get(job))),
   onInit: attempt(async (image) => begin(await fetchImage(image.url))),
   onCopy: attempt(copy),
   onClose: (key) => gallery.focus(key),
@@ -90,23 +91,15 @@ async function generate() {
 
 // Settings
 
-/** Settings of an image into the form; images that it was made from are there if this tab sent them. */
-function use(settings, message, body = null) {
-  const values = Object.fromEntries(Object.entries(settings).map(([name, value]) => [RECORD[name] ?? name, value]));
-  if (!values.first_index) delete values.first_index;
-  const missing = [];
-  for (const name of [...form.fields.keys()].filter((name) => form.isImage(name))) {
-    if (name in values && !body?.options[name]) missing.push(name);
-    delete values[name];
-    if (body?.options[name]) values[name] = body.options[name];
-  }
-  if (values.strength !== undefined && !values.init_image) {
-    delete values.strength; // which acts on an init image alone
-    missing.push("init_image");
-  }
+/** Settings of an image into the form, and its model, if the server has it. */
+async function use(settings, message, body) {
+  const model = byId("model");
+  const isOther = settings.model !== model.value && [...model.options].some(({ value }) => value === settings.model);
+  if (isOther) await choose(settings.model);
+  const { values, missing } = valuesOf(settings, form.imageNames, body?.options);
   form.write(values);
   keep();
-  const lost = [...new Set(missing)].map((name) => form.fields.get(name).row.label.toLowerCase()).join(", ");
+  const lost = missing.map((name) => form.fields.get(name)?.row.label.toLowerCase() ?? name).join(", ");
   toast(lost ? `${message} Choose its ${lost}: no image keeps another.` : message);
   byId("fields").querySelector("textarea, input, select")?.focus();
 }
@@ -121,7 +114,7 @@ async function take(file) {
   const init = ["Use as init image", attempt(() => begin(file))];
   try {
     const { settings, warnings } = await readSettings(file);
-    use(settings, ["Settings of the image are in the form.", ...warnings].join(" "));
+    await use(settings, ["Settings of the image are in the form.", ...warnings].join(" "));
   } catch (error) {
     toast(error.message, form.fields.has("init_image") ? [init] : []);
   }
@@ -151,6 +144,7 @@ const entries = (isWanted) => Object.fromEntries(Object.entries(form.values()).f
 // Start
 
 async function choose(model) {
+  const loading = setTimeout(() => show(byId("loading"), `Loading ${model ?? "the model"} …`), PATIENCE);
   byId("generate").disabled = true;
   form.say("");
   try {
@@ -160,6 +154,8 @@ async function choose(model) {
   } catch (error) {
     form.say(error.message);
   }
+  clearTimeout(loading);
+  show(byId("loading"), "");
   byId("generate").disabled = false;
 }
 
