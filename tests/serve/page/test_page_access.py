@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from page_driver import PHONE, card, decoded, field, generate, posted, thumbnail, tile, unfold, visit, watch, write
+from page_driver import (
+    PHONE,
+    ROOT,
+    card,
+    decoded,
+    field,
+    generate,
+    posted,
+    serving,
+    thumbnail,
+    tile,
+    unfold,
+    visit,
+    watch,
+    write,
+)
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 pytestmark = pytest.mark.slow
 
+PREVIEW = "(card) => card.querySelector('.preview img').naturalWidth > 1"  # of a job's card
 FOCUSED = "node => node === document.activeElement"
 # The ring of a hidden file input is drawn on the button that stands for it.
 RING = "node => getComputedStyle(node.type === 'file' ? node.nextElementSibling : node).outlineStyle"
@@ -105,6 +122,36 @@ def test_arrows_turn_to_other_images(tab: Page):
     expect(shown).to_have_attribute("src", f"v1/jobs/{job['id']}/images/1")
     tab.keyboard.press("Escape")
     expect(tile(tab, job, 1)).to_be_focused()
+
+
+def test_a_password_and_another_model(new_context: Callable[..., BrowserContext], tmp_path: Path):
+    """Events, previews and images come with the password, too; a job names the model that is chosen."""
+    secret, other = tmp_path / "secret", tmp_path / "another"
+    secret.write_text("me:word")
+    secret.chmod(0o600)
+    other.symlink_to(ROOT / "checkpoints" / "openmoji")
+    models = ("--checkpoint", "checkpoints/openmoji", "--checkpoint", str(other))
+    with serving("--batch", "1", "--sizes", "none", "--auth", str(secret), *models) as address:
+        stranger = new_context(http_credentials={"username": "me", "password": "wrong"}).new_page()
+        answer = stranger.goto(address)
+        assert answer is not None
+        assert answer.status == 401
+        page = visit(new_context(http_credentials={"username": "me", "password": "word"}).new_page(), address)
+        expect(page.locator("#model")).to_have_value("openmoji")
+        page.locator("#model").select_option("another")
+        expect(page.locator("#loading")).to_be_hidden()
+        expect(page.locator("#generate")).to_be_enabled()
+        write(page, prompt="red heart", steps=40)
+        sent, job = posted(page, page.locator("#generate").click)
+        assert (sent["model"], job["model"]) == ("another", "another")
+        page.wait_for_function(PREVIEW, arg=card(page, job).element_handle())
+        expect(tile(page, job).locator("img")).to_have_js_property("naturalWidth", 128)
+        page.reload()
+        expect(page.locator("#model")).to_have_value("another")
+        page.locator("#model").select_option("openmoji")
+        tile(page, job).click()
+        page.locator("[data-act=use]").click()
+        expect(page.locator("#model")).to_have_value("another")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

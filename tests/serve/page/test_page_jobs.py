@@ -98,6 +98,14 @@ def test_settings_of_an_image_make_it_again(tab: Page, address: str):
     assert np.abs(first.astype(int) - second).mean() > 1
 
 
+def test_a_failed_job_says_why(tab: Page, address: str):
+    job = {"id": "7", "state": "failed", "model": "openmoji", "place": 0, "done": 3, "total": 9, "eta": None}
+    job |= {"created": 2e9, "error": "the UNet's output is not finite", "images": [None], "preview": None}
+    tab.route("**/v1/jobs?*", lambda route: route.fulfill(json={"jobs": [job]}))
+    expect(card(tab, job)).to_contain_text("Failed: the UNet's output is not finite")
+    expect(card(tab, job).locator("progress")).to_be_hidden()
+
+
 def test_images_are_hidden_and_shown_again(tab: Page):
     job = generate(tab, prompt="red heart", steps=1)
     expect(tile(tab, job)).to_be_visible()
