@@ -99,6 +99,15 @@ def test_a_job_is_cancelled_and_remembered(address):
     assert requests.get(f"{address}/v1/jobs", timeout=60).json()["jobs"][0]["id"] == job["id"]
 
 
+def test_a_listing_is_bounded_and_names_prompts(address):
+    """Of jobs that wait, too, so that whoever watches the queue knows what is in it."""
+    jobs = [submit(address, prompt, **SMALL) for prompt in ("red heart", "blue cat")]
+    assert [job["prompt"] for job in jobs] == ["red heart", "blue cat"]
+    listed = requests.get(f"{address}/v1/jobs?limit=2", timeout=60).json()["jobs"]
+    assert [(job["id"], job["prompt"]) for job in listed] == [(job["id"], job["prompt"]) for job in reversed(jobs)]
+    assert requests.get(f"{address}/v1/jobs?limit=0", timeout=60).status_code == 422
+
+
 def test_previews_are_small_pictures(address):
     job = submit(address, **SMALL | {"steps": 140})
     url, deadline = None, time.time() + 60

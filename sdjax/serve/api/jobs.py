@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Response, UploadFile
+from fastapi import APIRouter, HTTPException, Query, Response, UploadFile
 from fastapi.responses import StreamingResponse
 from PIL import Image
 from pydantic import BaseModel, Field
@@ -58,9 +58,9 @@ def router(engine: Engine) -> APIRouter:
         return as_json(job)
 
     @routes.get("/jobs")
-    async def jobs() -> dict[str, Any]:
-        """All jobs that are remembered, the newest first."""
-        return {"jobs": [as_json(job) for job in reversed(list(engine.jobs.values()))]}
+    async def jobs(limit: Annotated[int | None, Query(ge=1)] = None) -> dict[str, Any]:
+        """All jobs that are remembered, or so many, the newest first."""
+        return {"jobs": [as_json(job) for job in list(reversed(engine.jobs.values()))[:limit]]}
 
     @routes.get("/jobs/{key}")
     async def job(key: str) -> dict[str, Any]:
@@ -125,7 +125,8 @@ def as_json(job: Job) -> dict[str, Any]:
     ]
     names = ("id", "state", "model", "place", "done", "total", "eta", "created", "error")
     preview = f"/v1/jobs/{job.id}/preview?v={job.previews}" if job.preview is not None else None
-    return {**{name: getattr(job, name) for name in names}, "images": images, "preview": preview}
+    state = {name: getattr(job, name) for name in names}
+    return {**state, "prompt": job.records[0]["prompt"], "images": images, "preview": preview}
 
 
 async def _events(job: Job) -> AsyncIterator[str]:
