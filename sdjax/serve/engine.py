@@ -47,6 +47,7 @@ class Engine:
         self._worker = Worker(models, self.options, self.metrics, self.limits.max_steps)
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._holds: dict[Job, Model] = {}
+        self._sizes: Sequence[tuple[int, int]] | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
@@ -62,11 +63,11 @@ class Engine:
 
         def prepare() -> None:
             for model in self.models.that_fit():
-                self.models.acquire(model)
-                warm_up(self._worker, model, sizes)
+                self._load(model)
                 self.models.release(model)
             self.is_ready = True
 
+        self._sizes = sizes
         ready: Future[None] = Future()
         self._commands.append((prepare, ready))
         self._thread.start()
@@ -149,9 +150,18 @@ class Engine:
         model = self.models.find(name)
         if self.models.share(model):
             return model
-        while not await self.call(lambda: self.models.acquire(model)):
+        while not await self.call(lambda: self._load(model)):
             await asyncio.sleep(0.1)
         return model
+
+    def _load(self, model: Model) -> bool:
+        """Acquire a model, compiled where it was not there; False where others must end before."""
+        was_there = model.pipe is not None
+        if not self.models.acquire(model):
+            return False
+        if not was_there:
+            warm_up(self._worker, model, self._sizes)
+        return True
 
     def _prepare(self, model: Model, calls: Sequence[Call], origin: str) -> Job:
         rows: list[Row] = []
@@ -168,9 +178,6 @@ class Engine:
             self._check_room()
             self.jobs[job.id], self._holds[job] = job, model
             self._worker.add([Passage(job, number, row) for number, row in enumerate(job.rows)])
-            ended = [key for key, one in self.jobs.items() if one.has_ended]
-            for key in ended[: max(0, len(ended) - KEPT)]:
-                del self.jobs[key]
             self._changed.notify()
         self.metrics.requests.labels(job.origin).inc()
 
@@ -207,3 +214,7 @@ class Engine:
             self.metrics.ended.labels(job.state).inc()
             if self.options.outdir is not None:
                 keep(job, self.options.outdir)
+        with self._changed:
+            ended = [key for key, one in self.jobs.items() if one.has_ended and one not in self._holds]
+            for key in ended[: max(0, len(ended) - KEPT)]:
+                del self.jobs[key]

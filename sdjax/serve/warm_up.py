@@ -39,7 +39,8 @@ def warm_up(worker: Worker, model: Model, sizes: Sequence[tuple[int, int]] | Non
     """
     pipe = model.pipe
     assert pipe is not None, "loaded"
-    worker.colours[pipe] = fit_previews(pipe)
+    for one in filter(None, (pipe, pipe.refiner)):
+        worker.colours[one] = fit_previews(one)
     began = time.monotonic()
     for size in [pipe.default_size] if sizes is None else sizes:
         for options in variants(pipe, size):
@@ -86,6 +87,7 @@ def compile_row(worker: Worker, name: str, pipe: Pipeline, row: Row) -> None:
             for _ in range(STEPS):  # whose arguments come from joining, then from the call before
                 lane.call(1)
             latents = lane.latents(0)
+            previews.preview(lane.x0, worker.colours[one])
         if part == len(row.parts) - 1:
             with one.devices.mesh_context():
                 finish(one, [row] * one.devices.min_batch, latents)

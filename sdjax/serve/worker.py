@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
@@ -65,7 +66,7 @@ class Worker:
         self.length = padded_length(2 * max_steps + 1)  # some samplers call the network twice a step
         self.lanes: list[Lane] = []
         self.rate = 0.0
-        self.colours: dict[Pipeline, np.ndarray] = {}
+        self.colours: WeakKeyDictionary[Pipeline, np.ndarray] = WeakKeyDictionary()
         self._queue: deque[Passage] = deque()
         self._lock = threading.Lock()
         self._shown = 0.0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import random
 import shutil
+import weakref
 from collections import Counter
 
 import jax
@@ -224,11 +226,11 @@ def test_the_least_recently_used_model_leaves(served, folder):
 
 @contextlib.contextmanager
 def traced():
-    """Functions that JAX traces anew meanwhile."""
+    """Functions that JAX traces or compiles anew meanwhile."""
     found = Counter()
 
     def count(event, duration, fun_name="", **_):
-        if event == "/jax/core/compile/jaxpr_trace_duration":
+        if event in ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/backend_compile_duration"):
             found[fun_name] += 1
 
     jax.monitoring.register_event_duration_secs_listener(count)
@@ -263,3 +265,14 @@ def test_records_are_json_and_make_the_image_again(engine):
     again = {n: v for n, v in second.items() if n not in ("index", "model", "dtype", "prompt", "negative_prompt")}
     (job_again,) = together(ended(engine, **again, first_index=1, init_image=options["init_image"]))
     np.testing.assert_array_equal(pixels(job_again)[0], pixels(job)[1])
+
+
+def test_a_model_that_leaves_frees_its_weights(served, folder):
+    engine = served({"a": str(folder)}, batch_sizes=(4,))
+    together(ended(engine, steps=2, **SIDE))
+    model = engine.models.find(None)
+    leaf = weakref.ref(jax.tree.leaves(model.pipe.params)[0])
+    asyncio.run(engine.call(lambda: engine.models.unload(model)))
+    gc.collect()
+    assert leaf() is None
+    pixels(together(ended(engine, steps=2, **SIDE))[0])
