@@ -63,6 +63,9 @@ SCHEDULE_LABELS = {
     "kl_optimal": "KL Optimal",
 }
 
+# Its names of latents under a mask.
+CONTENT_LABELS = {"image": "original", "noise": "latent noise", "nothing": "latent nothing"}
+
 # Options that A1111's text gives a number: its names, by ours.
 LABELS = {option.label: name for name, option in OPTIONS.items() if option.is_number and option.label}
 RENAMED = {"first_index": "index"}
@@ -84,6 +87,7 @@ def parameters(record: Mapping[str, Any]) -> str:
         "Size": f"{record['width']}x{record['height']}" if "width" in record and "height" in record else None,
         "Model": get("model"),
         "Hires upscaler": "Lanczos" if get("hires") else None,
+        "Masked content": CONTENT_LABELS.get(get("masked_content") or ""),
         # There 1 is none, and 2 leaves out one layer.
         "Clip skip": record["clip_skip"] + 1 if get("clip_skip") else None,
         "RNG": "CPU" if get("rng") == "torch" else None,

@@ -197,6 +197,17 @@ def _by_prompt(names: tuple[str, ...], columns: Columns, keys: Array, guidance: 
 
 
 @jit
+def exchange(
+    known: Float[Array, "b *space z"],
+    noise: Float[Array, "b *space z"],
+    mask: Float[Array, "b *space 1"],
+    factor: Float[Array, " b"],
+) -> Float[Array, "b *space z"]:
+    """Latents with so much noise in their place where the mask is 1: A1111's masked content (modules/processing.py)."""
+    return (1.0 - mask) * known + mask * per_image(factor, noise) * noise
+
+
+@jit
 def start_state(
     tables: SamplerTable, noise: Float[Array, "b *space z"], known: Float[Array, "b *space z"], fresh: Bool[Array, " b"]
 ) -> State:

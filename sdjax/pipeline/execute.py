@@ -268,8 +268,19 @@ def _start(pipe: Pipeline, rows: Sequence[Row], noise: jax.Array, tables: Any, k
         if row.blend and row.mask is not None:
             mask[...] = row.mask[:: model.factor, :: model.factor]
     anew, fresh = devices.shard_batch((anew, np.array([row.fresh for row in rows])))
-    state = sampling.start_state(tables, noise, known, fresh)
+    begun = known if all(row.content is None for row in rows) else _exchanged(pipe, rows, known, noise)
+    state = sampling.start_state(tables, noise, begun, fresh)
     return Start(known, noise, anew), state
+
+
+def _exchanged(pipe: Pipeline, rows: Sequence[Row], known: jax.Array, noise: jax.Array) -> jax.Array:
+    """The known latents, of rows that have it so with noise or nothing in their place under the mask."""
+    mask = np.zeros((*known.shape[:-1], 1), np.float32)
+    factor = np.array([row.content or 0.0 for row in rows], np.float32)
+    for own, row in zip(mask, rows, strict=True):
+        if row.content is not None and row.mask is not None:
+            own[...] = row.mask[:: pipe.model.factor, :: pipe.model.factor]
+    return sampling.exchange(known, noise, *pipe.devices.shard_batch((mask, factor)))
 
 
 def _drawn(pipe: Pipeline, rows: Sequence[Row], moments: jax.Array, keys: jax.Array, stream: int) -> jax.Array:

@@ -135,6 +135,10 @@ class Options(TypedDict, total=False):
         Number | None, Option("share of the steps that init_image goes through", 0, 1, label="Denoising strength")
     ]
     mask: Annotated[Images | None, _image("white where init_image is made anew")]
+    masked_content: Annotated[
+        str | None,
+        Option("latents under the mask to begin from, as A1111 has them", choices=("image", "noise", "nothing")),
+    ]
     feather: Annotated[Number | None, Option("pixels within the mask over which init_image fades out", 0)]
     depth: Annotated[Images | None, _condition("depth map, near as bright", file=True)]
     noise_level: Annotated[

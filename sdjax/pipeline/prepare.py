@@ -43,6 +43,8 @@ REFINER_START, HIRES_STRENGTH, TILE = 0.8, 0.5, 1536
 SAMPLED = ("steps", "sampler", "schedule", "guidance_scale")
 # Options of jobs, which an image's record has resolved.
 UNRECORDED = ("num_images", "first_index", "wildcard_dir")
+# Factors on the noise that takes the place of latents under a mask.
+CONTENTS = {"noise": 1.0, "nothing": 0.0}
 # Options of which a list gives one value a prompt.
 LISTED = ("init_image", "mask", "depth", "class_label", "layout", "label_map", "neighbours", "resemble")
 LISTED += ("control_image", "ip_image", "t2i_image")
@@ -78,6 +80,7 @@ class Row(NamedTuple):
         mask: [H W 1], 1 where `image` is made anew; None without one.
         blend: whether to re-impose the unmasked latents at every step, for models not trained for inpainting.
         fresh: whether sampling begins from pure noise.
+        content: factor on the noise from which it begins under the mask, 0 for nothing; None for the image's latents.
         paste: pixels of feather with which `image` is put back outside of the mask; None not to.
         latents: standard normal first noise; None for the image's own.
         torch: PyTorch's noise; None for the image's own.
@@ -101,6 +104,7 @@ class Row(NamedTuple):
     latents: np.ndarray | None = None
     torch: TorchRow | None = None
     second: Row | None = None
+    content: float | None = None
 
     @property
     def compile_key(self) -> tuple[Any, ...]:
@@ -354,6 +358,7 @@ def _prepare_entry(
         fresh=image is None or (mask is not None and given["strength"] == 1.0),
         paste=feather if mask is not None and given.get("paste", True) else None,
         tile=given["tile"],
+        content=None if mask is None else CONTENTS.get(given.get("masked_content", "image")),
         settings={**_record(pipe, entry, given), **used},
     )
 

@@ -22,7 +22,7 @@ PARTS = {
 # Options by the other without which they change nothing.
 BESIDE = {
     "mask": ("an init_image whose unmasked part is kept", "init_image"),
-    "feather": ("a mask", "mask"),
+    **dict.fromkeys(("feather", "masked_content"), ("a mask", "mask")),
     "ip_scale": ("an ip_image", "ip_image"),
     "ip_blocks": ("an ip_image", "ip_image"),
     "t2i_scale": ("a t2i_image", "t2i_image"),
@@ -43,7 +43,7 @@ def usable_options(pipe: Pipeline) -> list[str]:
     if pipe.refiner is None:
         idle.add("refiner_start")
     if not pipe.begins_from_images:
-        idle |= {"strength", "mask", "feather", "hires", "hires_strength", "hires_steps"}
+        idle |= {"strength", "mask", "masked_content", "feather", "hires", "hires_strength", "hires_steps"}
         if "init_image" not in known:
             idle.add("init_image")
     return [

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sdjax.cli.jobs import ImageJob, suit_encoder
+from sdjax.cli.records import parameters
 from sdjax.cli.settings.read import find_settings
 from sdjax.cli.settings.settings import Settings
 from sdjax.core.errors import UserError
@@ -147,6 +148,21 @@ def test_strength_acts_only_beside_an_image(strength: float):
     assert settled(a1111(text), "init_image")["strength"] > 0.0
     hires = line(**{"Hires upscale": 2, "Denoising strength": 0.5})
     assert not {"hires", "hires_strength", "hires_steps"} & settled(a1111(hires), "init_image").keys()
+
+
+@pytest.mark.parametrize(
+    ("label", "content"),
+    [("original", "image"), ("latent noise", "noise"), ("latent nothing", "nothing"), ("fill", None)],
+)
+def test_latents_under_a_mask_are_those_of_a1111(label: str, content: str | None):
+    text = line(**{"Denoising strength": 0.5, "Masked content": label})
+    assert settled(a1111(text), "init_image", "mask").get("masked_content") == content
+    assert "masked_content" not in settled(a1111(text), "init_image")
+    noted = any(f"Masked content: {label}" in note for note in a1111(text).notes)
+    assert noted == (content is None), "colours are not filled in here"
+    if content is not None:
+        record = {"prompt": "cat", "steps": 3, "sampler": "euler", "seed": 1, "masked_content": content}
+        assert f"Masked content: {label}" in parameters(record)
 
 
 def test_steps_of_a_second_pass_are_named():

@@ -154,6 +154,32 @@ def test_masked_sampling_keeps_known_latents(ours):
     np.testing.assert_array_equal(everything, ours("red heart", strength=0.5, **given))
 
 
+@pytest.mark.parametrize(("content", "factor"), [("noise", 1.0), ("nothing", 0.0), ("image", None)])
+def test_latents_under_the_mask_are_exchanged(content: str, factor: float | None, ours, monkeypatch):
+    """A1111's masked content: init_latent * mask + noise * nmask, or the former alone, to which noise is added."""
+    begun = []
+
+    def start_state(tables, noise, known, fresh):
+        begun.append((np.asarray(noise), np.asarray(known)))
+        return original(tables, noise, known, fresh)
+
+    original = sampling.start_state
+    monkeypatch.setattr(sampling, "start_state", start_state)
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[:, SIZE // 2 :] = True
+    given = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    how = {"init_image": given, "mask": mask, "strength": 0.5, "seed": 3, "batch_size": 2, **FAST}
+    usual = ours("red heart", **how)
+    made = ours("red heart", masked_content=content, **how)
+    (noise, known), (same, exchanged) = begun
+    np.testing.assert_array_equal(noise, same)
+    half = LATENT // 2
+    np.testing.assert_array_equal(exchanged[:, :, :half], known[:, :, :half])
+    wanted = known if factor is None else factor * noise
+    np.testing.assert_array_equal(exchanged[:, :, half:], wanted[:, :, half:])
+    assert (np.abs(made - usual).max() > 0.05) == (factor is not None)
+
+
 @pytest.mark.parametrize("feather", [0.0, 2.0])
 def test_inpainting_keeps_unmasked_pixels(feather, ours):
     """Bit for bit as bytes; within the mask the given image fades out over `feather` pixels."""
@@ -193,6 +219,11 @@ def test_rejects_unused_inputs(ours):
         ({"depth": picture}, "depth changes nothing: sd1 is conditioned on prompt; leave it out"),
         ({"mask": picture}, "mask changes nothing without an init_image whose unmasked part is kept"),
         ({"init_image": picture, "mask": picture[:8]}, f"the mask is {SIZE}x8 pixels and its init_image {SIZE}x{SIZE}"),
+        ({"init_image": picture, "masked_content": "noise"}, "masked_content changes nothing without a mask"),
+        (
+            {"init_image": picture, "mask": picture, "masked_content": "fill"},
+            "unknown masked_content 'fill'; choose one of: image, noise, nothing",
+        ),
         ({"init_image": picture, "mask": picture, "feather": -1}, "feather -1: choose a number of at least 0"),
         ({"tile": -1}, "tile -1: choose an integer of at least 0"),
     ]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from sdjax.cli.records import NEGATIVE
+from sdjax.cli.records import CONTENT_LABELS, NEGATIVE
 from sdjax.cli.settings.names import A1111, FOOOCUS, FORGE, SDJAX, SDNEXT, Dialect, run_share
 from sdjax.cli.settings.settings import Settings, brief
 from sdjax.core.errors import UserError
@@ -35,6 +35,7 @@ SCHEDULES = ("schedule type", "scheduler", "schedule", "sampler sigma", "sampler
 SECOND_SIZES = ("hires resize", "hires fixed", "hires size")
 FOLLOWED = {*NUMBERS, *SCHEDULES, *SECOND_SIZES, "first pass size", "eta ddim", "sampler", "size", "model", "rng"}
 FOLLOWED |= {"clip skip"}
+CONTENTS = {label: name for name, label in CONTENT_LABELS.items()}
 # A first pass of size 0x0 had about as many pixels as Stable Diffusion 1 was trained on, in multiples of 64.
 FIRST_PASS, FIRST_MULTIPLE = 512 * 512, 64
 MOST_LINES = 4
@@ -69,10 +70,13 @@ def read(texts: Mapping[str, str], place: str) -> Settings:
     found.put_sampler(settings.get("sampler"), next(filter(None, map(settings.get, SCHEDULES)), None))
     if found.values.get("sampler") == "ddim":
         found.put("eta", settings.get("eta ddim"))
+    content = settings.get("masked content", "")
+    found.put("masked_content", CONTENTS.get(content))
     _put_size(found, settings.get("size"))
     _put_second_pass(found, settings)
     _put_noise(found, settings.get("rng"))
     own = {"hires upscaler"} if found.dialect is SDJAX else set()  # which knows one
+    own |= {"masked content"} if content in CONTENTS else set()  # and not filling by colours
     found.note_others({n: value for n, value in parts.settings.items() if n.casefold() not in FOLLOWED | own})
     found.notes += [f"not followed: {brief(line)}" for line in parts.rest[:MOST_LINES] if line]
     return found

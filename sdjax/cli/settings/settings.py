@@ -19,6 +19,7 @@ OPTION_OF = {"index": "first_index"}
 NEEDS = {
     "strength": ("init_image", "an image to begin from"),
     "refiner_start": ("refiner", "a refiner"),
+    "masked_content": ("mask", "a mask"),
     "hires_strength": ("hires", "a second pass"),
     "hires_steps": ("hires", "a second pass"),
 }
