@@ -27,7 +27,7 @@ from sdjax.serve.engine import Engine
 from sdjax.serve.models import Models
 from sdjax.serve.worker import EngineOptions
 
-SIDE = 64
+SIDE = 32
 PROMPT = "red heart"
 NET = "tiny_canny"
 

@@ -163,7 +163,7 @@ def test_only_the_masked_part_is_put_back():
 
 
 def test_the_whole_image_keeps_what_is_outside_of_twice_the_mask():
-    original, mask = picture(3), box_mask((64, 64), (20, 20, 44, 44))
+    original, mask = picture(3, (64, 64)), box_mask((64, 64), (20, 20, 44, 44))
     request = ImageToImage(mask_blur=4, inpaint_full_res=False, inpainting_fill=1)
     grey = blurred_mask(mask, request)
     given = given_image(original, grey, request, (64, 64))
@@ -186,10 +186,10 @@ def test_masks_of_latents_have_one_value_a_latent():
 
 def test_a_mask_of_another_size_is_refused():
     with pytest.raises(UserError, match="the mask is 32x32 pixels and its init_image 64x64"):
-        given_image(picture(), box_mask((32, 32), (4, 4, 9, 9)), ImageToImage(), (64, 64))
+        given_image(picture(0, (64, 64)), box_mask((32, 32), (4, 4, 9, 9)), ImageToImage(), (64, 64))
     with pytest.raises(UserError, match="resize_mode 3: latents are not resized here; choose 0, 1 or 2"):
-        given_image(picture(), None, ImageToImage(resize_mode=3), (32, 64))
-    assert given_image(picture(), None, ImageToImage(resize_mode=3), (64, 64)).image.size == (64, 64)
+        given_image(picture(0, (64, 64)), None, ImageToImage(resize_mode=3), (32, 64))
+    assert given_image(picture(0, (64, 64)), None, ImageToImage(resize_mode=3), (64, 64)).image.size == (64, 64)
 
 
 HINT = picture(4)

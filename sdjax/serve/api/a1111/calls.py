@@ -118,8 +118,15 @@ def second_pass(request: TextToImage, size: tuple[int, int]) -> dict[str, Any]:
     """
     if not request.enable_hr:
         return {}
-    for name in ("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt"):
-        value, first = getattr(request, name) or "", getattr(request, name[3:], None) or ""
+    firsts = {
+        "hr_checkpoint_name": None,
+        "hr_sampler_name": request.sampler_name or request.sampler_index,
+        "hr_scheduler": request.scheduler,
+        "hr_prompt": request.prompt,
+        "hr_negative_prompt": request.negative_prompt,
+    }
+    for name, given in firsts.items():
+        value, first = getattr(request, name) or "", given or ""
         if value.casefold() not in (*SAME, first.casefold()):
             raise UserError(f"{name} {value[:80]!r}: the second pass has that of the first here; leave it out")
     upscaler = (request.hr_upscaler or "").casefold()

@@ -30,6 +30,8 @@ from sdjax.serve.jobs import Call, Job, Result
 from sdjax.serve.limits import Limits
 from sdjax.serve.requests import wait_for
 
+# Latents under the mask to begin from; the others are the image's, filled by colours or as it is.
+CONTENTS = {2: "noise", 3: "nothing"}
 FILLINGS = ("fill", "original", "latent noise", "latent nothing")
 
 
@@ -115,7 +117,8 @@ def image_plan(body: ImageToImage, pipe: Pipeline, limits: Limits, clip_stop: in
     options |= denoising(body, pipe)
     units = _units(body, pipe, limits)
     given = _given_images(body, len(seeds.all), limits, size)
-    each = [options | _begin(one, pipe) | _controls(units, pipe, one, size) for one in given]
+    content = CONTENTS.get(body.inpainting_fill or 0)
+    each = [options | _begin(one, pipe, content) | _controls(units, pipe, one, size) for one in given]
     about = About(seeds, size, {**_said(units), **_masking(body, given)}, notes)
     return PlannedRequest(calls_of(body, pipe, seeds.all, each), given, about)
 
@@ -128,12 +131,13 @@ def _given_images(body: ImageToImage, count: int, limits: Limits, size: tuple[in
     return [given_image(decoded(text, f"init_images {i}", limits), mask, body, size) for i, text in enumerate(texts)]
 
 
-def _begin(given: Given, pipe: Pipeline) -> dict[str, Any]:
+def _begin(given: Given, pipe: Pipeline, content: str | None) -> dict[str, Any]:
     """Options of an image to begin from; what is outside of the mask comes back with `Given.restored`."""
     if given.mask is None:
         return {"init_image": given.image}
     factor = 1 if "mask" in pipe.inputs else pipe.model.factor
-    return {"init_image": given.image, "mask": cut_mask(given.mask, factor), "paste": False}
+    options = {"init_image": given.image, "mask": cut_mask(given.mask, factor), "paste": False}
+    return options | ({"masked_content": content} if content is not None else {})
 
 
 def _units(body: GenerationFields, pipe: Pipeline, limits: Limits) -> list[Placed]:

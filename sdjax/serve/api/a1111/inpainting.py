@@ -21,7 +21,7 @@ from sdjax.serve.api.a1111.resizing import CROP, FILL, LATENT, STRETCH, Region, 
 
 KEEP = 1
 """inpainting_fill that leaves the image as it is; all others fill the masked part with blurred colours before it is
-encoded, 2 and 3 exchanging its latents after that."""
+encoded, and 2 and 3 exchange its latents after that."""
 GREYS = range(256)
 CUT = 128  # grey values above are masked
 REACH = 2.5  # standard deviations of the blur's kernel
