@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import json
-import threading
-import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import requests
-import uvicorn
 import zoo
+from listening import listening
 from PIL import Image
+from safetensors.numpy import save_file
 from tiny_checkpoints import random_params, tiny_checkpoint
 
 import sdjax
@@ -22,7 +22,6 @@ from sdjax.checkpoints.checkpoint import Component
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
 from sdjax.checkpoints.networks import controlnet
 from sdjax.models.controlnet import config_for
-from sdjax.serve.app import make_app
 from sdjax.serve.engine import Engine
 from sdjax.serve.models import Models
 from sdjax.serve.worker import EngineOptions
@@ -59,31 +58,37 @@ class Server(NamedTuple):
 
 @pytest.fixture(scope="session")
 def a1111(folder, tmp_path_factory):
-    """Four models: one, the same under another name, one with a ControlNet, and one that enlarges."""
+    """Five models: one, and the same under another name, with a ControlNet, with a LoRA and a word; one enlarges."""
     parent = tmp_path_factory.mktemp("a1111")
     config = config_for(zoo.UNETS["sd1"], zoo.FACTOR)
     net = Component(config, random_params(controlnet.shapes(config), 0))
     write_component(parent / NET, "controlnet", net)
+    write_style(parent / "loras")
+    save_file({"sparkle": np.full((1, 64), 0.1, np.float32)}, parent / "sparkle.safetensors")
     words = len(json.loads((folder / "tokenizer" / "vocab.json").read_text()))
     write_checkpoint(parent / "x4", tiny_checkpoint("x4_upscaler", folder / "tokenizer", words))
     loads = {
         "tiny.safetensors": lambda: sdjax.load(folder),
         "other": lambda: sdjax.load(folder),
         "controlled": lambda: sdjax.load(folder, controlnet=[parent / NET]),
+        "styled": lambda: sdjax.load(folder, lora_dir=parent / "loras", embeddings=[parent / "sparkle.safetensors"]),
         "x4": lambda: sdjax.load(parent / "x4"),
     }
     models = Models({name.split(".")[0]: f"/srv/models/{name}" for name in loads}, lambda s: loads[s.split("/")[-1]]())
     engine = Engine(models, EngineOptions(batch_sizes=(1,)))
     engine.start([]).result(60.0)
-    server = uvicorn.Server(uvicorn.Config(make_app(engine), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield Server(engine, server.servers[0].sockets[0].getsockname()[1])
-    server.should_exit = True
-    thread.join(60.0)
+    with listening(engine) as address:
+        yield Server(engine, int(address.rsplit(":")[-1]))
     engine.stop(60.0)
+
+
+def write_style(folder: Path) -> None:
+    """A LoRA of one layer, in kohya's naming."""
+    stem, draw = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_v", np.random.default_rng(0)
+    shapes = {"lora_down": (4, 64), "lora_up": (64, 4)}
+    tensors = {f"{stem}.{name}.weight": draw.standard_normal(size, np.float32) for name, size in shapes.items()}
+    folder.mkdir()
+    save_file(tensors, folder / "style.safetensors")
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:

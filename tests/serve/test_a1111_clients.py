@@ -11,10 +11,12 @@ import pytest
 import requests
 import webuiapi
 from a1111_server import NET, PROMPT, SIDE, box_mask, image_of, in_base64, picture, pixels
+from listening import listening
 from PIL import Image
 
 from sdjax.cli.settings.read import find_settings
 from sdjax.data.hints.makers import hint_maker
+from sdjax.serve.security import Access
 
 SIZE = {"width": SIDE, "height": SIDE}
 LONG = {"prompt": PROMPT, "steps": 150, "batch_size": 16, "seed": 1, **SIZE}
@@ -118,7 +120,7 @@ def test_a_client_that_leaves_ends_its_job(a1111):
 
 def test_webuiapi_reads_and_changes_options(client):
     assert client.get_options()["sd_model_checkpoint"] == "tiny"
-    assert client.util_get_model_names() == ["controlled", "other", "tiny", "x4"]
+    assert client.util_get_model_names() == ["controlled", "other", "styled", "tiny", "x4"]
     assert client.util_get_current_model() == "tiny"
     client.util_set_model("othr")
     assert client.util_get_current_model() == "other"
@@ -129,6 +131,43 @@ def test_webuiapi_reads_and_changes_options(client):
     once = client.txt2img(prompt=PROMPT, override_settings={"sd_model_checkpoint": "other"}, **SIZE)
     assert (once.info["sd_model_name"], client.util_get_current_model()) == ("other", "tiny")
     client.util_wait_for_ready()
+
+
+def test_options_of_a_request_may_stay(client, a1111):
+    how = {"override_settings": {"sd_model_checkpoint": "other"}, "override_settings_restore_afterwards": False}
+    client.txt2img(prompt=PROMPT, **how, **SIZE)
+    assert client.util_get_current_model() == "other"
+    a1111.post("options", sd_model_checkpoint="tiny")
+
+
+def test_webuiapi_with_a_password(a1111):
+    with listening(a1111.engine, Access("anna:geheim")) as address:
+        port = int(address.rsplit(":")[-1])
+        assert webuiapi.WebUIApi(port=port, username="anna", password="geheim").get_options() == a1111.get("options")
+        wrong = webuiapi.WebUIApi(port=port, username="anna", password="falsch")
+        assert wrong.get_options() == {"detail": "authentication is needed"}
+        with pytest.raises(RuntimeError, match="401"):
+            webuiapi.WebUIApi(port=port).txt2img(prompt=PROMPT, **SIZE)
+
+
+def test_prompts_name_loras_and_words(client, a1111):
+    a1111.post("options", sd_model_checkpoint="styled")
+    style = {"name": "style", "alias": "style", "path": "style.safetensors", "metadata": {}}
+    assert client.get_loras() == [style], "no path of the server"
+    word = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": 64, "vectors": 1}
+    assert client.get_embeddings()["loaded"] == {"sparkle": word}
+    prompt = f"{PROMPT} sparkle <lora:style:0.8>"
+    found = client.txt2img(prompt=prompt, seed=3, eta=0.0, **SIZE)
+    bare = client.txt2img(prompt=f"{PROMPT} sparkle", seed=3, eta=0.0, **SIZE)
+    unknown = a1111.post("txt2img", 422, prompt="<lora:none such:1>", **SIZE)["detail"]
+    a1111.post("options", sd_model_checkpoint="tiny")
+    options = {"sampler": "euler_a", "schedule": "linspace", "eta": 0.0, "steps": 3, "guidance_scale": 7.0, "seed": 3}
+    (wanted,) = a1111.pipe("styled")(prompt, **options, **SIZE)
+    assert np.abs(pixels(found.image) - np.rint(255.0 * wanted)).max() <= 1
+    assert np.abs(pixels(found.image) - pixels(bare.image)).max() > 5
+    assert found.info["prompt"] == prompt
+    assert "Lora hashes: " in found.info["infotexts"][0]
+    assert "unknown LoRA 'none such'" in unknown
 
 
 def test_webuiapi_lists(client):

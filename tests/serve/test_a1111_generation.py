@@ -16,6 +16,7 @@ from sdjax.diffusion.samplers import network_calls, strength_of
 from sdjax.serve.api.a1111.fields import ImageToImage, TextToImage
 from sdjax.serve.api.a1111.generate import text_plan
 from sdjax.serve.api.a1111.inpainting import blurred_mask, cut_mask, given_image
+from sdjax.serve.api.a1111.session import Override
 from sdjax.serve.limits import Limits
 
 # A1111's own basic requests (test/test_txt2img.py, test/test_img2img.py), but for the size and the mask's blur.
@@ -129,6 +130,7 @@ def test_images_of_a_batch_have_seeds_of_their_own(a1111, changes: dict):
             {"override_settings": {"CLIP_stop_at_last_layers": 99}},
             "CLIP_stop_at_last_layers 99: choose an integer of 1 to",
         ),
+        ({"override_settings": {"randn_source": "TPU"}}, "unknown randn_source 'TPU'; choose one of: CPU, GPU, NV"),
         ({"cfg_scale": "many"}, "cfg_scale: Input should be a valid number"),
         ({"refiner_checkpoint": "sdxl_refiner"}, "unknown refiner 'sdxl_refiner'"),
     ],
@@ -165,7 +167,7 @@ def test_hires_is_the_second_pass_of_a_call(a1111):
 )
 def test_options_of_the_second_pass(a1111, changes: dict, wanted: dict):
     fields = TEXT | {"enable_hr": True, "denoising_strength": 0.5} | changes
-    plan = text_plan(TextToImage(**fields), a1111.pipe(), Limits(), 1)
+    plan = text_plan(TextToImage(**fields), a1111.pipe(), Limits(), Override())
     options = plan.calls[0].options
     assert {name: options.get(name) for name in wanted} == wanted
     (row,) = a1111.pipe().prepare(PROMPT, **options)
@@ -179,6 +181,9 @@ def test_settings_of_one_request(a1111):
     answer = a1111.post("txt2img", **TEXT | fields, override_settings=override)
     options = {**OWN, "schedule": "karras", "eta": 0.5, "clip_skip": 1}
     made(a1111, answer["images"][0], negative="cat", seed=3, **options)
+    fields |= {"sampler_name": "Euler a", "eta": 0}
+    answer = a1111.post("txt2img", **TEXT | fields, override_settings={**override, "randn_source": "CPU"})
+    made(a1111, answer["images"][0], negative="cat", seed=3, **OWN, clip_skip=1, rng="torch")
     info = json.loads(answer["info"])
     assert info["clip_skip"] == 2
     assert info["sampler_name"] == "Euler a"

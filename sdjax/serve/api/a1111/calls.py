@@ -12,6 +12,7 @@ from sdjax.pipeline.pipeline import Pipeline
 from sdjax.pipeline.seeds import RANDOM, drawn_seed
 from sdjax.serve.api.a1111.fields import GenerationFields, TextToImage
 from sdjax.serve.api.a1111.samplers import PLACE, noise_of, sampling_of
+from sdjax.serve.api.a1111.session import CPU, Override
 from sdjax.serve.api.a1111.units import SCRIPT
 from sdjax.serve.jobs import Call
 from sdjax.serve.limits import Limits
@@ -79,7 +80,7 @@ def size_of(request: GenerationFields, pipe: Pipeline, limits: Limits) -> tuple[
 
 
 def common_options(
-    request: GenerationFields, pipe: Pipeline, size: tuple[int, int], clip_stop: int
+    request: GenerationFields, pipe: Pipeline, size: tuple[int, int], override: Override
 ) -> tuple[dict[str, Any], list[str]]:
     """Options that all images of a request share, and notes.
 
@@ -89,7 +90,9 @@ def common_options(
     options, notes = sampling_of(request.sampler_name or request.sampler_index, request.scheduler)
     options |= noise_of(options.get("sampler"), request.eta, request.s_noise, request.s_churn)
     options |= {"steps": request.steps, "guidance_scale": request.cfg_scale, "width": size[0], "height": size[1]}
-    options |= clip_skip(pipe, clip_stop) | refiner(request, pipe)
+    options |= clip_skip(pipe, override.clip_stop) | refiner(request, pipe)
+    if override.noise == CPU:
+        options["rng"] = "torch"
     return {name: value for name, value in options.items() if value is not None}, notes
 
 

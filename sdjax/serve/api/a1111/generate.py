@@ -23,7 +23,7 @@ from sdjax.serve.api.a1111.calls import (
 from sdjax.serve.api.a1111.coding import decoded
 from sdjax.serve.api.a1111.fields import Generated, GenerationFields, ImageToImage, TextToImage
 from sdjax.serve.api.a1111.inpainting import Given, blurred_mask, cut_mask, given_image
-from sdjax.serve.api.a1111.session import CHECKPOINT, ORIGIN, Session, check_vae, clip_stop_of
+from sdjax.serve.api.a1111.session import CHECKPOINT, ORIGIN, Override, Session, check_vae
 from sdjax.serve.api.a1111.units import SCRIPT, Placed, control_options, read_units
 from sdjax.serve.engine import Engine
 from sdjax.serve.jobs import Call, Job, Result
@@ -69,9 +69,9 @@ def router(engine: Engine, session: Session) -> APIRouter:
         check_absent(body)
         settings = body.override_settings or {}
         model = session.model_of(settings.get(CHECKPOINT)) or engine.models.current
-        clip_stop = clip_stop_of(settings, session.clip_stop)
+        override = session.usual.changed(settings)
         pipe = await engine.pipeline(model)
-        plan = await run_in_threadpool(make_plan, body, pipe, engine.limits, clip_stop)
+        plan = await run_in_threadpool(make_plan, body, pipe, engine.limits, override)
         job = await engine.submit(model, plan.calls, ORIGIN)
         session.begin(job, body.force_task_id)
         if body.override_settings_restore_afterwards is False:
@@ -92,10 +92,10 @@ def _answer(body: GenerationFields, job: Job, plan: PlannedRequest, notes: list[
     return answer(body, job, results, about)
 
 
-def text_plan(body: TextToImage, pipe: Pipeline, limits: Limits, clip_stop: int) -> PlannedRequest:
+def text_plan(body: TextToImage, pipe: Pipeline, limits: Limits, override: Override) -> PlannedRequest:
     """A plan of txt2img; errors are those of `common_options` and `second_pass`."""
     seeds, size = seeds_of(body, limits), size_of(body, pipe, limits)
-    options, notes = common_options(body, pipe, size, clip_stop)
+    options, notes = common_options(body, pipe, size, override)
     options |= second_pass(body, size)
     units = _units(body, pipe, limits)
     options |= control_options(units, len(pipe.controlnets), None, size)
@@ -103,7 +103,7 @@ def text_plan(body: TextToImage, pipe: Pipeline, limits: Limits, clip_stop: int)
     return PlannedRequest(calls_of(body, pipe, seeds.all, [options]), [], about)
 
 
-def image_plan(body: ImageToImage, pipe: Pipeline, limits: Limits, clip_stop: int) -> PlannedRequest:
+def image_plan(body: ImageToImage, pipe: Pipeline, limits: Limits, override: Override) -> PlannedRequest:
     """A plan of img2img.
 
     Raises:
@@ -113,7 +113,7 @@ def image_plan(body: ImageToImage, pipe: Pipeline, limits: Limits, clip_stop: in
     seeds, size = seeds_of(body, limits), size_of(body, pipe, limits)
     if body.initial_noise_multiplier not in (None, 1.0):
         raise UserError(f"initial_noise_multiplier {body.initial_noise_multiplier:g}: noise is not scaled here")
-    options, notes = common_options(body, pipe, size, clip_stop)
+    options, notes = common_options(body, pipe, size, override)
     options |= denoising(body, pipe)
     units = _units(body, pipe, limits)
     given = _given_images(body, len(seeds.all), limits, size)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from sdjax.core.errors import unknown
 from sdjax.pipeline.options import check_int
@@ -13,9 +14,33 @@ from sdjax.serve.models import Model
 
 ORIGIN = "a1111"
 CHECKPOINT, CLIP_STOP, VAE = "sd_model_checkpoint", "CLIP_stop_at_last_layers", "sd_vae"
+NOISE, CPU = "randn_source", "CPU"
+SOURCES = ("GPU", CPU, "NV")
 AUTOMATIC_VAE = ("Automatic", "None", "", None)
 MOST_TASKS = 1000
 MOST_LAYERS = 12  # that A1111's slider leaves out
+
+
+class Override(NamedTuple):
+    """Options that act on every image, as A1111 counts and names them.
+
+    Attributes:
+        clip_stop: layer of the text encoder at which to stop, counted from the last, 1.
+        noise: where it is drawn; only a CPU's is the same here, and the others are this program's own.
+    """
+
+    clip_stop: int = 1
+    noise: str = SOURCES[0]
+
+    def changed(self, options: Mapping[str, Any]) -> Override:
+        """These options, but for those that are given; a UserError where one is none."""
+        stop, noise = options.get(CLIP_STOP), options.get(NOISE)
+        if isinstance(stop, float) and stop.is_integer():
+            stop = int(stop)
+        if noise is not None and noise not in SOURCES:
+            raise unknown(NOISE, str(noise)[:80], SOURCES)
+        clip_stop = self.clip_stop if stop is None else check_int(CLIP_STOP, stop, 1, MOST_LAYERS)
+        return Override(clip_stop, self.noise if noise is None else noise)
 
 
 class Session:
@@ -23,7 +48,7 @@ class Session:
 
     Attributes:
         engine: whose current model is A1111's sd_model_checkpoint.
-        clip_stop: layer of the text encoder at which requests stop, counted from the last, 1.
+        usual: options of requests that name none.
         others: options that are kept and act on nothing.
         tasks: ids of jobs by their clients' own.
         interrupted, skipped: whether the last job was.
@@ -31,7 +56,7 @@ class Session:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.clip_stop = 1
+        self.usual = Override()
         self.others: dict[str, Any] = {"send_seed": True}
         self.tasks: OrderedDict[str, str] = OrderedDict()
         self.interrupted = self.skipped = False
@@ -42,7 +67,8 @@ class Session:
             "samples_format": "png",
             CHECKPOINT: self.engine.models.current,
             VAE: "Automatic",
-            CLIP_STOP: self.clip_stop,
+            CLIP_STOP: self.usual.clip_stop,
+            NOISE: self.usual.noise,
             **self.others,
         }
 
@@ -52,14 +78,14 @@ class Session:
         Raises:
             UserError: a model or a number is wrong; nothing has been changed.
         """
-        clip_stop = clip_stop_of(changes, self.clip_stop)
+        usual = self.usual.changed(changes)
         name = self.model_of(changes.get(CHECKPOINT))
         if isinstance(send_seed := changes.get("send_seed"), bool):
             self.others["send_seed"] = send_seed
         if name is not None and name != self.engine.models.current:
             await self.engine.pipeline(name)
             self.engine.models.current = name
-        self.clip_stop = clip_stop
+        self.usual = usual
 
     def model_of(self, title: Any) -> str | None:
         """The name of the model that a client names by its title, name or file; None for none.
@@ -95,14 +121,6 @@ class Session:
         if job is not None:
             self.engine.cancel(job)
         return job is not None
-
-
-def clip_stop_of(options: dict[str, Any], usual: int) -> int:
-    """The layer at which the text encoder stops; a UserError where it is none."""
-    value = options.get(CLIP_STOP)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return usual if value is None else check_int(CLIP_STOP, value, 1, MOST_LAYERS)
 
 
 def filename(model: Model) -> str:
