@@ -15,7 +15,7 @@ from sdjax.pipeline.prepare import Row
 from sdjax.serve.jobs import Call, Job, QueueFullError
 from sdjax.serve.lanes import Passage
 from sdjax.serve.limits import Limits
-from sdjax.serve.metrics import Metrics
+from sdjax.serve.metrics import ServerMetrics
 from sdjax.serve.models import Model, Models
 from sdjax.serve.outputs import keep
 from sdjax.serve.warm_up import warm_up
@@ -42,7 +42,7 @@ class Engine:
         """Start nothing yet."""
         self.models, self.options, self.limits = models, options or EngineOptions(), limits or Limits()
         self.jobs: OrderedDict[str, Job] = OrderedDict()
-        self.metrics = Metrics()
+        self.metrics = ServerMetrics()
         self.is_ready = self.is_draining = False
         self._worker = Worker(models, self.options, self.metrics, self.limits.max_steps)
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()

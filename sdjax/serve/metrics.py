@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 
-class Metrics:
+class ServerMetrics:
     """Counters of one engine; a registry of its own, so that a process may have several."""
 
     def __init__(self) -> None:

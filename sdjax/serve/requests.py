@@ -1,4 +1,4 @@
-"""What the routes of several APIs share: waiting for a job whose client may leave."""
+"""Routes' common part: waiting for a job whose client may leave, and server-sent events."""
 
 from __future__ import annotations
 

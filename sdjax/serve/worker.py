@@ -21,7 +21,7 @@ from sdjax.pipeline.pipeline import Pipeline
 from sdjax.serve import previews
 from sdjax.serve.jobs import Job, Result
 from sdjax.serve.lanes import Begun, Lane, Passage
-from sdjax.serve.metrics import Metrics
+from sdjax.serve.metrics import ServerMetrics
 from sdjax.serve.models import Models
 
 EVERY = 0.3  # seconds between two previews
@@ -55,7 +55,7 @@ class Worker:
         colours: of previews, by model.
     """
 
-    def __init__(self, models: Models, options: EngineOptions, metrics: Metrics, max_steps: int) -> None:
+    def __init__(self, models: Models, options: EngineOptions, metrics: ServerMetrics, max_steps: int) -> None:
         """Begin with nothing to do.
 
         Args:
