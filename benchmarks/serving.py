@@ -155,13 +155,13 @@ def measure(server: Server, pipe: sdjax.Pipeline, flag: dict[str, Any]) -> dict[
 def make(server: Server, seed: int, steps: int) -> float:
     """Seconds of a request for one image, with its bytes."""
     began = time.perf_counter()
-    status, answer = server.ask("v1/jobs", {"prompt": PROMPT, "options": {"seed": seed, "steps": steps}})
-    assert status == 201, answer
-    with urllib.request.urlopen(f"{server.address}/v1/jobs/{answer['id']}/events", timeout=600) as events:
+    status, job = server.ask("v1/jobs", {"prompt": PROMPT, "options": {"seed": seed, "steps": steps}})
+    assert status == 201, job
+    with urllib.request.urlopen(f"{server.address}/v1/jobs/{job['id']}/events", timeout=600) as events:
         *_, last = (line for line in events if line.startswith(b"data"))
     (image,) = json.loads(last.removeprefix(b"data: "))["images"]
-    with urllib.request.urlopen(server.address + image["url"], timeout=600) as picture:
-        picture.read()
+    with urllib.request.urlopen(server.address + image["url"], timeout=600) as answer:
+        answer.read()
     return time.perf_counter() - began
 
 
@@ -189,8 +189,8 @@ def soak(server: Server, requests: int, workers: int = 16) -> str:
             return list(pool.map(one, range(count)))
 
     send(requests // 10)  # what the first requests allocate stays
-    before, told, after = server.state(), send(requests), server.state()
-    counts = ", ".join(f"{told.count(kind)} {kind}" for kind in sorted(set(told)))
+    before, ends, after = server.state(), send(requests), server.state()
+    counts = ", ".join(f"{ends.count(kind)} {kind}" for kind in sorted(set(ends)))
     changes = ", ".join(f"{name} {before[name]:.0f} to {after[name]:.0f}" for name in before)
     return f"{requests} requests ({counts}): {changes}"
 
