@@ -197,8 +197,9 @@ CLASSIFIERS: dict[str, Format] = {
         unet2d.classifier_shapes,
     )
 }
+CONTROLNET = "controlnet"
 CONTROLNETS: dict[str, Format] = {
-    "controlnet": Format(
+    CONTROLNET: Format(
         "diffusion_pytorch_model",
         controlnet.from_diffusers_config,
         controlnet.to_diffusers_config,

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from sdjax.checkpoints.checkpoint import ALL_FORMATS, Checkpoint, Component, Patch, ReadOptions, read_params
+from sdjax.checkpoints.checkpoint import ALL_FORMATS, CONTROLNET, Checkpoint, Component, Patch, ReadOptions, read_params
 from sdjax.checkpoints.families import Sign
 from sdjax.checkpoints.layouts.diffusers import INDEX, present, read_component
 from sdjax.checkpoints.layouts.original import Network, read_alone, shapes_of
@@ -27,7 +27,7 @@ from sdjax.core.untrusted import read_json
 from sdjax.models.controlnet import HINT_ENCODER, ControlNetConfig, config_for
 from sdjax.models.unet import UNetConfig
 
-CONTROLNET, PREFIX, CONFIG = "controlnet", "control_model.", "config.json"
+PREFIX, CONFIG = "control_model.", "config.json"
 FIRST = {f"{HINT_ENCODER}.conv_in.weight": "diffusers", "input_hint_block.0.weight": "original"}
 """The naming that a key tells."""
 ENCODER = ("channels", "layers_per_block", "context_dim", "vector_dim", "classes", "in_channels")

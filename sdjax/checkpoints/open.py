@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 from sdjax.checkpoints.checkpoint import (
     ALL_FORMATS,
     CONDITIONERS,
+    CONTROLNET,
     FORMATS,
     TOKENIZER_FILES,
     TOKENIZERS,
@@ -32,7 +33,6 @@ from sdjax.checkpoints.checkpoint import (
     family_of,
     with_word_pieces,
 )
-from sdjax.checkpoints.controlnets import CONTROLNET
 from sdjax.checkpoints.families import FAMILIES, PREDICTIONS, UNET, kind_of_shapes
 from sdjax.checkpoints.kinds import PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.layouts.diffusers import FIRST_STAGE, INDEX, class_of_index, present, read_component, read_folder

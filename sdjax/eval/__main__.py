@@ -29,7 +29,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from sdjax.checkpoints.controlnets import CONTROLNET
+from sdjax.checkpoints.checkpoint import CONTROLNET
 from sdjax.checkpoints.open import within_workdir
 from sdjax.core.compilation import keep_compiled
 from sdjax.core.errors import UserError, run_or_exit

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from scipy.ndimage import distance_transform_edt
 
 import sdjax
-from sdjax.checkpoints.controlnets import CONTROLNET
+from sdjax.checkpoints.checkpoint import CONTROLNET
 from sdjax.checkpoints.layouts.diffusers import INDEX
 from sdjax.checkpoints.open import resolve
 from sdjax.core.config import Config

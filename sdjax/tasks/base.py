@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from sdjax.checkpoints.controlnets import CONTROLNET
+from sdjax.checkpoints.checkpoint import CONTROLNET
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
 from sdjax.data.identity import identity_of

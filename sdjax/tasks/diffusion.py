@@ -30,8 +30,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray, UInt8
 
-from sdjax.checkpoints.checkpoint import Checkpoint, Component
-from sdjax.checkpoints.controlnets import CONTROLNET
+from sdjax.checkpoints.checkpoint import CONTROLNET, Checkpoint, Component
 from sdjax.checkpoints.layouts.diffusers import ZEROS, read_config
 from sdjax.checkpoints.layouts.original import TOKENIZER_FOLDERS
 from sdjax.checkpoints.open import within_workdir
