@@ -29,7 +29,7 @@ from sdjax.diffusion_model.sampling import ConditionSchedule
 from sdjax.pipeline.edited_prompts import edit_prompts, needs_null
 from sdjax.pipeline.loras import load_named, record_of, with_strengths
 from sdjax.pipeline.noise import Draws, TorchNoise, TorchRow
-from sdjax.pipeline.options import OPTIONS, check_int, check_options
+from sdjax.pipeline.options import MAX_SIDE, OPTIONS, check_int, check_options
 from sdjax.pipeline.seeds import drawn_seed
 from sdjax.pipeline.templates import TEMPLATES, inputs_of_images
 from sdjax.pipeline.usable import check_used, required_names
@@ -418,6 +418,8 @@ def _with_second_pass(pipe: Pipeline, row: Row, entry: Mapping[str, Any], given:
         return row
     if row.image is not None or not pipe.begins_from_images:
         raise UserError(f"hires {scale:g} is for images from a prompt alone; set width and height instead")
+    if max(row.size) * scale > MAX_SIDE:
+        raise UserError(f"hires {scale:g} of {row.size[1]}x{row.size[0]}: at most {MAX_SIDE} pixels a side are made")
     multiple = pipe.model.multiple
     size = tuple(round(side * scale / multiple) * multiple for side in row.size)
     again = {**given, **_second_steps(pipe, given), "height": size[0], "width": size[1]}
@@ -440,10 +442,10 @@ def _second_steps(pipe: Pipeline, given: Mapping[str, Any]) -> dict[str, Any]:
     start_of(given["steps"], strength)  # which refuses a strength of 0
     if run is None:
         return {"strength": strength}
-    total, most = int(run / min(strength, 0.999)), schedule_of(pipe.scheduler).num_timesteps
-    if total > most:
+    whole, most = run / min(strength, 0.999), schedule_of(pipe.scheduler).num_timesteps
+    if whole > most:
         raise UserError(
-            f"hires_steps {run} are {strength:g} of {total} steps, and the model was trained on {most}; "
+            f"hires_steps {run} are {strength:g} of {whole:g} steps, and the model was trained on {most}; "
             "lower hires_steps or raise hires_strength"
         )
-    return {"steps": total, "strength": strength_of(run, total)}
+    return {"steps": int(whole), "strength": strength_of(run, int(whole))}

@@ -357,10 +357,15 @@ BAD = {
         "hires_steps 9 are 0.001 of 9000 steps, and the model was trained on 1000; lower hires_steps or raise "
         "hires_strength",
     ),
+    "hires steps beyond": (
+        [P, "--hires=2", "--hires_steps=3", "--hires_strength=5e-324"],
+        "hires_steps 3 are .* of inf",
+    ),
     "hires strength": (
         [P, "--hires=2", "--hires_strength=0", "--hires_steps=9"],
         "strength 0.0: choose more than 0, at most 1",
     ),
+    "hires beyond": ([P, "--hires=1e308"], r"hires 1e\+308 of 16x16: at most 16384 pixels a side are made"),
     "hires of an image": ([P, "--hires=2", "--init_image=fine.png"], "hires 2 is for images from a prompt alone"),
     "size of an SDXL": ([P, "--crop=3,4"], r"crop \(3, 4\) changes nothing: sd1 is conditioned on prompt; "),
     "empty name": (["--from_image="], "cannot read the settings of "),
