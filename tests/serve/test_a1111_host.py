@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
-from a1111_server import box_mask, picture
+from a1111_server import box_mask, in_base64, picture, pixels
 from fastapi import HTTPException
 from PIL import Image, ImageOps
 
 from sdjax.cli.records import SAMPLER_LABELS
 from sdjax.core.errors import UserError
-from sdjax.serve.api.a1111.fields import ImageToImage
+from sdjax.diffusion.samplers import start_of
+from sdjax.serve.api.a1111.fields import ImageToImage, TextToImage
+from sdjax.serve.api.a1111.generate import image_plan, text_plan
 from sdjax.serve.api.a1111.inpainting import blurred_mask, cut_mask, filled, given_image
+from sdjax.serve.api.a1111.progress import share_of
 from sdjax.serve.api.a1111.resizing import CROP, FILL, STRETCH, region_of, resized
 from sdjax.serve.api.a1111.samplers import noise_of, samplers, sampling_of, schedulers
+from sdjax.serve.api.a1111.session import Override
 from sdjax.serve.api.a1111.units import control_options, read_units
+from sdjax.serve.jobs import Call
+from sdjax.serve.limits import Limits
 
 
 @pytest.mark.parametrize(
@@ -269,3 +278,60 @@ def test_units_in_any_of_their_forms():
 def test_units_that_cannot_act(args: list, message: str):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         units(*args)
+
+
+def model(*inputs: str, **facts: Any) -> Any:
+    """What a plan asks of a pipeline."""
+    usual = {"default_size": (64, 48), "settings": {"steps": 20}, "refiner": None, "controlnets": ()}
+    text, latents = SimpleNamespace(encoders=()), SimpleNamespace(factor=8)
+    return SimpleNamespace(inputs=inputs, text=text, model=latents, **usual | facts)
+
+
+def test_a_plan_leaves_to_the_checkpoint_what_a_request_leaves_out():
+    plan = text_plan(TextToImage(seed=7, n_iter=2), model("prompt"), Limits(), Override())
+    assert plan.calls == [Call("", None, {"width": 48, "height": 64, "seed": seed}) for seed in (7, 8)]
+    (call,) = text_plan(TextToImage(prompt="", seed=0), model("class_label"), Limits(), Override()).calls
+    assert call.prompt is None
+    drawn = [text_plan(TextToImage(), model("prompt"), Limits(), Override()).about.seeds for _ in range(2)]
+    assert drawn[0].all != drawn[1].all
+    assert drawn[0].sub != drawn[0].all
+
+
+def test_a_plan_of_image_to_image_counts_steps_as_a1111():
+    body = {"init_images": [in_base64(picture(0, (48, 64)))], "seed": 0}
+    for steps, strength, share in ((None, 0.75, 16), (10, 0.5, 6), (10, 1.0, 10), (10, 0.0, 1)):
+        fields = ImageToImage(**body, steps=steps, denoising_strength=strength)
+        (call,) = image_plan(fields, model("prompt"), Limits(), Override()).calls
+        found = call.options["steps"]
+        assert found == (steps or 20)
+        assert found - start_of(found, call.options["strength"]) == share
+
+
+def test_masks_are_of_latents_unless_the_model_was_trained_with_them():
+    image, mask = picture(0, (48, 64)), box_mask((48, 64), (3, 3, 21, 30))
+    body = {"init_images": [in_base64(image)], "mask": in_base64(mask), "mask_blur": 2, "inpaint_full_res": False}
+    blurred = blurred_mask(mask, ImageToImage(mask_blur=2))
+    for inputs, factor in ((("prompt",), 8), (("prompt", "mask"), 1)):
+        (call,) = image_plan(ImageToImage(**body), model(*inputs), Limits(), Override()).calls
+        np.testing.assert_array_equal(call.options["mask"], cut_mask(blurred, factor))
+        assert call.options["paste"] is False
+
+
+def test_hints_of_a_region_are_of_the_same_region():
+    """Those of the image itself, and a unit's own image at the same place."""
+    image, mask, hint = picture(0, (96, 96)), box_mask((96, 96), (20, 60, 40, 80)), picture(1, (96, 96))
+    for given, source in ((None, image), (in_base64(hint), hint)):
+        scripts = {"ControlNet": {"args": [{"image": given}]}}
+        masked = {"mask": in_base64(mask), "mask_blur": 0, "inpainting_fill": 1, "alwayson_scripts": scripts}
+        body = ImageToImage(init_images=[in_base64(image)], width=64, height=64, **masked)
+        plan = image_plan(body, model("prompt", controlnets=("net",)), Limits(), Override())
+        (found,) = plan.calls[0].options["control_image"]
+        part = source.crop(plan.given[0].region)
+        assert np.abs(pixels(found.resize(part.size, Image.Resampling.LANCZOS)) - pixels(part)).max() <= 12
+
+
+def test_a_running_job_has_begun():
+    """Clients wait for a progress of 0, which is the end."""
+    assert share_of(SimpleNamespace(done=0, total=10)) == 0.01
+    assert share_of(SimpleNamespace(done=5, total=10)) == 0.5
+    assert share_of(SimpleNamespace(done=0, total=0)) == 0.01

@@ -26,6 +26,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=LONGEST)]
 Named = Annotated[dict[str, Any], AfterValidator(_plain)]
 Listed = Annotated[list[Any], AfterValidator(_plain)]
+Blur = Annotated[float, Field(ge=0, le=64, allow_inf_nan=False)]  # as far as A1111's slider goes
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -90,9 +91,9 @@ class ImageToImage(GenerationFields):
     denoising_strength: Finite | None = 0.75
     resize_mode: Literal[0, 1, 2, 3] | None = 0
     mask: str | None = None
-    mask_blur: Annotated[Finite, Field(ge=0, le=1024)] | None = None
-    mask_blur_x: Annotated[Finite, Field(ge=0, le=1024)] | None = 4
-    mask_blur_y: Annotated[Finite, Field(ge=0, le=1024)] | None = 4
+    mask_blur: Blur | None = None
+    mask_blur_x: Blur | None = 4
+    mask_blur_y: Blur | None = 4
     mask_round: bool | None = True
     inpainting_fill: Literal[0, 1, 2, 3] | None = 0
     inpaint_full_res: bool | None = True
