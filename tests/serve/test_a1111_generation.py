@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+import requests
 from a1111_server import PROMPT, SIDE, box_mask, image_of, in_base64, picture, pixels
 from PIL import Image
 
@@ -304,3 +305,35 @@ def test_images_that_cannot_be_read_or_used(a1111, fields: dict, status: int, de
     found = a1111.post("img2img", status, **IMAGE | {"init_images": [in_base64(picture())]} | fields)["detail"]
     assert detail in found
     assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "x", "script_args": [NaN]}',
+        b'{"prompt": "x", "override_settings": {"a": Infinity}}',
+        b'{"prompt": "x", "cfg_scale": NaN}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "alwayson_scripts": {"a": "\\udc00"}}',
+        b'{"prompt": "x", "alwayson_scripts": {"ControlNet": 5}, "steps": 1e400}',
+        b'{"prompt": "x", "alwayson_scripts": {"ControlNet": {"args": [{"image": {"image": {}}, "model": "x"}]}}}',
+        b'{"prompt": "x", "override_settings": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001,
+        b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}",
+        b'{"prompt": "x", "seed": 1' + b"0" * 400 + b"}",
+        b'{"prompt": "' + b"x" * 70000 + b'"}',
+        b'{"prompt": "x", "batch_size": 1' + b"0" * 300 + b"}",
+        b'{"prompt": "x", "force_task_id": "' + b"x" * 300 + b'"}',
+        b'["prompt"]',
+        b"{",
+        b"\xff\xfe",
+        b"",
+    ],
+)
+def test_hostile_bodies_are_refused(a1111, body: bytes):
+    headers = {"Content-Type": "application/json"}
+    for path in ("txt2img", "img2img", "options", "png-info", "extra-batch-images"):
+        answer = requests.post(a1111.url(f"sdapi/v1/{path}"), data=body, headers=headers, timeout=60)
+        refused = answer.status_code in (400, 404, 422)
+        assert refused or path == "options", answer.text[:500]
+        assert answer.status_code != 500
+        assert "Traceback" not in answer.text
