@@ -37,6 +37,7 @@ export const local = (address) => address.replace(/^\//, "");
 export const getModels = async () => (await call("v1/models")).data;
 export const getOptions = (model) => call(model ? `v1/options?model=${encodeURIComponent(model)}` : "v1/options");
 export const getJobs = async (limit) => (await call(`v1/jobs?limit=${limit}`)).jobs;
+export const getJob = (id) => call(`v1/jobs/${encodeURIComponent(id)}`);
 export const cancelJob = (id) => call(`v1/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
 
 export function postJob(body) {
@@ -54,15 +55,4 @@ export async function fetchImage(address) {
   const answer = await fetch(local(address)).catch(() => null);
   if (!answer?.ok) throw new ApiError(SAID[404]);
   return answer.blob();
-}
-
-/** Events of a job until it ended; returns how to stop. */
-export function listen(id, onJob, onEnd) {
-  const source = new EventSource(`v1/jobs/${encodeURIComponent(id)}/events`);
-  source.addEventListener("progress", (event) => onJob(JSON.parse(event.data)));
-  source.addEventListener("end", (event) => {
-    source.close();
-    onEnd(JSON.parse(event.data));
-  });
-  return () => source.close();
 }

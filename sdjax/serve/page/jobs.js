@@ -1,25 +1,29 @@
 /** The server's jobs as they are now. */
 
-import { cancelJob, getJobs, listen } from "./api.js";
+import { cancelJob, getJob, getJobs } from "./api.js";
 
 const LIMIT = 200;
+// Milliseconds between two questions: of the jobs at the front, of all while some are active, of all.
+const OFTEN = 300;
 const BUSY = 1000;
 const IDLE = 4000;
+const FRONT = 3; // jobs
 
 export const isActive = (job) => job.state === "queued" || job.state === "running";
 
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
 /**
- * Asks for all jobs now and then, and listens to one, the first that is active: a browser opens six connections to a
- * server for all its tabs together, and an event stream holds one.
+ * Asks, and does not listen to streams of events: a browser opens six connections to a server for all its tabs together,
+ * and each stream would hold one.
  */
 export class Jobs {
   constructor({ onChange, onFailure }) {
     this.byId = new Map();
     this.onChange = onChange;
     this.onFailure = onFailure;
-    this.stop = null;
-    this.heard = null;
     this.turn = 0;
+    this.isFollowing = false;
     document.addEventListener("visibilitychange", () => this.refresh());
   }
 
@@ -68,17 +72,24 @@ export class Jobs {
     this.onChange(this.all);
   }
 
-  follow() {
-    const first = document.hidden ? undefined : this.active.at(-1);
-    if (first?.id === this.heard) return;
-    this.stop?.();
-    this.stop = null;
-    this.heard = first?.id;
-    if (!first) return;
-    const ended = (job) => {
+  /** News of the first jobs that are active, as long as they are and are seen. */
+  async follow() {
+    if (this.isFollowing) return;
+    this.isFollowing = true;
+    while (this.active.length && !document.hidden) {
+      await pause(OFTEN);
+      await Promise.all(this.active.slice(-FRONT).map(({ id }) => this.renew(id)));
+    }
+    this.isFollowing = false;
+  }
+
+  async renew(id) {
+    try {
+      const job = await getJob(id);
       this.put(job);
-      this.refresh();
-    };
-    this.stop = listen(first.id, (job) => this.put(job), ended);
+      if (!isActive(job)) this.refresh();
+    } catch {
+      // What is wrong with the way to the server, `refresh` says.
+    }
   }
 }

@@ -45,7 +45,12 @@ def test_a_phone_scrolls_only_down(new_context: Callable[..., BrowserContext], a
     unfold(page)
     assert page.evaluate("innerWidth") == 390
     assert not scrolls_sideways(page)
-    write(page, prompt="a heart " * 30, steps=2)
+    write(page, prompt="a heart " * 30, steps=150)
+    running = posted(page, page.locator("#generate").tap)[1]
+    expect(card(page, running)).to_contain_text("%")
+    assert not scrolls_sideways(page)
+    card(page, running).get_by_role("button", name="Cancel").tap()
+    write(page, steps=2)
     job = posted(page, page.locator("#generate").tap)[1]
     tile(page, job).tap()
     expect(page.locator("#viewer")).to_be_visible()
