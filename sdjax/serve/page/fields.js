@@ -42,8 +42,8 @@ export function makeField(row, how = {}) {
   for (const input of control.inputs) input.setAttribute("aria-describedby", `${help.id} ${error.id}`);
   const isGroup = control.inputs[0].id !== id;
   const title = isGroup
-    ? element("span", { class: "label", id: `${id}-label` }, named.label)
-    : element("label", { class: "label", for: id }, named.label);
+    ? element("span", { class: "label", id: `${id}-label`, title: help.textContent }, named.label)
+    : element("label", { class: "label", for: id, title: help.textContent }, named.label);
   const body = element("div", { class: "control" }, ...control.nodes, ...(how.after ?? []));
   const group = isGroup ? { role: "group", "aria-labelledby": `${id}-label` } : {};
   const node = element("div", { class: `field kind-${row.kind}`, "data-option": row.name, ...group }, title, body, help, error);

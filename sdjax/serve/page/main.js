@@ -97,11 +97,20 @@ async function use(settings, message, body) {
   const isOther = settings.model !== model.value && [...model.options].some(({ value }) => value === settings.model);
   if (isOther) await choose(settings.model);
   const { values, missing } = valuesOf(settings, form.imageNames, body?.options);
-  form.write(values);
-  keep();
   const lost = missing.map((name) => form.fields.get(name)?.row.label.toLowerCase() ?? name).join(", ");
-  toast(lost ? `${message} Choose its ${lost}: no image keeps another.` : message);
+  replace(values, lost ? `${message} Choose its ${lost}: no image keeps another.` : message);
   byId("fields").querySelector("textarea, input, select")?.focus();
+}
+
+/** Other values into the form, which can be undone. */
+function replace(values, message) {
+  const before = form.values();
+  const put = (those) => {
+    form.write(those);
+    keep();
+  };
+  put(values);
+  toast(message, Object.keys(before).length ? [["Undo", () => put(before)]] : []);
 }
 
 async function begin(file) {
@@ -174,10 +183,7 @@ byId("form").addEventListener("submit", (event) => {
 });
 byId("form").addEventListener("input", keepTexts);
 byId("form").addEventListener("change", (event) => (event.target.closest(".kind-image") ? keep : keepTexts)());
-byId("reset").addEventListener("click", () => {
-  form.write({});
-  keep();
-});
+byId("reset").addEventListener("click", () => replace({}, "All options are the model’s own."));
 byId("model").addEventListener("change", async (event) => {
   await choose(event.target.value);
   keep();

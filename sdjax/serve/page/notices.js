@@ -2,7 +2,9 @@
 
 import { button, byId, element, show } from "./dom.js";
 
+// Milliseconds that a message stays, and one that something can be done about.
 const SHOWN = 8000;
+const OFFERED = 30000;
 let timer;
 
 export function announce(text) {
@@ -20,7 +22,7 @@ export function toast(text, actions = []) {
   };
   const buttons = actions.map(([name, run]) => button(name, acting(run)));
   target.replaceChildren(element("p", {}, text), ...buttons, button("×", close, { class: "quiet icon", "aria-label": "Close the message" }));
-  if (!actions.length) timer = setTimeout(close, SHOWN);
+  timer = setTimeout(close, actions.length ? OFFERED : SHOWN);
 }
 
 export const banner = (text) => show(byId("banner"), text);
