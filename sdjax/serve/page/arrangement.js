@@ -16,6 +16,8 @@ export const SECTIONS = [
   { id: "more", title: "More options", prefix: "" },
 ];
 
+// An empty seed is drawn: the table's own choice would make the same image each time.
+export const EMPTY = { seed: -1 };
 // What an empty field stands for where the table has no default.
 export const STANDING = { seed: "random", num_images: "1" };
 

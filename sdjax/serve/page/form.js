@@ -1,6 +1,6 @@
 /** The form: fields of the model's options, what they say, and what the server says of them. */
 
-import { arranged, namesOf, PROMPTS, singled, STANDING } from "./arrangement.js";
+import { arranged, EMPTY, namesOf, PROMPTS, singled, STANDING } from "./arrangement.js";
 import { standing } from "./controls.js";
 import { button, byId, element, show } from "./dom.js";
 import { makeField, valueOf } from "./fields.js";
@@ -156,7 +156,7 @@ export class Form {
     const wrong = [];
     const values = {};
     for (const [name, field] of this.fields) {
-      const value = valueOf(field, wrong);
+      const value = valueOf(field, wrong) ?? EMPTY[name];
       if (value !== undefined) values[name] = value;
     }
     if (wrong.length) return wrong[0].focus() ?? null;

@@ -17,6 +17,7 @@ import { percent, state } from "./words.js";
 const KEPT = 20; // jobs of which this tab keeps all that it sent, images included
 const PATIENCE = 300; // milliseconds before it is said that a model loads
 const sent = new Map();
+const watched = new Set(); // ids of jobs whose end is of interest here, also where it is no image
 let images = [];
 
 const promptOf = (job) => sent.get(job.id)?.prompt ?? job.prompt ?? job.images.find(Boolean)?.settings.prompt ?? null;
@@ -48,10 +49,11 @@ function attempt(run) {
 // Jobs
 
 function render(all) {
-  const { dismissed = [], hiddenBefore = 0 } = load();
+  const { hiddenBefore = 0 } = load();
   const seen = all.filter((job) => isActive(job) || job.created > hiddenBefore);
   images = imagesOf(seen);
-  queue.show(seen.filter((job) => job.state !== "done" && !dismissed.includes(job.id)));
+  all.filter(isActive).forEach((job) => watched.add(job.id));
+  queue.show(all.filter((job) => job.state !== "done" && watched.has(job.id)));
   gallery.show(images);
   byId("empty").hidden = seen.length > 0;
   byId("hide-all").hidden = !images.length;
@@ -62,8 +64,7 @@ function render(all) {
 }
 
 function dismiss(id) {
-  const { dismissed = [] } = load();
-  save({ dismissed: [id, ...dismissed].slice(0, 1000) });
+  watched.delete(id);
   render(jobs.all);
 }
 

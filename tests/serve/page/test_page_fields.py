@@ -115,6 +115,14 @@ def test_the_seed_of_the_newest_image_is_reused(tab: Page, address: str):
     expect(field(tab, "seed")).to_have_value("")
 
 
+def test_an_empty_seed_is_drawn(tab: Page, address: str):
+    jobs = [generate(tab, prompt="red heart", steps=1) for _ in range(2)]
+    for job in jobs:
+        expect(tile(tab, job)).to_be_visible()
+    seeds = [ask(address, f"v1/jobs/{job['id']}")["images"][0]["settings"]["seed"] for job in jobs]
+    assert seeds[0] != seeds[1]
+
+
 def test_width_and_height_are_swapped(tab: Page):
     write(tab, width=64)
     tab.get_by_role("button", name="Swap width and height").click()
