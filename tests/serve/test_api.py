@@ -127,7 +127,7 @@ def test_previews_are_small_pictures(address):
         ({"prompt": "x", "options": {"init_image": 3}}, 422, "init_image: give an image in base64", "init_image"),
         ({"prompt": "x", "options": {"mask": ""}}, 422, "mask: it is no PNG", "mask"),
         ({"prompt": "x", "model": "y"}, 422, "unknown model 'y'; choose one of: tiny", "model"),
-        ({"options": {}}, 422, "needs a prompt", "prompt"),
+        ({"options": {}}, 422, "needs a prompt", None),
         ({"prompt": 3}, 422, "prompt: Input should be a valid string", "prompt"),
         ({"prompt": "x", "options": {"stepps": 3}}, 422, "unknown option 'stepps'", None),
     ],
