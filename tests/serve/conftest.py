@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -16,7 +14,6 @@ import sdjax
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 from sdjax.data.text.tokenizer_training import train_tokenizer
 from sdjax.serve.engine import Engine
-from sdjax.serve.jobs import Call, Job
 from sdjax.serve.models import Models
 from sdjax.serve.worker import EngineOptions
 
@@ -54,20 +51,3 @@ def served(folder):
 def engine(served):
     """An engine whose requests share batches of four."""
     return served(batch_sizes=(4,))
-
-
-async def ended(engine: Engine, prompt: str | None = "red heart", delay: float = 0.0, **options: Any) -> Job:
-    """A job of one call when it has ended."""
-    await asyncio.sleep(delay)
-    job = await engine.submit(None, [Call(prompt, None, options)], "test")
-    await job.finished()
-    return job
-
-
-def together(*jobs: Coroutine[Any, Any, Any]) -> list[Any]:
-    """The answers of requests that are sent at once."""
-
-    async def gather() -> list[Any]:
-        return await asyncio.gather(*jobs)
-
-    return asyncio.run(gather())

@@ -14,7 +14,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from conftest import ended, together
+from asking import ended, together
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ended
+from asking import ended
 from test_engine import pixels, requests
 
 from sdjax.serve.jobs import Call
