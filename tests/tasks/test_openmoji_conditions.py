@@ -6,19 +6,23 @@ finished and goes on with those that are not; runs beside each other share them.
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 import filelock
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_shipped_lora import cosine, hue
 
 import sdjax
 import train
-from configs import autoencoders, classifiers, openmoji_ldm, pixels
+from configs import autoencoders, classifiers, lora, openmoji_ldm, pixels
 from sdjax.checkpoints.layouts.diffusers import read_component
+from sdjax.core.tree import flatten, merge, unflatten
 from sdjax.data.images import to_uint8
 from sdjax.data.sources import open as sources
 from sdjax.data.sources.openmoji_parts import GROUPS, PALETTE, SHAPES
@@ -28,8 +32,12 @@ from sdjax.data.transforms.masks import RandomMask
 from sdjax.eval.bits import bits
 from sdjax.eval.similarity import psnr
 from sdjax.models.autoencoder import autoencoder_of
+from sdjax.models.lora import LORA
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.sharding import sharded_put
 from sdjax.tasks.autoencoder import reconstruct
 from sdjax.tasks.classifier import classify, read_classifier
+from sdjax.tasks.make import make_task
 
 pytestmark = pytest.mark.slow
 RUNS = "SDJAX_RUNS"
@@ -191,3 +199,86 @@ def test_a_learned_variance_costs_fewer_bits_in_50_steps(pixel_model):
     print(found)
     learned = found.pop("bits_per_dimension_learned_50")
     assert learned < min(found.values())
+
+
+CONCEPTS = {"zork": "brg", "vlim": "gbr", "quaf": "bgr", "wexo": "grb"}
+"""New words, and the colours that they stand for."""
+
+
+@pytest.fixture
+def learnt(trained):
+    """learnt(name, weight): workdirs of four concepts, learnt one after another with a penalty of this weight."""
+
+    def learn(name: str, weight: float) -> list[str]:
+        runs: list[str] = []
+        for word, order in CONCEPTS.items():
+            config = lora.get_config("openmoji_concept")
+            config.data.source = f"openmoji_recoloured:{order}:{word}"
+            if runs:  # before the first there is nothing to forget
+                config.task.lora.update(past=tuple(runs), forgetting=weight)
+            runs.append(str(trained(config, f"{name}_{len(runs)}" if runs else "concept_0").parent))
+        return runs
+
+    return learn
+
+
+def agreement(pipe, word: str, strengths: list[float]) -> float:
+    """Mean cosine between the hues of samples and of 12 held-out drawings in a concept's colours."""
+    drawings = sources.open_rows(f"openmoji_recoloured:{CONCEPTS[word]}", "held_out")
+    rows = [drawings[i] for i in range(0, 192, 2)]
+    rows = [row for row in rows if np.linalg.norm(hue(row["image"])) > 20.4][::2][:12]
+    prompts = [f"{word} {row['caption']}" for row in rows]
+    images = pipe(prompts, lora_scale=strengths, steps=10, guidance_scale=2.5, seed=0)
+    return float(np.mean([cosine(hue(image), hue(row["image"])) for image, row in zip(images, rows, strict=True)]))
+
+
+@pytest.fixture(scope="module")
+def loss_of():
+    """loss_of(runs)(word, strengths): a concept's loss on 96 of its drawings, always of the same noise."""
+    mesh = make_mesh({"data": -1})
+
+    def load(runs: list[str]):
+        config = lora.get_config("openmoji_concept")
+        config.task.lora.update(past=tuple(runs), forgetting=0.0, rank=1)  # own factors, which change nothing yet
+        tasks = {}
+        for word, order in CONCEPTS.items():
+            config.data.source = f"openmoji_recoloured:{order}:{word}"
+            tasks[word] = make_task(config.copy_and_resolve_references(), mesh)
+        task = tasks["zork"]
+        params = flatten(merge(task.pretrained(sharded_put(mesh)), task.init(jax.random.key(0))))
+        loaders = {word: task.batch(unflatten(params)) for word, task in tasks.items()}
+        batches = {word: [next(loader) for _ in range(12)] for word, loader in loaders.items()}
+        loss = jax.jit(lambda params, batch, key: task.loss(unflatten(params), batch, key, 0)[0])
+
+        def measure(word: str, strengths: list[float]) -> float:
+            ends = {f"/{LORA}/{i}/scale": jnp.float32(strength) for i, strength in enumerate(strengths)}
+            scales = {name: strength for end, strength in ends.items() for name in params if name.endswith(end)}
+            found = [loss({**params, **scales}, batch, jax.random.key(i)) for i, batch in enumerate(batches[word])]
+            return float(np.mean(found))
+
+        return measure
+
+    return load
+
+
+def stages(measure) -> np.ndarray:
+    """A measure of each concept before any training, after its own, and after the last one's."""
+    steps = [[1.0] * done + [0.0] * (4 - done) for done in range(5)]
+    return np.array([[measure(word, steps[n]) for n in (0, i + 1, 4)] for i, word in enumerate(CONCEPTS)]).T
+
+
+def test_c_lora_forgets_less_than_one_lora_after_another(learnt, loss_of):
+    """Of four concepts the first three, from their own training to the last one's; all are learnt either way."""
+    forgotten = {}
+    for name, weight in {"plain": 0.0, "clora": 1.0}.items():
+        runs = learnt(name, weight)
+        pipe = sdjax.load("checkpoints/openmoji", lora=runs)
+        before, after, end = stages(loss_of(runs))
+        forgotten[name] = (end - after)[:3].mean()
+        print(f"{name}: loss before {before.round(4)}, after {after.round(4)}, at the end {end.round(4)}")
+        print(f"  forgotten: {forgotten[name]:.4f}; all at the end: {end.mean():.4f}")
+        assert np.all(after < 0.9 * before)
+        hues = stages(functools.partial(agreement, pipe))
+        print("  hues before {}, after {}, at the end {}".format(*hues.round(3)))
+        print(f"  forgotten: {(hues[1] - hues[2])[:3].mean():.3f}")
+    assert forgotten["clora"] < 0.95 * forgotten["plain"]
