@@ -1,7 +1,7 @@
 /** The server's API. Addresses are relative, so that the page also works below a path of a proxy. */
 
 /** What the server, or the way to it, says is wrong. */
-export class ApiError extends Error {
+class ApiError extends Error {
   constructor(message, { option = null, status = 0 } = {}) {
     super(message);
     this.option = option;

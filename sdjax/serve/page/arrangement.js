@@ -8,8 +8,12 @@ export const PROMPTS = [
   { name: "negative_prompt", kind: "text", rows: 2, help: "" },
 ];
 
-export const SECTIONS = [
-  { id: "common", title: null, names: ["sampler", "schedule", "steps", "guidance_scale", "num_images", "width", "height", "seed"] },
+const SECTIONS = [
+  {
+    id: "common",
+    title: null,
+    names: ["sampler", "schedule", "steps", "guidance_scale", "num_images", "width", "height", "seed"],
+  },
   { id: "image", title: "Image to image, inpainting", names: ["init_image", "mask", "strength", "feather"] },
   { id: "lora", title: "LoRA", names: ["lora_scale"] },
   { id: "control", title: "ControlNet", prefix: "control_" },

@@ -1,6 +1,6 @@
 /**
- * Inputs by the kind of an option. A control is {nodes, inputs, read, write}: `read` gives undefined where the choice is
- * left to the model and throws a FieldError where the text is none; `write(undefined)` empties it.
+ * Inputs by the kind of an option. A control is {nodes, inputs, read, write}: `read` gives undefined where the choice
+ * is left to the model and throws a FieldError where the text is none; `write(undefined)` empties it.
  */
 
 import { element } from "./dom.js";
@@ -37,7 +37,8 @@ function beginAtDefault(event, input, row) {
 }
 
 function number(input, row) {
-  if (input.validity.badInput) throw new FieldError(`Enter ${row.kind === "int" ? "an integer" : "a number"}, ${range(row) || "of any size"}.`);
+  if (input.validity.badInput)
+    throw new FieldError(`Enter ${row.kind === "int" ? "an integer" : "a number"}, ${range(row) || "of any size"}.`);
   if (input.value === "") return undefined;
   const value = Number(input.value);
   if (row.kind === "int" && Math.abs(value) > Number.MAX_SAFE_INTEGER) {
@@ -89,19 +90,29 @@ export function longTextControl(row, { id }) {
 function lineControl(row, { id }, parse, format, placeholder) {
   const input = element("input", { id, type: "text", placeholder, spellcheck: "false", autocapitalize: "off" });
   const read = () => (input.value.trim() === "" ? undefined : parse(input.value.trim()));
-  return { nodes: [input], inputs: [input], read, write: (value) => (input.value = value === undefined || value === null ? "" : format(value)) };
+  return {
+    nodes: [input],
+    inputs: [input],
+    read,
+    write: (value) => (input.value = value === undefined || value === null ? "" : format(value)),
+  };
 }
 
 /** Text of any kind; `suggestions` are shown while it is written. */
 export function textControl(row, how) {
   const control = lineControl(row, how, (text) => text, listed, standing(row));
   if (!how.suggestions?.length) return control;
-  const list = element("datalist", { id: `${how.id}-list` }, ...how.suggestions.map((value) => element("option", { value })));
+  const list = element(
+    "datalist",
+    { id: `${how.id}-list` },
+    ...how.suggestions.map((value) => element("option", { value })),
+  );
   control.inputs[0].setAttribute("list", list.id);
   return { ...control, nodes: [...control.nodes, list] };
 }
 
-const listed = (value) => (Array.isArray(value) ? value.map((one) => (Array.isArray(one) ? one.join(":") : one)).join(", ") : String(value));
+const listed = (value) =>
+  Array.isArray(value) ? value.map((one) => (Array.isArray(one) ? one.join(":") : one)).join(", ") : String(value);
 
 function parts(text, separator, wanted) {
   const numbers = text.split(separator).map((part) => (part.trim() === "" ? NaN : Number(part)));
@@ -150,7 +161,9 @@ export function eachControl(row, { id, names }) {
     element("div", { class: "each" }, element("label", { for: `${id}-${i}` }, names[i]), ...control.nodes),
   );
   const read = () => {
-    const values = controls.map((control, i) => control.read() ?? (Array.isArray(row.default) ? row.default[i] : row.default) ?? undefined);
+    const values = controls.map(
+      (control, i) => control.read() ?? (Array.isArray(row.default) ? row.default[i] : row.default) ?? undefined,
+    );
     if (controls.every((control) => control.read() === undefined)) return undefined;
     if (values.includes(undefined)) throw new FieldError("Enter a number for each, or for none.");
     return values.length === 1 ? values[0] : values;

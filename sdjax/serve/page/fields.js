@@ -1,7 +1,17 @@
 /** Fields: a label, a control, help and an error, made from a row of the server's table of options. */
 
-import { boolControl, choiceControl, eachControl, jsonControl, longTextControl, numberControl } from "./controls.js";
-import { FieldError, pairControl, scalesControl, textControl } from "./controls.js";
+import {
+  boolControl,
+  choiceControl,
+  eachControl,
+  FieldError,
+  jsonControl,
+  longTextControl,
+  numberControl,
+  pairControl,
+  scalesControl,
+  textControl,
+} from "./controls.js";
 import { imageControl, imagesControl } from "./image-control.js";
 import { element, show } from "./dom.js";
 import { label, range } from "./words.js";
@@ -17,7 +27,8 @@ const KINDS = {
 };
 
 function controlOf(row, how) {
-  if (row.kind === "image") return row.many && how.names?.length !== 1 ? imagesControl(row, how) : imageControl(row, how);
+  if (row.kind === "image")
+    return row.many && how.names?.length !== 1 ? imagesControl(row, how) : imageControl(row, how);
   if (row.kind === "scales" && how.names?.length) return eachControl(row, how);
   if (row.kind === "str") return row.choices.length ? choiceControl(row, how) : textControl(row, how);
   return (KINDS[row.kind] ?? textControl)(row, how);
@@ -46,7 +57,14 @@ export function makeField(row, how = {}) {
     : element("label", { class: "label", for: id, title: help.textContent }, named.label);
   const body = element("div", { class: "control" }, ...control.nodes, ...(how.after ?? []));
   const group = isGroup ? { role: "group", "aria-labelledby": `${id}-label` } : {};
-  const node = element("div", { class: `field kind-${row.kind}`, "data-option": row.name, ...group }, title, body, help, error);
+  const node = element(
+    "div",
+    { class: `field kind-${row.kind}`, "data-option": row.name, ...group },
+    title,
+    body,
+    help,
+    error,
+  );
   for (const event of ["input", "change"]) node.addEventListener(event, () => say(""));
   return { row: named, node, say, ...control, focus: () => reveal(control.inputs[0]) };
 }

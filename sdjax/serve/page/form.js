@@ -43,7 +43,12 @@ export class Form {
     const nodes = rows.map((row) => this.add(singled(row, this.facts), this.how(row)));
     if (title === null) return element("div", { class: "grid common" }, ...nodes);
     const badge = element("span", { class: "badge" });
-    const fold = element("details", { id: `section-${id}` }, element("summary", {}, title, badge), element("div", { class: "grid" }, ...nodes));
+    const fold = element(
+      "details",
+      { id: `section-${id}` },
+      element("summary", {}, title, badge),
+      element("div", { class: "grid" }, ...nodes),
+    );
     this.folds.set(id, { fold, badge, rows });
     return fold;
   }
@@ -54,7 +59,11 @@ export class Form {
     const side = { width, height }[row.name];
     if (side) {
       row.default ??= side;
-      const swap = button("⇄", () => this.swap(), { class: "quiet icon", "aria-label": "Swap width and height", title: "Swap" });
+      const swap = button("⇄", () => this.swap(), {
+        class: "quiet icon",
+        "aria-label": "Swap width and height",
+        title: "Swap",
+      });
       return { step: this.facts.multiple, after: row.name === "height" ? [swap] : [] };
     }
     if (row.name === "seed") return { after: this.seedButtons() };
@@ -87,7 +96,8 @@ export class Form {
 
   changed(event) {
     // A mask is of one image.
-    if (event.target.closest("[data-option]")?.dataset.option === "init_image") this.fields.get("mask")?.write(undefined);
+    if (event.target.closest("[data-option]")?.dataset.option === "init_image")
+      this.fields.get("mask")?.write(undefined);
     this.count();
   }
 

@@ -8,7 +8,9 @@ const PAGE = 60;
 /** Images of jobs, [{key, job, number, url, settings, parameters}], newest job first. */
 export function imagesOf(jobs) {
   return jobs.flatMap((job) =>
-    job.images.flatMap((image, number) => (image ? [{ key: `${job.id}/${number}`, job: job.id, number, ...image }] : [])),
+    job.images.flatMap((image, number) =>
+      image ? [{ key: `${job.id}/${number}`, job: job.id, number, ...image }] : [],
+    ),
   );
 }
 
@@ -35,8 +37,18 @@ export class Gallery {
   tile(image) {
     const prompt = image.settings.prompt || "Without a prompt";
     const { width, height } = image.settings;
-    const picture = element("img", { src: local(image.url), alt: `${prompt}, seed ${image.settings.seed}`, width, height, loading: "lazy" });
-    const open = element("button", { type: "button", class: "tile", on: { click: () => this.onOpen(image.key) } }, picture);
+    const shown = element("img", {
+      src: local(image.url),
+      alt: `${prompt}, seed ${image.settings.seed}`,
+      width,
+      height,
+      loading: "lazy",
+    });
+    const open = element(
+      "button",
+      { type: "button", class: "tile", on: { click: () => this.onOpen(image.key) } },
+      shown,
+    );
     return element("li", { "data-image": image.key }, open, element("p", { class: "caption", title: prompt }, prompt));
   }
 

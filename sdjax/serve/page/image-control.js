@@ -9,7 +9,12 @@ function imageSlot(id, name, say, extras = []) {
   let value;
   const input = element("input", { id, type: "file", accept: TYPES.join() });
   const thumbnail = element("img", { alt: "", hidden: true });
-  const choose = element("label", { class: "file-button" }, input, element("span", { class: "button" }, "Choose a file"));
+  const choose = element(
+    "label",
+    { class: "file-button" },
+    input,
+    element("span", { class: "button" }, "Choose a file"),
+  );
   const remove = button("Remove", () => put(undefined), { class: "quiet", "aria-label": `Remove ${name}` });
   const buttons = element("div", { class: "buttons" }, choose, ...extras, remove);
   const node = element("div", { class: "slot" }, thumbnail, buttons);

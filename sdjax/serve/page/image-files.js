@@ -5,7 +5,10 @@ import { FieldError } from "./controls.js";
 export const TYPES = ["image/png", "image/jpeg", "image/webp"];
 const SIDE = 2048; // the longest that the server makes unless it is told otherwise
 
-/** A data URL. PNGs go as they are; others become PNGs, upright as their camera says, since a mask is drawn on what is seen. */
+/**
+ * A data URL. PNGs go as they are; others become PNGs, upright as their camera says, since a mask is drawn on what is
+ * seen.
+ */
 export async function readFile(file) {
   if (!TYPES.includes(file.type)) throw new FieldError(`${file.name ?? "This"} is no PNG, JPEG or WebP.`);
   let bitmap;
@@ -29,7 +32,10 @@ function dataUrl(file) {
 
 function resized(bitmap) {
   const scale = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));
-  const canvas = newCanvas(Math.max(1, Math.round(bitmap.width * scale)), Math.max(1, Math.round(bitmap.height * scale)));
+  const canvas = newCanvas(
+    Math.max(1, Math.round(bitmap.width * scale)),
+    Math.max(1, Math.round(bitmap.height * scale)),
+  );
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);

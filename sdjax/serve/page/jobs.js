@@ -14,8 +14,8 @@ export const isActive = (job) => job.state === "queued" || job.state === "runnin
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 /**
- * Asks, and does not listen to streams of events: a browser opens six connections to a server for all its tabs together,
- * and each stream would hold one.
+ * Asks, and does not listen to streams of events: a browser opens six connections to a server for all its tabs
+ * together, and each stream would hold one.
  */
 export class Jobs {
   constructor({ onChange, onFailure }) {
@@ -50,7 +50,8 @@ export class Jobs {
     this.byId = new Map(jobs.map((job) => [job.id, job]));
     this.changed();
     clearTimeout(this.timer);
-    if (!document.hidden || this.active.length) this.timer = setTimeout(() => this.refresh(), this.active.length ? BUSY : IDLE);
+    if (!document.hidden || this.active.length)
+      this.timer = setTimeout(() => this.refresh(), this.active.length ? BUSY : IDLE);
   }
 
   /** A job that was just made, or has news. */

@@ -29,7 +29,9 @@ const queue = new Queue({ promptOf, onCancel: attempt((id) => jobs.cancel(id)), 
 const gallery = new Gallery({ onOpen: (key) => viewer.open(key) });
 const viewer = new Viewer({
   images: () => images,
-  onUse: attempt(({ settings, job }) => use(settings, `Settings of seed ${settings.seed} are in the form.`, sent.get(job))),
+  onUse: attempt(({ settings, job }) =>
+    use(settings, `Settings of seed ${settings.seed} are in the form.`, sent.get(job)),
+  ),
   onInit: attempt(async (image) => begin(await fetchImage(image.url))),
   onCopy: attempt(copy),
   onClose: (key) => gallery.focus(key),
@@ -131,6 +133,7 @@ async function take(file) {
 }
 
 async function copy(image) {
+  if (!navigator.clipboard) throw new Error("Browsers copy for pages of this machine and of https alone.");
   await navigator.clipboard.writeText(image.parameters);
   toast("The settings are copied as A1111 writes them.");
 }

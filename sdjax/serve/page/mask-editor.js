@@ -5,11 +5,14 @@ import { decode } from "./image-files.js";
 import { baseOf, drawMask, drawStroke, maskUrl } from "./mask.js";
 
 const HELP =
-  "Mark what is made anew. By keyboard: arrows move the brush (with Shift by a pixel), Space sets it down and lifts it, " +
-  "[ and ] change its size, E erases, Ctrl+Z undoes.";
+  "Mark what is made anew. By keyboard: arrows move the brush (with Shift by a pixel), " +
+  "Space sets it down and lifts it, [ and ] change its size, E erases, Ctrl+Z undoes.";
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
-/** Shows an image and its mask, both data URLs; gives the mask as it was left, undefined for none, null where nothing is to change. */
+/**
+ * Shows an image and its mask, both data URLs; gives the mask as it was left, undefined for none, null where nothing is
+ * to change.
+ */
 export async function editMask(imageUrl, maskAddress) {
   const image = await decode(imageUrl);
   const base = maskAddress ? baseOf(await decode(maskAddress), image.naturalWidth, image.naturalHeight) : null;
@@ -24,7 +27,9 @@ class Editor {
     this.cursor = this.size.map((side) => side / 2);
     this.build();
     dialog.returnValue = "";
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "done" ? maskUrl(this.canvas) : null), { once: true });
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "done" ? maskUrl(this.canvas) : null), {
+      once: true,
+    });
     dialog.showModal();
     this.redraw();
     this.canvas.focus();
@@ -39,7 +44,13 @@ class Editor {
     const stage = element("div", { class: "stage" }, this.image, this.canvas, this.ring);
     this.stage = stage;
     const longest = Math.max(width, height);
-    this.brush = element("input", { id: "brush-size", type: "range", min: 1, max: Math.ceil(longest / 2), value: Math.ceil(longest / 8) });
+    this.brush = element("input", {
+      id: "brush-size",
+      type: "range",
+      min: 1,
+      max: Math.ceil(longest / 2),
+      value: Math.ceil(longest / 8),
+    });
     this.eraser = button("Eraser", () => this.toggleEraser(), { "aria-pressed": "false" });
     this.undoButton = button("Undo", () => this.undo(), {});
     const done = button("Done", () => this.dialog.close("done"), { class: "primary" });
@@ -75,7 +86,10 @@ class Editor {
 
   point(event) {
     const box = this.canvas.getBoundingClientRect();
-    return [((event.clientX - box.left) * this.size[0]) / box.width, ((event.clientY - box.top) * this.size[1]) / box.height];
+    return [
+      ((event.clientX - box.left) * this.size[0]) / box.width,
+      ((event.clientY - box.top) * this.size[1]) / box.height,
+    ];
   }
 
   begin(event) {
@@ -114,10 +128,12 @@ class Editor {
   }
 
   key(event) {
-    if (event.key.toLowerCase() === "z" && (event.ctrlKey || event.metaKey)) return this.handled(event, () => this.undo());
+    if (event.key.toLowerCase() === "z" && (event.ctrlKey || event.metaKey))
+      return this.handled(event, () => this.undo());
     if (event.target !== this.canvas) return;
     if (event.key === " ") this.handled(event, () => this.press());
-    else if (event.key === "[" || event.key === "]") this.handled(event, () => this.resize(event.key === "]" ? 1.25 : 0.8));
+    else if (event.key === "[" || event.key === "]")
+      this.handled(event, () => this.resize(event.key === "]" ? 1.25 : 0.8));
     else if (event.key.toLowerCase() === "e") this.handled(event, () => this.toggleEraser());
     else if (event.key in ARROWS) this.handled(event, () => this.step(ARROWS[event.key], event.shiftKey));
   }
@@ -175,6 +191,7 @@ class Editor {
     this.ring.hidden = false;
     this.ring.classList.toggle("down", this.isDown);
     Object.assign(this.ring.style, { width: `${across}px`, height: `${across}px` });
-    this.ring.style.transform = `translate(${this.cursor[0] * scale - across / 2}px, ${this.cursor[1] * scale - across / 2}px)`;
+    const [left, top] = this.cursor.map((at) => at * scale - across / 2);
+    this.ring.style.transform = `translate(${left}px, ${top}px)`;
   }
 }

@@ -7,7 +7,7 @@ const SHOWN = 8000;
 const OFFERED = 30000;
 let timer;
 
-export function announce(text) {
+function announce(text) {
   byId("status").textContent = text;
 }
 
@@ -21,7 +21,11 @@ export function toast(text, actions = []) {
     run();
   };
   const buttons = actions.map(([name, run]) => button(name, acting(run)));
-  target.replaceChildren(element("p", {}, text), ...buttons, button("×", close, { class: "quiet icon", "aria-label": "Close the message" }));
+  target.replaceChildren(
+    element("p", {}, text),
+    ...buttons,
+    button("×", close, { class: "quiet icon", "aria-label": "Close the message" }),
+  );
   timer = setTimeout(close, actions.length ? OFFERED : SHOWN);
 }
 
@@ -31,7 +35,8 @@ export const banner = (text) => show(byId("banner"), text);
 export function announcer(promptOf) {
   const said = new Map();
   return (job, words, share) => {
-    const stage = `${job.state} ${job.state === "running" ? Math.floor(share / 25) : ""} ${job.state === "queued" ? job.place : ""}`;
+    const stages = { queued: `place ${job.place}`, running: `quarter ${Math.floor(share / 25)}` };
+    const stage = stages[job.state] ?? job.state;
     if (said.get(job.id) === stage) return;
     said.set(job.id, stage);
     announce(`${promptOf(job) || "Job"}: ${words}`);

@@ -19,7 +19,10 @@ export class Queue {
     this.cards = cards;
     for (const job of shown) this.update(cards.get(job.id), job);
     byId("queue-section").hidden = !shown.length;
-    arrange(byId("queue"), [...cards.values()].map((card) => card.node));
+    arrange(
+      byId("queue"),
+      [...cards.values()].map((card) => card.node),
+    );
   }
 
   card(id) {
@@ -30,7 +33,14 @@ export class Queue {
     const cancel = button("Cancel", () => this.onCancel(id), { class: "quiet" });
     const dismiss = button("Dismiss", () => this.onDismiss(id), { class: "quiet" });
     const text = element("div", { class: "text" }, title, line, bar);
-    const node = element("li", { class: "card", "data-job": id }, element("div", { class: "preview" }, preview), text, cancel, dismiss);
+    const node = element(
+      "li",
+      { class: "card", "data-job": id },
+      element("div", { class: "preview" }, preview),
+      text,
+      cancel,
+      dismiss,
+    );
     return { node, preview, title, line, bar, cancel, dismiss };
   }
 
@@ -42,7 +52,11 @@ export class Queue {
     card.bar.hidden = !isActive(job);
     card.bar.value = job.state === "running" ? percent(job) / 100 : 0;
     card.bar.setAttribute("aria-label", `Progress of ${prompt}`);
-    for (const [one, is] of [[card.cancel, isActive(job)], [card.dismiss, !isActive(job)]]) one.hidden = !is;
+    for (const [one, is] of [
+      [card.cancel, isActive(job)],
+      [card.dismiss, !isActive(job)],
+    ])
+      one.hidden = !is;
     card.cancel.setAttribute("aria-label", `Cancel ${prompt}`);
     card.dismiss.setAttribute("aria-label", `Dismiss ${prompt}`);
     card.preview.alt = job.preview ? `Preview of ${prompt}` : "";

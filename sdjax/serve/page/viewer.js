@@ -37,8 +37,19 @@ export class Viewer {
     const focused = this.dialog.contains(document.activeElement) ? document.activeElement.dataset.act : null;
     const prompt = settings.prompt || "Without a prompt";
     this.dialog.replaceChildren(
-      element("figure", {}, element("img", { src: local(image.url), alt: prompt, width: settings.width, height: settings.height })),
-      element("div", { class: "facts" }, element("h2", { id: "viewer-title" }, prompt), this.negative(settings), table(settings), this.actions(image)),
+      element(
+        "figure",
+        {},
+        element("img", { src: local(image.url), alt: prompt, width: settings.width, height: settings.height }),
+      ),
+      element(
+        "div",
+        { class: "facts" },
+        element("h2", { id: "viewer-title" }, prompt),
+        this.negative(settings),
+        table(settings),
+        this.actions(image),
+      ),
     );
     if (focused) this.dialog.querySelector(`[data-act="${focused}"]`)?.focus();
   }
@@ -54,7 +65,11 @@ export class Viewer {
       run(image);
     };
     const name = `${image.settings.model ?? "image"}-${image.settings.seed}-${image.number}.png`;
-    const download = element("a", { class: "button", href: local(image.url), download: name, "data-act": "download" }, "Download");
+    const download = element(
+      "a",
+      { class: "button", href: local(image.url), download: name, "data-act": "download" },
+      "Download",
+    );
     const [place, last] = [this.place, this.images().length - 1];
     return element(
       "div",
@@ -71,8 +86,14 @@ export class Viewer {
 }
 
 function table(settings) {
-  const rows = Object.entries(settings).filter(([name, value]) => !HIDDEN.has(name) && value !== null && value !== undefined);
-  return element("dl", {}, ...rows.map(([name, value]) => element("div", {}, element("dt", {}, label(name)), element("dd", {}, text(value)))));
+  const rows = Object.entries(settings).filter(
+    ([name, value]) => !HIDDEN.has(name) && value !== null && value !== undefined,
+  );
+  return element(
+    "dl",
+    {},
+    ...rows.map(([name, value]) => element("div", {}, element("dt", {}, label(name)), element("dd", {}, text(value)))),
+  );
 }
 
 const text = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));

@@ -16,7 +16,7 @@ export function range({ least = null, most = null }) {
   return least === null ? `at most ${most}` : `${least} to ${most}`;
 }
 
-export function seconds(left) {
+function seconds(left) {
   if (left < 1.5) return "about a second left";
   if (left < 90) return `about ${Math.round(left)} s left`;
   return left < 5400 ? `about ${Math.round(left / 60)} min left` : `about ${Math.round(left / 3600)} h left`;

@@ -111,6 +111,16 @@ def test_a_failed_job_says_why(tab: Page, address: str):
     expect(card(tab, job).locator("progress")).to_be_hidden()
 
 
+def test_settings_are_copied_as_text(tab: Page, address: str):
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    job = generate(tab, prompt="red heart", steps=1)
+    tile(tab, job).click()
+    tab.locator("[data-act=copy]").click()
+    expect(tab.locator("#toast")).to_contain_text("copied")
+    image = ask(address, f"v1/jobs/{job['id']}")["images"][0]
+    assert tab.evaluate("navigator.clipboard.readText()") == image["parameters"]
+
+
 def test_images_are_hidden_and_shown_again(tab: Page):
     job = generate(tab, prompt="red heart", steps=1)
     expect(tile(tab, job)).to_be_visible()

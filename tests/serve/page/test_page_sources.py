@@ -52,6 +52,16 @@ def test_every_script_is_used_and_none_imports_in_a_circle():
     assert used == set(sources)
 
 
+def test_lines_fit_and_exports_are_used():
+    texts = {path.name: path.read_text() for path in PAGE.iterdir() if path.suffix != ".svg"}
+    assert [f"{name}: {line}" for name, text in texts.items() for line in text.splitlines() if len(line) > 120] == []
+    for path in SCRIPTS:
+        imported = {
+            name.strip() for text in texts.values() for names, _ in IMPORT.findall(text) for name in names.split(",")
+        }
+        assert set(EXPORT.findall(texts[path.name])) <= imported, path.name
+
+
 def test_the_package_holds_the_page():
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert "serve/page/*" in table["sdjax"]
