@@ -133,7 +133,7 @@ def serve(engine: Engine, access: Access, host: str, port: int, ready: Future[No
             raise UserError(f"--host {host} --port {port}: the address cannot be had") from error
     if ready.done() and ready.exception() is not None:
         raise cast(Exception, ready.exception())
-    engine.stop(60.0)
+    engine.stop()
 
 
 def _drain(server: Any, engine: Engine) -> None:

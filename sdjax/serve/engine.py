@@ -76,7 +76,7 @@ class Engine:
     def stop(self, seconds: float | None = None) -> None:
         """Finish what is there, for at most so many seconds, and end the thread; new requests are refused."""
         with self._changed:
-            self.is_draining = True
+            self.is_draining = self._worker.is_ending = True
             self._changed.notify()
         self._thread.join(seconds)
 
@@ -142,8 +142,7 @@ class Engine:
         if self.is_draining:
             raise QueueFullError("the server is about to end", 60)
         if self.waiting() >= self.options.queue_length:
-            rate = self._worker.rate
-            seconds = max(1, round(self._worker.left() / rate / 2)) if rate else 10
+            seconds = max(1, round(self._worker.left() / 2)) if self._worker.left() else 10
             raise QueueFullError(f"the queue is full: {self.options.queue_length} requests wait", seconds)
 
     async def _acquire(self, name: str | None) -> Model:

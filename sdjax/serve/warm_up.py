@@ -46,10 +46,10 @@ def warm_up(worker: Worker, model: Model, sizes: Sequence[tuple[int, int]] | Non
         for options in variants(pipe, size):
             try:
                 (row,) = pipe.prepare(options.pop("prompt", None), None, **options)
-            except UserError:
-                if "class_label" in pipe.inputs or "prompt" in pipe.inputs:
+            except UserError as error:
+                if str(error).startswith(("height", "width")):
                     raise
-                logger.info("%s compiles at its first request: it needs %s", model.name, ", ".join(pipe.inputs))
+                logger.info("%s compiles at its first request: %s", model.name, error)
                 return
             compile_row(worker, model.name, pipe, row)
     logger.info("%s is compiled for %d sizes: %.0f s", model.name, len(sizes or [()]), time.monotonic() - began)
@@ -63,10 +63,12 @@ def variants(pipe: Pipeline, size: tuple[int, int]) -> list[dict[str, Any]]:
         common["prompt"] = ""
     if "class_label" in traits.required:
         common["class_label"] = 0
+    blank = Image.new("RGB", (size[1], size[0]), "white")
+    if pipe.controlnets:
+        common["control_image"] = [blank] * len(pipe.controlnets)
     guided = pipe.model.has_null and not pipe.is_distilled
     cases = [{**common, "guidance_scale": scale} for scale in ((5.0, 1.0) if guided else (1.0,))]
     if pipe.begins_from_images and pipe.model.autoencoder is not None:
-        blank = Image.new("RGB", (size[1], size[0]), "white")
         cases.append({**cases[0], "init_image": blank, "strength": 1.0})
     return cases
 
@@ -80,6 +82,8 @@ def compile_row(worker: Worker, name: str, pipe: Pipeline, row: Row) -> None:
         passage.part = part
         begun = Begun(one, passage, worker.length)
         for size in sizes:
+            if worker.is_ending:
+                return
             for other in sizes:
                 Lane(one, begun, other).resize(size)
             lane, passage.begun = Lane(one, begun, size), begun

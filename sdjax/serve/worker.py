@@ -51,7 +51,7 @@ class Worker:
 
     Attributes:
         lanes: loops, each with at least one image.
-        rate: network calls of one image a second; 0 until it was measured.
+        is_ending: whether what is not needed is left undone.
         colours: of previews, by model.
     """
 
@@ -65,7 +65,8 @@ class Worker:
         self.models, self.options, self.metrics = models, options, metrics
         self.length = padded_length(2 * max_steps + 1)  # some samplers call the network twice a step
         self.lanes: list[Lane] = []
-        self.rate = 0.0
+        self.is_ending = False
+        self._seconds = 0.0  # of a network call of one image
         self.colours: WeakKeyDictionary[Pipeline, np.ndarray] = WeakKeyDictionary()
         self._queue: deque[Passage] = deque()
         self._lock = threading.Lock()
@@ -81,9 +82,9 @@ class Worker:
         """True if nothing waits and nothing runs."""
         return not self._queue and not self.lanes
 
-    def left(self) -> int:
-        """Network calls that all images have before them."""
-        return sum(job.total - job.done for job in {*self._waiting_jobs(), *self._running_jobs()})
+    def left(self) -> float:
+        """Seconds until nothing waits; 0 until a call was measured."""
+        return self._seconds * sum(job.total - job.done for job in {*self._waiting_jobs(), *self._running_jobs()})
 
     def turn(self) -> None:
         """One call of every loop, and all that is due between calls."""
@@ -103,7 +104,7 @@ class Worker:
         if advanced:
             seconds = time.monotonic() - began
             self.metrics.stages.labels("turn").observe(seconds)
-            self._measure(advanced / seconds)
+            self._seconds += (seconds / advanced - self._seconds) * (SMOOTHING if self._seconds else 1.0)
         self._tell()
 
     def fail_all(self, error: str) -> None:
@@ -226,9 +227,6 @@ class Worker:
     def _running_jobs(self) -> Iterator[Job]:
         yield from dict.fromkeys(passage.job for lane in self.lanes for passage, _ in lane.seats.values())
 
-    def _measure(self, rate: float) -> None:
-        self.rate += (rate - self.rate) * (SMOOTHING if self.rate else 1.0)
-
     def _tell(self) -> None:
         """Progress, time left, previews and places of all jobs."""
         now = time.monotonic()
@@ -246,7 +244,7 @@ class Worker:
         for place, job in enumerate(queued, 1):
             before += job.total
             moved = job.place != place
-            job.place, job.eta = place, before / self.rate if self.rate else None
+            job.place, job.eta = place, before * self._seconds or None
             if moved or shows:
                 job.notify()
         self.metrics.waiting.set(len(queued))

@@ -157,6 +157,7 @@ def test_unknown_things_are_404(address):
 
 
 def test_states_and_metrics(address, pipe):
+    submit(address, **SMALL)
     assert requests.get(f"{address}/healthz", timeout=60).json() == {"status": "ok"}
     assert requests.get(f"{address}/readyz", timeout=60).status_code == 200
     text = requests.get(f"{address}/metrics", timeout=60).text

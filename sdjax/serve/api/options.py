@@ -67,7 +67,7 @@ def with_images(options: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     Raises:
         UserError: an image cannot be read.
     """
-    return {name: _read(name, value, limits) for name, value in options.items() if value is not None}
+    return {name: None if value is None else _read(name, value, limits) for name, value in options.items()}
 
 
 def option_of(message: str) -> str | None:
