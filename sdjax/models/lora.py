@@ -83,7 +83,7 @@ def add_factors(
     Args:
         params: by component.
         patterns: shell patterns of layers' paths, e.g. "unet/*/attn?/to_q".
-        name: of the entry.
+        name: of the entry; those of one layer draw from keys of their own, or all would share one subspace.
 
     Raises:
         UserError: a pattern names no layer.
@@ -94,7 +94,8 @@ def add_factors(
             raise UserError(f"{pattern!r} names no dense or convolutional layer, such as {next(iter(layers))!r}")
     made = {}
     for path in sorted({path for pattern in patterns for path in fnmatch.filter(layers, pattern)}):
-        factors = fresh_factors(layers[path]["kernel"], sizes, stream_below(key, path))
+        own = stream_below(key, path) if name == "0" else stream_below(key, path, name)
+        factors = fresh_factors(layers[path]["kernel"], sizes, own)
         made |= {f"{path}/{LORA}/{name}/{leaf}": array for leaf, array in factors.items()}
     return merge(params, unflatten(made))
 

@@ -127,6 +127,15 @@ def test_fresh_factors_change_nothing_and_can_be_stripped():
     assert str(jax.make_jaxpr(lambda p: apply(module, p, x))(params["net"])) == str(program)
 
 
+def test_entries_of_a_layer_draw_factors_of_their_own():
+    params, sizes, key = {"net": {"kernel": jnp.zeros((64, 64))}}, Adaptation(rank=4), jax.random.key(1)
+    for name in ("0", "1", "2"):
+        params = add_factors(params, ("net",), sizes, key, name)
+    first, *others = (entry["down"].ravel() for entry in params["net"]["lora"].values())
+    for other in others:
+        assert abs(np.corrcoef(first, other)[0, 1]) < 0.3
+
+
 def test_dropout_zeroes_what_lies_between_and_keeps_the_mean():
     """With the identity as factors the branch is the input, of which a share is zero and the rest larger."""
     entry = {"down": jnp.eye(8), "up": jnp.eye(8), "scale": jnp.float32(1), "dropout": jnp.float32(0.25)}
