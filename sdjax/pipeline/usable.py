@@ -79,12 +79,12 @@ def required_names(pipe: Pipeline) -> str:
 
 def _missing(pipe: Pipeline, name: str, given: Mapping[str, Any], known: set[str]) -> str:
     """In words, what an option lacks to change something; "" if nothing."""
-    part, reads = PARTS.get(name, ("", ""))
-    if reads and reads not in known:
-        return part
     other, beside = BESIDE.get(name, ("", ""))
     if beside and beside not in given:
         return other
+    part, reads = PARTS.get(name, ("", ""))
+    if reads and reads not in known:
+        return part
     if name == "strength" and not ("init_image" in given and pipe.begins_from_images):
         return "an init_image to begin from"
     if name == "refiner_start" and pipe.refiner is None:
