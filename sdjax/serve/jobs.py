@@ -116,12 +116,19 @@ class Job:
         """True if nothing more will happen."""
         return self.state in ENDED
 
+    def begin(self) -> None:
+        """Leave the queue for the devices; a job that was cancelled meanwhile stays as it is."""
+        with self._lock:
+            if self.state == "queued":
+                self.state, self.place, self.started = "running", 0, time.time()
+
     def end(self, state: State, error: str = "") -> None:
         """Leave the engine; a job that has ended stays as it is."""
-        if self.has_ended:
-            return
-        self.state, self.error, self.ended, self.eta, self.place = state, error, time.time(), None, 0
-        self.rows, self.preview = [], None  # which may hold images
+        with self._lock:
+            if self.has_ended:
+                return
+            self.state, self.error, self.ended, self.eta, self.place = state, error, time.time(), None, 0
+            self.rows, self.preview = [], None  # which may hold images
         self.notify()
 
     def notify(self) -> None:

@@ -160,8 +160,7 @@ class Worker:
         lane.resize(max(lane.size, self._size(len(lane.seats) + len(passages), pipe)))
         for passage in passages:
             lane.join(passage)
-            passage.job.state, passage.job.place = "running", 0
-            passage.job.started = passage.job.started or time.time()
+            passage.job.begin()
         with self._lock:
             self._queue = deque(passage for passage in self._queue if passage not in passages)
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from sdjax.core.errors import UserError
 from sdjax.data.images import to_uint8
-from sdjax.serve.jobs import Call, QueueFullError
+from sdjax.serve.jobs import Call, Job, QueueFullError
 
 SIDE = {"height": 16, "width": 16}
 SAMPLERS = ("ddim", "euler_a", "heun", "dpmpp_2m", "dpmpp_sde", "unipc")
@@ -118,6 +118,14 @@ def test_a_job_ends_between_two_calls_and_its_place_is_free(engine):
     assert 3 <= job.done < 90
     pixels(other)
     assert engine.running() is None
+
+
+def test_a_job_that_was_cancelled_stays_so():
+    job = Job("tiny", [], "test", {})
+    job.end("cancelled")
+    job.begin()
+    job.end("done")
+    assert (job.state, job.started) == ("cancelled", None)
 
 
 def test_progress_previews_and_places(engine):
