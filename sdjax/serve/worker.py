@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -209,10 +209,10 @@ class Worker:
         with self._lock:
             self._queue.appendleft(passage)
 
-    def _guard(self, job: Job, step: object) -> bool:
+    def _guard(self, job: Job, step: Callable[[], object]) -> bool:
         """Do a step of a job's; False where it failed, and with it the job."""
         try:
-            step()  # pyright: ignore[reportCallIssue]
+            step()
         except UserError as error:
             job.end("failed", str(error))
             return False
@@ -224,7 +224,8 @@ class Worker:
         yield from dict.fromkeys(passage.job for passage in queue)
 
     def _running_jobs(self) -> Iterator[Job]:
-        yield from dict.fromkeys(passage.job for lane in self.lanes for passage, _ in lane.seats.values())
+        seats = [seat for lane in list(self.lanes) for seat in list(lane.seats.values())]  # of another thread, perhaps
+        yield from dict.fromkeys(passage.job for passage, _ in seats)
 
     def _tell(self) -> None:
         """Progress, time left, previews and places of all jobs."""
