@@ -281,4 +281,4 @@ def test_c_lora_forgets_less_than_one_lora_after_another(learnt, loss_of):
         hues = stages(functools.partial(agreement, pipe))
         print("  hues before {}, after {}, at the end {}".format(*hues.round(3)))
         print(f"  forgotten: {(hues[1] - hues[2])[:3].mean():.3f}")
-    assert forgotten["clora"] < 0.95 * forgotten["plain"]
+    assert forgotten["clora"] < 0.7 * forgotten["plain"]
