@@ -10,9 +10,8 @@ Models
     --mesh data=4            devices; all of them by default
 {load}
 Batches
-    --batch 1,4              sizes that requests share; 1 on CPUs, which gain nothing by more, else 1,4. A request
-                             gives the same picture in each, to the bit where the size is the same (on CPUs but for
-                             the last place of a batch)
+    --batch 1,4              sizes that requests share; 1 on CPUs, else 1,4. A request gives the same picture in each,
+                             to the bit where the size is the same (on CPUs but for the last place of a batch)
     --sizes WxH,...          that are compiled before the server is ready; the model's own by default, none for none
     --rows_per_call N        network calls between two chances to join, cancel and show previews (1)
     --queue N                requests that may wait (64); further ones are answered 503
