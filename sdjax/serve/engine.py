@@ -158,8 +158,12 @@ class Engine:
         was_there = model.pipe is not None
         if not self.models.acquire(model):
             return False
-        if not was_there:
-            warm_up(self._worker, model, self._sizes)
+        try:
+            if not was_there:
+                warm_up(self._worker, model, self._sizes)
+        except BaseException:
+            self.models.release(model)
+            raise
         return True
 
     def _prepare(self, model: Model, calls: Sequence[Call], origin: str) -> Job:
