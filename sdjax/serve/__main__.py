@@ -211,7 +211,7 @@ def read_sizes(text: str | None) -> list[tuple[int, int]] | None:
 
 
 def read_access(flag: dict[str, Any]) -> Access:
-    """Who may ask; a UserError where anybody could, from other machines."""
+    """The conditions of requests; a UserError where anybody could ask, from other machines."""
     secret = "" if flag["auth"] is None else read_secret(Path(flag["auth"]))
     if flag["host"] not in LOOPBACK and not secret:
         raise UserError(f"--host {flag['host']}: other machines could ask; give --auth FILE, too")

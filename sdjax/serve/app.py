@@ -33,7 +33,7 @@ def make_app(engine: Engine, access: Access | None = None) -> Any:
 
     Args:
         engine: of all requests.
-        access: who may ask; None for anybody at this machine's own address.
+        access: see `Access`; None for anybody at this machine's own address.
     """
     access = access or Access()
     app = FastAPI(title="sdjax", description=str(sdjax.__doc__), version="1")

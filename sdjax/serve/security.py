@@ -1,4 +1,4 @@
-"""Who may ask, from where, and how much at a time: plain ASGI around the application."""
+"""Access: secrets, names, origins and sizes of requests, as plain ASGI around the application."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCHEMA_PAGES = ("/docs", "/redoc")
 
 
 class Access(NamedTuple):
-    """Who may ask.
+    """Conditions of a request.
 
     Attributes:
         secret: USER:PASSWORD for Basic authentication, else a bearer token; "" asks for none.
