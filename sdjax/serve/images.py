@@ -6,7 +6,10 @@ import base64
 import binascii
 import io
 import re
+from collections.abc import Mapping
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from sdjax.cli.records import save_png, texts_of
@@ -70,8 +73,13 @@ def _check_bytes(data: bytes, place: str, limits: Limits) -> None:
 
 def encode_png(result: Result) -> bytes:
     """A PNG of a finished image with its settings inside."""
+    return png_of(result.pixels, texts_of(result.record))
+
+
+def png_of(pixels: UInt8[np.ndarray, "h w 3"], texts: Mapping[str, str] | None = None) -> bytes:
+    """A PNG, with some text chunks or none."""
     file = io.BytesIO()
-    save_png(file, result.pixels, texts_of(result.record))
+    save_png(file, pixels, texts or {})
     return file.getvalue()
 
 

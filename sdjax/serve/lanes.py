@@ -29,12 +29,11 @@ class Passage:
         part: number of the model that it is with.
         noisy: scaled latents of the model before.
         begun: what its loop needs; None until it has been made.
-        done: network calls.
     """
 
     def __init__(self, job: Job, number: int, row: Row) -> None:
         self.job, self.number, self.row = job, number, row
-        self.part, self.done = 0, 0
+        self.part = 0
         self.noisy: jax.Array | None = None
         self.begun: Begun | None = None
 
@@ -81,11 +80,9 @@ class Begun:
 def padded(part: Part, length: int, row_columns: Sequence[str]) -> Part:
     """A model's share with a table of this length, or its own where that is longer."""
 
-    def pad(values: Any, axis: int = 0) -> np.ndarray:
+    def pad(values: Any) -> np.ndarray:
         values = np.asarray(values)
-        widths = [(0, 0)] * values.ndim
-        widths[axis] = (0, max(length - values.shape[axis], 0))
-        return np.pad(values, widths)
+        return np.pad(values, [(0, max(length - len(values), 0)), *[(0, 0)] * (values.ndim - 1)])
 
     changes = {n: pad(v) for n, v in part.table._asdict().items() if v is not None and n not in PER_IMAGE}
     table = part.table._replace(**changes)

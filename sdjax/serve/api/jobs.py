@@ -8,16 +8,16 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Response, UploadFile
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
-from PIL import Image
 from pydantic import BaseModel, Field
 
 from sdjax.cli.records import parameters
 from sdjax.cli.settings.read import read_settings
 from sdjax.serve.api.options import describe, with_images
 from sdjax.serve.engine import Engine
-from sdjax.serve.images import encode_png
-from sdjax.serve.jobs import Call, Job
+from sdjax.serve.images import encode_png, png_of
+from sdjax.serve.jobs import Call, Job, is_json
 from sdjax.serve.limits import IMAGES
 from sdjax.serve.requests import server_sent
 
@@ -53,7 +53,7 @@ def router(engine: Engine) -> APIRouter:
     @routes.post("/jobs", status_code=201)
     async def submit(request: JobRequest) -> dict[str, Any]:
         """Submit a job; it waits in the queue."""
-        given = with_images(request.options, engine.limits)
+        given = await run_in_threadpool(with_images, request.options, engine.limits)
         job = await engine.submit(request.model, [Call(request.prompt, request.negative_prompt, given)], "jobs")
         return as_json(job)
 
@@ -89,9 +89,7 @@ def router(engine: Engine) -> APIRouter:
         shown = find(key).preview
         if shown is None:
             raise HTTPException(404, f"job {key!r} has no preview")
-        file = io.BytesIO()
-        Image.fromarray(shown).save(file, format="PNG")
-        return Response(file.getvalue(), media_type=PNG, headers={"Cache-Control": "no-store"})
+        return Response(png_of(shown), media_type=PNG, headers={"Cache-Control": "no-store"})
 
     @routes.get("/jobs/{key}/events", response_class=StreamingResponse)
     async def events(key: str) -> StreamingResponse:
@@ -102,8 +100,8 @@ def router(engine: Engine) -> APIRouter:
     async def settings(file: UploadFile) -> dict[str, Any]:
         """Settings inside an image that this program or another wrote, in the names of options."""
         data = await file.read()
-        found = read_settings(io.BytesIO(data), place="the file")
-        values = {name: value for name, value in found.values.items() if name not in IMAGES and _is_plain(value)}
+        found = await run_in_threadpool(read_settings, io.BytesIO(data), place="the file")
+        values = {name: value for name, value in found.values.items() if name not in IMAGES and is_json(value)}
         refused = [str(error) for error in found.refused.values()]
         text = parameters({"prompt": "", **values})
         return {"settings": values, "text": text, "warnings": [*found.notes, *refused]}
@@ -134,7 +132,3 @@ async def _events(job: Job) -> AsyncIterator[str]:
         yield server_sent("end" if job.has_ended else "progress", json.dumps(as_json(job)))
         if job.has_ended:
             return
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float | list | tuple | dict)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 
 from sdjax.core.errors import UserError
 from sdjax.serve.engine import Engine
-from sdjax.serve.images import encode_png, in_base64, read_upload
+from sdjax.serve.images import encode_png, in_base64, png_of, read_upload
 from sdjax.serve.jobs import Call, Job
 from sdjax.serve.requests import server_sent, wait_for
 
@@ -135,7 +135,7 @@ async def _events(engine: Engine, job: Job, partial: int, kind: str) -> AsyncIte
     try:
         async for _ in job.changes():
             if shown < partial and job.preview is not None and job.done * (partial + 1) >= job.total * (shown + 1):
-                yield _event(f"{kind}.partial_image", _encoded(job.preview), partial_image_index=shown)
+                yield _event(f"{kind}.partial_image", png_of(job.preview), partial_image_index=shown)
                 shown += 1
             for result in job.results[sent:]:
                 if result is None:
@@ -153,9 +153,3 @@ def _event(kind: str, png: bytes, **more: Any) -> str:
         size = f"{image.width}x{image.height}"
     about = {"type": kind, "b64_json": in_base64(png), "created_at": int(time.time()), "size": size}
     return server_sent(kind, json.dumps({**about, "output_format": "png", **more}))
-
-
-def _encoded(pixels: Any) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG")
-    return file.getvalue()

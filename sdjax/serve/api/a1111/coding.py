@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,8 +10,7 @@ from fastapi import HTTPException
 from jaxtyping import UInt8
 from PIL import Image
 
-from sdjax.cli.records import save_png
-from sdjax.serve.images import UnreadableImageError, decode_file, decode_image, in_base64
+from sdjax.serve.images import UnreadableImageError, decode_file, decode_image, in_base64, png_of
 from sdjax.serve.limits import Limits
 
 
@@ -43,6 +41,4 @@ def _invalid() -> Iterator[None]:
 
 def encoded(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
     """An image as PNG in base64."""
-    file = io.BytesIO()
-    save_png(file, pixels, {})
-    return in_base64(file.getvalue())
+    return in_base64(png_of(pixels))

@@ -143,9 +143,7 @@ def control_options(
     for place in range(count):
         one = by_place.get(place)
         images.append(Image.new("RGB", size) if one is None else _hint_image(one, init))
-        makers.append(
-            "none" if one is None else maker_of(one.unit.module, (one.unit.threshold_a, one.unit.threshold_b))
-        )
+        makers.append("none" if one is None else maker_of(one.unit.module, one.unit.thresholds))
         numbers.append(IDLE if one is None else (one.unit.weight, one.unit.guidance_start, one.unit.guidance_end))
     scale, start, end = (list(values) for values in zip(*numbers, strict=True))
     options = {"control_image": images, "control_from": makers, "control_scale": scale}
