@@ -109,12 +109,15 @@ def test_a_listing_is_bounded_and_names_prompts(address):
 
 
 def test_previews_are_small_pictures(address):
-    job = submit(address, **SMALL | {"steps": 140})
+    job = submit(address, **SMALL | {"steps": 140}, num_images=8)
     url, deadline = None, time.time() + 60
     while url is None and time.time() < deadline:
         url = requests.get(f"{address}/v1/jobs/{job['id']}", timeout=60).json()["preview"]
+    assert url.startswith(f"/v1/jobs/{job['id']}/preview?v=")
+    shown = opened(requests.get(address + url, timeout=60).content)
+    assert shown.shape == (8, 8, 3)  # a pixel a latent
+    assert shown.std() > 1.0
     requests.delete(f"{address}/v1/jobs/{job['id']}", timeout=60)
-    assert url is None or url.startswith(f"/v1/jobs/{job['id']}/preview?v=")
     assert requests.get(f"{address}/v1/jobs/{job['id']}/preview", timeout=60).status_code == 404
 
 

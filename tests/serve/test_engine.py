@@ -152,10 +152,7 @@ def test_a_full_queue_refuses(served):
     small = served(batch_sizes=(1,), queue_length=2, lanes=1)
 
     async def many():
-        jobs = [
-            await engine_job
-            for engine_job in [small.submit(None, [Call("red heart", None, {"steps": 90, **SIDE})], "test")]
-        ]
+        jobs = [await small.submit(None, [Call("red heart", None, {"steps": 90, **SIDE})], "test")]
         while jobs[0].state != "running":
             await asyncio.sleep(0.01)
         for _ in range(2):
