@@ -122,6 +122,12 @@ class Job:
             if self.state == "queued":
                 self.state, self.place, self.started = "running", 0, time.time()
 
+    def show(self, preview: np.ndarray) -> None:
+        """Take another preview, unless the job has ended."""
+        with self._lock:
+            if not self.has_ended:
+                self.preview, self.previews = preview, self.previews + 1
+
     def end(self, state: State, error: str = "") -> None:
         """Leave the engine; a job that has ended stays as it is."""
         with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,6 +41,13 @@ class Passage:
     def calls(self) -> int:
         """Network calls of this model's share."""
         return network_calls(self.row.parts[self.part].table)
+
+
+class Seat(NamedTuple):
+    """An image and its place in a loop."""
+
+    passage: Passage
+    place: int
 
 
 class Begun:
@@ -155,18 +162,17 @@ class Lane:
         while len(self._waiting) > ahead:
             self._waiting.pop(0).block_until_ready()
 
-    def arrived(self) -> list[tuple[Passage, jax.Array]]:
-        """Images whose last row is done, which leave, with their latents in every place of a small batch."""
-        there = [(place, passage) for place, (passage, last) in self.seats.items() if last == self.row]
-        found = [(passage, self.latents(place)) for place, passage in there]
-        for place, _ in there:
+    def arrived(self) -> list[Seat]:
+        """Images whose last row is done, which leave."""
+        there = [Seat(passage, place) for place, (passage, last) in self.seats.items() if last == self.row]
+        for _, place in there:
             del self.seats[place]
-        return found
+        return there
 
-    def latents(self, place: int) -> jax.Array:
-        """Scaled latents of a place, in every place of the smallest batch that the devices divide."""
-        places = np.full(self.pipe.devices.min_batch, place, np.int32)
-        return self.pipe.devices.shard_batch(take(self._loop, places).state.x)
+    def latents(self, places: Sequence[int], size: int) -> jax.Array:
+        """Scaled latents of some places in a batch of this size, which the last place fills up."""
+        filled = [places[min(i, len(places) - 1)] for i in range(size)]
+        return self.pipe.devices.shard_batch(take(self._loop, np.array(filled, np.int32)).state.x)
 
     @property
     def x0(self) -> jax.Array:

@@ -90,11 +90,14 @@ def compile_row(worker: Worker, name: str, pipe: Pipeline, row: Row) -> None:
             lane.join(passage)
             for _ in range(STEPS):  # whose arguments come from joining, then from the call before
                 lane.call(1)
-            latents = lane.latents(0)
             previews.preview(lane.x0, worker.colours[one])
-        if part == len(row.parts) - 1:
-            with one.devices.mesh_context():
-                finish(one, [row] * one.devices.min_batch, latents)
+            if part == len(row.parts) - 1:
+                for other in {one.devices.min_batch, *sizes}:
+                    latents = lane.latents([0], other)
+                    with one.devices.mesh_context():
+                        finish(one, [row] * other, latents)
+            else:
+                lane.latents([0], one.devices.min_batch)
 
 
 def fit_previews(pipe: Pipeline) -> np.ndarray:

@@ -7,10 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import jax
 import numpy as np
 
 from sdjax.core.errors import UserError
@@ -20,7 +19,7 @@ from sdjax.pipeline.execute import finish, second_pass
 from sdjax.pipeline.pipeline import Pipeline
 from sdjax.serve import previews
 from sdjax.serve.jobs import Job, Result
-from sdjax.serve.lanes import Begun, Lane, Passage
+from sdjax.serve.lanes import Begun, Lane, Passage, Seat
 from sdjax.serve.metrics import ServerMetrics
 from sdjax.serve.models import Models
 
@@ -71,6 +70,7 @@ class Worker:
         self._queue: deque[Passage] = deque()
         self._lock = threading.Lock()
         self._shown = 0.0
+        self._previews: list[tuple[Any, dict[int, tuple[Job, int]]]] = []
 
     def add(self, passages: Sequence[Passage]) -> None:
         """Let images wait, after those that do."""
@@ -98,8 +98,8 @@ class Worker:
                 passage.job.done += rows
         for lane in list(self.lanes):
             lane.wait()
-            for passage, latents in lane.arrived():
-                self._guard(passage.job, lambda p=passage, x=latents: self._pass_on(p, x))
+            self._show()
+            self._pass_on(lane, lane.arrived())
         self.lanes = [lane for lane in self.lanes if lane.seats]
         if advanced:
             seconds = time.monotonic() - began
@@ -111,7 +111,7 @@ class Worker:
         """End every job."""
         for job in {*self._waiting_jobs(), *self._running_jobs()}:
             job.end("failed", error)
-        self.lanes = []
+        self.lanes, self._previews = [], []
         self._drop_ended()
 
     def _drop_ended(self) -> None:
@@ -183,26 +183,56 @@ class Worker:
             return pipe
         return refiner
 
-    def _pass_on(self, passage: Passage, latents: jax.Array) -> None:
-        """After its last row: to the next model, to the second pass, or out."""
-        pipe, row = self._pipe(passage), passage.row
-        if passage.part + 1 < len(row.parts):
-            passage.part, passage.noisy = passage.part + 1, latents
-            return self._again(passage)
+    def _pass_on(self, lane: Lane, seats: Sequence[Seat]) -> None:
+        """After their last row: to the next model, or together through the decoder."""
+        last: dict[int, list[Seat]] = {}
+        for seat in seats:
+            passage = seat.passage
+            if passage.part + 1 == len(passage.row.parts):
+                last.setdefault(passage.row.tile, []).append(seat)
+                continue
+            passage.part += 1
+            passage.noisy = lane.latents([seat.place], lane.pipe.devices.min_batch)
+            self._again(passage)
+        for group in last.values():
+            self._finish(lane, group)
+
+    def _finish(self, lane: Lane, seats: Sequence[Seat]) -> None:
+        """Decode images, and let them out or to their second pass; where a batch fails, each is tried alone."""
+        with self.metrics.stages.labels("finish").time():
+            try:
+                images = self._decoded(lane, seats)
+            except UserError as error:
+                for seat in seats:
+                    if len(seats) > 1:
+                        self._finish(lane, [seat])
+                    else:
+                        seat.passage.job.end("failed", str(error))
+                return
+        for seat, image in zip(seats, images, strict=False):
+            self._guard(seat.passage.job, lambda p=seat.passage, x=image: self._let_out(p, x))
+
+    def _decoded(self, lane: Lane, seats: Sequence[Seat]) -> list[np.ndarray]:
+        pipe, fewest = lane.pipe, lane.pipe.devices.min_batch
+        size = fewest if len(seats) <= fewest else self._size(len(seats), pipe)
+        latents = lane.latents([seat.place for seat in seats], size)
         if not np.isfinite(np.asarray(pipe.devices.all_gather(latents))).all():
             raise UserError(f"the UNet's output is not finite: the weights of {pipe.name} hold values that overflow")
-        with pipe.devices.mesh_context(), self.metrics.stages.labels("finish").time():
-            image = finish(pipe, [row] * pipe.devices.min_batch, latents)[0]
-        second = second_pass(row, image)
+        rows = [seats[min(i, len(seats) - 1)].passage.row for i in range(size)]
+        with pipe.devices.mesh_context():
+            return finish(pipe, rows, latents)
+
+    def _let_out(self, passage: Passage, image: np.ndarray) -> None:
+        second = second_pass(passage.row, image)
         if second is not None:
             passage.row, passage.part, passage.noisy = second, 0, None
-            return self._again(passage)
+            self._again(passage)
+            return
         job = passage.job
         job.results[passage.number] = Result(to_uint8(image), dict(job.records[passage.number]))
         self.metrics.images.inc()
         if all(job.results):
             job.end("done")
-        return None
 
     def _again(self, passage: Passage) -> None:
         """Let an image wait before all others, for its next model or pass."""
@@ -234,7 +264,7 @@ class Worker:
         if shows:
             self._shown = now
             for lane in self.lanes:
-                self._show(lane)
+                self._preview(lane)
         for job in self._running_jobs():
             began = job.started or time.time()
             job.eta = (time.time() - began) * (job.total - job.done) / job.done if job.done else None
@@ -250,16 +280,23 @@ class Worker:
         self.metrics.waiting.set(len(queued))
         self.metrics.batch_fill.set(_fill(self.lanes))
 
-    def _show(self, lane: Lane) -> None:
+    def _preview(self, lane: Lane) -> None:
+        """Start previews of a loop, for `_show` to fetch after the next call, so that no call waits for them."""
         colours = self.colours.get(lane.pipe)
-        if colours is None:
-            return
-        made = np.asarray(lane.pipe.devices.all_gather(previews.preview(lane.x0, colours)))
-        furthest: dict[Job, tuple[int, int]] = {}
-        for place, (passage, last) in lane.seats.items():
-            furthest[passage.job] = min(furthest.get(passage.job, (last, place)), (last, place))
-        for job, (_, place) in furthest.items():
-            job.preview, job.previews = made[place], job.previews + 1
+        if colours is not None:
+            jobs = {place: (passage.job, last) for place, (passage, last) in lane.seats.items()}
+            self._previews.append((lane.pipe.devices.all_gather(previews.preview(lane.x0, colours)), jobs))
+
+    def _show(self) -> None:
+        """Give every job the preview of its image that is furthest."""
+        for made, jobs in self._previews:
+            images = np.asarray(made)
+            furthest: dict[Job, tuple[int, int]] = {}
+            for place, (job, last) in jobs.items():
+                furthest[job] = min(furthest.get(job, (last, place)), (last, place))
+            for job, (_, place) in furthest.items():
+                job.show(images[place])
+        self._previews.clear()
 
 
 def _fill(lanes: Sequence[Lane]) -> float:
