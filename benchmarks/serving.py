@@ -1,12 +1,13 @@
 """Times a server with many clients, beside the same images in one call, and leaves it as it was found.
 
-    python -m benchmarks.serving [--checkpoint checkpoints/openmoji] [--clients 16] [--steps 25] [--rounds 3]
-        [--batch 1] [--soak 1000] [--append]
+    python -m benchmarks.serving [--checkpoint checkpoints/openmoji] [--clients 16] [--each 3] [--steps 25] [--rounds 3]
+        [--batch 1,8] [--soak 1000] [--append]
 
-A server is started as a process of its own. In every round the same images are made in one call of the pipeline here,
-by one client one after another, and by all clients at once; of the rounds the medians are shown. --soak sends so many
-short requests, every tenth of them cancelled and every tenth malformed, and compares the server's threads, open files
-and memory before and after. --append writes a row to benchmarks/RESULTS.md.
+A server is started as a process of its own. In every round --clients times --each images are made in one call of the
+pipeline here, in batches of --clients, and by all clients at once, each of which asks for --each one after another; and
+as many as there are clients by one client. Of the rounds the medians are shown. --soak sends so many short requests,
+every tenth of them cancelled and every tenth malformed, and compares the server's threads, open files and memory before
+and after. --append writes a row to benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from sdjax.core.flags import parse_flags
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "red heart"
-INTEGERS = {"clients": 16, "steps": 25, "rounds": 3, "soak": 0, "port": 7899}
+INTEGERS = {"clients": 16, "each": 3, "steps": 25, "rounds": 3, "soak": 0, "port": 7899}
 
 
 class Server(NamedTuple):
@@ -117,17 +118,17 @@ def _is_ready(server: Server) -> bool:
 
 def measure(server: Server, pipe: sdjax.Pipeline, flag: dict[str, Any]) -> dict[str, str]:
     """Images a second of one call, of one client and of all clients, in alternating rounds."""
-    clients, steps = flag["clients"], flag["steps"]
+    clients, each, steps = flag["clients"], flag["each"], flag["steps"]
 
     def call() -> None:
-        pipe([PROMPT], steps=steps, num_images=clients)
+        pipe([PROMPT], steps=steps, num_images=clients * each, batch_size=clients)
 
-    def one_by_one() -> list[float]:
-        return [make(server, seed, steps) for seed in range(clients)]
+    def one_by_one(client: int = 0, images: int = clients) -> list[float]:
+        return [make(server, client * images + number, steps) for number in range(images)]
 
     def at_once() -> list[float]:
         with ThreadPoolExecutor(clients) as pool:
-            return list(pool.map(lambda seed: make(server, seed, steps), range(clients)))
+            return [taken for own in pool.map(lambda client: one_by_one(client, each), range(clients)) for taken in own]
 
     seconds: dict[Callable, list[float]] = {call: [], one_by_one: [], at_once: []}
     latencies: list[float] = []
@@ -138,10 +139,11 @@ def measure(server: Server, pipe: sdjax.Pipeline, flag: dict[str, Any]) -> dict[
             waited = function()
             taken.append(time.perf_counter() - began)
             latencies += waited if function is at_once else []
-    own, single, many = (clients / np.array(taken) for taken in seconds.values())
+    counts = {call: clients * each, one_by_one: clients, at_once: clients * each}
+    own, single, many = (counts[function] / np.array(taken) for function, taken in seconds.items())
     p50, p95, p99 = np.percentile(latencies, (50, 95, 99))
     return {
-        "what": f"{Path(flag['checkpoint']).name}, {steps} steps, {clients} clients",
+        "what": f"{Path(flag['checkpoint']).name}, {steps} steps, {clients} clients, batches of {flag['batch']}",
         "images/s of all": f"{median(many):.3g}",
         "of one client": f"{median(single):.3g}",
         "of one call": f"{median(own):.3g}",
