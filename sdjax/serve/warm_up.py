@@ -92,7 +92,7 @@ def compile_row(worker: Worker, name: str, pipe: Pipeline, row: Row) -> None:
                 lane.call(1)
             previews.preview(lane.x0, worker.colours[one])
             if part == len(row.parts) - 1:
-                for other in {one.devices.min_batch, *sizes}:
+                for other in sizes:
                     latents = lane.latents([0], other)
                     with one.devices.mesh_context():
                         finish(one, [row] * other, latents)

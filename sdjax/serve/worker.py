@@ -213,8 +213,7 @@ class Worker:
             self._guard(seat.passage.job, lambda p=seat.passage, x=image: self._let_out(p, x))
 
     def _decoded(self, lane: Lane, seats: Sequence[Seat]) -> list[np.ndarray]:
-        pipe, fewest = lane.pipe, lane.pipe.devices.min_batch
-        size = fewest if len(seats) <= fewest else self._size(len(seats), pipe)
+        pipe, size = lane.pipe, self._size(len(seats), lane.pipe)
         latents = lane.latents([seat.place for seat in seats], size)
         if not np.isfinite(np.asarray(pipe.devices.all_gather(latents))).all():
             raise UserError(f"the UNet's output is not finite: the weights of {pipe.name} hold values that overflow")
