@@ -11,6 +11,7 @@ from sdjax.models.adm_classifier import ClassifierConfig
 from sdjax.models.autoencoder import AutoencoderConfig, VQConfig
 from sdjax.models.bert import BertConfig
 from sdjax.models.clip import CLIPTextConfig
+from sdjax.models.t5 import T5Config
 from sdjax.models.unet import UNetConfig
 from sdjax.models.unet2d import UNet2DConfig
 
@@ -58,6 +59,7 @@ CLASSIFIER = ClassifierConfig(
     UNet2DConfig((32, 64), (1,), (1, 2), layers_per_block=1, scale_shift=True, resblock_updown=True), SIDE, classes=10
 )
 BERT = BertConfig(vocab_size=400, width=32, layers=1, heads=1, max_length=11)
+T5 = T5Config(vocab_size=400, width=32, layers=2, heads=3, head_size=8, feed_forward=48)
 
 
 def ldm_unet(context_dim: int, in_channels: int = 3) -> UNetConfig:

@@ -20,6 +20,7 @@ from sdjax.checkpoints.networks import (
     controlnet,
     embedders,
     t2i_adapter,
+    t5,
     unet,
     unet2d,
 )
@@ -30,6 +31,7 @@ from sdjax.core.untrusted import read_json
 from sdjax.data.text.added_tokens import ADDED, CONFIG, WHOLE, apart, write_added
 from sdjax.data.text.tokenizers import Tokenizer, load_tokenizer, with_placeholders
 from sdjax.data.text.word_pieces import read_vocabulary, write_vocabulary
+from sdjax.models.t5 import T5Config
 from sdjax.models.unet2d import UNet2DConfig
 
 
@@ -153,6 +155,11 @@ def _is_plain(sizes: Any) -> bool:
     return isinstance(sizes, UNet2DConfig)
 
 
+def _text_network(sizes: Any) -> Any:
+    """The module that knows how a text encoder of some sizes is stored."""
+    return t5 if isinstance(sizes, T5Config) else clip
+
+
 FORMATS: dict[str, Format] = {
     "unet": Format(
         "diffusion_pytorch_model",
@@ -162,7 +169,13 @@ FORMATS: dict[str, Format] = {
         lambda sizes: (unet2d if _is_plain(sizes) else unet).shapes(sizes),
     ),
     "vae": _format("diffusion_pytorch_model", autoencoder),
-    "text_encoder": _format("model", clip),
+    "text_encoder": Format(
+        "model",
+        lambda config, place: (t5 if t5.is_t5(config) else clip).from_diffusers_config(config, place),
+        lambda sizes: _text_network(sizes).to_diffusers_config(sizes),
+        lambda sizes: _text_network(sizes).TABLE,
+        lambda sizes: _text_network(sizes).shapes(sizes),
+    ),
     "text_encoder_2": _format("model", clip),
 }
 CONDITIONERS: dict[str, Format] = {

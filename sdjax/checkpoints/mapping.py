@@ -52,11 +52,13 @@ class KeyTable(NamedTuple):
     Attributes:
         aliases: (regular expression, replacement) pairs: other spellings of stored keys that are read, never written.
         ignored: regular expressions of stored keys that hold no parameter.
+        copies: keys that may hold what another key holds, and that key; they are read where it is missing.
     """
 
     rows: tuple[KeyMapping, ...]
     aliases: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    copies: Mapping[str, str] = {}
 
 
 class Stored(Protocol):
@@ -208,9 +210,9 @@ def _canonical(table: KeyTable, tensors: Mapping[str, Stored], source: object) -
     """The tensors under the keys that the table writes, without those that it ignores."""
     renamed: dict[str, Stored] = {}
     for key, tensor in tensors.items():
-        if any(re.fullmatch(pattern, key) for pattern in table.ignored):
+        name = table.copies.get(key, key)
+        if any(re.fullmatch(pattern, key) for pattern in table.ignored) or (name != key and name in tensors):
             continue
-        name = key
         for pattern, replacement in table.aliases:
             name = re.sub(pattern, replacement, name)
         if name in renamed:

@@ -35,28 +35,35 @@ def dot_product_attention(
     *,
     mask: Bool[Array, "b k"] | None = None,
     causal: bool = False,
+    bias: Float[Array, "h q k"] | None = None,
 ) -> Float[Array, "b q h d"]:
-    """softmax(q k^T / sqrt(d)) v, the softmax in float32.
+    """softmax(q k^T / sqrt(d)) v, or with a bias softmax(q k^T + bias) v, the softmax in float32.
 
     Over a mesh every device attends with its own images, heads and, unless causal, queries; kernels need not know.
 
     Args:
         mask: which keys may be attended to.
         causal: whether query i sees only keys up to i.
+        bias: of scores that are not scaled, as T5 has them; the same for all images.
     """
-    queries = (BATCH, None if causal else SPATIAL, TENSOR, None)
-    keys = (BATCH, None, TENSOR, None)
-    return per_shard(partial(_on_one_device, causal=causal), (q, k, v, mask), (queries, keys, keys, (BATCH, None)))
+    split = None if causal else SPATIAL
+    queries, keys = (BATCH, split, TENSOR, None), (BATCH, None, TENSOR, None)
+    wishes = (queries, keys, keys, (BATCH, None), (TENSOR, split, None))
+    return per_shard(partial(_on_one_device, causal=causal), (q, k, v, mask, bias), wishes)
 
 
-def _on_one_device(q: Array, k: Array, v: Array, mask: Array | None, *, causal: bool) -> Array:
+def _on_one_device(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None, *, causal: bool) -> Array:
+    bias_mask = None if mask is None else mask[:, None, None, :]
+    if bias is not None:  # of a text, which is short and encoded once
+        return jax.nn.dot_product_attention(
+            q, k, v, bias[None], bias_mask, is_causal=causal, scale=1.0, implementation="xla"
+        )
     platform = _platform.get() or jax.default_backend()
     if platform == "cpu":
         return _blocked(q, k, v, mask, causal)
     if platform == "tpu" and mask is None and not causal and _flash_takes(q, k):
         return _tpu_flash(q, k, v)
     kernel = "cudnn" if platform == "gpu" and _cudnn_takes(q) else "xla"
-    bias_mask = None if mask is None else mask[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=bias_mask, is_causal=causal, implementation=kernel)
 
 

@@ -30,6 +30,7 @@ SIZES = {
     "unet of other sizes": zoo.ADM,
     "vae": zoo.VAES["vq_f4"],
     "text_encoder": zoo.clip_text(100, 99, projects=True),
+    "text_encoder of T5": zoo.T5,
     "bert": zoo.BERT,
     "class_embedder": ClassEmbedderConfig(10, 8),
     "rescaler": RescalerConfig(10, 2, 3),
