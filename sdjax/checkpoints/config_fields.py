@@ -12,6 +12,7 @@ MAX_NUMBER = 1e30
 MAX_SIDE = 2**12  # of the images that a network is made for
 MAX_LEVELS = 10
 MAX_STEPS = 10_000  # of sampling
+MAX_TOKENS = 2**12  # of a text
 SHOWN = 200
 
 
@@ -140,6 +141,7 @@ def _are(kind: type) -> Callable[[Any], bool]:
 SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "classes": (_are(str), "a list of names"),
     "guidance_scale": (lambda value: type(value) in (int, float) and 0 <= value < MAX_SIZE, "a number of at least 0"),
+    "length": (lambda value: _is_size(value, MAX_TOKENS), f"a positive integer, at most {MAX_TOKENS}"),
     "none": (lambda value: value in (None, 0) or _is_size(value), "the number of a class"),
     "nothing": (lambda value: _are(int)(value) and all(0 <= token < MAX_SIZE for token in value), "a list of tokens"),
     "object_classes": (_is_size, f"a positive integer, at most {MAX_SIZE}"),

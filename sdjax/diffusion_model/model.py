@@ -191,7 +191,7 @@ def build_model(
         conditioner = _text_conditioner(checkpoint, tokenizers, dtype, autoencoder, place)
     elif kind in CONDITIONERS:
         try:
-            conditioner = CONDITIONERS[kind](configs, settings)
+            conditioner = CONDITIONERS[kind](configs, settings, dtype)
         except (KeyError, AttributeError) as error:
             raise UserError(f"{place}: a model of {kind} needs a part that is not there: {error}") from error
     else:

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sdjax.core.tree import Params
+from sdjax.data.text.t5_tokenizer import PAD
 from sdjax.models.clip import TEXT_LAYERS, CLIPText, CLIPTextConfig, TextLayer, emphasise, layer_states
 from sdjax.models.conditioning import apply
+from sdjax.models.t5 import T5Config, T5Encoder
 
 
 class TextEmbeddings(NamedTuple):
@@ -132,3 +134,30 @@ class CLIPEncoder(NamedTuple):
         if weights is not None:
             states = emphasise(states, weights)
         return TextEmbeddings(states.reshape(b, n * length, -1), output.pooled.reshape(b, n, -1)[:, 0])
+
+
+class T5TextEncoder(NamedTuple):
+    """T5's encoder, of prompts of one chunk; it has no pooled state.
+
+    Attributes:
+        name: component of its parameters, "text_encoder".
+        module: the network.
+    """
+
+    name: str
+    module: T5Encoder
+
+    @property
+    def config(self) -> T5Config:
+        return self.module.config
+
+    @property
+    def width(self) -> int:
+        return self.module.config.width
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        return dict(self.module.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+
+    def encode(self, params: Params, ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        """States of all tokens; pads, which no token attends to, have states, too, as DeepFloyd IF gives them."""
+        return apply(self.module, params[self.name], ids, ids != PAD)
