@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, Int
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Tree
 from sdjax.models.attention import Attention
+from sdjax.models.layers import gelu
 from sdjax.ops.partition import BATCH, TENSOR, constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": gelu,
 }
 
 

@@ -17,6 +17,14 @@ from sdjax.ops.doubling import convolve_doubled
 from sdjax.ops.normalisation import group_norm
 from sdjax.ops.partition import TENSOR, constrain_image
 
+Activation = Callable[[Array], Array]
+
+
+def gelu(x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+    """Gaussian error linear unit by the error function itself, as torch's (Hendrycks & Gimpel 2016, eq. 1)."""
+    return nn.gelu(x, approximate=False)
+
+
 # torch pads a strided convolution on both sides; XLA's SAME would pad only right and bottom.
 SYMMETRIC = ((1, 1), (1, 1))
 
@@ -117,7 +125,7 @@ RESAMPLINGS = {"": lambda x, size: x, "down": _halved, "up": _twice}
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; a time embedding, where given, acts between.
+    """Norm, activation, convolution, twice; a time embedding, where given, acts between.
 
     Attributes:
         features: that come out.
@@ -126,6 +134,8 @@ class ResBlock(nn.Module):
         resample: "" or what is done to the resolution after the first norm, and to what is added: "down", the mean of
             four pixels, or "up", each pixel four times (ADM).
         size: the height and width that "up" reaches, where they are not the double: those of an odd level.
+        activated: whether the embedding is one that an activation has acted on (deep-floyd/IF, stage II).
+        output_divisor: of the sum of both branches.
     """
 
     features: int
@@ -135,6 +145,9 @@ class ResBlock(nn.Module):
     scale_shift: bool = False
     resample: str = ""
     size: tuple[int, ...] | None = None
+    activation: Activation = nn.silu
+    activated: bool = False
+    output_divisor: float = 1.0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -142,23 +155,24 @@ class ResBlock(nn.Module):
         self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"] | None = None
     ) -> Float[Array, "b h2 w2 f"]:
         norm, resampled = partial(GroupNorm, self.groups, self.eps, self.dtype), RESAMPLINGS[self.resample]
-        h = resampled(nn.silu(norm(name="norm1")(x)), self.size)
+        h = resampled(self.activation(norm(name="norm1")(x)), self.size)
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
         scale, shift = 0.0, 0.0
         if temb is not None:
             features = self.features * (1 + self.scale_shift)
-            made = nn.Dense(features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
+            temb = temb if self.activated else self.activation(temb)
+            made = nn.Dense(features, dtype=self.dtype, name="time_emb_proj")(temb)[:, None, None, :]
             if self.scale_shift:  # after the norm (ADM), else before it
                 scale, shift = jnp.split(made, 2, axis=-1)
             else:
                 h = h + made
         h = norm(name="norm2")(constrain_image(h, TENSOR))
         h = h * (1 + scale) + shift if self.scale_shift else h
-        h = Conv(self.features, zero=self.zero, dtype=self.dtype, name="conv2")(nn.silu(h))
+        h = Conv(self.features, zero=self.zero, dtype=self.dtype, name="conv2")(self.activation(h))
         x = resampled(x, self.size)
         if x.shape[-1] != self.features:
             x = Conv(self.features, kernel=1, dtype=self.dtype, name="conv_shortcut")(x)
-        return constrain_image(x + h)
+        return constrain_image((x + h) / self.output_divisor if self.output_divisor != 1.0 else x + h)
 
 
 def timestep_embedding(
@@ -198,10 +212,11 @@ def guidance_embedding(scale: Float[Array, " b"], width: int, max_period: float 
 
 
 class EmbeddingMLP(nn.Module):
-    """Dense, SiLU, Dense: what turns sinusoids or a condition vector into an embedding."""
+    """Dense, activation, Dense: what turns sinusoids or a condition vector into an embedding."""
 
     features: int
     dtype: DTypeLike = jnp.float32
+    activation: Activation = nn.silu
 
     @nn.compact
     def __call__(self, x: Float[Array, "b v"], cond: Float[Array, "b g"] | None = None) -> Float[Array, "b f"]:
@@ -209,4 +224,4 @@ class EmbeddingMLP(nn.Module):
         if cond is not None:
             x = x + nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")(cond)
         x = nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x)
-        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(x))
+        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(self.activation(x))

@@ -194,7 +194,7 @@ class Encoder2D(nn.Module):
     ) -> Callable[[Array, Array], Array]:
         c = self.config
         block = recomputed(ResBlock, self.remat)
-        return block(features, c.groups, c.eps, True, c.scale_shift, resample, size, self.dtype, name=name)
+        return block(features, c.groups, c.eps, True, c.scale_shift, resample, size, dtype=self.dtype, name=name)
 
     def _attend(self, name: str, level: int) -> nn.Module:
         """Args: `level` is -1 in the middle, which has the last level's heads."""
