@@ -6,7 +6,7 @@ steps. The same command resumes. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint 
 after Ctrl-C, else 0; a second Ctrl-C ends it at once.
 
 Small enough for two CPU cores: configs/finetune.py, which fine-tunes checkpoints/openmoji on a folder of images, in
-minutes; configs/openmoji_ldm.py, configs/pixels.py:openmoji, configs/classifiers.py:openmoji and
+minutes; configs/openmoji_ldm.py, configs/pixels.py:openmoji, configs/classifiers.py:openmoji, configs/clip.py and
 configs/autoencoders.py:openmoji_kl, 10 to 40 minutes each; configs/openmoji.py, 4 hours.
 
 A value that is given for two stages (configs that name a first one in task.first_stage) is both stages': of the

@@ -53,6 +53,7 @@ def test_configs_and_families_have_the_same_facts(name):
 TRAINING = (
     "autoencoders",
     "classifiers",
+    "clip",
     "controlnet",
     "custom_diffusion",
     "dreambooth",

@@ -42,12 +42,14 @@ NEEDS = {
     "retrieval": ("neighbours",),
 }
 """Keys that examples must have for a value of `task.conditioning`."""
+TASK_NEEDS = {"classifier": ("label",), "contrastive": (CAPTION,)}
+"""Those that they must have for a task without a conditioning."""
 
 
 def row_rules(config: Config) -> RowRules:
     """Rules for the rows of a run's data."""
     data, task = config.data, config.task
-    needs = ("label",) if task.name == "classifier" else NEEDS.get(task.get("conditioning", ""), ())
+    needs = TASK_NEEDS.get(task.name) or NEEDS.get(task.get("conditioning", ""), ())
     if CONTROLNET in config.model and not data.get("control_from"):
         needs = (*needs, CONDITIONING_IMAGE)
     if data.get("prompt"):

@@ -8,12 +8,13 @@ from jax.sharding import Mesh
 
 from sdjax.core.config import Config
 from sdjax.core.errors import unknown
-from sdjax.tasks import autoencoder, classifier, diffusion
+from sdjax.tasks import autoencoder, classifier, contrastive, diffusion
 from sdjax.training.task import Task
 
 TASKS: dict[str, Callable[[Config, Mesh], Task]] = {
     "autoencoder": autoencoder.make,
     "classifier": classifier.make,
+    "contrastive": contrastive.make,
     "diffusion": diffusion.make,
 }
 

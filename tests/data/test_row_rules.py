@@ -180,6 +180,7 @@ def test_a_config_says_what_its_rows_need(tmp_path):
     assert rules == RowRules((), 3, 32, "skip", ("/data",))
     assert row_rules(config_of("text_bert")).needs == ("caption",)
     assert row_rules(config_of("unconditional", "classifier")).needs == ("label",)
+    assert row_rules(config_of("unconditional", "contrastive")).needs == ("caption",)
     with pytest.raises(UserError, match=r"line 1 has no label; its keys are file_name, text$"):
         open_images(config_of("class_conditional", source=f"folder:{tmp_path}/a"))
     with pytest.raises(UserError, match=r"0\.png has no label: it is in no folder of its class$"):

@@ -37,7 +37,7 @@ DRAW_CAPTION = Draw("caption", "captions")
 class TokenizeWords(grain.transforms.Map):
     """Adds `tokens`, int32 [l], the ids of the example's caption."""
 
-    tokenizer: WordPieces
+    tokenizer: WordPieces | Tokenizer
 
     def map(self, element: Example) -> Example:
         return {**element, "tokens": self.tokenizer.encode([element["caption"]])[0]}
