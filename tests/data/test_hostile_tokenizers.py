@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sdjax.core.errors import UserError
+from sdjax.data.text.t5_tokenizer import SPECIALS, load_t5_tokenizer
 from sdjax.data.text.tokenizers import BOS, EOS, load_tokenizer
 from sdjax.data.text.word_pieces import load_word_pieces
 
@@ -99,3 +100,34 @@ def test_berts(tmp_path: Path, files: dict[str, Any]):
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
     assert load_word_pieces(written(tmp_path, {"vocab.txt": "\n".join(PIECES).encode()}), 8).vocab_size == 5
+
+
+UNIGRAMS = [[token, 0.0] for token in SPECIALS] + [["\u2581", -2.0], ["a", -3]]
+TABLES = [3, "a", ["a"], "!!!!", "AAAA", "BAAAAP////8=", "BAAAAAD+//8="]
+MODELS = [b"", b"\xff", b"\x0a", b"\x0a\x05\x0a\x03abc", b"{}", b"\x80" * 99]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        *({"tokenizer.json": content} for content in ([], {"model": []}, {"model": {}}, {}, one_file(VOCAB, []))),
+        *(one_file(content, []) for content in (*VOCABULARIES, UNIGRAMS[1:], [["a", -1.0]], UNIGRAMS[:2])),
+        *(one_file([*UNIGRAMS, entry], []) for entry in ("b", ["b"], ["b", "c"], [3, -1.0], ["b", True], ["", -1.0])),
+        one_file([*UNIGRAMS, ["b", float("inf")]], []),
+        *(
+            {"tokenizer.json": {"model": {"vocab": UNIGRAMS}, "normalizer": {"precompiled_charsmap": table}}}
+            for table in TABLES
+        ),
+        *(
+            {"spiece.model": content}
+            for content in (b"", b"\xff", b"\x0a", b"\x0a\x05\x0a\x03abc", b"{}", b"\x80" * 99)
+        ),
+    ],
+)
+def test_t5s(tmp_path: Path, files: dict[str, Any]):
+    with pytest.raises(UserError) as error:
+        load_t5_tokenizer(written(tmp_path, files), 8)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert load_t5_tokenizer(written(tmp_path, one_file(UNIGRAMS, [])), 8).vocab_size == 5

@@ -63,10 +63,10 @@ def load_t5_tokenizer(folder: str | Path, length: int) -> T5Tokenizer:
     if not path.exists() and not other.exists():
         raise UserError(f"{folder} holds no tokenizer of T5's: neither {FILE} nor {OTHER_FILE}")
     found = check_unigrams(_from_json(path) if path.exists() else _from_model(other), folder)
-    return T5Tokenizer(make_backend(found, length, folder), length)
+    return T5Tokenizer(unigram_backend(found, length, folder), length)
 
 
-def make_backend(found: Unigrams, length: int, place: object) -> Backend:
+def unigram_backend(found: Unigrams, length: int, place: object) -> Backend:
     """T5's normalisation, splitting and ends, by the tokenizers library.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Tokenizers learned from texts: CLIP's byte-level BPE and BERT's word pieces."""
+"""Tokenizers learned from texts: CLIP's byte-level BPE, BERT's word pieces and T5's unigrams."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from tokenizers import BertWordPieceTokenizer, trainers
 
 from sdjax.core.errors import UserError
 from sdjax.core.files import write_text
+from sdjax.data.text.sentencepiece import Unigrams
+from sdjax.data.text.t5_tokenizer import EOS as END
+from sdjax.data.text.t5_tokenizer import FILE, PAD, SPECIALS, UNKNOWN, unigram_backend
 from sdjax.data.text.tokenizers import BOS, EOS, LENGTH, WORD_END, Tokenizer, load_tokenizer, make_backend
 
 
@@ -61,6 +64,39 @@ def train_word_pieces(texts: Iterable[str], folder: Path, vocab_size: int) -> No
     backend.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
     folder.mkdir(parents=True, exist_ok=True)
     backend.save_model(str(folder))
+
+
+def train_unigrams(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
+    """Writes a T5 tokenizer's two files into a folder, its pieces and their probabilities learned from texts.
+
+    It has no sentinels and replaces no characters. The vocabulary is smaller than `vocab_size` when the texts hold too
+    few different words.
+    """
+    specials = [(token, 0.0) for token in SPECIALS]
+    learner = unigram_backend(Unigrams(specials, b""), 1, folder)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIALS), unk_token=SPECIALS[UNKNOWN], show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    pieces = _same_in_every_process(json.loads(learner.to_str())["model"]["vocab"][len(specials) :])
+    backend = unigram_backend(Unigrams([*specials, *pieces], b""), 1, folder)
+    backend.no_truncation()
+    backend.no_padding()
+    write_text(folder / FILE, backend.to_str() + "\n")
+    names = {"pad_token": SPECIALS[PAD], "eos_token": SPECIALS[END], "unk_token": SPECIALS[UNKNOWN]}
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, **names}
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _same_in_every_process(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Learned pieces without what the order of a hash table decides.
+
+    That are the last bits of a score, and which of the characters that were not learned is a ten-thousandth less
+    probable than which: to what is nearly the least one score is given.
+    """
+    least = min(score for _, score in pieces) + 0.1
+    rounded = [(piece, round(max(score, least), 6)) for piece, score in pieces]
+    return sorted(rounded, key=lambda pair: (-pair[1], pair[0]))
 
 
 def _units() -> list[str]:
