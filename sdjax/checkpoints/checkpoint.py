@@ -29,6 +29,7 @@ from sdjax.core.precision import dtype_named
 from sdjax.core.tree import Tree
 from sdjax.core.untrusted import read_json
 from sdjax.data.text.added_tokens import ADDED, CONFIG, WHOLE, apart, write_added
+from sdjax.data.text.t5_tokenizer import load_t5_tokenizer, write_t5_tokenizer
 from sdjax.data.text.tokenizers import Tokenizer, load_tokenizer, with_placeholders
 from sdjax.data.text.word_pieces import read_vocabulary, write_vocabulary
 from sdjax.models.t5 import T5Config
@@ -294,13 +295,21 @@ def find_tokenizer(path: Path) -> Path:
     return path
 
 
-def write_tokenizer(encoder: str, source: Path, target: Path, added: Mapping[str, int]) -> None:
-    """Writes the tokenizer of a text encoder into a new folder, with the ids of tokens that are `added` to it.
+def tokenizer_class(encoder: str, sizes: Any) -> str:
+    """Transformers' class of the tokenizer of a text encoder."""
+    return "BertTokenizer" if encoder == BERT else "T5Tokenizer" if isinstance(sizes, T5Config) else "CLIPTokenizer"
+
+
+def write_tokenizer(kind: str, source: Path, target: Path, added: Mapping[str, int]) -> None:
+    """Writes a tokenizer of a `tokenizer_class` into a new folder, with the ids of tokens that are `added` to CLIP's.
 
     Raises:
         UserError: `source` holds none, or a file of another kind under one of its names.
     """
-    if encoder == BERT:
+    if kind == "T5Tokenizer":
+        write_t5_tokenizer(load_t5_tokenizer(source, 1), target)
+        return
+    if kind == "BertTokenizer":
         vocabulary = read_vocabulary(source)
         target.mkdir()
         write_vocabulary(target, vocabulary)

@@ -141,7 +141,6 @@ def _are(kind: type) -> Callable[[Any], bool]:
 SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "classes": (_are(str), "a list of names"),
     "guidance_scale": (lambda value: type(value) in (int, float) and 0 <= value < MAX_SIZE, "a number of at least 0"),
-    "length": (lambda value: _is_size(value, MAX_TOKENS), f"a positive integer, at most {MAX_TOKENS}"),
     "none": (lambda value: value in (None, 0) or _is_size(value), "the number of a class"),
     "nothing": (lambda value: _are(int)(value) and all(0 <= token < MAX_SIZE for token in value), "a list of tokens"),
     "object_classes": (_is_size, f"a positive integer, at most {MAX_SIZE}"),
@@ -149,6 +148,7 @@ SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "schedule": (lambda value: isinstance(value, str), "a name"),
     "size": (lambda value: _is_size(value, MAX_SIDE), f"a positive integer, at most {MAX_SIDE}"),
     "steps": (lambda value: _is_size(value, MAX_STEPS), f"a positive integer, at most {MAX_STEPS}"),
+    "text_length": (lambda value: _is_size(value, MAX_TOKENS), f"a positive integer, at most {MAX_TOKENS}"),
 }
 """Of a checkpoint that this library wrote, in its model_index.json."""
 

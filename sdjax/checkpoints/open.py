@@ -50,6 +50,7 @@ from sdjax.checkpoints.storage.weights import SUFFIXES, Source, Weights, candida
 from sdjax.core.config import EXPORT
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.untrusted import read_json
+from sdjax.data.text.t5_tokenizer import OTHER_FILE
 from sdjax.data.text.word_pieces import FILE
 from sdjax.models.autoencoder import has_same_scale
 
@@ -66,7 +67,7 @@ SETTINGS = (
     "scheduler/*.json",
     "low_res_scheduler/*.json",
     *(f"{name}/{CONFIG}" for name in NETWORKS),
-    *(f"{folder}/{file}" for folder in TOKENIZERS.values() for file in (*TOKENIZER_FILES, FILE)),
+    *(f"{folder}/{file}" for folder in TOKENIZERS.values() for file in (*TOKENIZER_FILES, FILE, OTHER_FILE)),
 )
 
 

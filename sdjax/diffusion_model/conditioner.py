@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
+from sdjax.data.text.t5_tokenizer import T5Tokenizer
 from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.data.text.word_pieces import WordPieces
 from sdjax.diffusion.denoise import Denoise
@@ -93,7 +94,7 @@ class Host(NamedTuple):
 
     name: str
     settings: Mapping[str, Any]
-    tokenizers: Mapping[str, Tokenizer | WordPieces]
+    tokenizers: Mapping[str, Tokenizer | WordPieces | T5Tokenizer]
     size: tuple[int, int] = (0, 0)
     latents: tuple[int, int] = (0, 0)
     rows: int = 0

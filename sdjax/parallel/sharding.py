@@ -25,8 +25,8 @@ OUTPUTS, INPUTS = -1, -2
 TENSOR_DIMENSIONS = (
     (r"(attn\d|self_attn)/to_[qkv]", OUTPUTS),
     (r"(attn\d|self_attn)/to_out", INPUTS),
-    (r"(ff/proj_in|fc1)", OUTPUTS),
-    (r"(ff/proj_out|fc2)", INPUTS),
+    (r"(ff/proj_in|fc1|ff/wi(_[01])?)", OUTPUTS),
+    (r"(ff/proj_out|fc2|ff/wo)", INPUTS),
     (r"resnets_\d+/(conv1|time_emb_proj)", OUTPUTS),
     (r"resnets_\d+/conv2", INPUTS),
 )

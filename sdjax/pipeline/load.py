@@ -25,9 +25,11 @@ from sdjax.checkpoints.open import read_checkpoint, replace_vae, resolve, within
 from sdjax.core.config import EXPORT
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
+from sdjax.data.text.t5_tokenizer import T5Tokenizer, load_t5_tokenizer
 from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.data.text.word_pieces import WordPieces, load_word_pieces
-from sdjax.diffusion_model.conditioners import TEXT
+from sdjax.diffusion_model.conditioners import CAPTIONS, TEXT
+from sdjax.diffusion_model.conditioners.captions import ENCODER, LENGTH
 from sdjax.diffusion_model.conditioners.guides import CLASSIFIER
 from sdjax.diffusion_model.conditioners.tokens import BERT
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, build_model
@@ -153,14 +155,25 @@ def read_classifier(path: Path, place: Put | None = None) -> Component:
     return read_component(folder, name, place=place)
 
 
-def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer | WordPieces]:
+def _tokenizers(checkpoint: Checkpoint) -> dict[str, Tokenizer | WordPieces | T5Tokenizer]:
     if checkpoint.conditioning == TEXT:
         names = [name for name in TOKENIZERS if name in checkpoint.components]
         return dict(zip(names, tokenizers_of(checkpoint), strict=True))
+    if checkpoint.conditioning == CAPTIONS and ENCODER in checkpoint.tokenizers:
+        return {ENCODER: _captions_tokenizer(checkpoint)}
     if BERT in checkpoint.tokenizers and BERT in checkpoint.components:
         length = checkpoint.components[BERT].config.max_length
         return {BERT: load_word_pieces(checkpoint.tokenizers[BERT], length)}
     return {}
+
+
+def _captions_tokenizer(checkpoint: Checkpoint) -> T5Tokenizer:
+    """T5's tokenizer; a UserError where it has more tokens than the text encoder."""
+    folder, known = checkpoint.tokenizers[ENCODER], checkpoint.components[ENCODER].config.vocab_size
+    tokenizer = load_t5_tokenizer(folder, checkpoint.settings.get("text_length", LENGTH))
+    if tokenizer.vocab_size > known:
+        raise UserError(f"{folder} has {tokenizer.vocab_size} tokens, the text encoder beside it {known}")
+    return tokenizer
 
 
 def find(source: Source, variant: str | None = None) -> Path:

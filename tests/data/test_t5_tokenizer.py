@@ -14,7 +14,7 @@ from transformers import T5Tokenizer
 from sdjax.core.errors import UserError
 from sdjax.data.sources import openmoji
 from sdjax.data.text.sentencepiece import read_sentencepiece
-from sdjax.data.text.t5_tokenizer import load_t5_tokenizer
+from sdjax.data.text.t5_tokenizer import load_t5_tokenizer, write_t5_tokenizer
 from sdjax.data.text.tokenizer_training import train_unigrams
 
 LENGTH = 16
@@ -100,6 +100,16 @@ def test_characters_are_replaced_as_by_transformers(tmp_path: Path, made_by_sent
         written(tmp_path, "tokenizer.json", json.dumps(content).encode())
         ids = load_t5_tokenizer(tmp_path, LENGTH).encode([*texts, *ODD[:-4]])
         np.testing.assert_array_equal(ids, reference(tmp_path, [*texts, *ODD[:-4]], extra_ids=0))
+
+
+def test_transformers_reads_what_is_written(tmp_path: Path, made_by_sentencepiece: dict[str, Any]):
+    """Of a spiece.model, which it does not read without SentencePiece."""
+    written(tmp_path, "spiece.model", base64.b64decode(made_by_sentencepiece["model"]))
+    tokenizer = load_t5_tokenizer(tmp_path, LENGTH)
+    write_t5_tokenizer(tokenizer, tmp_path / "new")
+    texts = [*(text for text, _ in made_by_sentencepiece["ids"]), *ODD, "a<extra_id_7> b"]
+    np.testing.assert_array_equal(reference(tmp_path / "new", texts), tokenizer.encode(texts))
+    assert len(T5Tokenizer.from_pretrained(tmp_path / "new")) == tokenizer.vocab_size == 400
 
 
 def written(folder: Path, name: str, data: bytes) -> Path:

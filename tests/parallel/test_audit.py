@@ -17,7 +17,7 @@ from configs import dreambooth, lora, stable_diffusion_training
 from sdjax.checkpoints.checkpoint import ALL_FORMATS, FORMATS
 from sdjax.core.errors import UserError
 from sdjax.core.tree import nbytes
-from sdjax.models import autoencoder, clip, controlnet, unet
+from sdjax.models import autoencoder, clip, controlnet, t5, unet
 from sdjax.parallel.audit import LIMIT, audit, check
 from sdjax.parallel.sharding import spec_of
 from sdjax.parallel.trees import device_bytes, path_name
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 NETWORKS = [("unet", name, unet.VARIANTS[name]) for name in ("sd1", "sd2", "x4_upscaler", "sdxl", "sdxl_refiner")]
 NETWORKS += [("controlnet", name, config) for name, config in controlnet.VARIANTS.items()]
 NETWORKS += [("vae", name, config) for name, config in autoencoder.VARIANTS.items()]
-NETWORKS += [("text_encoder", name, config) for name, config in clip.VARIANTS.items()]
+NETWORKS += [("text_encoder", name, config) for name, config in (clip.VARIANTS | t5.VARIANTS).items()]
 
 
 @pytest.mark.parametrize(("kind", "name", "config"), NETWORKS, ids=[f"{kind}-{name}" for kind, name, _ in NETWORKS])
@@ -66,6 +66,18 @@ def test_tensor_axis_splits_heads_and_feed_forward():
     assert spec_of("vae/encoder/mid_block/attentions_0/attention/to_q/kernel", (512, 512), {"tensor": 2}) == P(), (
         "1 head"
     )
+
+
+def test_tensor_axis_splits_heads_and_feed_forward_of_t5():
+    """Its heads make up another width than the model's; both feed-forwards, gated and not."""
+    for name in ("t5_v1_1_xxl", "t5_3b"):
+        found = audit(FORMATS["text_encoder"].shapes(t5.VARIANTS[name]), {"tensor": 4, "fsdp": 2})
+        spec = {entry.name.split("layers_0/")[-1]: entry.spec for entry in found.entries}
+        for outputs in ("self_attn/to_q", *(("ff/wi_0", "ff/wi_1") if name == "t5_v1_1_xxl" else ("ff/wi",))):
+            assert spec[f"{outputs}/kernel"] == P("fsdp", "tensor")
+        assert spec["self_attn/to_out/kernel"] == spec["ff/wo/kernel"] == P("tensor", "fsdp")
+        split = sum(entry.nbytes for entry in found.entries if "tensor" in entry.spec)
+        assert split > 0.9 * found.total
 
 
 def test_optimiser_moments_are_sharded():

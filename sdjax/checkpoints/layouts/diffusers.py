@@ -26,12 +26,13 @@ from sdjax.checkpoints.checkpoint import (
     find_tokenizer,
     pixel_conditioning,
     read_params,
+    tokenizer_class,
     write_tokenizer,
 )
 from sdjax.checkpoints.config_fields import check_sample_size, check_settings
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import Put, export
-from sdjax.checkpoints.networks import autoencoder, clip, unet, unet2d
+from sdjax.checkpoints.networks import autoencoder, clip, t5, unet, unet2d
 from sdjax.checkpoints.storage.safetensors import write_json, write_safetensors
 from sdjax.checkpoints.storage.weights import find_weights, read_file
 from sdjax.core.errors import UserError, unknown
@@ -39,6 +40,7 @@ from sdjax.core.files import atomic_write, recover
 from sdjax.core.precision import dtype_named
 from sdjax.core.untrusted import read_json
 from sdjax.models.autoencoder import VQConfig
+from sdjax.models.t5 import T5Config
 from sdjax.models.unet2d import UNet2DConfig
 
 INDEX = "model_index.json"
@@ -280,7 +282,8 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: str | None
         for name, component in checkpoint.components.items():
             write_component(partial / folder_of(name, checkpoint.kind), name, component, dtype)
         for encoder, tokenizer in checkpoint.tokenizers.items():
-            write_tokenizer(encoder, tokenizer, partial / TOKENIZER_FOLDERS[encoder], added.get(encoder, {}))
+            kind = tokenizer_class(encoder, checkpoint.components[encoder].config)
+            write_tokenizer(kind, tokenizer, partial / TOKENIZER_FOLDERS[encoder], added.get(encoder, {}))
         for folder, config in _schedulers(checkpoint).items():
             write_json(partial / folder / "scheduler_config.json", config)
         write_json(partial / INDEX, _index(checkpoint))
@@ -337,7 +340,8 @@ def _index(checkpoint: Checkpoint) -> dict[str, Any]:
     for part, component in checkpoint.components.items():
         index[folder_of(part, kind)] = _class_of(part, component.config, name)
     for encoder in checkpoint.tokenizers:
-        index[TOKENIZER_FOLDERS[encoder]] = ["transformers", "BertTokenizer" if encoder == BERT else "CLIPTokenizer"]
+        kind = tokenizer_class(encoder, checkpoint.components[encoder].config)
+        index[TOKENIZER_FOLDERS[encoder]] = ["transformers", kind]
     return index
 
 
@@ -347,6 +351,8 @@ def _class_of(name: str, config: Any, pipeline: str) -> list[str]:
         if unet2d.is_diffusers(config):
             return ["diffusers", unet2d.CLASS_NAME]
         return [OWN_PIXELS if pipeline == OWN_PIXELS else "diffusers", unet2d.OWN_CLASS_NAME]
+    if isinstance(config, T5Config):
+        return ["transformers", t5.CLASS_NAME]
     if name in TOKENIZERS:
         return ["transformers", clip.PLAIN if config.projection_dim is None else clip.PROJECTED]
     return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import Unigram
 
 from sdjax.core.errors import UserError
+from sdjax.core.files import write_text
 from sdjax.core.untrusted import read_json
 from sdjax.data.text.sentencepiece import Unigrams, check_unigrams, read_sentencepiece
 
@@ -89,6 +91,18 @@ def unigram_backend(found: Unigrams, length: int, place: object) -> Backend:
     backend.enable_truncation(length)
     backend.enable_padding(pad_id=PAD, pad_token=SPECIALS[PAD], length=length)
     return backend
+
+
+def write_t5_tokenizer(tokenizer: T5Tokenizer, folder: Path) -> None:
+    """Writes a tokenizer.json, which transformers reads without SentencePiece, and its config."""
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    sentinels = sum(backend.token_to_id(token) is not None for token in SENTINELS)
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIALS, strict=True))
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": sentinels, **names}
+    write_text(folder / FILE, backend.to_str() + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _from_model(path: Path) -> Unigrams:

@@ -11,8 +11,7 @@ from tokenizers import BertWordPieceTokenizer, trainers
 from sdjax.core.errors import UserError
 from sdjax.core.files import write_text
 from sdjax.data.text.sentencepiece import Unigrams
-from sdjax.data.text.t5_tokenizer import EOS as END
-from sdjax.data.text.t5_tokenizer import FILE, PAD, SPECIALS, UNKNOWN, unigram_backend
+from sdjax.data.text.t5_tokenizer import SPECIALS, UNKNOWN, T5Tokenizer, unigram_backend, write_t5_tokenizer
 from sdjax.data.text.tokenizers import BOS, EOS, LENGTH, WORD_END, Tokenizer, load_tokenizer, make_backend
 
 
@@ -79,13 +78,7 @@ def train_unigrams(texts: Iterable[str], folder: Path, vocab_size: int) -> None:
     )
     learner.train_from_iterator(texts, trainer)
     pieces = _same_in_every_process(json.loads(learner.to_str())["model"]["vocab"][len(specials) :])
-    backend = unigram_backend(Unigrams([*specials, *pieces], b""), 1, folder)
-    backend.no_truncation()
-    backend.no_padding()
-    write_text(folder / FILE, backend.to_str() + "\n")
-    names = {"pad_token": SPECIALS[PAD], "eos_token": SPECIALS[END], "unk_token": SPECIALS[UNKNOWN]}
-    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, **names}
-    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_t5_tokenizer(T5Tokenizer(unigram_backend(Unigrams([*specials, *pieces], b""), 1, folder), 1), folder)
 
 
 def _same_in_every_process(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:

@@ -43,7 +43,7 @@ def _null_tokens(settings: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _captions(configs: Mapping[str, Any], settings: Mapping[str, Any], dtype: DTypeLike) -> Conditioner:
     encoder = T5TextEncoder(ENCODER, T5Encoder(configs[ENCODER], dtype))
-    return CaptionConditioner(encoder, settings.get("length", LENGTH))
+    return CaptionConditioner(encoder, settings.get("text_length", LENGTH))
 
 
 CONDITIONERS: dict[str, Build] = {

@@ -55,7 +55,7 @@ class CaptionConditioner(Conditioner):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"length": self.length}
+        return {"text_length": self.length}
 
     def init(self, key: PRNGKeyArray) -> Params:
         return {self.encoder.name: self.encoder.init(key)}
