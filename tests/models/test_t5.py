@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from torch_reference import randomised, translated
+from safetensors.numpy import load_file, save_file
+from torch_reference import drawn, randomised, translated
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from sdjax.checkpoints.checkpoint import ALL_FORMATS, Component
+from sdjax.checkpoints.layouts.diffusers import read_component, write_component
 from sdjax.checkpoints.networks import t5 as conversion
-from sdjax.core.tree import size
+from sdjax.core.errors import UserError
+from sdjax.core.tree import flatten, size
 from sdjax.models.t5 import VARIANTS, T5Config, T5Encoder, relative_buckets
 
 # google-research/t5x, examples/t5; and of the checkpoints of transformers.
@@ -89,3 +97,111 @@ def test_states_agree_with_transformers_to_1e_5(kind: str):
                 expected = theirs(torch.from_numpy(ids), attention_mask=given).last_hidden_state
             assert expected.std() > 0.5
             np.testing.assert_allclose(apply(params, ids, mask), expected, atol=1e-5, rtol=0, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    """An encoder as transformers writes it."""
+    folder = tmp_path_factory.mktemp("t5")
+    reference(KINDS["narrow"]).save_pretrained(folder)
+    return folder
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(found: Component, wanted: Component):
+    assert found.config == wanted.config
+    for name, leaf in flatten(wanted.params).items():
+        np.testing.assert_array_equal(flatten(found.params)[name], leaf, err_msg=name)
+
+
+def test_shards_are_read(folder: Path, tmp_path: Path):
+    reference(KINDS["narrow"]).save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert_same(read_component(tmp_path, "text_encoder"), read_component(folder, "text_encoder"))
+
+
+@pytest.mark.parametrize("keys", [("shared", "encoder.embed_tokens"), ("encoder.embed_tokens",)])
+def test_the_embedding_may_be_there_twice_or_under_its_other_name(keys: tuple[str, ...], folder: Path, tmp_path: Path):
+    """And beside a decoder, as in google/t5-v1_1-xxl."""
+    tensors = stored(folder)
+    table = tensors.pop("shared.weight")
+    others = {"decoder.block.0.layer.0.SelfAttention.q.weight": table, "lm_head.weight": table}
+    save_file(tensors | others | {f"{key}.weight": table.copy() for key in keys}, tmp_path / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    whole = config | {"architectures": ["T5ForConditionalGeneration"], "tie_word_embeddings": False}
+    del whole["relative_attention_max_distance"]  # as in older configs
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    assert_same(read_component(tmp_path, "text_encoder"), read_component(folder, "text_encoder"))
+
+
+def test_types_are_read_tensor_by_tensor(folder: Path, tmp_path: Path):
+    """As DeepFloyd IF's variant "fp16" has them: the second half of a feed-forward in float32."""
+    mixed = {key: x.astype(np.float32 if ".wo." in key else np.float16) for key, x in stored(folder).items()}
+    save_file(mixed, tmp_path / "model.fp16.safetensors")
+    shutil.copyfile(folder / "config.json", tmp_path / "config.json")
+    kept = flatten(read_component(tmp_path, "text_encoder", None, variant="fp16").params)
+    assert {name: leaf.dtype == np.float32 for name, leaf in kept.items()} == {name: "/wo/" in name for name in kept}
+    found = flatten(read_component(tmp_path, "text_encoder", "float32", variant="fp16").params)
+    for name, leaf in kept.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], leaf.astype(np.float32), err_msg=name)
+
+
+def test_transformers_reads_what_is_written(folder: Path, tmp_path: Path):
+    found = read_component(folder, "text_encoder")
+    write_component(tmp_path, "text_encoder", found)
+    assert stored(tmp_path).keys() == stored(folder).keys()
+    ids = torch.from_numpy(tokens((11, 5), 20))
+    with torch.no_grad():
+        ours, theirs = (
+            transformers.T5EncoderModel.from_pretrained(path)(ids).last_hidden_state for path in (tmp_path, folder)
+        )
+    assert torch.equal(ours, theirs)
+    assert_same(read_component(tmp_path, "text_encoder"), found)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "choices"),
+    [
+        ("feed_forward_proj", "gated-silu", "'relu' or 'gated-gelu'"),
+        ("relative_attention_num_buckets", 64, "it must be 32"),
+        ("model_type", "umt5", "it must be 't5'"),
+    ],
+)
+def test_other_structures_are_refused(key: str, value: Any, choices: str, folder: Path):
+    config = json.loads((folder / "config.json").read_text()) | {key: value}
+    with pytest.raises(UserError, match=f"{key} = {value!r} in text_encoder/config.json is not supported") as error:
+        ALL_FORMATS["text_encoder"].from_config(config, "text_encoder/config.json")
+    assert choices in str(error.value)
+
+
+def test_sums_may_grow_beyond_half_precision():
+    """As they do in v1.1: residuals and norms are float32 whatever the type of the arithmetic."""
+    config = T5Config(400, 32, 2, 4, 8, 64)
+    params: Any = {"params": drawn(conversion.shapes(config))}
+    params["params"]["token_embedding"]["embedding"] *= 1e5
+    ids = tokens((11, 5), 16) % 400
+    exact, half = (jax.jit(T5Encoder(config, dtype).apply)(params, ids, ids != 0) for dtype in ("float32", "float16"))
+    assert half.dtype == jnp.float16
+    np.testing.assert_allclose(half, exact, atol=0.01, rtol=0)
+
+
+def test_first_weights_are_those_of_t5():
+    """Standard deviations by transformers' rule, which scales queries where others scale scores."""
+    config = T5Config(400, 64, 1, 4, 16, 256)
+    found = flatten(jax.jit(T5Encoder(config).init)(jax.random.key(0), tokens((4,), 8))["params"])
+    d, inner = config.width, config.heads * config.head_size
+    wanted = {
+        "token_embedding/embedding": 1.0,
+        "relative_attention_bias/embedding": d**-0.5,
+        "layers_0/self_attn/to_q/kernel": (d * config.head_size) ** -0.5,
+        "layers_0/self_attn/to_k/kernel": d**-0.5,
+        "layers_0/self_attn/to_out/kernel": inner**-0.5,
+        "layers_0/ff/wi_0/kernel": d**-0.5,
+        "layers_0/ff/wo/kernel": config.feed_forward**-0.5,
+    }
+    for name, deviation in wanted.items():
+        assert 0.85 < found[name].std() / deviation < 1.15, name
