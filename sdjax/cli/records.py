@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from sdjax.core.errors import UserError
 from sdjax.core.files import atomic_write, write_text
 from sdjax.data.text.lora_tags import read_tags
+from sdjax.diffusion.samplers.sections import SECTIONS
 from sdjax.pipeline.options import OPTIONS
 
 # The text chunk that holds the record as JSON, word for word.
@@ -47,7 +48,8 @@ SAMPLER_LABELS = {
     "lcm": "LCM",
     "tcd": "TCD",
 }
-# ... and the noise schedules; the first three are diffusers' timestep spacings, which it does not know.
+# ... and the noise schedules; the first three are diffusers' timestep spacings, which it does not know, nor the last,
+# which are DeepFloyd IF's.
 SCHEDULE_LABELS = {
     "leading": "Leading",
     "linspace": "Linspace",
@@ -61,6 +63,7 @@ SCHEDULE_LABELS = {
     "ays": "Align Your Steps",
     "ays_sdxl": "Align Your Steps XL",
     "kl_optimal": "KL Optimal",
+    **{name: name.capitalize() for name in SECTIONS},
 }
 
 # Its names of latents under a mask.

@@ -16,7 +16,9 @@ from sdjax.core.errors import UserError
 from sdjax.core.prng import image_keys
 from sdjax.diffusion.denoise import make_denoise
 from sdjax.diffusion.guidance import guided
-from sdjax.diffusion.samplers import SAMPLERS, SPACINGS, SamplerOptions, first_noise, make_table, sample, start_of
+from sdjax.diffusion.samplers import SAMPLERS, SamplerOptions, first_noise, make_table, sample, start_of
+from sdjax.diffusion.samplers.noise_levels import SIGMA_SCHEDULES
+from sdjax.diffusion.samplers.options import TIMESTEP_SPACINGS
 from sdjax.diffusion.schedule import make_schedule
 
 SCHEDULE = make_schedule()
@@ -245,8 +247,9 @@ def test_nothing_compiles_again():
             results.append(go(table, i, 1.0 + i, 0.05 * i))
     for changes in ({"start": 15}, {"spacing": "linspace"}, {"eta": 1.0}, {"thresholding": True}):
         results.append(go(make_table("ddim", SCHEDULE, 20, **changes), 3, 7.5, 0.0))
-    for spacing in SPACINGS:
+    for spacing in (*TIMESTEP_SPACINGS, *SIGMA_SCHEDULES):
         results.append(go(make_table("unipc", SCHEDULE, 19, spacing=spacing), 3, 7.5, 0.0))
+    results.append(go(make_table("ddpm", SCHEDULE, 27, spacing="smart27"), 3, 7.5, 0.0))
     assert go._cache_size() == 1
     assert len(compiled) == 1
     assert len({float(r.sum()) for r in results}) == len(results)
@@ -335,6 +338,9 @@ def test_learned_variance_is_diffusers_own():
         (lambda: make_table("euler", SCHEDULE, 10, spacing="quad"), "unknown schedule 'quad'; choose one of"),
         (lambda: make_table("ddim", SCHEDULE, 10, spacing="karras"), "schedule 'karras'.*leading, linspace, trailing"),
         (lambda: make_table("ddim", SCHEDULE, 0), "start 0|steps 0"),
+        (lambda: make_table("ddim", SCHEDULE, 27, spacing="fast27"), "schedule 'fast27'.*for ddpm, not ddim"),
+        (lambda: make_table("ddpm", SCHEDULE, 50, spacing="fast27"), "steps 50: schedule 'fast27' has 27"),
+        (lambda: make_table("ddpm", SCHEDULE, 2, timesteps=(3, 7)), "timesteps \\[3, 7\\]: give 2 descending"),
         (lambda: make_table("euler", SCHEDULE, 1001), "steps 1001: choose 1 to 1000"),
         (lambda: make_table("dpmpp_2m", SCHEDULE, 1000), "steps 1000: choose 1 to 999"),
         (lambda: make_table("ddim", SCHEDULE, 10, start=10), "start 10: choose 0 to 9"),

@@ -18,6 +18,7 @@ from sdjax.diffusion.samplers.options import TIMESTEP_SPACINGS, SamplerOptions, 
 from sdjax.diffusion.samplers.plms import plms
 from sdjax.diffusion.samplers.scan import first_noise, sample
 from sdjax.diffusion.samplers.second_order import dpm2, dpm2_a, dpmpp_2s_a, dpmpp_sde, heun
+from sdjax.diffusion.samplers.sections import SECTIONS, section_timesteps, steps_of
 from sdjax.diffusion.samplers.table import SamplerPlan, SamplerTable, batched, network_calls, stack
 from sdjax.diffusion.samplers.unipc import unipc
 from sdjax.diffusion.schedule import Schedule
@@ -35,6 +36,7 @@ __all__ = [
     "sampler_of",
     "schedule_of",
     "start_of",
+    "steps_of",
     "strength_of",
     "table_for",
 ]
@@ -46,7 +48,7 @@ SAMPLERS: dict[str, Callable[[Schedule, int, SamplerOptions, int], SamplerPlan]]
         *(dpmpp_2s, dpmpp_2s_a, dpmpp_sde, unipc, deis, lcm, tcd),
     )
 }
-SPACINGS = (*TIMESTEP_SPACINGS, *SIGMA_SCHEDULES)
+SPACINGS = (*TIMESTEP_SPACINGS, *SIGMA_SCHEDULES, *SECTIONS)
 
 # Their timesteps are those of the distillation, whatever the spacing.
 _OWN_TIMESTEPS = ("lcm", "tcd")
@@ -88,6 +90,8 @@ def make_table(
         options = SamplerOptions.from_scheduler_config(_LATENT, sampler)
     if spacing is not None:
         changes |= _spacing(spacing, sampler)
+        if spacing in SECTIONS:
+            changes["timesteps"] = _sections(spacing, sampler, steps, schedule)
     for name in changes:
         if name not in SamplerOptions.__dataclass_fields__:
             raise unknown("sampler option", name, SamplerOptions.__dataclass_fields__)
@@ -155,4 +159,13 @@ def _spacing(name: str, sampler: str) -> dict[str, object]:
         raise UserError(f"schedule {name!r}: {sampler} has the timesteps of its distillation; leave the schedule out")
     if name in TIMESTEP_SPACINGS:
         return {"timestep_spacing": name, "sigma_schedule": None}
-    return {"sigma_schedule": name}
+    return {"sigma_schedule": None if name in SECTIONS else name}
+
+
+def _sections(name: str, sampler: str, steps: int, schedule: Schedule) -> tuple[int, ...]:
+    """Timesteps of a choice of SECTIONS, which DDPM alone steps between (deep-floyd/IF)."""
+    if sampler != "ddpm":
+        raise UserError(f"schedule {name!r}: its uneven timesteps are for ddpm, not {sampler}")
+    if steps != steps_of(name):
+        raise UserError(f"steps {steps}: schedule {name!r} has {steps_of(name)}; leave the steps out")
+    return tuple(section_timesteps(SECTIONS[name], schedule.num_timesteps).tolist())

@@ -7,6 +7,7 @@ import numpy as np
 from sdjax.core.errors import UserError
 from sdjax.diffusion.samplers.ddpm import abar_at
 from sdjax.diffusion.samplers.options import SamplerOptions
+from sdjax.diffusion.samplers.spacing import given_timesteps
 from sdjax.diffusion.samplers.table import SamplerPlan, SamplerStep, weights
 from sdjax.diffusion.schedule import Schedule, abar_to_sigma
 
@@ -61,12 +62,7 @@ def distilled_timesteps(schedule: Schedule, steps: int, options: SamplerOptions)
     """
     total, original = schedule.num_timesteps, options.original_inference_steps
     if options.timesteps is not None:
-        given = np.array(options.timesteps)
-        if len(given) != steps or np.any(np.diff(given) >= 0) or given.min() < 0 or given.max() >= total:
-            raise UserError(
-                f"timesteps {list(options.timesteps)}: give {steps} descending integers of 0 to {total - 1}"
-            )
-        return given
+        return given_timesteps(options.timesteps, steps, total)
     if not 1 <= original <= total:
         raise UserError(f"original_inference_steps {original}: choose 1 to {total}, the number of training timesteps")
     if not 1 <= steps <= original:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sdjax.diffusion.samplers.options import SamplerOptions
-from sdjax.diffusion.samplers.spacing import integer_timesteps
+from sdjax.diffusion.samplers.spacing import given_timesteps, integer_timesteps
 from sdjax.diffusion.samplers.table import SamplerPlan, SamplerStep, weights
 from sdjax.diffusion.schedule import Schedule, abar_to_sigma
 
@@ -20,7 +20,10 @@ def abar_at(schedule: Schedule, timesteps: np.ndarray | list[int]) -> np.ndarray
 
 def ddpm(schedule: Schedule, steps: int, options: SamplerOptions, start: int) -> SamplerPlan:
     """DDPM (algorithm 2, eq. 7), also between timesteps that are not neighbours (iDDPM, section 4)."""
-    timesteps = integer_timesteps(schedule, steps, options)[start:]
+    if options.timesteps is None:
+        timesteps = integer_timesteps(schedule, steps, options)[start:]
+    else:
+        timesteps = given_timesteps(options.timesteps, steps, schedule.num_timesteps)[start:]
     abar = abar_at(schedule, timesteps)
     before = np.append(abar[1:], 1.0)
     rows = []

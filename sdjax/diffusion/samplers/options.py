@@ -34,8 +34,8 @@ class SamplerOptions:
     file sets, or another key of SIGMA_SCHEDULES; None for the levels of spaced timesteps. eta is DDIM's (0
     deterministic, 1 as random as DDPM), the ancestral and SDE samplers' share of fresh noise, or TCD's gamma. s_churn,
     s_tmin, s_tmax and s_noise are the churn of Euler, Heun and DPM2 (Karras et al. 2022, algorithm 2); s_noise scales
-    the fresh noise of the ancestral and SDE samplers as well. timesteps are LCM's and TCD's own, in place of the spaced
-    ones.
+    the fresh noise of the ancestral and SDE samplers as well. timesteps are those of DDPM, LCM and TCD in place of the
+    spaced ones.
 
     Raises:
         UserError: a name is not among its choices, or a value is of the wrong type.

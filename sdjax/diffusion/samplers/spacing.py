@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,14 @@ def spaced_timesteps(spacing: str, steps: int, num_timesteps: int, steps_offset:
     if spacing == "trailing":
         return np.round(np.arange(num_timesteps, 0, -num_timesteps / steps)) - 1.0
     raise unknown("timestep spacing", spacing, TIMESTEP_SPACINGS)
+
+
+def given_timesteps(timesteps: Sequence[int], steps: int, num_timesteps: int) -> np.ndarray:
+    """[steps] timesteps that a caller chose; a UserError unless they descend within the training's."""
+    given = np.array(timesteps)
+    if len(given) != steps or np.any(np.diff(given) >= 0) or given.min() < 0 or given.max() >= num_timesteps:
+        raise UserError(f"timesteps {list(timesteps)}: give {steps} descending integers of 0 to {num_timesteps - 1}")
+    return given
 
 
 def integer_timesteps(schedule: Schedule, steps: int, options: SamplerOptions) -> np.ndarray:
