@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import KeyTable, Put, Stored, check_blocks, read
 from sdjax.checkpoints.networks import (
+    added_kv_unet,
     autoencoder,
     clip,
     clip_image,
@@ -32,7 +33,10 @@ from sdjax.data.text.added_tokens import ADDED, CONFIG, WHOLE, apart, write_adde
 from sdjax.data.text.t5_tokenizer import load_t5_tokenizer, write_t5_tokenizer
 from sdjax.data.text.tokenizers import Tokenizer, load_tokenizer, with_placeholders
 from sdjax.data.text.word_pieces import read_vocabulary, write_vocabulary
+from sdjax.models.added_kv_unet import AddedKVUNetConfig
+from sdjax.models.clip import CLIPTextConfig
 from sdjax.models.t5 import T5Config
+from sdjax.models.unet import UNetConfig
 from sdjax.models.unet2d import UNet2DConfig
 
 
@@ -147,36 +151,42 @@ def _constant(table: KeyTable) -> Callable[[Any], KeyTable]:
     return lambda config: table
 
 
-def _unet_config(config: Mapping[str, Any], place: str) -> Any:
-    is_plain = config.get("_class_name") in (unet2d.CLASS_NAME, unet2d.OWN_CLASS_NAME)
-    return (unet2d.from_config if is_plain else unet.from_diffusers_config)(config, place)
+NETWORK = "diffusion_pytorch_model"
+UNETS: dict[type, Format] = {
+    UNetConfig: Format(NETWORK, unet.from_diffusers_config, unet.to_diffusers_config, unet.table, unet.shapes),
+    UNet2DConfig: Format(NETWORK, unet2d.from_config, unet2d.to_config, _constant(unet2d.TABLE), unet2d.shapes),
+    AddedKVUNetConfig: _format(NETWORK, added_kv_unet),
+}
 
 
-def _is_plain(sizes: Any) -> bool:
-    return isinstance(sizes, UNet2DConfig)
+TEXT_ENCODERS: dict[type, Format] = {CLIPTextConfig: _format("model", clip), T5Config: _format("model", t5)}
 
 
-def _text_network(sizes: Any) -> Any:
-    """The module that knows how a text encoder of some sizes is stored."""
-    return t5 if isinstance(sizes, T5Config) else clip
+def _unet_type(config: Mapping[str, Any]) -> type:
+    if config.get("_class_name") in (unet2d.CLASS_NAME, unet2d.OWN_CLASS_NAME):
+        return UNet2DConfig
+    return AddedKVUNetConfig if added_kv_unet.is_added_kv(config) else UNetConfig
+
+
+def _text_type(config: Mapping[str, Any]) -> type:
+    return T5Config if t5.is_t5(config) else CLIPTextConfig
+
+
+def _by_type(formats: Mapping[type, Format], type_of: Callable[[Mapping[str, Any]], type]) -> Format:
+    """The storage of networks of several structures, by the type of sizes that a config.json means."""
+    return Format(
+        next(iter(formats.values())).weights,
+        lambda config, place: formats[type_of(config)].from_config(config, place),
+        lambda sizes: formats[type(sizes)].to_config(sizes),
+        lambda sizes: formats[type(sizes)].table(sizes),
+        lambda sizes: formats[type(sizes)].shapes(sizes),
+    )
 
 
 FORMATS: dict[str, Format] = {
-    "unet": Format(
-        "diffusion_pytorch_model",
-        _unet_config,
-        lambda sizes: (unet2d.to_config if _is_plain(sizes) else unet.to_diffusers_config)(sizes),
-        lambda sizes: unet2d.TABLE if _is_plain(sizes) else unet.table(sizes),
-        lambda sizes: (unet2d if _is_plain(sizes) else unet).shapes(sizes),
-    ),
-    "vae": _format("diffusion_pytorch_model", autoencoder),
-    "text_encoder": Format(
-        "model",
-        lambda config, place: (t5 if t5.is_t5(config) else clip).from_diffusers_config(config, place),
-        lambda sizes: _text_network(sizes).to_diffusers_config(sizes),
-        lambda sizes: _text_network(sizes).TABLE,
-        lambda sizes: _text_network(sizes).shapes(sizes),
-    ),
+    "unet": _by_type(UNETS, _unet_type),
+    "vae": _format(NETWORK, autoencoder),
+    "text_encoder": _by_type(TEXT_ENCODERS, _text_type),
     "text_encoder_2": _format("model", clip),
 }
 CONDITIONERS: dict[str, Format] = {
@@ -214,7 +224,7 @@ CLASSIFIERS: dict[str, Format] = {
 CONTROLNET = "controlnet"
 CONTROLNETS: dict[str, Format] = {
     CONTROLNET: Format(
-        "diffusion_pytorch_model",
+        NETWORK,
         controlnet.from_diffusers_config,
         controlnet.to_diffusers_config,
         controlnet.table,
@@ -225,7 +235,7 @@ ADAPTERS: dict[str, Format] = {
     "image_encoder": Format(
         "model", clip_image.from_config, clip_image.to_config, _constant(clip_image.TABLE), clip_image.shapes
     ),
-    "t2i_adapter": _format("diffusion_pytorch_model", t2i_adapter),
+    "t2i_adapter": _format(NETWORK, t2i_adapter),
 }
 ADDITIONS = ("ip_adapter", *CONTROLNETS, *ADAPTERS)
 """Beginnings of the names of components that act beside a model's own, and are no part of what is written of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from sdjax.diffusion_model.conditioners.maps import DepthConditioner
 from sdjax.diffusion_model.conditioners.text import AESTHETICS, SIZES, TextConditioner
 from sdjax.diffusion_model.conditioners.upscale import UpscaleConditioner
 from sdjax.diffusion_model.text_encoders import CLIPEncoder, TextEncoder
+from sdjax.models.added_kv_unet import AddedKVUNet, AddedKVUNetConfig
 from sdjax.models.autoencoder import AnyAutoencoder, autoencoder_of
 from sdjax.models.clip import TEXT_LAYERS, CLIPText
 from sdjax.models.conditioning import Cond, apply
@@ -37,6 +38,9 @@ from sdjax.models.unet2d import UNet2D, UNet2DConfig
 
 BACKBONE, AUTOENCODER = "unet", "vae"
 """Components of the parameters of the two."""
+Backbone: TypeAlias = UNet | UNet2D | AddedKVUNet
+BACKBONES: Mapping[type, type[Backbone]] = {UNetConfig: UNet, UNet2DConfig: UNet2D, AddedKVUNetConfig: AddedKVUNet}
+"""Modules by the type of their sizes."""
 
 
 class BackboneConfig(Protocol):
@@ -82,7 +86,7 @@ class DiffusionModel(NamedTuple):
         parameterization: of the prediction, as diffusers names it: a key of `PARAMETERIZATIONS`.
     """
 
-    backbone: UNet | UNet2D
+    backbone: Backbone
     autoencoder: AnyAutoencoder | None
     conditioner: Conditioner
     parameterization: str
@@ -157,10 +161,9 @@ class DiffusionModel(NamedTuple):
         return {BACKBONE: self.config, **own, **self.conditioner.components}
 
 
-def backbone_of(config: Any, dtype: DTypeLike, remat: str = "none") -> UNet | UNet2D:
+def backbone_of(config: Any, dtype: DTypeLike, remat: str = "none") -> Backbone:
     """The module of a backbone's config."""
-    module = UNet2D if isinstance(config, UNet2DConfig) else UNet
-    return module(cast(Any, config), remat, dtype)
+    return BACKBONES[type(config)](cast(Any, config), remat, dtype)
 
 
 def build_model(
