@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from children import free_port
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[3]
 SECONDS = 300  # until a server is warmed up
@@ -105,6 +106,13 @@ def pixels(file: bytes) -> np.ndarray:
 
 def decoded(data_url: str | None) -> np.ndarray:
     return pixels(base64.b64decode((data_url or "").split(",")[1]))
+
+
+def thumbnail_pixels(page: Page, name: str) -> np.ndarray:
+    """Pixels of the image that an input shows, as soon as it shows one."""
+    image = thumbnail(page, name)
+    expect(image).to_have_attribute("src", re.compile("^data:image/"))
+    return decoded(image.get_attribute("src"))
 
 
 def field(page: Page, name: str) -> Locator:

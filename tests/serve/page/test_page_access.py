@@ -12,12 +12,12 @@ from page_driver import (
     PHONE,
     ROOT,
     card,
-    decoded,
     field,
     generate,
     posted,
     serving,
     thumbnail,
+    thumbnail_pixels,
     tile,
     unfold,
     visit,
@@ -66,7 +66,7 @@ def test_a_phone_scrolls_only_down(new_context: Callable[..., BrowserContext], a
     assert not scrolls_sideways(page)
     canvas.tap()
     page.get_by_role("button", name="Done").tap()
-    mask = decoded(thumbnail(page, "mask").get_attribute("src"))[..., 0]
+    mask = thumbnail_pixels(page, "mask")[..., 0]
     assert mask[64, 64] == 255
     assert mask[0, 0] == 0
     assert errors == []
@@ -109,7 +109,7 @@ def test_keys_alone_do(tab: Page):
     tab_to(tab, tab.get_by_role("button", name="Done"))
     tab.keyboard.press("Enter")
     expect(tab.locator("#draw-mask")).to_be_focused()
-    mask = decoded(thumbnail(tab, "mask").get_attribute("src"))[..., 0]
+    mask = thumbnail_pixels(tab, "mask")[..., 0]
     assert mask[64, 60:76].min() == 255
     assert mask[64, :50].max() == 0
     assert mask[76:].max() == 0  # where the brush was lifted

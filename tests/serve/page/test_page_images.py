@@ -18,6 +18,7 @@ from page_driver import (
     read_bytes,
     serving,
     thumbnail,
+    thumbnail_pixels,
     tile,
     unfold,
     visit,
@@ -58,7 +59,7 @@ def test_an_image_without_settings_may_be_begun_from(tab: Page):
     expect(tab.locator("#toast")).to_contain_text("does not say how it was made")
     tab.get_by_role("button", name="Use as init image").click()
     expect(thumbnail(tab, "init_image")).to_be_visible()
-    assert (decoded(thumbnail(tab, "init_image").get_attribute("src")) == 255).all()
+    assert (thumbnail_pixels(tab, "init_image") == 255).all()
 
 
 def test_a_field_takes_what_is_dropped_on_it(tab: Page):
@@ -133,7 +134,7 @@ def test_tools_of_the_mask(tab: Page):
     tab.keyboard.press("Control+z")
     assert marked(tab, left, middle, beside, far) == [True, True, False, False]
     tab.get_by_role("button", name="Done").click()
-    mask = decoded(thumbnail(tab, "mask").get_attribute("src"))
+    mask = thumbnail_pixels(tab, "mask")
     assert mask.shape == (128, 128, 3)
     assert set(np.unique(mask)) == {0, 255}
     assert (mask[32, 24:100] == 255).all()
@@ -169,9 +170,7 @@ def test_inpainting_keeps_what_is_not_masked(tab: Page, address: str):
     tile(tab, job).click()
     tab.locator("[data-act=init]").click()
     expect(thumbnail(tab, "init_image")).to_be_visible()
-    np.testing.assert_array_equal(
-        decoded(thumbnail(tab, "init_image").get_attribute("src")), pixels(read_bytes(address, job))
-    )
+    np.testing.assert_array_equal(thumbnail_pixels(tab, "init_image"), pixels(read_bytes(address, job)))
     tab.locator("#draw-mask").click()
     brush(tab, 50)
     stroke(tab, (64, 50), (64, 90))
@@ -188,7 +187,7 @@ def test_inpainting_keeps_what_is_not_masked(tab: Page, address: str):
     tile(tab, again).click()
     tab.locator("#reset").evaluate("button => button.click()")
     tab.locator("[data-act=use]").click()  # images come back, too, in the tab that sent them
-    assert decoded(thumbnail(tab, "mask").get_attribute("src"))[..., 0].tolist() == (mask * 255).tolist()
+    assert thumbnail_pixels(tab, "mask")[..., 0].tolist() == (mask * 255).tolist()
     expect(field(tab, "strength")).to_have_value("0.9")
 
 
