@@ -136,6 +136,7 @@ class ResBlock(nn.Module):
         size: the height and width that "up" reaches, where they are not the double: those of an odd level.
         activated: whether the embedding is one that an activation has acted on (deep-floyd/IF, stage II).
         output_divisor: of the sum of both branches.
+        project: whether what is added goes through a 1x1 convolution even where the widths agree (Imagen).
     """
 
     features: int
@@ -148,6 +149,7 @@ class ResBlock(nn.Module):
     activation: Activation = nn.silu
     activated: bool = False
     output_divisor: float = 1.0
+    project: bool = False
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -170,7 +172,7 @@ class ResBlock(nn.Module):
         h = h * (1 + scale) + shift if self.scale_shift else h
         h = Conv(self.features, zero=self.zero, dtype=self.dtype, name="conv2")(self.activation(h))
         x = resampled(x, self.size)
-        if x.shape[-1] != self.features:
+        if self.project or x.shape[-1] != self.features:
             x = Conv(self.features, kernel=1, dtype=self.dtype, name="conv_shortcut")(x)
         return constrain_image((x + h) / self.output_divisor if self.output_divisor != 1.0 else x + h)
 
