@@ -140,6 +140,14 @@ class Conditioner:
         """
         return {}
 
+    def with_image(self, columns: Mapping[str, np.ndarray], image: Any, host: Host) -> Mapping[str, np.ndarray]:
+        """Columns of one image, for another init_image [H W 3] in [0, 1]: what the stage before made.
+
+        Raises:
+            UserError: it does not fit the model.
+        """
+        return columns
+
     def images_to_encode(self, columns: Columns) -> dict[str, Float[Array, "b H W 3"]]:
         """Images in [-1, 1] whose scaled latents `cond` wants as further columns of the same names."""
         return {}
@@ -239,6 +247,11 @@ class Combined(Conditioner):
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         return _union(part.encode(inputs, host) for part in self.parts)
+
+    def with_image(self, columns: Mapping[str, np.ndarray], image: Any, host: Host) -> Mapping[str, np.ndarray]:
+        for part in self.parts:
+            columns = part.with_image(columns, image, host)
+        return columns
 
     def images_to_encode(self, columns: Columns) -> dict[str, Array]:
         return _union(part.images_to_encode(columns) for part in self.parts)

@@ -22,6 +22,7 @@ from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
 from sdjax.diffusion_model.tiles import Coder, decode_tiled, encode_tiled
 from sdjax.models.lora import strip_factors
 from sdjax.parallel.sharding import check_batch
+from sdjax.pipeline.cascade import next_stage
 from sdjax.pipeline.noise import GIVEN, MASKED, TorchRow
 from sdjax.pipeline.options import Progress
 from sdjax.pipeline.prepare import Part, Row
@@ -41,7 +42,8 @@ def run(
     *,
     decoded: bool = True,
     rows_per_call: int = 1,
-) -> Iterator[tuple[int, np.ndarray]]:
+    every_stage: bool = False,
+) -> Iterator[tuple[int, Any]]:
     """Images of rows as they are made: (place in `rows`, [H W 3] in [0, 1], or unscaled latents).
 
     Rows with the same programs share batches, whatever their prompts, seeds, samplers and guidance.
@@ -55,6 +57,7 @@ def run(
         decoded: whether to make images of the latents.
         rows_per_call: rows of the tables that one call of the compiled loop runs; between two calls a keyboard
             interrupt is answered. The images are the same to the bit.
+        every_stage: whether in place of an image there are those of all stages of a cascade, in their order.
 
     Raises:
         UserError: a batch size that the devices do not divide, or a stage's output is not finite.
@@ -70,9 +73,9 @@ def run(
                 progress(before + calls, total)
 
         with pipe.devices.mesh_context():
-            images = _run_batch(pipe, filled, report, decoded, rows_per_call)
+            stages = _run_batch(pipe, filled, report, decoded, rows_per_call)
         done += _calls(filled)
-        yield from zip(places, images, strict=False)
+        yield from zip(places, zip(*stages, strict=True) if every_stage else stages[-1], strict=False)
 
 
 def split(pipe: Pipeline, rows: Sequence[Row], batch_size: int | None = None) -> Iterator[tuple[list[int], int]]:
@@ -82,11 +85,10 @@ def split(pipe: Pipeline, rows: Sequence[Row], batch_size: int | None = None) ->
     """
     groups: dict[Any, list[int]] = {}
     for place, row in enumerate(rows):
-        second = None if row.second is None else row.second.compile_key
-        groups.setdefault((row.compile_key, row.calls, second), []).append(place)
+        groups.setdefault((row.compile_keys, row.calls), []).append(place)
     for places in groups.values():
         row = rows[places[0]]
-        size = batch_size or default_batch_size(pipe, len(places), row.second or row)
+        size = batch_size or default_batch_size(pipe, len(places), row.last)
         if pipe.devices.mesh is not None and size != pipe.devices.min_batch:
             check_batch(size, pipe.devices.mesh, "batch_size")
         for first in range(0, len(places), size):
@@ -107,13 +109,14 @@ def default_batch_size(pipe: Pipeline, images: int, row: Row) -> int:
 def _calls(rows: Sequence[Row]) -> int:
     """Network calls of a batch, which goes on until its last row is done."""
     own = sum(max(network_calls(row.parts[i].table) for row in rows) for i in range(len(rows[0].parts)))
-    seconds = [row.second for row in rows if row.second is not None]
-    return own + (_calls(seconds) if seconds else 0)
+    following = [row.following for row in rows if row.following is not None]
+    return own + (_calls(following) if following else 0)
 
 
 def _run_batch(
     pipe: Pipeline, rows: Sequence[Row], report: Callable[[int], None], decoded: bool, rows_per_call: int
-) -> list[np.ndarray]:
+) -> list[list[np.ndarray]]:
+    """Images of each stage of a cascade; of a model alone there is one."""
     latents, done = None, 0
     models = [pipe, pipe.refiner][: len(rows[0].parts)]
     for part, one in enumerate(models):
@@ -125,13 +128,17 @@ def _run_batch(
     last = models[-1]
     assert last is not None
     assert latents is not None
-    if not decoded:
-        return list(np.asarray(last.devices.all_gather(latents)) / np.float32(last.model.scale))
+    if not decoded and rows[0].then is None:
+        return [list(np.asarray(last.devices.all_gather(latents)) / np.float32(last.model.scale))]
     images = finish(last, rows, latents)
     seconds = [second for row, image in zip(rows, images, strict=True) if (second := second_pass(row, image))]
-    if not seconds:
-        return images
-    return _run_batch(pipe, seconds, lambda n: report(done + n), decoded, rows_per_call)
+    if seconds:
+        return _run_batch(pipe, seconds, lambda n: report(done + n), decoded, rows_per_call)
+    stages = [stage for row, image in zip(rows, images, strict=True) if (stage := next_stage(pipe, row, image))]
+    if not stages:
+        return [images]
+    then, following = stages[0][0], [row for _, row in stages]
+    return [images, *_run_batch(then, following, lambda n: report(done + n), decoded, rows_per_call)]
 
 
 def finish(pipe: Pipeline, rows: Sequence[Row], latents: jax.Array) -> list[Float[np.ndarray, "H W 3"]]:

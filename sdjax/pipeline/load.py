@@ -85,7 +85,9 @@ def load(source: Source, dtype: str = "float32", mesh: Mesh | None = None, **opt
         checkpoint = dataclasses.replace(checkpoint, settings={**own, **checkpoint.settings})
     refiner = load(cast(Any, given["refiner"]), dtype, mesh) if given.get("refiner") else None
     lora_dir = None if "lora_dir" not in given else Path(cast(Any, given["lora_dir"])).expanduser()
-    return Pipeline(name, checkpoint, model, cast(Any, tokenizers), dtype, mesh, refiner, lora_dir)
+    first, *rest = cast(Any, given.get("then")) or (None,)
+    then = None if first is None else load(first, dtype, mesh, then=rest)
+    return Pipeline(name, checkpoint, model, cast(Any, tokenizers), dtype, mesh, refiner, lora_dir, then)
 
 
 def load_conditional(source: Source, *args: Any, **options: Any) -> Pipeline:

@@ -28,6 +28,7 @@ Number = int | float
 Pair = Sequence[int]
 Scales = Sequence[Number | Sequence[Number]]
 Images = ImageInput | Sequence[ImageInput]
+Stages = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 Sources = str | Path | Sequence[str | Path]
 Progress = Callable[[int, int], None]
 """progress(done, total) network calls."""
@@ -209,11 +210,24 @@ class Options(TypedDict, total=False):
             "that the second pass runs, as A1111 counts; else its strength's share of steps", 1, label="Hires steps"
         ),
     ]
+    stages: Annotated[
+        Stages | None,
+        Option(
+            "settings of a later stage of a cascade: steps=30,guidance_scale=4; repeated for each, in their order",
+            grid=False,
+            many=True,
+        ),
+    ]
     tile: Annotated[int | None, Option("pixels of the autoencoder's tiles; 0 for none", 0)]
     guess_mode: Annotated[bool | None, Option("diffusers' name of control_mode guess", scope="call")]
     paste: Annotated[bool | None, Option("put init_image's own pixels back outside of the mask", scope="call")]
     latents: Annotated[Any, Option("standard normal first noise [n, h, w, z]; it decides the size", scope="call")]
-    output: Annotated[str | None, Option("image, or unscaled latents", choices=("image", "latent"), scope="call")]
+    output: Annotated[
+        str | None,
+        Option(
+            "image, unscaled latents, or the images of every stage", choices=("image", "latent", "stages"), scope="call"
+        ),
+    ]
     batch_size: Annotated[int | None, Option("images of one pass", 1, scope="call")]
     progress: Annotated[Progress | None, Option("called after every network call", scope="call")]
 
@@ -243,6 +257,10 @@ class LoadOptions(TypedDict, total=False):
     merge_lora: Annotated[Sources, Option("LoRA at a fixed strength, merged into the weights", scope="load", many=True)]
     lora_dir: Annotated[str | Path | None, Option("folder of LoRAs, which prompts name: <lora:name:0.8>", scope="load")]
     refiner: Annotated[str | Path | None, Option("checkpoint that takes over the last steps", scope="load")]
+    then: Annotated[
+        Sources,
+        Option("next stage of a cascade, e.g. an upscaler; repeated for several, in order", scope="load", many=True),
+    ]
     ip_adapter: Annotated[
         str | Path | None, Option("IP-Adapter, by which images are prompts: a file, local or of the Hub", scope="load")
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from sdjax.diffusion_model.model import DiffusionModel, build_model
 from sdjax.models.autoencoder import AnyAutoencoder, has_same_scale
 from sdjax.models.lora import strip_factors
 from sdjax.parallel.sharding import sharded_put
+from sdjax.pipeline.cascade import check_follows
 from sdjax.pipeline.devices import Devices
 from sdjax.pipeline.execute import run
 from sdjax.pipeline.options import Options, Progress
@@ -45,6 +46,7 @@ class Pipeline:
         dtype: of the arithmetic of backbone and text encoders.
         devices: where its arrays go.
         lora_dir: folder of LoRAs that prompts may name; None without one.
+        then: the next stage of a cascade, which goes on with the images; None without one.
     """
 
     def __init__(
@@ -57,11 +59,12 @@ class Pipeline:
         mesh: Mesh | None = None,
         refiner: Pipeline | None = None,
         lora_dir: Path | None = None,
+        then: Pipeline | None = None,
     ) -> None:
         """Take a checkpoint whose parameters are on the devices already.
 
         Raises:
-            UserError: the refiner cannot go on with this model's latents.
+            UserError: the refiner cannot go on with this model's latents, or the next stage not with its images.
         """
         self.name, self.model, self.tokenizers, self.dtype = name, model, tokenizers, dtype
         self.scheduler, self.settings = checkpoint.scheduler, dict(checkpoint.settings)
@@ -79,7 +82,9 @@ class Pipeline:
             if not has_same_scale(refiner.model.scale, model.scale):
                 scales = f"are scaled by {refiner.model.scale:g}, not {model.scale:g}"
                 raise UserError(f"{refiner.name} cannot refine what {name} makes: the latents that it knows {scales}")
-        self.refiner, self.lora_dir = refiner, lora_dir
+        self.refiner, self.lora_dir, self.then = refiner, lora_dir, then
+        if then is not None:
+            check_follows(self, then)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -110,6 +115,11 @@ class Pipeline:
     def controlnets(self) -> tuple[str, ...]:
         """Names of the ControlNets that were loaded, in the order of their hints."""
         return self.checkpoint.controlnets
+
+    @property
+    def later(self) -> tuple[Pipeline, ...]:
+        """The later stages of a cascade, in their order."""
+        return () if self.then is None else (self.then, *self.then.later)
 
     @property
     def text(self) -> TextConditioner:
@@ -196,12 +206,16 @@ class Pipeline:
                 images of its own are a list of such lists, [[a], [b]].
 
         Returns:
-            float32 [n, height, width, 3] in [0, 1], or unscaled latents [n, h, w, z] for output="latent".
+            float32 [n, height, width, 3] in [0, 1], or unscaled latents [n, h, w, z] for output="latent"; for
+            output="stages" a list of the former, one a stage of the cascade.
 
         Raises:
             UserError: an option is not what it should be or has no effect, or a stage's output is not finite.
         """
         rows = self.prepare(prompts, negative_prompt, **options)
-        decoded = options.get("output") != "latent"
-        made = dict(self.run(rows, options.get("batch_size"), options.get("progress"), decoded=decoded))
-        return np.stack([made[place] for place in range(len(rows))])
+        how = {"decoded": options.get("output") != "latent", "every_stage": options.get("output") == "stages"}
+        made = dict(self.run(rows, options.get("batch_size"), options.get("progress"), **how))
+        images = [made[place] for place in range(len(rows))]
+        if how["every_stage"]:
+            return cast(Any, [np.stack(stage) for stage in zip(*images, strict=True)])
+        return np.stack(images)

@@ -26,6 +26,7 @@ from sdjax.diffusion.samplers import (
 from sdjax.diffusion_model.conditioners.lora import LORA_SCALE
 from sdjax.diffusion_model.conditioners.upscale import NOISE, SMALL
 from sdjax.diffusion_model.sampling import ConditionSchedule
+from sdjax.pipeline.cascade import STAGES, read_stages, with_later_stages
 from sdjax.pipeline.edited_prompts import edit_prompts, needs_null
 from sdjax.pipeline.loras import load_named, record_of, with_strengths
 from sdjax.pipeline.noise import Draws, TorchNoise, TorchRow
@@ -86,6 +87,7 @@ class Row(NamedTuple):
         torch: PyTorch's noise; None for the image's own.
         tile: pixels of the autoencoder's tiles; 0 for none.
         second: the second pass, whose `image` is what the first pass makes; None without one.
+        then: the next stage of a cascade, whose given image is what this row makes; None without one.
         settings: every option that the image depends on, those that the checkpoint chose included.
     """
 
@@ -104,6 +106,7 @@ class Row(NamedTuple):
     latents: np.ndarray | None = None
     torch: TorchRow | None = None
     second: Row | None = None
+    then: Row | None = None
     content: float | None = None
 
     @property
@@ -120,10 +123,25 @@ class Row(NamedTuple):
         return self.size, shapes, lengths, scheduled, alike, given, self.tile
 
     @property
+    def following(self) -> Row | None:
+        """The second pass, or the next stage."""
+        return self.second or self.then
+
+    @property
+    def last(self) -> Row:
+        """The row of the last pass and stage."""
+        return self if self.following is None else self.following.last
+
+    @property
+    def compile_keys(self) -> tuple[Any, ...]:
+        """Keys of all passes and stages."""
+        return self.compile_key, *(() if self.following is None else self.following.compile_keys)
+
+    @property
     def calls(self) -> int:
-        """Network calls of all parts and passes."""
+        """Network calls of all parts, passes and stages."""
         own = sum(network_calls(part.table) for part in self.parts)
-        return own + (self.second.calls if self.second is not None else 0)
+        return own + (0 if self.following is None else self.following.calls)
 
 
 def prepare(
@@ -153,7 +171,9 @@ def prepare(
     made = {key: _prepare_entry(pipe, entry, given, size, tables) for key, entry in {id(e): e for e in images}.items()}
     rows = [made[id(entry)]._replace(index=first + i) for i, entry in enumerate(images)]
     rows = _with_noise(pipe, rows, given, len(entries))
-    return [_with_second_pass(pipe, row, entry, given) for row, entry in zip(rows, images, strict=True)]
+    stages = read_stages(given.get(STAGES), pipe)
+    rows = [_with_second_pass(pipe, row, entry, given) for row, entry in zip(rows, images, strict=True)]
+    return [with_later_stages(pipe, row, stages) for row in rows]
 
 
 def _entries(

@@ -26,14 +26,14 @@ class Passage:
     Attributes:
         job, number: whose image it is, and its place in the job.
         row: of the pass that it is in.
-        part: number of the model that it is with.
+        stage, part: of a cascade, and number of the model that it is with.
         noisy: scaled latents of the model before.
         begun: what its loop needs; None until it has been made.
     """
 
     def __init__(self, job: Job, number: int, row: Row) -> None:
         self.job, self.number, self.row = job, number, row
-        self.part = 0
+        self.stage = self.part = 0
         self.noisy: jax.Array | None = None
         self.begun: Begun | None = None
 

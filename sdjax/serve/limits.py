@@ -56,13 +56,17 @@ class Limits(NamedTuple):
     def check_rows(self, rows: Sequence[Row]) -> None:
         """Hold prepared images to the bounds; a UserError names the option that is beyond."""
         for row in rows:
-            for name in ("steps", "hires_steps"):
-                if row.settings.get(name, 0) > self.max_steps:
-                    raise UserError(f"{name} {row.settings[name]}: this server runs at most {self.max_steps}")
-            for one, name in ((row, ""), (row.second, "hires: ")):
-                if one is not None and max(one.size) > self.max_side:
-                    size = f"{one.size[1]}x{one.size[0]}"
-                    raise UserError(f"{name}width or height of {size}: this server makes at most {self.max_side}")
+            self._check_row(row)
+
+    def _check_row(self, row: Row, name: str = "") -> None:
+        for option in ("steps", "hires_steps"):
+            if row.settings.get(option, 0) > self.max_steps:
+                raise UserError(f"{name}{option} {row.settings[option]}: this server runs at most {self.max_steps}")
+        if max(row.size) > self.max_side:
+            size = f"{row.size[1]}x{row.size[0]}"
+            raise UserError(f"{name}width or height of {size}: this server makes at most {self.max_side}")
+        if row.following is not None:
+            self._check_row(row.following, "hires: " if row.second is not None else "a later stage: ")
 
 
 def holds_text(value: Any) -> bool:

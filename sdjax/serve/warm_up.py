@@ -39,7 +39,7 @@ def warm_up(worker: Worker, model: Model, sizes: Sequence[tuple[int, int]] | Non
     """
     pipe = model.pipe
     assert pipe is not None, "loaded"
-    for one in filter(None, (pipe, pipe.refiner)):
+    for one in filter(None, (pipe, pipe.refiner, *pipe.later)):
         worker.colours[one] = fit_previews(one)
     began = time.monotonic()
     for size in [pipe.default_size] if sizes is None else sizes:
@@ -98,6 +98,8 @@ def compile_row(worker: Worker, name: str, pipe: Pipeline, row: Row) -> None:
                         finish(one, [row] * other, latents)
             else:
                 lane.latents([0], one.devices.min_batch)
+    if pipe.then is not None and row.then is not None:
+        compile_row(worker, name, pipe.then, row.then)
 
 
 def fit_previews(pipe: Pipeline) -> np.ndarray:

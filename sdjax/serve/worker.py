@@ -15,8 +15,10 @@ import numpy as np
 from sdjax.core.errors import UserError
 from sdjax.data.images import to_uint8
 from sdjax.diffusion.samplers.table import padded_length
+from sdjax.pipeline.cascade import next_stage
 from sdjax.pipeline.execute import finish, second_pass
 from sdjax.pipeline.pipeline import Pipeline
+from sdjax.pipeline.prepare import Row
 from sdjax.serve import previews
 from sdjax.serve.jobs import Job, Result
 from sdjax.serve.lanes import Begun, Lane, Passage, Seat
@@ -176,8 +178,9 @@ class Worker:
                 passage.begun = Begun(self._pipe(passage), passage, self.length)
 
     def _pipe(self, passage: Passage) -> Pipeline:
-        pipe = self.models.find(passage.job.model).pipe
-        assert pipe is not None, "a model with jobs stays"
+        first = self.models.find(passage.job.model).pipe
+        assert first is not None, "a model with jobs stays"
+        pipe = (first, *first.later)[passage.stage]
         refiner = pipe.refiner
         if passage.part == 0 or refiner is None:
             return pipe
@@ -224,14 +227,22 @@ class Worker:
     def _let_out(self, passage: Passage, image: np.ndarray) -> None:
         second = second_pass(passage.row, image)
         if second is not None:
-            passage.row, passage.part, passage.noisy = second, 0, None
-            self._again(passage)
-            return
+            return self._begin_anew(passage, second)
+        stage = next_stage(self._pipe(passage), passage.row, image)
+        if stage is not None:
+            passage.stage += 1
+            return self._begin_anew(passage, stage[1])
         job = passage.job
         job.results[passage.number] = Result(to_uint8(image), dict(job.records[passage.number]))
         self.metrics.images.inc()
         if all(job.results):
             job.end("done")
+        return None
+
+    def _begin_anew(self, passage: Passage, row: Row) -> None:
+        """Let an image wait for another pass or stage."""
+        passage.row, passage.part, passage.noisy = row, 0, None
+        self._again(passage)
 
     def _again(self, passage: Passage) -> None:
         """Let an image wait before all others, for its next model or pass."""

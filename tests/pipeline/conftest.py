@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import every_model
 import jax
 import numpy as np
 import pytest
 import torch
 import zoo
+from every_model import KINDS
 from PIL import Image
 from tiny_checkpoints import tiny_checkpoint
 from torch_reference import drawn, randomised
@@ -33,6 +35,24 @@ T2I_ADAPTERS = {
     "grey": {"channels": (64, 128), "downscale_factor": zoo.FACTOR, "in_channels": 1},
     "xl": {"channels": (64, 64, 128, 128), "downscale_factor": 2 * zoo.FACTOR, "adapter_type": "full_adapter_xl"},
 }
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> dict[str, Path]:
+    return every_model.write_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="session")
+def folder_of(files, tmp_path_factory):
+    """folder_of(kind): its checkpoint, written once."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            KINDS[name].make(root / name, files)
+        return root / name
+
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import children
-import every_model
 import jax
 import numpy as np
 import pytest
@@ -22,24 +21,6 @@ from sdjax.core.errors import UserError
 from sdjax.diffusion_model import sampling
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory) -> dict[str, Path]:
-    return every_model.write_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="session")
-def folder_of(files, tmp_path_factory):
-    """folder_of(kind): its checkpoint, written once."""
-    root = tmp_path_factory.mktemp("models")
-
-    def folder(name: str) -> Path:
-        if not (root / name).exists():
-            KINDS[name].make(root / name, files)
-        return root / name
-
-    return folder
 
 
 def run(monkeypatch, flags: list[str]) -> None:

@@ -66,6 +66,9 @@ class UpscaleConditioner(_Enlarging):
         signal = np.float32(schedule.alphas_cumprod[level])
         return {SMALL: small.astype(np.float32), LEVEL: np.int32(level), SIGNAL: signal}
 
+    def with_image(self, columns: Mapping[str, np.ndarray], image: Any, host: Host) -> Mapping[str, np.ndarray]:
+        return {**columns, SMALL: (load_image(image, host.latents) * 2.0 - 1.0).astype(np.float32)}
+
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
         small = jnp.asarray(columns[SMALL])
         if NOISE in columns:
@@ -87,7 +90,10 @@ class LowResolutionConditioner(_Enlarging):
 
     def encode(self, inputs: Mapping[str, Any], host: Host) -> dict[str, Any]:
         small = rgb(required(inputs, "init_image", host.name), "init_image")
-        return {LOW: np.rint(small * 255.0).astype(np.uint8)}
+        return dict(self.with_image({}, small, host))
+
+    def with_image(self, columns: Mapping[str, np.ndarray], image: Any, host: Host) -> Mapping[str, np.ndarray]:
+        return {**columns, LOW: np.rint(image * 255.0).astype(np.uint8)}
 
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
         return Cond(concat=in_unit_range(columns[LOW]) * 2.0 - 1.0)
