@@ -178,15 +178,18 @@ def test_other_structures_are_refused(key: str, value: Any, choices: str, folder
     assert choices in str(error.value)
 
 
-def test_sums_may_grow_beyond_half_precision():
-    """As they do in v1.1: residuals and norms are float32 whatever the type of the arithmetic."""
-    config = T5Config(400, 32, 2, 4, 8, 64)
+def test_sums_are_in_float32():
+    """Residuals and norms, whatever the type of the arithmetic: in bfloat16 each of 24 sums would round the large ones.
+
+    They are so large in v1.1 that float16 has no numbers for them.
+    """
+    config = T5Config(400, 32, 12, 4, 8, 64)
     params: Any = {"params": drawn(conversion.shapes(config))}
-    params["params"]["token_embedding"]["embedding"] *= 1e5
+    params["params"]["token_embedding"]["embedding"] *= 1000
     ids = tokens((11, 5), 16) % 400
-    exact, half = (jax.jit(T5Encoder(config, dtype).apply)(params, ids, ids != 0) for dtype in ("float32", "float16"))
-    assert half.dtype == jnp.float16
-    np.testing.assert_allclose(half, exact, atol=0.01, rtol=0)
+    exact, half = (jax.jit(T5Encoder(config, dtype).apply)(params, ids, ids != 0) for dtype in ("float32", "bfloat16"))
+    assert half.dtype == jnp.bfloat16
+    assert np.abs(exact - half.astype(jnp.float32)).mean() < 0.002 * np.abs(exact).mean()
 
 
 def test_first_weights_are_those_of_t5():
