@@ -36,6 +36,7 @@ def process_shard(mesh: Mesh) -> Shard:
 NEEDS = {
     "text": ("caption",),
     "text_bert": ("caption",),
+    "text_t5": ("caption",),
     "class_conditional": ("label",),
     "layout": ("objects",),
     "semantic_synthesis": ("label_map",),

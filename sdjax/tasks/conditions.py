@@ -19,14 +19,16 @@ from sdjax.checkpoints.open import resolve
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
+from sdjax.data.text.t5_tokenizer import load_t5_tokenizer
 from sdjax.data.text.tokenizers import Tokenizer, load_tokenizer
 from sdjax.data.text.word_pieces import load_word_pieces
-from sdjax.data.transforms.conditions import DRAW_CAPTION, Layout, TokenizeWords
+from sdjax.data.transforms.conditions import DRAW_CAPTION, CleanCaption, Layout, TokenizeWords
 from sdjax.data.transforms.degradation import LowResolution
 from sdjax.data.transforms.images import InRange, OfShape
 from sdjax.data.transforms.masks import RandomMask
 from sdjax.diffusion_model.conditioner import Columns, Conditioner
-from sdjax.diffusion_model.conditioners import TEXT
+from sdjax.diffusion_model.conditioners import CAPTIONS, TEXT
+from sdjax.diffusion_model.conditioners.captions import ENCODER, CaptionConditioner
 from sdjax.diffusion_model.conditioners.class_label import LABEL, BackboneClassConditioner, ClassConditioner
 from sdjax.diffusion_model.conditioners.inpaint import MASK, InpaintConditioner
 from sdjax.diffusion_model.conditioners.maps import LABEL_MAP, LabelMapConditioner
@@ -41,9 +43,11 @@ from sdjax.diffusion_model.conditioners.tokens import (
 )
 from sdjax.diffusion_model.conditioners.upscale import LOW, LowResolutionConditioner
 from sdjax.diffusion_model.model import BACKBONE, clip_encoders, micro_conditioning, null_ids
-from sdjax.models import bert, clip, unet
+from sdjax.diffusion_model.text_encoders import T5TextEncoder
+from sdjax.models import bert, clip, t5, unet
 from sdjax.models.autoencoder import AutoencoderConfig
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
+from sdjax.models.t5 import T5Encoder
 from sdjax.tasks.pretrained import frozen_source
 from sdjax.tasks.variants import sizes_of
 from sdjax.tasks.words import NewWord, new_words, with_new_words
@@ -115,16 +119,33 @@ def _bert_text(config: Config, first_stage: Any, backbone: Any) -> TrainingCondi
     del first_stage, backbone
     sizes = sizes_of(config.model.bert, bert.VARIANTS, "config.model.bert")
     tokenizer = load_word_pieces(config.model.tokenizer, sizes.max_length)
-    if tokenizer.vocab_size > sizes.vocab_size:
-        raise UserError(
-            f"config.model.bert.vocab_size={sizes.vocab_size}; the tokenizer {config.model.tokenizer} has "
-            f"{tokenizer.vocab_size} tokens"
-        )
+    _check_vocabulary(tokenizer, sizes, config.model.tokenizer, "config.model.bert")
     null = tuple(int(token) for token in tokenizer.encode([""])[0]) if config.task.dropout else ()
     spec = {TOKENS: jax.ShapeDtypeStruct((sizes.max_length,), np.int32)}
     folders = {BERT: Path(config.model.tokenizer)}
     transforms = (DRAW_CAPTION, TokenizeWords(tokenizer))
     return TrainingCondition(BertTextConditioner(sizes, null), transforms, spec, tokenizers=folders)
+
+
+def _captions(config: Config, first_stage: Any, backbone: Any) -> TrainingCondition:
+    """Captions through T5, which learns with the backbone unless `train.trainable` leaves it out."""
+    del first_stage, backbone
+    place = f"config.model.text_encoders.{ENCODER}"
+    sizes, length = sizes_of(config.model.text_encoders[ENCODER], t5.VARIANTS, place), config.model.text_length
+    tokenizer = load_t5_tokenizer(config.model.tokenizer, length)
+    _check_vocabulary(tokenizer, sizes, config.model.tokenizer, place)
+    encoder = T5TextEncoder(ENCODER, T5Encoder(sizes, dtype_named(config.train.dtype, "config.train.dtype")))
+    spec, folders = {TOKENS: jax.ShapeDtypeStruct((length,), np.int32)}, {ENCODER: Path(config.model.tokenizer)}
+    transforms = (DRAW_CAPTION, CleanCaption(), TokenizeWords(tokenizer))
+    return TrainingCondition(CaptionConditioner(encoder, length), transforms, spec, tokenizers=folders)
+
+
+def _check_vocabulary(tokenizer: Any, sizes: Any, folder: str, place: str) -> None:
+    """Hold a tokenizer to the tokens that a text encoder knows; a UserError where it has more."""
+    if tokenizer.vocab_size > sizes.vocab_size:
+        raise UserError(
+            f"{place}.vocab_size={sizes.vocab_size}; the tokenizer {folder} has {tokenizer.vocab_size} tokens"
+        )
 
 
 def _layout(config: Config, first_stage: Any, backbone: Any) -> TrainingCondition:
@@ -264,6 +285,7 @@ CONDITIONS: dict[str, Callable[[Config, Any, Any], TrainingCondition]] = {
     "unconditional": _unconditional,
     "class_conditional": _classes,
     TEXT: _text,
+    CAPTIONS: _captions,
     "text_bert": _bert_text,
     "layout": _layout,
     "semantic_synthesis": _label_map,

@@ -301,7 +301,7 @@ def checkpoint_of(config: Config, model: DiffusionModel, condition: TrainingCond
 def settings_of(config: Config, model: DiffusionModel, condition: TrainingCondition) -> dict[str, Any]:
     """Settings for sampling a finished model, and facts of its condition."""
     if model.autoencoder is None:
-        return {}
+        return model.conditioner.settings
     if config.task.conditioning == TEXT:
         return {name: config.sample[name] for name in ("steps", "guidance_scale")}
     names = open_images(config).classes

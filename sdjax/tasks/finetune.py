@@ -12,27 +12,30 @@ from sdjax.checkpoints.layouts.diffusers import ZEROS, pipeline_class
 from sdjax.checkpoints.open import read_checkpoint, resolve
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError
-from sdjax.diffusion_model.conditioners import TEXT
+from sdjax.diffusion_model.conditioners import CAPTIONS, TEXT
+from sdjax.diffusion_model.conditioners.captions import ENCODER, LENGTH
 from sdjax.diffusion_model.conditioners.class_label import EMBEDDER
 from sdjax.diffusion_model.conditioners.maps import RESCALER
 from sdjax.diffusion_model.conditioners.tokens import BERT
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE
-from sdjax.models import autoencoder, bert, clip, unet, unet2d
+from sdjax.models import autoencoder, bert, clip, t5, unet, unet2d
 from sdjax.tasks.variants import section_of
 
 VARIANTS: dict[str, dict[str, Any]] = {
     BACKBONE: {**unet.VARIANTS, **unet2d.VARIANTS},
     AUTOENCODER: autoencoder.VARIANTS,
     BERT: bert.VARIANTS,
-    **dict.fromkeys(TOKENIZERS, clip.VARIANTS),
+    **dict.fromkeys(TOKENIZERS, clip.VARIANTS | t5.VARIANTS),
 }
 SECTIONS = {AUTOENCODER: "autoencoder"}  # components that config.model calls otherwise
 PIXELS = "none"
 """`task.first_stage` of models that diffuse pixels."""
 # Of previews, where neither the config nor the checkpoint says it.
 SAMPLE = {"sampler": "ddim", "steps": 25, "guidance_scale": 1.0}
-GUIDED = {TEXT: 7.5, "text_bert": 5.0}
-NULLED = (TEXT, "text_bert", "retrieval")  # conditions with a null of their own, which no setting names
+GUIDED = {TEXT: 7.5, "text_bert": 5.0, CAPTIONS: 7.0}
+READ_WITH = {"text_bert": (BERT, "BERT's vocab.txt"), CAPTIONS: (ENCODER, "T5's tokenizer.json or spiece.model")}
+"""The component whose tokenizer reads captions, and what the folder of that tokenizer holds."""
+NULLED = (TEXT, "text_bert", CAPTIONS, "retrieval")  # conditions with a null of their own, which no setting names
 
 
 def is_finetuning(config: Config) -> bool:
@@ -104,12 +107,13 @@ def _sections(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
         found[EMBEDDER] = {"classes": sizes[EMBEDDER].classes - null, "width": sizes[EMBEDDER].width}
     if RESCALER in sizes:
         found[RESCALER] = {"classes": sizes[RESCALER].classes}
-    if checkpoint.conditioning == "text_bert":
-        found["tokenizer"] = config.model.tokenizer or str(checkpoint.tokenizers.get(BERT, ""))
+    if checkpoint.conditioning == CAPTIONS:
+        found["text_length"] = checkpoint.settings.get("text_length", LENGTH)
+    if checkpoint.conditioning in READ_WITH:
+        reader, files = READ_WITH[checkpoint.conditioning]
+        found["tokenizer"] = config.model.tokenizer or str(checkpoint.tokenizers.get(reader, ""))
         if not found["tokenizer"]:
-            raise UserError(
-                f"config.model.tokenizer: {config.task.initial} has none; give the folder with BERT's vocab.txt"
-            )
+            raise UserError(f"config.model.tokenizer: {config.task.initial} has none; give the folder with {files}")
     return found
 
 

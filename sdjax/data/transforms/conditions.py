@@ -11,6 +11,8 @@ from sdjax.core.errors import UserError
 from sdjax.data.hints.makers import INPAINT, hint_maker
 from sdjax.data.sources.base import CONDITIONING_IMAGE
 from sdjax.data.text.box_tokens import WHOLE, LayoutTokens
+from sdjax.data.text.captions import read_caption
+from sdjax.data.text.t5_tokenizer import T5Tokenizer
 from sdjax.data.text.tokenizers import Tokenizer
 from sdjax.data.text.word_pieces import WordPieces
 from sdjax.data.transforms.images import Example
@@ -34,10 +36,18 @@ DRAW_CAPTION = Draw("caption", "captions")
 
 
 @dataclasses.dataclass(frozen=True)
+class CleanCaption(grain.transforms.Map):
+    """The example with its caption as T5 reads it."""
+
+    def map(self, element: Example) -> Example:
+        return {**element, "caption": read_caption(element["caption"])}
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizeWords(grain.transforms.Map):
     """Adds `tokens`, int32 [l], the ids of the example's caption."""
 
-    tokenizer: WordPieces | Tokenizer
+    tokenizer: WordPieces | Tokenizer | T5Tokenizer
 
     def map(self, element: Example) -> Example:
         return {**element, "tokens": self.tokenizer.encode([element["caption"]])[0]}

@@ -1,0 +1,105 @@
+"""Training on captions through T5: with it, or beside a frozen one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch_reference import drawn
+
+from configs import pixels as configs
+from sdjax.checkpoints.checkpoint import Component
+from sdjax.checkpoints.layouts.diffusers import write_component
+from sdjax.core.errors import UserError
+from sdjax.core.tree import flatten
+from sdjax.parallel.mesh import make_mesh
+from sdjax.parallel.sharding import sharded_put
+from sdjax.tasks.diffusion import make, make_model
+
+
+def config_of(pictures: Path) -> Any:
+    config = configs.get_config("openmoji_captions_tiny")
+    config.data.source = f"folder:{pictures}"
+    return config
+
+
+def test_both_networks_learn_from_cleaned_captions(tmp_path: Path):
+    captions = [f"Photo {i} of a DOG (red), http://x.com/{i}" for i in range(8)]
+    for i, caption in enumerate(captions):
+        Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(caption)
+    config = config_of(tmp_path)
+    task = make(config, make_mesh({"data": -1}))
+    params = drawn(jax.eval_shape(task.init, jax.random.key(0)))
+    assert set(params) == {"unet", "text_encoder"}
+    batch = next(task.batch(params))
+    tokenizer = transformers.T5Tokenizer.from_pretrained(config.model.tokenizer)
+    cleaned = [f"photo {i} of a dog red" for i in range(8)]
+    ids = tokenizer(cleaned, padding="max_length", truncation=True, max_length=16, return_tensors="np").input_ids
+    assert sorted(map(tuple, batch["tokens"])) == sorted(map(tuple, ids))
+    gradient = jax.jit(jax.grad(lambda p, b: task.loss(p, b, jax.random.key(1), 0)[0]))(params, batch)
+    rows = np.abs(gradient["text_encoder"]["token_embedding"]["embedding"]).max(axis=1) > 0
+    assert set(np.flatnonzero(rows)) <= set(np.unique([*ids.ravel(), 0, 1]))
+    assert all(rows[np.unique(ids[ids > 0])])
+
+
+def test_the_null_condition_is_the_empty_caption(pictures: Path):
+    """Beside transformers' encoding of it, for prompts and for training alike, to 1e-5."""
+    config = config_of(pictures)
+    model, condition = make_model(config)
+    conditioner: Any = model.conditioner
+    params = drawn(jax.eval_shape(conditioner.init, jax.random.key(0)))
+    columns = {"tokens": np.full((2, 16), 7, np.int32)}
+    found = jax.jit(lambda p, c: conditioner.cond(p, conditioner.null(c)).context)(params, columns)
+    folder = pictures.parent / "t5"
+    sizes = conditioner.encoder.config
+    write_component(folder, "text_encoder", Component(sizes, params["text_encoder"]))
+    theirs = transformers.T5EncoderModel.from_pretrained(folder, attn_implementation="eager")
+    made = transformers.T5Tokenizer.from_pretrained(config.model.tokenizer)(
+        "", padding="max_length", max_length=16, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = theirs(made.input_ids, attention_mask=made.attention_mask).last_hidden_state
+    np.testing.assert_allclose(found, expected.expand(2, -1, -1), atol=1e-5)
+    assert list(condition.tokenizers) == ["text_encoder"]
+
+
+def test_a_frozen_encoder_is_read_from_another_run(pictures: Path, tmp_path: Path):
+    """As the later stages of a cascade do; only the backbone is trained."""
+    config = config_of(pictures)
+    model, _ = make_model(config)
+    conditioner: Any = model.conditioner
+    encoder = drawn(jax.eval_shape(conditioner.init, jax.random.key(0)))["text_encoder"]
+    write_component(tmp_path / "text_encoder", "text_encoder", Component(conditioner.encoder.config, encoder))
+    config.train.trainable = ("unet",)
+    with config.task.unlocked():
+        config.task.components = str(tmp_path)
+    mesh = make_mesh({"data": -1})
+    task = make(config, mesh)
+    assert set(task.frozen) == {"text_encoder"}
+    read = task.pretrained(sharded_put(mesh))
+    for name, leaf in flatten(encoder).items():
+        np.testing.assert_array_equal(flatten(read["text_encoder"])[name], leaf, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": "nowhere"}, "nowhere holds no tokenizer of T5's: neither tokenizer.json nor spiece.model"),
+        ({"text_encoders.text_encoder.vocab_size": 100}, "text_encoder.vocab_size=100; the tokenizer"),
+        ({"text_encoders.text_encoder.variant": "t5"}, "unknown variant 't5' in config.model.text_encoders.text_enc"),
+        ({"unet.context_dim": 64}, "the UNet attends to 64 features, the condition gives 128"),
+    ],
+)
+def test_bad_configs_are_one_line(pictures: Path, change: dict[str, Any], message: str):
+    config = config_of(pictures)
+    config.model.update_from_flattened_dict(change)
+    with pytest.raises(UserError) as error:
+        make(config, make_mesh({"data": -1}))
+    assert message in str(error.value)
