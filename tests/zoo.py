@@ -7,6 +7,7 @@ folder of compiled programs, with later runs. Widths of Stable Diffusion's netwo
 
 from __future__ import annotations
 
+from sdjax.models.added_kv_unet import AddedKVUNetConfig
 from sdjax.models.adm_classifier import ClassifierConfig
 from sdjax.models.autoencoder import AutoencoderConfig, VQConfig
 from sdjax.models.bert import BertConfig
@@ -59,6 +60,20 @@ CLASSIFIER = ClassifierConfig(
     UNet2DConfig((32, 64), (1,), (1, 2), layers_per_block=1, scale_shift=True, resblock_updown=True), SIDE, classes=10
 )
 BERT = BertConfig(vocab_size=400, width=32, layers=1, heads=1, max_length=11)
+_IF = {
+    "channels": (32, 64),
+    "attention_levels": (1,),
+    "head_width": 8,
+    "cross_dim": 32,
+    "text_dim": 32,
+    "pool_heads": 2,
+}
+IF = {
+    "if_i": AddedKVUNetConfig(**_IF, layers=(1, 1)),
+    "if_ii": AddedKVUNetConfig(
+        **_IF, layers=(1, 2), embedding_dim=48, classes=1000, activated=True, output_divisor=1 / 0.7071, in_channels=6
+    ),
+}
 T5 = T5Config(vocab_size=400, width=32, layers=2, heads=3, head_size=8, feed_forward=48)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from numpy.typing import DTypeLike
 
-from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
+from sdjax.checkpoints.kinds import CAPTIONS, LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import KeyTable, Put, Stored, check_blocks, read
 from sdjax.checkpoints.networks import (
     added_kv_unet,
@@ -290,7 +290,7 @@ def pixel_conditioning(config: Any, place: object) -> str:
 
 BERT = "bert"
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-"""The folder of the tokenizer of each of CLIP's text encoders."""
+"""The folder of the tokenizer of each of CLIP's text encoders, or of T5 in place of the first."""
 TOKENIZER_FILES = ("vocab.json", "merges.txt", WHOLE, CONFIG, "special_tokens_map.json", ADDED)
 
 
@@ -412,7 +412,7 @@ def with_word_pieces(checkpoint: Checkpoint, folder: str | Path) -> Checkpoint:
     """
     folder, kind = Path(folder).expanduser(), checkpoint.conditioning
     if kind != "text_bert":
-        problem = "has a tokenizer of its own" if kind == "text" else "reads no words"
+        problem = "has a tokenizer of its own" if kind in ("text", CAPTIONS) else "reads no words"
         raise UserError(f"tokenizer {str(folder)!r}: a model of {kind} {problem}")
     count, known = len(read_vocabulary(folder)), checkpoint.components[BERT].config.vocab_size
     if count > known:

@@ -35,7 +35,15 @@ from sdjax.checkpoints.checkpoint import (
 )
 from sdjax.checkpoints.families import FAMILIES, PREDICTIONS, UNET, kind_of_shapes
 from sdjax.checkpoints.kinds import PIXELS, STABLE_DIFFUSION
-from sdjax.checkpoints.layouts.diffusers import FIRST_STAGE, INDEX, class_of_index, present, read_component, read_folder
+from sdjax.checkpoints.layouts.diffusers import (
+    FIRST_STAGE,
+    INDEX,
+    NOISING,
+    class_of_index,
+    present,
+    read_component,
+    read_folder,
+)
 from sdjax.checkpoints.layouts.original import (
     detect,
     has_diffusers_names,
@@ -65,7 +73,7 @@ SETTINGS = (
     CONFIG,
     "*.index*.json",
     "scheduler/*.json",
-    "low_res_scheduler/*.json",
+    *(f"{folder}/*.json" for folder in sorted(set(NOISING.values()))),
     *(f"{name}/{CONFIG}" for name in NETWORKS),
     *(f"{folder}/{file}" for folder in TOKENIZERS.values() for file in (*TOKENIZER_FILES, FILE, OTHER_FILE)),
 )

@@ -175,6 +175,18 @@ def resize_bicubic(values: Float[np.ndarray, "h w"], size: tuple[int, int]) -> F
     return rows @ values.astype(np.float64) @ columns.T
 
 
+def resize_bilinear(pixels: Float[np.ndarray, "h w c"], size: tuple[int, int]) -> Float[np.ndarray, "h2 w2 c"]:
+    """Resize as torch's `interpolate(mode="bilinear", align_corners=True)`: pixels at the corners stay there."""
+    rows, columns = (corner_weights(old, new) for old, new in zip(pixels.shape, size, strict=False))
+    return np.einsum("Hh,hwc,Ww->HWc", rows, pixels.astype(np.float64), columns, optimize=True)
+
+
+def corner_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """Weights of linear interpolation between pixels, of which the first and the last are ends."""
+    at = np.linspace(0.0, old - 1.0, new)
+    return np.clip(1.0 - np.abs(at[:, None] - np.arange(old)), 0.0, None)
+
+
 def cubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
     """Weights of cubic convolution (Keys 1981) between pixels' centres; beyond the edge its pixel is repeated."""
     at = (np.arange(new) + 0.5) * (old / new) - 0.5

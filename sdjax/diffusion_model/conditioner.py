@@ -38,6 +38,7 @@ class Traits(NamedTuple):
         keeps_size: whether the inputs alone decide the image's size, so that width and height have no say.
         has_null: whether the model was trained with condition dropout, so that guidance has something to depart from.
         guidance_scale: where neither the call nor the checkpoint names one.
+        steps: of the sampler, where neither names them; None for the usual number.
         strength: of image to image, where the call names none; None where an init_image is a condition alone.
         feather: pixels within a mask over which the given image fades out, where the call names none.
         step_columns: columns that `wrap` and `steer` read at every step.
@@ -45,6 +46,7 @@ class Traits(NamedTuple):
             `steer` get the row's own.
         prompt_columns: columns that prompts decide, of which an image with several prompts has several.
         shared_columns: columns that all images of a batch have alike, since they change weights.
+        keeps_clean: whether what a mask keeps of an image has no noise at any step (DeepFloyd IF's inpainting).
         draws_latents: whether latents of `images_to_encode` are drawn from their posterior; else they are its mean.
     """
 
@@ -55,12 +57,14 @@ class Traits(NamedTuple):
     keeps_size: bool = False
     has_null: bool = False
     guidance_scale: float = 1.0
+    steps: int | None = None
     strength: float | None = 0.75
     feather: float = 4.0
     step_columns: tuple[str, ...] = ()
     row_columns: tuple[str, ...] = ()
     prompt_columns: tuple[str, ...] = ()
     shared_columns: tuple[str, ...] = ()
+    keeps_clean: bool = False
     draws_latents: bool = False
 
     @property

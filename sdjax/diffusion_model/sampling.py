@@ -216,6 +216,17 @@ def start_state(
     return init_state(jnp.where(per_image(fresh, noise), scale * noise, known + sigma * noise))
 
 
+@jit
+def clean_state(tables: SamplerTable, state: State, start: Start) -> State:
+    """The first state with the known part as it is at every step of a model that keeps it clean (`Traits`)."""
+    return init_state(start.mask * state.x + (1.0 - start.mask) * _clean(start, per_image(tables.sigma[:, 0], state.x)))
+
+
+def _clean(start: Start, sigma: Array) -> Array:
+    """The known part without noise in the network's coordinates, which are not the state's."""
+    return start.known * jnp.sqrt(sigma**2 + 1.0)
+
+
 @jit(static_argnames="model", donate_argnames="state")
 def sample(
     model: DiffusionModel,
@@ -236,10 +247,12 @@ def sample(
     Returns:
         The next state; after all rows `x` is scaled latents, with noise where the table's last row leaves some.
     """
-    start = batch.start
+    start, keeps_clean = batch.start, model.conditioner.traits.keeps_clean
 
     def keep_known(x: Array, sigma: Array) -> Array:
-        return start.mask * x + (1.0 - start.mask) * (start.known + per_image(sigma, x) * start.noise)
+        sigma = per_image(sigma, x)
+        known = _clean(start, sigma) if keeps_clean else start.known + sigma * start.noise
+        return start.mask * x + (1.0 - start.mask) * known
 
     denoise_at = _denoiser(model, params, batch, len(state.x))
     state = advance(denoise_at, batch.tables, state, batch.keys, (first, last), keep_known, batch.noise)

@@ -276,8 +276,10 @@ def _start(pipe: Pipeline, rows: Sequence[Row], noise: jax.Array, tables: Any, k
             mask[...] = row.mask[:: model.factor, :: model.factor]
     anew, fresh = devices.shard_batch((anew, np.array([row.fresh for row in rows])))
     begun = known if all(row.content is None for row in rows) else _exchanged(pipe, rows, known, noise)
-    state = sampling.start_state(tables, noise, begun, fresh)
-    return Start(known, noise, anew), state
+    state, begin = sampling.start_state(tables, noise, begun, fresh), Start(known, noise, anew)
+    if model.conditioner.traits.keeps_clean and any(row.blend for row in rows):
+        state = sampling.clean_state(tables, state, begin)
+    return begin, state
 
 
 def _exchanged(pipe: Pipeline, rows: Sequence[Row], known: jax.Array, noise: jax.Array) -> jax.Array:

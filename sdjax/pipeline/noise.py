@@ -20,11 +20,13 @@ class Draws(NamedTuple):
         small: (h, w, 3) of an upscaler's small image; None for other models.
         given: given images that are encoded, each of which draws from its posterior.
         masked: images that are encoded a second time, masked, after the noise of the latents.
+        small_last: whether the small image's are drawn after those of the latents (DeepFloyd IF).
     """
 
     small: tuple[int, ...] | None
     given: int
     masked: int
+    small_last: bool = False
 
 
 class TorchNoise(NamedTuple):
@@ -101,9 +103,11 @@ def _drawn(noise: TorchNoise) -> _Drawn:
         h, w, c = shape
         return generator.normal((count, c, h, w)).transpose(0, 2, 3, 1)
 
-    small = None if draws.small is None else draw(noise.batch, draws.small)
+    small = None if draws.small is None or draws.small_last else draw(noise.batch, draws.small)
     given = draw(draws.given) if draws.given else None
     first = draw(noise.batch)
+    if draws.small is not None and draws.small_last:
+        small = draw(noise.batch, draws.small)
     masked = draw(draws.masked) if draws.masked else None
     steps = [np.stack([draw(noise.batch) for _ in range(sum(rows))]) if any(rows) else None for rows in noise.noisy]
     return _Drawn(small, {GIVEN: given, MASKED: masked}, first, steps)

@@ -20,6 +20,7 @@ from sdjax.diffusion.samplers import (
     sampler_of,
     schedule_of,
     start_of,
+    steps_of,
     strength_of,
     table_for,
 )
@@ -226,8 +227,7 @@ def _size(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], to
     if fixed is not None and (height not in (None, fixed[0]) or width not in (None, fixed[1])):
         raise UserError(f"width and height have no effect: the condition of {pipe.name} asks for {fixed[1]}x{fixed[0]}")
     if decided is None and entry.get("init_image") is not None and (width, height) == (None, None):
-        # The largest part of the given image that the model can make.
-        decided = tuple(max(side // model.multiple, 1) * model.multiple for side in size_of(entry["init_image"]))
+        decided = _size_like(pipe, size_of(entry["init_image"]))
     latents = given.get("latents")
     if latents is not None and np.ndim(latents) == 4:
         decided = np.shape(latents)[1] * model.factor, np.shape(latents)[2] * model.factor
@@ -248,6 +248,18 @@ def _size(pipe: Pipeline, entry: Mapping[str, Any], given: Mapping[str, Any], to
     return size
 
 
+def _size_like(pipe: Pipeline, given: tuple[int, int]) -> tuple[int, ...]:
+    """Height and width for a given image: the largest part of it that the model can make.
+
+    Models of pixels know one size: the shorter side is theirs (diffusers, DeepFloyd IF's `resize`).
+    """
+    multiple = pipe.model.multiple
+    if pipe.model.autoencoder is not None:
+        return tuple(max(side // multiple, 1) * multiple for side in given)
+    scale = min(pipe.default_size) / min(given)
+    return tuple(max(round(side * scale / multiple), 1) * multiple for side in given)
+
+
 def defaults(pipe: Pipeline) -> dict[str, Any]:
     """Options as they are where a call names none."""
     return _resolved(pipe, {}, pipe.default_size)
@@ -255,11 +267,11 @@ def defaults(pipe: Pipeline) -> dict[str, Any]:
 
 def _resolved(pipe: Pipeline, given: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """Options with the checkpoint's own choices where the call made none."""
-    sampler = sampler_of(pipe.scheduler)
+    sampler, traits = sampler_of(pipe.scheduler), pipe.model.conditioner.traits
     chosen: dict[str, Any] = {
-        "steps": PIXEL_STEPS if pipe.model.autoencoder is None and sampler == "ddpm" else STEPS,
+        "steps": traits.steps or (PIXEL_STEPS if pipe.model.autoencoder is None and sampler == "ddpm" else STEPS),
         "sampler": sampler,
-        "guidance_scale": pipe.model.conditioner.traits.guidance_scale,
+        "guidance_scale": traits.guidance_scale,
         "guidance_rescale": 0.0,
         "rng": "jax",
         "tile": TILE,
@@ -268,10 +280,12 @@ def _resolved(pipe: Pipeline, given: Mapping[str, Any], size: tuple[int, int]) -
         "height": size[0],
         "width": size[1],
     }
+    if "steps" not in given:
+        chosen["steps"] = steps_of(chosen.get("schedule")) or chosen["steps"]
     if chosen.get("schedule") == "ays" and pipe.text.numbers:
         chosen["schedule"] = "ays_sdxl"  # SDXL has levels of its own (Sabour et al. 2024)
     if "init_image" in given and pipe.begins_from_images:
-        chosen.setdefault("strength", pipe.model.conditioner.traits.strength)
+        chosen.setdefault("strength", 1.0 if traits.keeps_clean and "mask" in given else traits.strength)
     if given.get("guidance_scale", 0.0) > 1.0 and not pipe.is_distilled and not pipe.model.has_null:
         raise UserError(
             f"guidance_scale {given['guidance_scale']:g}: {pipe.name} was trained without condition dropout, so it has "
@@ -365,7 +379,8 @@ def _prepare_entry(
         conditioner = one.model.conditioner
         columns = conditioner.encode(own, one.host(size, table, total))
         parts.append(Part(columns, table, guided, schedule, conditioner.traits.shared_columns))
-    feather = given.get("feather", pipe.model.conditioner.traits.feather)
+    traits = pipe.model.conditioner.traits
+    feather = given.get("feather", traits.feather)
     return Row(
         parts=tuple(parts),
         seed=given["seed"],
@@ -374,8 +389,9 @@ def _prepare_entry(
         image=image,
         mask=mask,
         blend=mask is not None and "mask" not in pipe.inputs,
-        # At strength 1, inpainting starts from pure noise, not from the noised init_image (as in diffusers).
-        fresh=image is None or (mask is not None and given["strength"] == 1.0),
+        # At strength 1, inpainting starts from pure noise, not from the noised init_image (as in diffusers), but for
+        # models that keep the rest clean.
+        fresh=image is None or (mask is not None and given["strength"] == 1.0 and not traits.keeps_clean),
         paste=feather if mask is not None and given.get("paste", True) else None,
         tile=given["tile"],
         content=None if mask is None else CONTENTS.get(given.get("masked_content", "image")),
@@ -411,14 +427,15 @@ def _with_noise(pipe: Pipeline, rows: list[Row], given: Mapping[str, Any], entri
 
 def _with_torch_noise(pipe: Pipeline, row: Row, total: int, each: int) -> Row:
     """The row with PyTorch's noise for `total` images, of which `each` are made of one given image."""
-    images = -(-total // each)
+    images, in_pixels = -(-total // each), pipe.model.autoencoder is None
     # An inpainting model's given image is not encoded where nothing of it is left.
     unseen = row.mask is not None and row.fresh and "mask" in pipe.inputs
     small = row.parts[0].columns.get(SMALL)
     draws = Draws(
         small=None if small is None else small.shape,
-        given=0 if row.image is None or unseen else images,
-        masked=images if row.mask is not None else 0,
+        given=0 if row.image is None or unseen or in_pixels else images,
+        masked=images if row.mask is not None and not in_pixels else 0,
+        small_last=in_pixels,
     )
     adds = [part.table.active & np.any(part.table.weights[..., -1] != 0.0, axis=-1) for part in row.parts]
     noisy = tuple(tuple(map(bool, rows)) for rows in adds)

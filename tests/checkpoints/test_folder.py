@@ -218,6 +218,11 @@ def test_transformers_names_its_pickle_otherwise(copy: Path):
     assert all(np.array_equal(found[key], expected[key]) for key in expected)
 
 
+def test_packed_weights_are_refused_though_there_are_plain_ones(copy: Path):
+    with pytest.raises(UserError, match="variant '8bit': weights packed by bitsandbytes are not read"):
+        read_folder(copy, variant="8bit")
+
+
 def test_the_variant_that_is_asked_for_comes_first(copy: Path):
     """The half-precision file here holds other numbers, so that it can be told from the plain one."""
     plain = copy / "vae" / VAE_FILE

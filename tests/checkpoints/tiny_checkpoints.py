@@ -11,7 +11,8 @@ import numpy as np
 import zoo
 
 from sdjax.checkpoints.checkpoint import TOKENIZERS, Checkpoint, Component
-from sdjax.checkpoints.networks import autoencoder, clip, unet
+from sdjax.checkpoints.kinds import CAPTIONS
+from sdjax.checkpoints.networks import added_kv_unet, autoencoder, clip, t5, unet
 from sdjax.core.tree import flatten, unflatten
 
 WORDS = ["a", "photo", "of", "red", "heart", "cat"]
@@ -72,6 +73,32 @@ def tiny_checkpoint(
         scheduler=EULER if family.startswith("sdxl") else DDIM,
         tokenizers={name: tokenizer for name in TOKENIZERS if name in parts},
         low_res_scheduler={"_class_name": "DDPMScheduler", **BETAS, "beta_end": 0.02} if upscaler else None,
+    )
+
+
+COSINE = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
+# Of stage I's released folder; stage II's differs in the greatest value.
+IF_SCHEDULER = COSINE | {
+    **{"beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000, "variance_type": "learned_range"},
+    **{"clip_sample": True, "thresholding": True, "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5},
+}
+
+
+def tiny_if(stage: str, tokenizer: Path, length: int = zoo.TOKENS) -> Checkpoint:
+    """DeepFloyd IF's "if_i" or "if_ii", whose captions have `length` tokens here; diffusers has 77 always."""
+    upscales, params = stage == "if_ii", random_params(added_kv_unet.shapes(zoo.IF[stage]), 0)
+    params["conv_out"]["kernel"] *= 0.2  # or guidance of 7 would double what rounding does in every step
+    parts = {
+        "unet": Component(zoo.IF[stage], params, {"sample_size": zoo.SIDE}),
+        "text_encoder": Component(zoo.T5, random_params(t5.shapes(zoo.T5), 1)),
+    }
+    return Checkpoint(
+        components=parts,
+        scheduler=IF_SCHEDULER | ({"sample_max_value": 1.0} if upscales else {}),
+        conditioning=CAPTIONS,
+        settings={} if length == 77 else {"text_length": length},
+        tokenizers={"text_encoder": tokenizer},
+        low_res_scheduler=COSINE if upscales else None,
     )
 
 

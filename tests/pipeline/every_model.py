@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import zoo
 from PIL import Image
-from tiny_checkpoints import random_params, tiny_checkpoint, write_tokenizer
+from tiny_checkpoints import random_params, tiny_checkpoint, tiny_if, write_tokenizer
 
 from sdjax.checkpoints.checkpoint import ALL_FORMATS, Checkpoint, Component
 from sdjax.checkpoints.families import FAMILIES
 from sdjax.checkpoints.layouts.diffusers import write_checkpoint, write_component
-from sdjax.data.text.tokenizer_training import train_word_pieces
+from sdjax.data.text.tokenizer_training import train_unigrams, train_word_pieces
 from sdjax.data.text.word_pieces import load_word_pieces
 from sdjax.models.controlnet import config_for
 from sdjax.models.embedders import ClassEmbedderConfig, RescalerConfig
@@ -80,6 +80,10 @@ def _made(conditioning: str, unet: Any, others: Any = None, settings: Any = None
     return make
 
 
+def _if(stage: str) -> Any:
+    return lambda folder, files: write_checkpoint(folder, tiny_if(stage, files["unigrams"]))
+
+
 def _concat(channels: int) -> Any:
     return dataclasses.replace(zoo.LDM, in_channels=3 + channels)
 
@@ -111,6 +115,8 @@ KINDS = {
         {"class_label": "dog", "guidance_scale": 3.0},
     ),
     "text_bert": Kind(_made("text_bert", zoo.ldm_unet(32), {"bert": zoo.BERT}), "a dog", {"guidance_scale": 3.0}),
+    "if_i": Kind(_if("if_i"), "a red heart", {"guidance_scale": 3.0}),
+    "if_ii": Kind(_if("if_ii"), "a cat", {"init_image": "half", "noise_level": 4}),
     "layout": Kind(
         _made("layout", zoo.ldm_unet(32), {"bert": zoo.BERT}, {"nothing": EMPTY_LAYOUT, "classes": ["cat", "dog"]}),
         None,
@@ -150,6 +156,9 @@ def write_files(folder: Path) -> dict[str, Path]:
     files |= {"tokenizer": folder / "tokenizer", "words": folder / "words", "classifier": folder / "classifier"}
     write_tokenizer(files["tokenizer"])
     train_word_pieces(["a red heart", "a big blue dog"], files["words"], 80)
+    files["unigrams"] = folder / "unigrams"
+    files["unigrams"].mkdir()
+    train_unigrams(["a red heart", "a big blue dog"], files["unigrams"], 80)
     guide = Component(zoo.CLASSIFIER, random_params(ALL_FORMATS["classifier"].shapes(zoo.CLASSIFIER), 5))
     write_component(files["classifier"] / "classifier", "classifier", guide)
     files["controlnet"] = folder / "controlnet"

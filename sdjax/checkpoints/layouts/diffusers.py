@@ -30,7 +30,7 @@ from sdjax.checkpoints.checkpoint import (
     write_tokenizer,
 )
 from sdjax.checkpoints.config_fields import check_sample_size, check_settings
-from sdjax.checkpoints.kinds import LDM, PIXELS, STABLE_DIFFUSION
+from sdjax.checkpoints.kinds import CAPTIONS, LDM, PIXELS, STABLE_DIFFUSION
 from sdjax.checkpoints.mapping import Put, export
 from sdjax.checkpoints.networks import autoencoder, clip, t5, unet, unet2d
 from sdjax.checkpoints.storage.safetensors import write_json, write_safetensors
@@ -39,6 +39,7 @@ from sdjax.core.errors import UserError, unknown
 from sdjax.core.files import atomic_write, recover
 from sdjax.core.precision import dtype_named
 from sdjax.core.untrusted import read_json
+from sdjax.models.added_kv_unet import AddedKVUNetConfig
 from sdjax.models.autoencoder import VQConfig
 from sdjax.models.t5 import T5Config
 from sdjax.models.unet2d import UNet2DConfig
@@ -50,7 +51,13 @@ DIFFUSERS_VERSION = "0.42.0"  # the version whose layout this is
 OTHER_NETWORKS = ("transformer", "text_encoder_3", "prior_prior", "motion_adapter", "movq", "vqvae")
 CONTROLLED = "ControlNet"  # in the names of pipelines of a model and ControlNets
 FIRST_STAGE = "vqvae"  # the name of an autoencoder in diffusers' pipelines of LDM's models
-COMPONENTS = {STABLE_DIFFUSION: tuple(FORMATS), LDM: ("unet", "vae", *CONDITIONERS), PIXELS: ("unet",)}
+COMPONENTS = {
+    STABLE_DIFFUSION: tuple(FORMATS),
+    LDM: ("unet", "vae", *CONDITIONERS),
+    PIXELS: ("unet", "text_encoder"),
+}
+# The folder that says how an upscaler's small image is noised.
+NOISING = {STABLE_DIFFUSION: "low_res_scheduler", LDM: "low_res_scheduler", PIXELS: "image_noising_scheduler"}
 TOKENIZER_FOLDERS = {**TOKENIZERS, BERT: "tokenizer"}
 
 
@@ -59,9 +66,10 @@ class PipelineClass(NamedTuple):
 
     Attributes:
         kind: of the checkpoints that it runs.
-        conditioning: of LDM's models; "" where the folder says it.
+        conditioning: of LDM's models and of DeepFloyd IF's; "" where the folder says it.
         absent: parts of the pipeline that are not here. Each is written as absent; diffusers asks for those of the
-            depth model when it loads: from_pretrained(folder, depth_estimator=..., feature_extractor=...).
+            depth model when it loads: from_pretrained(folder, depth_estimator=..., feature_extractor=...). DeepFloyd
+            IF's safety checker and watermark are not here either: images are as the UNet makes them.
         settings: further entries of the index.
     """
 
@@ -70,16 +78,28 @@ class PipelineClass(NamedTuple):
     absent: tuple[str, ...] = ("feature_extractor", "image_encoder", "safety_checker")
     settings: Mapping[str, Any] = {}
 
+    @property
+    def keeps_index(self) -> bool:
+        """True if absent parts and further entries of its index are read and written."""
+        return self.kind == STABLE_DIFFUSION or self.conditioning == CAPTIONS
+
 
 PLAIN, OWN_LDM, OWN_PIXELS = "StableDiffusionPipeline", "LatentDiffusion", "PixelDiffusion"
 DDPM, UPSCALER = "DDPMPipeline", "StableDiffusionUpscalePipeline"
+IF, IF_UPSCALER = "IFPipeline", "IFSuperResolutionPipeline"
 _SAFE, _XL = {"requires_safety_checker": False}, ("feature_extractor", "image_encoder")
+# DeepFloyd IF's pipelines of both stages, which differ in what is given beside the prompt.
+_IF = (
+    *(IF, "IFImg2ImgPipeline", "IFInpaintingPipeline"),
+    *(IF_UPSCALER, "IFImg2ImgSuperResolutionPipeline", "IFInpaintingSuperResolutionPipeline"),
+)
+_MARKED = ("feature_extractor", "safety_checker", "watermarker")
 _XL_PARTS = (*_XL, *TOKENIZERS, *TOKENIZERS.values())  # the refiner lacks one encoder
 PIPELINES: dict[str, PipelineClass] = {
     PLAIN: PipelineClass(settings=_SAFE),
     "StableDiffusionInpaintPipeline": PipelineClass(settings=_SAFE),
     "StableDiffusionDepth2ImgPipeline": PipelineClass(absent=("depth_estimator", "feature_extractor")),
-    UPSCALER: PipelineClass(absent=("feature_extractor", "safety_checker", "watermarker")),
+    UPSCALER: PipelineClass(absent=_MARKED),
     "StableDiffusionXLPipeline": PipelineClass(absent=_XL, settings={ZEROS: True}),
     "StableDiffusionXLImg2ImgPipeline": PipelineClass(
         absent=_XL, settings={ZEROS: False, "requires_aesthetics_score": True}
@@ -92,6 +112,7 @@ PIPELINES: dict[str, PipelineClass] = {
     DDPM: PipelineClass(PIXELS),
     "DDIMPipeline": PipelineClass(PIXELS),
     OWN_PIXELS: PipelineClass(PIXELS),
+    **dict.fromkeys(_IF, PipelineClass(PIXELS, CAPTIONS, _MARKED, _SAFE)),
 }
 
 
@@ -106,6 +127,8 @@ def pipeline_class(checkpoint: Checkpoint) -> str:
     if isinstance(named, str):
         return named
     theirs = not isinstance(sizes, UNet2DConfig) or unet2d.is_diffusers(sizes)
+    if isinstance(sizes, AddedKVUNetConfig):
+        return IF if checkpoint.low_res_scheduler is None else IF_UPSCALER
     if checkpoint.kind == PIXELS:
         return DDPM if theirs else OWN_PIXELS
     if checkpoint.kind == LDM:
@@ -144,7 +167,8 @@ def components_in(index: Mapping[str, Any], place: object, optional: Collection[
     Raises:
         UserError: it lists a network that is not here, or lacks one that is not `optional`.
     """
-    kind, name = class_of_index(index).kind, index.get("_class_name")
+    row, name = class_of_index(index), index.get("_class_name")
+    kind = row.kind
     folders = {part: folder_of(part, kind) for part in COMPONENTS[kind]}
     other = [part for part in OTHER_NETWORKS if present(index, part) and part not in folders.values()]
     if other:
@@ -153,7 +177,7 @@ def components_in(index: Mapping[str, Any], place: object, optional: Collection[
         )
     required = [folders[part] for part in ("unet", "vae") if part in folders and part not in optional]
     missing = [part for part in (*required, "scheduler") if not present(index, part)]
-    if kind == STABLE_DIFFUSION and not any(present(index, part) for part in TOKENIZERS):
+    if row.keeps_index and not any(present(index, part) for part in TOKENIZERS):
         missing.append("text_encoder")
     if missing:
         raise UserError(f"{place} lists no {missing[0]} ({name})")
@@ -193,6 +217,7 @@ def read_folder(
     conditioning, said = "text", {}
     if row.kind == STABLE_DIFFUSION:
         tokenizers = {encoder: find_tokenizer(folder) for encoder, folder in tokenizers.items()}
+    if row.keeps_index:
         ours = (WRITER, OWN, "_diffusers_version", "_name_or_path")
         said = {key: value for key, value in index.items() if not isinstance(value, list) and key not in ours}
         if CONTROLLED in str(said.get("_class_name")):
@@ -203,7 +228,7 @@ def read_folder(
         if not isinstance(conditioning, str) or not conditioning:
             known = [name for name, other in PIPELINES.items() if other.kind == LDM and other.conditioning]
             raise unknown("pipeline", index["_class_name"], known, str(path / INDEX))
-    low = path / "low_res_scheduler"
+    low = path / NOISING[row.kind]
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     low_res_scheduler = read_json(low / "scheduler_config.json") if present(index, low.name) else None
     components = {
@@ -211,7 +236,7 @@ def read_folder(
         for name in names
     }
     if row.kind == PIXELS:
-        conditioning = pixel_conditioning(components["unet"].config, path / "unet")
+        conditioning = row.conditioning or pixel_conditioning(components["unet"].config, path / "unet")
     if conditioning == "super_resolution" and OWN not in index:
         components["vae"] = _unscaled(components["vae"])
     return Checkpoint(
@@ -317,7 +342,7 @@ def _schedulers(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
     """The config of each scheduler, by its folder."""
     found = {"scheduler": checkpoint.scheduler}
     if checkpoint.low_res_scheduler is not None:
-        found["low_res_scheduler"] = checkpoint.low_res_scheduler
+        found[NOISING[checkpoint.kind]] = checkpoint.low_res_scheduler
     for name, config in found.items():
         if not isinstance(config.get("_class_name"), str):
             raise UserError(f"the {name} config has no _class_name; it has {', '.join(config)}")
@@ -328,7 +353,7 @@ def _index(checkpoint: Checkpoint) -> dict[str, Any]:
     """The model_index.json of a checkpoint."""
     name, kind = pipeline_class(checkpoint), checkpoint.kind
     row, index = class_of_index({"_class_name": name}), {}
-    if kind == STABLE_DIFFUSION:
+    if row.keeps_index:
         index |= {part: [None, None] for part in (_XL_PARTS if row.absent == _XL else row.absent)}
         index |= {**(row.settings if name in PIPELINES else {}), **checkpoint.model_index}
     index |= {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION, WRITER: "sdjax"}

@@ -14,6 +14,7 @@ from sdjax.checkpoints.storage.stored import StoredTensor
 from sdjax.core.errors import UserError
 
 SAFETENSORS, SUFFIXES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
+PACKED = ("8bit", "4bit")  # variants of bitsandbytes; DeepFloyd IF has a T5 of the first
 PICKLED = {"model": "pytorch_model"}  # transformers gives its pickles another name
 TIMES = 8  # times its size that the tensors of a pickle may claim: several may share what is stored
 
@@ -76,7 +77,12 @@ def candidates(stem: str, variant: str | None) -> Iterator[str]:
 
     The file of the variant asked for comes first, then the plain one, then the half-precision one; pickles only where
     there is no safetensors file.
+
+    Raises:
+        UserError: the variant is one whose weights are packed integers.
     """
+    if variant in PACKED:
+        raise UserError(f"variant {variant!r}: weights packed by bitsandbytes are not read; leave it out or say fp16")
     infixes = dict.fromkeys((*((f".{variant}",) if variant else ()), "", ".fp16"))
     for name, suffix in ((stem, "safetensors"), (PICKLED.get(stem, stem), "bin")):
         for infix in infixes:

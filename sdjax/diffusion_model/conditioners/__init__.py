@@ -7,18 +7,19 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from sdjax.diffusion_model.conditioner import Conditioner
+from sdjax.checkpoints.kinds import CAPTIONS
+from sdjax.diffusion_model.conditioner import Combined, Conditioner
 from sdjax.diffusion_model.conditioners.captions import ENCODER, LENGTH, CaptionConditioner
 from sdjax.diffusion_model.conditioners.class_label import EMBEDDER, BackboneClassConditioner, ClassConditioner
 from sdjax.diffusion_model.conditioners.inpaint import InpaintConditioner
 from sdjax.diffusion_model.conditioners.maps import RESCALER, LabelMapConditioner
 from sdjax.diffusion_model.conditioners.neighbours import NeighbourConditioner
 from sdjax.diffusion_model.conditioners.tokens import BERT, BertTextConditioner, LayoutConditioner
-from sdjax.diffusion_model.conditioners.upscale import LowResolutionConditioner
+from sdjax.diffusion_model.conditioners.upscale import LowResolutionConditioner, PixelUpscaleConditioner
 from sdjax.diffusion_model.text_encoders import T5TextEncoder
 from sdjax.models.t5 import T5Encoder
 
-TEXT, CAPTIONS = "text", "text_t5"
+TEXT = "text"
 """Prompts through text encoders, whose conditioner also needs tokenizers: see `sdjax.diffusion_model.model`."""
 
 Build = Callable[[Mapping[str, Any], Mapping[str, Any], DTypeLike], Conditioner]
@@ -43,7 +44,8 @@ def _null_tokens(settings: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _captions(configs: Mapping[str, Any], settings: Mapping[str, Any], dtype: DTypeLike) -> Conditioner:
     encoder = T5TextEncoder(ENCODER, T5Encoder(configs[ENCODER], dtype))
-    return CaptionConditioner(encoder, settings.get("text_length", LENGTH))
+    captions, levels = CaptionConditioner(encoder, settings.get("text_length", LENGTH)), configs["unet"].classes
+    return captions if levels is None else Combined((PixelUpscaleConditioner(levels), captions))
 
 
 CONDITIONERS: dict[str, Build] = {

@@ -47,6 +47,10 @@ class CaptionConditioner(Conditioner):
             context_width=self.encoder.width,
             has_null=True,
             guidance_scale=7.0,
+            steps=100,
+            strength=0.7,
+            feather=0.0,
+            keeps_clean=True,
         )
 
     @property
