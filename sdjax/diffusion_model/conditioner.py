@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
@@ -25,6 +25,8 @@ Columns = Mapping[str, Array | np.ndarray]
 Network = Callable[[Float[Array, "b h w c"], Float[Array, " b"], Cond], Float[Array, "b h w d"]]
 """(latents of unit variance, timesteps, condition) -> the prediction. With guidance an image has several rows, one
 after another: those of its prompts, then that of the null condition."""
+
+STATES = "_states"
 
 
 class Traits(NamedTuple):
@@ -47,6 +49,8 @@ class Traits(NamedTuple):
         prompt_columns: columns that prompts decide, of which an image with several prompts has several.
         shared_columns: columns that all images of a batch have alike, since they change weights.
         keeps_clean: whether what a mask keeps of an image has no noise at any step (DeepFloyd IF's inpainting).
+        text_columns: columns of token ids, each of which `encode_text` encodes by itself: into the column of this name
+            with `STATES` after it.
         draws_latents: whether latents of `images_to_encode` are drawn from their posterior; else they are its mean.
     """
 
@@ -65,6 +69,7 @@ class Traits(NamedTuple):
     prompt_columns: tuple[str, ...] = ()
     shared_columns: tuple[str, ...] = ()
     keeps_clean: bool = False
+    text_columns: tuple[str, ...] = ()
     draws_latents: bool = False
 
     @property
@@ -77,7 +82,7 @@ class Traits(NamedTuple):
         value overrides the default, `self` taking precedence."""
         usual = Traits()._asdict()
         added = ("required", "optional", "concat_channels", "step_columns", "row_columns", "prompt_columns")
-        added += ("shared_columns",)
+        added += ("shared_columns", "text_columns")
         pairs = [(name, mine, getattr(other, name)) for name, mine in self._asdict().items()]
         return Traits(**{n: a + b if n in added else b if a == usual[n] else a for n, a, b in pairs})
 
@@ -173,6 +178,13 @@ class Conditioner:
         """
         return params
 
+    def encode_text(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        """States of a column of `Traits.text_columns`, the same whatever else is in a batch; traceable.
+
+        `cond` makes them where they are not among the columns.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no text columns")
+
     def precompute(self, params: Params, columns: Columns) -> dict[str, Array]:
         """Further columns, which no step changes and the loop need not repeat, e.g. features of a hint; traceable.
 
@@ -267,6 +279,10 @@ class Combined(Conditioner):
         for part in self.parts:
             params = part.adapt(params, columns)
         return params
+
+    def encode_text(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        reader = next(part for part in self.parts if part.traits.text_columns)
+        return reader.encode_text(params, tokens)
 
     def precompute(self, params: Params, columns: Columns) -> dict[str, Array]:
         return _union(part.precompute(params, columns) for part in self.parts)

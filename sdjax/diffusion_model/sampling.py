@@ -150,6 +150,12 @@ def change_weights(model: DiffusionModel, params: Params, columns: Columns) -> d
     return model.conditioner.change_weights(params, columns)
 
 
+@jit(static_argnums=0)
+def encode_text(model: DiffusionModel, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+    """States of texts that a conditioner encodes each by itself (see `Traits.text_columns`)."""
+    return model.conditioner.encode_text(params, tokens)
+
+
 @jit(static_argnames=("model", "guided", "scheduled"))
 def condition(
     model: DiffusionModel,

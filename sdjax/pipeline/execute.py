@@ -17,6 +17,7 @@ from sdjax.data.image_inputs import paste_back, resize_lanczos
 from sdjax.diffusion.samplers import batched, network_calls
 from sdjax.diffusion.samplers.scan import State
 from sdjax.diffusion_model import sampling
+from sdjax.diffusion_model.conditioner import STATES
 from sdjax.diffusion_model.conditioners.lora import TEXT_SCALES, UNET_SCALES
 from sdjax.diffusion_model.sampling import Guidance, SamplingBatch, Start
 from sdjax.diffusion_model.tiles import Coder, decode_tiled, encode_tiled
@@ -249,6 +250,7 @@ def _condition(
     columns = pipe.devices.shard_batch(
         {name: np.stack([part.columns[name] for part in parts]) for name in parts[0].columns}
     )
+    columns |= _states(pipe, params, parts)
     for name, images in model.conditioner.images_to_encode(columns).items():
         moments = encode(pipe, images, rows[0].tile, "masked image")
         if model.conditioner.traits.draws_latents:
@@ -259,6 +261,20 @@ def _condition(
     cond, shown, finite = sampling.condition(model, params, columns, keys, guidance, **how)
     check_finite(pipe, finite, "the text encoder's output" if "prompt" in pipe.inputs else "the condition")
     return cond, shown
+
+
+def _states(pipe: Pipeline, params: Params, parts: Sequence[Part]) -> dict[str, jax.Array]:
+    """States of text columns, each text encoded once as long as the pipeline lives; {} where LoRAs may change them."""
+    if pipe.loras:
+        return {}
+
+    def encode(tokens: np.ndarray) -> np.ndarray:
+        states = sampling.encode_text(pipe.model, params, pipe.devices.replicate(tokens[None]))
+        return np.asarray(pipe.devices.all_gather(states))[0]
+
+    names = pipe.model.conditioner.traits.text_columns
+    rows = {name: [pipe.states.get(part.columns[name], encode) for part in parts] for name in names}
+    return {name + STATES: pipe.devices.shard_batch(np.stack(each)) for name, each in rows.items()}
 
 
 def _start(pipe: Pipeline, rows: Sequence[Row], noise: jax.Array, tables: Any, keys: jax.Array) -> tuple[Start, Any]:

@@ -30,6 +30,7 @@ from sdjax.pipeline.devices import Devices
 from sdjax.pipeline.execute import run
 from sdjax.pipeline.options import Options, Progress
 from sdjax.pipeline.prepare import Row, prepare
+from sdjax.pipeline.text_states import TextStates
 
 
 class Pipeline:
@@ -47,6 +48,7 @@ class Pipeline:
         devices: where its arrays go.
         lora_dir: folder of LoRAs that prompts may name; None without one.
         then: the next stage of a cascade, which goes on with the images; None without one.
+        states: of texts that were encoded already.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Pipeline:
                 scales = f"are scaled by {refiner.model.scale:g}, not {model.scale:g}"
                 raise UserError(f"{refiner.name} cannot refine what {name} makes: the latents that it knows {scales}")
         self.refiner, self.lora_dir, self.then = refiner, lora_dir, then
+        self.states = TextStates()
         if then is not None:
             check_follows(self, then)
 

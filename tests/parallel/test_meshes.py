@@ -32,6 +32,7 @@ SCRIPT = Path(__file__).with_name("on_meshes.py")
 OTHERS = {
     "adm": "configs/pixels.py:adm_64_tiny",
     "classifier": "configs/classifiers.py:adm_64_tiny",
+    "captions": "configs/pixels.py:openmoji_captions_tiny",
     "clip": "configs/clip.py:tiny",
     "controlnet": "configs/controlnet.py",
     "dreambooth": "configs/dreambooth.py",

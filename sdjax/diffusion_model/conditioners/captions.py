@@ -9,13 +9,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Params
 from sdjax.data.text.captions import read_caption
 from sdjax.data.text.t5_tokenizer import EOS, PAD, T5Tokenizer
-from sdjax.diffusion_model.conditioner import Columns, Conditioner, Host, Traits
+from sdjax.diffusion_model.conditioner import STATES, Columns, Conditioner, Host, Traits
 from sdjax.diffusion_model.conditioners.tokens import TOKENS
 from sdjax.diffusion_model.text_encoders import T5TextEncoder
 from sdjax.models.conditioning import Cond
@@ -30,6 +30,8 @@ logger = logging.getLogger("sdjax")
 @dataclass(frozen=True)
 class CaptionConditioner(Conditioner):
     """`tokens`, int32 [b l]; sampling has `negative_tokens` beside them. The null condition is the empty caption.
+
+    Their states (`tokens_states`, `negative_tokens_states`) may be there already.
 
     Attributes:
         encoder: of the tokens.
@@ -51,6 +53,7 @@ class CaptionConditioner(Conditioner):
             strength=0.7,
             feather=0.0,
             keeps_clean=True,
+            text_columns=(TOKENS, NEGATIVE),
         )
 
     @property
@@ -71,12 +74,20 @@ class CaptionConditioner(Conditioner):
         prompt, negative = inputs["prompt"], inputs.get("negative_prompt") or ""
         return {TOKENS: caption_tokens(tokenizer, prompt), NEGATIVE: caption_tokens(tokenizer, negative)}
 
+    def encode_text(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        return self.encoder.encode(params, tokens)
+
     def cond(self, params: Params, columns: Columns, keys: Key[Array, " b"] | None = None) -> Cond:
-        return Cond(context=self.encoder.encode(params, jnp.asarray(columns[TOKENS])))
+        if TOKENS + STATES in columns:
+            return Cond(context=jnp.asarray(columns[TOKENS + STATES]))
+        return Cond(context=self.encode_text(params, jnp.asarray(columns[TOKENS])))
 
     def null(self, columns: Columns) -> Columns | None:
+        if NEGATIVE in columns:
+            ends = [end for end in ("", STATES) if TOKENS + end in columns]
+            return {**columns, **{TOKENS + end: columns[NEGATIVE + end] for end in ends}}
         empty = np.array([EOS] + [PAD] * (self.length - 1), np.int32)
-        return {**columns, TOKENS: columns.get(NEGATIVE, jnp.broadcast_to(empty, columns[TOKENS].shape))}
+        return {**columns, TOKENS: jnp.broadcast_to(empty, columns[TOKENS].shape)}
 
 
 def caption_tokens(tokenizer: T5Tokenizer, caption: str) -> np.ndarray:
