@@ -26,7 +26,7 @@ VARIANTS = {
     "adm_256": ("adm_256", 256, "linear", 1000),
     "adm_512": ("adm_512", 512, "linear", 1000),
     "openmoji": ("adm_64", 32, "squaredcos_cap_v2", None),
-    "openmoji_captions": ("sd1", 16, "squaredcos_cap_v2", None),
+    "openmoji_captions": ("if_i_m", 16, "squaredcos_cap_v2", None),
 }
 OPENMOJI = ("openmoji", "openmoji_captions")
 
@@ -93,24 +93,26 @@ def openmoji(name: str) -> Config:
 
 
 def describe(config: Config) -> None:
-    """Condition on captions by a T5 of 0.9 million parameters (v1.1's structure)."""
+    """Condition DeepFloyd IF's structure on captions by a T5 of 0.9 million parameters (v1.1's structure)."""
+    unet = {"variant": "if_i_m", "channels": (32, 64), "layers": (2, 2), "attention_levels": (1,)}
+    sizes = {"head_width": 16, "cross_dim": 64, "text_dim": 128, "pool_heads": 4}
+    text = {"variant": "t5_v1_1_small", "vocab_size": 2048, "width": 128, "layers": 4, "heads": 4}
     config.model = {
-        "unet": {"variant": "sd1", "channels": (32, 64), "depths": (0, 1), "heads": (1, 2), "context_dim": 128},
-        "text_encoders": {"text_encoder": {"variant": "t5_v1_1_small", "vocab_size": 2048, "width": 128, "layers": 4}},
+        "unet": unet | sizes,
+        "text_encoders": {"text_encoder": text | {"head_size": 32, "feed_forward": 256}},
         "tokenizer": "sdjax/assets/openmoji_unigrams",
         "text_length": 16,
     }
-    config.model.unet.update(in_channels=3, out_channels=6)
-    config.model.text_encoders.text_encoder.update(heads=4, head_size=32, feed_forward=256)
     config.task.update(conditioning="text_t5", dropout=0.1)
     config.sample.guidance_scale = 3.0
 
 
 def tiny(config: Config) -> Config:
     """The same system, small enough for a test."""
-    config.model.unet.update(channels=(32, 64), heads=(1, 2), layers_per_block=1)
-    if config.task.conditioning != "text_t5":
-        config.model.unet.update(attention_levels=(1,), width=32)
+    if config.task.conditioning == "text_t5":
+        config.model.unet.layers = (1, 1)
+    else:
+        config.model.unet.update(channels=(32, 64), heads=(1, 2), attention_levels=(1,), layers_per_block=1, width=32)
     config.data.size = 16
     config.train.update(steps=4, batch_size=8, dtype="float32", remat="none")
     config.train.update(sample_every=4, checkpoint_every=2, log_every=1)

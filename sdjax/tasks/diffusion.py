@@ -45,7 +45,7 @@ from sdjax.diffusion_model.conditioner import Columns, Conditioner
 from sdjax.diffusion_model.conditioners import TEXT
 from sdjax.diffusion_model.conditioners.text import NULL
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, DiffusionModel, backbone_of, check_fit
-from sdjax.models import autoencoder, unet, unet2d
+from sdjax.models import autoencoder
 from sdjax.models.autoencoder import autoencoder_of
 from sdjax.models.lora import DROPOUT, FIXED, LORA, with_dropout
 from sdjax.tasks.base import data_identity, open_images
@@ -60,7 +60,7 @@ from sdjax.tasks.objective import objective_of
 from sdjax.tasks.pretrained import frozen_source, init_component, read_components
 from sdjax.tasks.preview import preview, preview_prompts
 from sdjax.tasks.prior import has_prior, interleaved
-from sdjax.tasks.variants import sizes_of
+from sdjax.tasks.variants import BACKBONES, sizes_of
 from sdjax.tasks.words import first_vectors, learnt_words, without_words
 from sdjax.training.task import DevicePut, Metrics, Task, select, split_like
 
@@ -153,8 +153,7 @@ def make_model(config: Config) -> tuple[DiffusionModel, TrainingCondition]:
     Raises:
         UserError: a variant is unknown, or sizes do not fit each other.
     """
-    variants = {**unet.VARIANTS, **unet2d.VARIANTS}
-    sizes = sizes_of(config.model.unet, variants, "config.model.unet")
+    sizes = sizes_of(config.model.unet, BACKBONES, "config.model.unet")
     first_stage = first_stage_of(config)
     condition = training_condition(config, first_stage, sizes)
     if CONTROLNET in config.model:

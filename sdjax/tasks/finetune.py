@@ -18,11 +18,11 @@ from sdjax.diffusion_model.conditioners.class_label import EMBEDDER
 from sdjax.diffusion_model.conditioners.maps import RESCALER
 from sdjax.diffusion_model.conditioners.tokens import BERT
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE
-from sdjax.models import autoencoder, bert, clip, t5, unet, unet2d
-from sdjax.tasks.variants import section_of
+from sdjax.models import autoencoder, bert, clip, t5
+from sdjax.tasks.variants import BACKBONES, section_of
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    BACKBONE: {**unet.VARIANTS, **unet2d.VARIANTS},
+    BACKBONE: dict(BACKBONES),
     AUTOENCODER: autoencoder.VARIANTS,
     BERT: bert.VARIANTS,
     **dict.fromkeys(TOKENIZERS, clip.VARIANTS | t5.VARIANTS),

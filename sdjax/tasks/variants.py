@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdjax.core.errors import unknown
+from sdjax.models import added_kv_unet, unet, unet2d
+
+BACKBONES: Mapping[str, Any] = {**unet.VARIANTS, **unet2d.VARIANTS, **added_kv_unet.VARIANTS}
+"""Sizes of denoising networks."""
 
 
 def sizes_of(section: Mapping[str, Any], variants: Mapping[str, Any], place: str) -> Any:

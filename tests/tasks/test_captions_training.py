@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from configs import pixels as configs
 from sdjax.checkpoints.checkpoint import Component
 from sdjax.checkpoints.layouts.diffusers import write_component
 from sdjax.core.errors import UserError
-from sdjax.core.tree import flatten
+from sdjax.core.tree import flatten, size
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import sharded_put
 from sdjax.tasks.diffusion import make, make_model
@@ -27,6 +28,13 @@ def config_of(pictures: Path) -> Any:
     config = configs.get_config("openmoji_captions_tiny")
     config.data.source = f"folder:{pictures}"
     return config
+
+
+def test_parameter_totals():
+    """Of a base of 16 pixels and its T5."""
+    model, _ = make_model(configs.get_config("openmoji_captions"))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert {name: size(params) for name, params in shapes.items()} == {"unet": 1_279_142, "text_encoder": 918_784}
 
 
 def test_both_networks_learn_from_cleaned_captions(tmp_path: Path):
@@ -43,7 +51,7 @@ def test_both_networks_learn_from_cleaned_captions(tmp_path: Path):
     cleaned = [f"photo {i} of a dog red" for i in range(8)]
     ids = tokenizer(cleaned, padding="max_length", truncation=True, max_length=16, return_tensors="np").input_ids
     assert sorted(map(tuple, batch["tokens"])) == sorted(map(tuple, ids))
-    gradient = jax.jit(jax.grad(lambda p, b: task.loss(p, b, jax.random.key(1), 0)[0]))(params, batch)
+    gradient = jax.jit(jax.grad(lambda p, b: task.loss(p, b, jax.random.key(1), jnp.int32(0))[0]))(params, batch)
     rows = np.abs(gradient["text_encoder"]["token_embedding"]["embedding"]).max(axis=1) > 0
     assert set(np.flatnonzero(rows)) <= set(np.unique([*ids.ravel(), 0, 1]))
     assert all(rows[np.unique(ids[ids > 0])])
@@ -94,7 +102,7 @@ def test_a_frozen_encoder_is_read_from_another_run(pictures: Path, tmp_path: Pat
         ({"tokenizer": "nowhere"}, "nowhere holds no tokenizer of T5's: neither tokenizer.json nor spiece.model"),
         ({"text_encoders.text_encoder.vocab_size": 100}, "text_encoder.vocab_size=100; the tokenizer"),
         ({"text_encoders.text_encoder.variant": "t5"}, "unknown variant 't5' in config.model.text_encoders.text_enc"),
-        ({"unet.context_dim": 64}, "the UNet attends to 64 features, the condition gives 128"),
+        ({"unet.text_dim": 64}, "the UNet attends to 64 features, the condition gives 128"),
     ],
 )
 def test_bad_configs_are_one_line(pictures: Path, change: dict[str, Any], message: str):
