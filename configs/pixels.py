@@ -8,7 +8,6 @@
 | iddpm_64 | the 64 px UNet without classes, cosine schedule and learned variance (Nichol & Dhariwal 2021) |
 | adm_64, adm_128, adm_256, adm_512 | ADM of ImageNet's classes, published FID 2.07, 2.97, 4.59, 7.72 |
 | openmoji | OpenMoji at 32 px, for two CPU cores |
-| openmoji_captions | OpenMoji at 16 px from captions, by a UNet and a T5 that learn together, for two CPU cores |
 
 RUN/export is a folder that diffusers' DDPMPipeline loads; of adm_128 and adm_512, whose sizes its class has no words
 for, only this project. `_tiny` after a name is for the tests.
@@ -26,9 +25,7 @@ VARIANTS = {
     "adm_256": ("adm_256", 256, "linear", 1000),
     "adm_512": ("adm_512", 512, "linear", 1000),
     "openmoji": ("adm_64", 32, "squaredcos_cap_v2", None),
-    "openmoji_captions": ("if_i_m", 16, "squaredcos_cap_v2", None),
 }
-OPENMOJI = ("openmoji", "openmoji_captions")
 
 
 def get_config(arg: str = "adm_256_uncond") -> Config:
@@ -37,7 +34,7 @@ def get_config(arg: str = "adm_256_uncond") -> Config:
     if name not in VARIANTS:
         names = ", ".join(VARIANTS)
         raise ValueError(f"unknown variant {arg!r} of configs/pixels.py; choose one of: {names}; or NAME_tiny")
-    config = openmoji(name) if name in OPENMOJI else published(name)
+    config = openmoji() if name == "openmoji" else published(name)
     return locked(config if name == arg else tiny(config))
 
 
@@ -76,14 +73,11 @@ def published(name: str) -> Config:
     return config
 
 
-def openmoji(name: str) -> Config:
+def openmoji() -> Config:
     """Small enough for minutes on a CPU."""
-    config = published(name)
-    if name == "openmoji_captions":
-        describe(config)
-    else:
-        config.model.unet.update(channels=(32, 64, 128), heads=(1, 1, 2), attention_levels=(2,), layers_per_block=1)
-        config.model.unet.width = 32
+    config = published("openmoji")
+    config.model.unet.update(channels=(32, 64, 128), heads=(1, 1, 2), attention_levels=(2,), layers_per_block=1)
+    config.model.unet.width = 32
     config.data.update(source="openmoji", flip=False)
     config.optim.update(learning_rate=5e-4, schedule="cosine", warmup_steps=100, b2=0.99, ema_decay=0.995)
     config.train.update(steps=800, batch_size=16, dtype="float32", remat="none", checkpoint_every=200)
@@ -92,27 +86,9 @@ def openmoji(name: str) -> Config:
     return config
 
 
-def describe(config: Config) -> None:
-    """Condition DeepFloyd IF's structure on captions by a T5 of 0.9 million parameters (v1.1's structure)."""
-    unet = {"variant": "if_i_m", "channels": (32, 64), "layers": (2, 2), "attention_levels": (1,)}
-    sizes = {"head_width": 16, "cross_dim": 64, "text_dim": 128, "pool_heads": 4}
-    text = {"variant": "t5_v1_1_small", "vocab_size": 2048, "width": 128, "layers": 4, "heads": 4}
-    config.model = {
-        "unet": unet | sizes,
-        "text_encoders": {"text_encoder": text | {"head_size": 32, "feed_forward": 256}},
-        "tokenizer": "sdjax/assets/openmoji_unigrams",
-        "text_length": 16,
-    }
-    config.task.update(conditioning="text_t5", dropout=0.1)
-    config.sample.guidance_scale = 3.0
-
-
 def tiny(config: Config) -> Config:
     """The same system, small enough for a test."""
-    if config.task.conditioning == "text_t5":
-        config.model.unet.layers = (1, 1)
-    else:
-        config.model.unet.update(channels=(32, 64), heads=(1, 2), attention_levels=(1,), layers_per_block=1, width=32)
+    config.model.unet.update(channels=(32, 64), heads=(1, 2), attention_levels=(1,), layers_per_block=1, width=32)
     config.data.size = 16
     config.train.update(steps=4, batch_size=8, dtype="float32", remat="none")
     config.train.update(sample_every=4, checkpoint_every=2, log_every=1)

@@ -19,14 +19,16 @@ from sdjax.checkpoints.open import resolve
 from sdjax.core.config import Config
 from sdjax.core.errors import UserError, unknown
 from sdjax.core.precision import dtype_named
+from sdjax.data.image_inputs import corner_weights
 from sdjax.data.text.t5_tokenizer import load_t5_tokenizer
 from sdjax.data.text.tokenizers import Tokenizer, load_tokenizer
 from sdjax.data.text.word_pieces import load_word_pieces
 from sdjax.data.transforms.conditions import DRAW_CAPTION, CleanCaption, Layout, TokenizeWords
-from sdjax.data.transforms.degradation import LowResolution
+from sdjax.data.transforms.degradation import LowResolution, NoiseLevel
 from sdjax.data.transforms.images import InRange, OfShape
 from sdjax.data.transforms.masks import RandomMask
-from sdjax.diffusion_model.conditioner import Columns, Conditioner
+from sdjax.diffusion.samplers import schedule_of
+from sdjax.diffusion_model.conditioner import Columns, Combined, Conditioner, in_unit_range
 from sdjax.diffusion_model.conditioners import CAPTIONS, TEXT
 from sdjax.diffusion_model.conditioners.captions import ENCODER, CaptionConditioner
 from sdjax.diffusion_model.conditioners.class_label import LABEL, BackboneClassConditioner, ClassConditioner
@@ -41,7 +43,14 @@ from sdjax.diffusion_model.conditioners.tokens import (
     LayoutConditioner,
     layout_tokens,
 )
-from sdjax.diffusion_model.conditioners.upscale import LOW, LowResolutionConditioner
+from sdjax.diffusion_model.conditioners.upscale import (
+    LEVEL,
+    LOW,
+    SIGNAL,
+    SMALL,
+    LowResolutionConditioner,
+    PixelUpscaleConditioner,
+)
 from sdjax.diffusion_model.model import BACKBONE, clip_encoders, micro_conditioning, null_ids
 from sdjax.diffusion_model.text_encoders import T5TextEncoder
 from sdjax.models import bert, clip, t5, unet
@@ -66,6 +75,7 @@ class TrainingCondition(NamedTuple):
         settings: facts that a finished model keeps, beside the conditioner's own.
         text: the conditioner of prompts; None where there is none.
         words: new words of its prompts.
+        low_res_scheduler: how a small image is noised; None without one.
     """
 
     conditioner: Conditioner
@@ -77,6 +87,7 @@ class TrainingCondition(NamedTuple):
     settings: Mapping[str, Any] = {}
     text: TextConditioner | None = None
     words: tuple[NewWord, ...] = ()
+    low_res_scheduler: Mapping[str, Any] | None = None
 
 
 def training_condition(config: Config, first_stage: AutoencoderConfig | None, backbone: Any) -> TrainingCondition:
@@ -129,7 +140,7 @@ def _bert_text(config: Config, first_stage: Any, backbone: Any) -> TrainingCondi
 
 def _captions(config: Config, first_stage: Any, backbone: Any) -> TrainingCondition:
     """Captions through T5, which learns with the backbone unless `train.trainable` leaves it out."""
-    del first_stage, backbone
+    del first_stage
     place = f"config.model.text_encoders.{ENCODER}"
     sizes, length = sizes_of(config.model.text_encoders[ENCODER], t5.VARIANTS, place), config.model.text_length
     tokenizer = load_t5_tokenizer(config.model.tokenizer, length)
@@ -137,7 +148,36 @@ def _captions(config: Config, first_stage: Any, backbone: Any) -> TrainingCondit
     encoder = T5TextEncoder(ENCODER, T5Encoder(sizes, dtype_named(config.train.dtype, "config.train.dtype")))
     spec, folders = {TOKENS: jax.ShapeDtypeStruct((length,), np.int32)}, {ENCODER: Path(config.model.tokenizer)}
     transforms = (DRAW_CAPTION, CleanCaption(), TokenizeWords(tokenizer))
-    return TrainingCondition(CaptionConditioner(encoder, length), transforms, spec, tokenizers=folders)
+    captions = TrainingCondition(CaptionConditioner(encoder, length), transforms, spec, tokenizers=folders)
+    return captions if backbone.classes is None else _with_small_image(captions, config, backbone.classes)
+
+
+def _with_small_image(captions: TrainingCondition, config: Config, levels: int) -> TrainingCondition:
+    """Captions, and a small image of `task.small` pixels with noise of a random level, made of the large one."""
+    small, side = config.task.small, config.data.size
+    if not 0 < small < side or side % small:
+        raise UserError(f"config.task.small={small}: choose a divisor of config.data.size={side}, and less than it")
+    weights = corner_weights(small, side).astype(np.float32)
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": levels,
+        **PixelUpscaleConditioner.usual_schedule,
+    }
+    signal = schedule_of(scheduler).alphas_cumprod.astype(np.float32)
+
+    def columns(batch: Columns) -> Columns:
+        low = in_unit_range(batch[LOW]) * 2.0 - 1.0
+        enlarged = jnp.einsum("Hh,bhwc,Ww->bHWc", weights, low, weights)
+        return {**batch, SMALL: enlarged, SIGNAL: jnp.asarray(signal)[jnp.asarray(batch[LEVEL])]}
+
+    spec = {LOW: jax.ShapeDtypeStruct((small, small, 3), np.uint8), LEVEL: jax.ShapeDtypeStruct((), np.int32)}
+    return captions._replace(
+        conditioner=Combined((PixelUpscaleConditioner(levels), captions.conditioner)),
+        transforms=(*captions.transforms, LowResolution(side // small, config.data.degradation), NoiseLevel(levels)),
+        spec={**captions.spec, **spec},
+        columns=columns,
+        low_res_scheduler=scheduler,
+    )
 
 
 def _check_vocabulary(tokenizer: Any, sizes: Any, folder: str, place: str) -> None:

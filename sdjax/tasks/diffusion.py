@@ -64,6 +64,8 @@ from sdjax.tasks.variants import BACKBONES, sizes_of
 from sdjax.tasks.words import first_vectors, learnt_words, without_words
 from sdjax.training.task import DevicePut, Metrics, Task, select, split_like
 
+CONDITION = "condition"  # stream of the noise of conditions
+
 
 def make(config: Config, mesh: Mesh) -> Task:
     """The task of a config whose `task.name` is "diffusion"; of data and weights nothing is kept yet.
@@ -102,7 +104,7 @@ def make(config: Config, mesh: Mesh) -> Task:
         encoded = {name: jax.lax.stop_gradient(model.encode(params, image)) for name, image in images.items()}
         columns = {**columns, **encoded}
         columns = {**columns, **model.conditioner.precompute(params, columns)}
-        cond = model.conditioner.cond(params, columns)
+        cond = model.conditioner.cond(params, columns, jax.random.split(stream_below(key, CONDITION), len(x0)))
         wrapped = model.conditioner.wrap(params, columns, model.network(params))
 
         def network(x: Array, t: Array) -> Array:
@@ -167,7 +169,7 @@ def make_model(config: Config) -> tuple[DiffusionModel, TrainingCondition]:
         )
     check_fit(model, "config.model")
     if coder is None:
-        _check_variance(config, sizes)
+        _check_variance(config, sizes.out_channels == 2 * model.channels)
     return model, condition
 
 
@@ -185,11 +187,10 @@ def first_stage_of(config: Config) -> Any:
     return sizes_of(config.model.autoencoder, autoencoder.VARIANTS, "config.model.autoencoder")
 
 
-def _check_variance(config: Config, sizes: Any) -> None:
-    learned = sizes.out_channels == 2 * sizes.in_channels
+def _check_variance(config: Config, learned: bool) -> None:
     if learned != (config.task.scheduler.get("variance_type") == "learned_range"):
         raise UserError(
-            f"config.model.unet.out_channels={sizes.out_channels} and config.task.scheduler.variance_type="
+            f"config.model.unet.out_channels={6 if learned else 3} and config.task.scheduler.variance_type="
             f"{config.task.scheduler.get('variance_type')!r}: 6 channels go with 'learned_range', 3 with a fixed one"
         )
 
@@ -293,6 +294,7 @@ def checkpoint_of(config: Config, model: DiffusionModel, condition: TrainingCond
         conditioning=config.task.conditioning,
         settings=settings_of(config, model, condition),
         tokenizers=dict(condition.tokenizers),
+        low_res_scheduler=condition.low_res_scheduler,
         model_index={ZEROS: config.task[ZEROS]} if ZEROS in config.task else {},
     )
 

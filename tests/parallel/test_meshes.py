@@ -32,7 +32,8 @@ SCRIPT = Path(__file__).with_name("on_meshes.py")
 OTHERS = {
     "adm": "configs/pixels.py:adm_64_tiny",
     "classifier": "configs/classifiers.py:adm_64_tiny",
-    "captions": "configs/pixels.py:openmoji_captions_tiny",
+    "captions": "configs/imagen.py:openmoji_base_tiny",
+    "captions_upscaler": "configs/imagen.py:openmoji_sr64_tiny",
     "clip": "configs/clip.py:tiny",
     "controlnet": "configs/controlnet.py",
     "dreambooth": "configs/dreambooth.py",

@@ -14,25 +14,27 @@ import transformers
 from PIL import Image
 from torch_reference import drawn
 
-from configs import pixels as configs
+from configs import imagen as configs
 from sdjax.checkpoints.checkpoint import Component
 from sdjax.checkpoints.layouts.diffusers import write_component
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten, size
+from sdjax.diffusion_model.conditioner import Host
 from sdjax.parallel.mesh import make_mesh
 from sdjax.parallel.sharding import sharded_put
 from sdjax.tasks.diffusion import make, make_model
+from sdjax.tasks.preview import preview_batch
 
 
 def config_of(pictures: Path) -> Any:
-    config = configs.get_config("openmoji_captions_tiny")
+    config = configs.get_config("openmoji_base_tiny")
     config.data.source = f"folder:{pictures}"
     return config
 
 
 def test_parameter_totals():
     """Of a base of 16 pixels and its T5."""
-    model, _ = make_model(configs.get_config("openmoji_captions"))
+    model, _ = make_model(configs.get_config("openmoji_base"))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     assert {name: size(params) for name, params in shapes.items()} == {"unet": 1_279_142, "text_encoder": 918_784}
 
@@ -94,6 +96,45 @@ def test_a_frozen_encoder_is_read_from_another_run(pictures: Path, tmp_path: Pat
     read = task.pretrained(sharded_put(mesh))
     for name, leaf in flatten(encoder).items():
         np.testing.assert_array_equal(flatten(read["text_encoder"])[name], leaf, err_msg=name)
+
+
+def test_parameter_totals_of_the_models_that_enlarge():
+    for name in ("openmoji_sr64", "openmoji_sr128"):
+        model, _ = make_model(configs.get_config(name))
+        assert size(jax.eval_shape(model.init, jax.random.key(0))["unet"]) == 2_848_614
+
+
+def test_a_small_image_is_the_one_that_sampling_enlarges(pictures: Path):
+    """Training's columns of a batch beside those of a call with the same small image and level, to 1e-6."""
+    config = configs.get_config("openmoji_sr64_tiny")
+    config.data.source = f"folder:{pictures}"
+    model, condition = make_model(config)
+    batch = preview_batch(config, condition, 4)
+    assert len({int(level) for level in batch["noise_level"]}) > 1
+    columns = condition.columns(batch)
+    upscaler: Any = model.conditioner.parts[0]  # pyright: ignore[reportAttributeAccessIssue]
+    for i in range(4):
+        host = Host("it", {"low_res_scheduler": condition.low_res_scheduler}, {}, (16, 16), (16, 16))
+        given = {"init_image": batch["low_res"][i], "noise_level": int(batch["noise_level"][i])}
+        for name, expected in upscaler.encode(given, host).items():
+            np.testing.assert_allclose(columns[name][i], expected, atol=1e-6, err_msg=name)
+
+
+def test_the_loss_sees_the_small_image_the_level_and_its_noise(pictures: Path):
+    """A model that copies the enlarged image tells x0 apart; each of the three columns changes the loss."""
+    config = configs.get_config("openmoji_sr64_tiny")
+    config.data.source, config.task.components = f"folder:{pictures}", ""
+    task = make(config, make_mesh({"data": -1}))
+    params = drawn(jax.eval_shape(task.init, jax.random.key(0)))
+    frozen = drawn(task.frozen)
+    batch = dict(next(task.batch(params)))
+    loss = jax.jit(lambda b, key: task.loss({**params, **frozen}, b, key, jnp.int32(0))[0])
+    key = jax.random.key(1)
+    own = float(loss(batch, key))
+    assert own == float(loss(batch, key))
+    for name in ("low_res", "noise_level"):
+        changed = {**batch, name: batch[name][::-1]}
+        assert abs(float(loss(changed, key)) - own) > 1e-6, name
 
 
 @pytest.mark.parametrize(

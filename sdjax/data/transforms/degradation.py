@@ -38,6 +38,13 @@ def bicubic(image: UInt8[np.ndarray, "h w 3"], factor: int, rng: np.random.Gener
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
+def lanczos(image: UInt8[np.ndarray, "h w 3"], factor: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Pillow's Lanczos resampling, as images are brought to the size of a model (`transforms.images.square`)."""
+    del rng
+    size = image.shape[1] // factor, image.shape[0] // factor
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
 def bsr_light(image: UInt8[np.ndarray, "h w 3"], factor: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h2 w2 3"]:
     """Blur, two resamplings, noise and JPEG in a random order, and JPEG once more."""
     final = image.shape[0] // factor, image.shape[1] // factor
@@ -71,7 +78,7 @@ def bsr_light(image: UInt8[np.ndarray, "h w 3"], factor: int, rng: np.random.Gen
     return _bytes(_compressed(x, rng))
 
 
-DEGRADATIONS = {"bicubic": bicubic, "bsr_light": bsr_light}
+DEGRADATIONS = {"bicubic": bicubic, "lanczos": lanczos, "bsr_light": bsr_light}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,3 +167,13 @@ def _compressed(x: ImageArray, rng: np.random.Generator) -> ImageArray:
     quality = int(rng.integers(QUALITIES[0], QUALITIES[1] + 1))
     Image.fromarray(_bytes(x)).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file)).astype(np.float32) / 255.0
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseLevel(grain.transforms.RandomMap):
+    """Adds `noise_level`, int32, any of `levels` with equal probability (Ho et al. 2022; deep-floyd/IF)."""
+
+    levels: int
+
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        return {**element, "noise_level": np.int32(rng.integers(self.levels))}
