@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,8 @@ import transformers
 from PIL import Image
 from torch_reference import drawn
 
+import sdjax
+import train
 from configs import imagen as configs
 from sdjax.checkpoints.checkpoint import Component
 from sdjax.checkpoints.layouts.diffusers import write_component
@@ -135,6 +138,32 @@ def test_the_loss_sees_the_small_image_the_level_and_its_noise(pictures: Path):
     for name in ("low_res", "noise_level"):
         changed = {**batch, name: batch[name][::-1]}
         assert abs(float(loss(changed, key)) - own) > 1e-6, name
+
+
+def test_a_run_leaves_a_pipeline_of_diffusers(pictures: Path, tmp_path: Path):
+    """IFPipeline, from states of its own T5 and tokenizer, whose captions have 16 tokens here: the same to 1e-3."""
+    config = config_of(pictures)
+    config.train.update(steps=2, checkpoint_every=2)
+    folder = train.train_and_evaluate(config, tmp_path / "run")
+    theirs = diffusers.IFPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    prompts = ["a red heart", "an image of the number 3"]
+
+    def states(texts: list[str]) -> torch.Tensor:
+        made = theirs.tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")
+        with torch.no_grad():
+            return theirs.text_encoder(made.input_ids, attention_mask=made.attention_mask).last_hidden_state
+
+    how = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    wanted = theirs(
+        prompt_embeds=states(prompts),
+        negative_prompt_embeds=states(["", ""]),
+        generator=torch.Generator().manual_seed(7),
+        **how,
+    ).images
+    assert wanted.std() > 0.02
+    found = sdjax.load(tmp_path / "run")(prompts, guidance_scale=3.0, steps=4, seed=7, rng="torch", batch_size=2)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
 @pytest.mark.parametrize(

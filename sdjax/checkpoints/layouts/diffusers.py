@@ -365,8 +365,8 @@ def _index(checkpoint: Checkpoint) -> dict[str, Any]:
     for part, component in checkpoint.components.items():
         index[folder_of(part, kind)] = _class_of(part, component.config, name)
     for encoder in checkpoint.tokenizers:
-        kind = tokenizer_class(encoder, checkpoint.components[encoder].config)
-        index[TOKENIZER_FOLDERS[encoder]] = ["transformers", kind]
+        reader = tokenizer_class(encoder, checkpoint.components[encoder].config)
+        index[TOKENIZER_FOLDERS[encoder]] = ["transformers", reader]
     return index
 
 
