@@ -160,7 +160,7 @@ def test_the_first_loss_is_that_of_diffusers_with_the_checkpoint(name, folders, 
     assert float(value) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "text_bert"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "text_bert", "if_i"])
 def test_an_export_before_the_first_step_is_the_checkpoint(name, folders, tmp_path):
     """Networks, scheduler, tokenizers and the type that numbers are stored in."""
     config = from_checkpoint(finetune.get_config(str(folders(name))))
