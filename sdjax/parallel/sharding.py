@@ -27,8 +27,10 @@ TENSOR_DIMENSIONS = (
     (r"(attn\d|self_attn)/to_out", INPUTS),
     (r"(ff/proj_in|fc1|ff/wi(_[01])?)", OUTPUTS),
     (r"(ff/proj_out|fc2|ff/wo)", INPUTS),
-    (r"resnets_\d+/(conv1|time_emb_proj)", OUTPUTS),
-    (r"resnets_\d+/conv2", INPUTS),
+    (r"attentions_\d+/(to_[qkv]|add_[kv]_proj)", OUTPUTS),
+    (r"attentions_\d+/to_out", INPUTS),
+    (r"(resnets|(down|up)samplers)_\d+/(conv1|time_emb_proj)", OUTPUTS),
+    (r"(resnets|(down|up)samplers)_\d+/conv2", INPUTS),
 )
 # Of LoRA's factors that which has the split dimension is split, too.
 _FACTORS = {OUTPUTS: "up", INPUTS: "down"}

@@ -17,7 +17,7 @@ from configs import dreambooth, lora, stable_diffusion_training
 from sdjax.checkpoints.checkpoint import ALL_FORMATS, FORMATS
 from sdjax.core.errors import UserError
 from sdjax.core.tree import nbytes
-from sdjax.models import autoencoder, clip, controlnet, t5, unet
+from sdjax.models import added_kv_unet, autoencoder, clip, controlnet, t5, unet
 from sdjax.parallel.audit import LIMIT, audit, check
 from sdjax.parallel.sharding import spec_of
 from sdjax.parallel.trees import device_bytes, path_name
@@ -78,6 +78,20 @@ def test_tensor_axis_splits_heads_and_feed_forward_of_t5():
         assert spec["self_attn/to_out/kernel"] == spec["ff/wo/kernel"] == P("tensor", "fsdp")
         split = sum(entry.nbytes for entry in found.entries if "tensor" in entry.spec)
         assert split > 0.9 * found.total
+
+
+def test_tensor_axis_splits_attention_with_added_keys_and_values():
+    """Of DeepFloyd IF's largest UNet, whose residual blocks also change the resolution."""
+    found = audit(FORMATS["unet"].shapes(added_kv_unet.VARIANTS["if_i_xl"]), {"tensor": 4, "fsdp": 2})
+    spec = {entry.name: entry.spec for entry in found.entries}
+    level = "down_blocks_1"
+    for outputs in ("to_q", "to_v", "add_k_proj"):
+        assert spec[f"{level}_attentions_0/{outputs}/kernel"] == P("fsdp", "tensor")
+    assert spec[f"{level}_attentions_0/to_out/kernel"] == P("tensor", "fsdp")
+    assert spec[f"{level}_downsamplers_0/conv1/kernel"] == P(None, None, "fsdp", "tensor")
+    assert spec[f"{level}_downsamplers_0/conv2/kernel"] == P(None, None, "tensor", "fsdp")
+    split = sum(entry.nbytes for entry in found.entries if "tensor" in entry.spec)
+    assert split > 0.9 * found.total
 
 
 def test_optimiser_moments_are_sharded():
