@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_checkpoints import assert_same, tiny_checkpoint, write_tokenizer
+from tiny_checkpoints import assert_same, tiny_checkpoint, tiny_if, write_tokenizer
 from torch_reference import drawn
 
 from sdjax.checkpoints.checkpoint import ALL_FORMATS, Checkpoint, Component
@@ -26,7 +26,8 @@ from sdjax.checkpoints.ldm_config import config_beside
 from sdjax.checkpoints.open import read_vae, resolve
 from sdjax.core.errors import UserError
 from sdjax.core.tree import flatten
-from sdjax.data.text.tokenizer_training import train_word_pieces
+from sdjax.data.text.t5_tokenizer import load_t5_tokenizer
+from sdjax.data.text.tokenizer_training import train_unigrams, train_word_pieces
 from sdjax.data.text.word_pieces import load_word_pieces
 from sdjax.models.autoencoder import VARIANTS
 from sdjax.models.bert import BertConfig
@@ -181,6 +182,24 @@ def test_half_precision_is_taken_when_asked_for(checkpoint, hub: Hub, tmp_path: 
     assert read_folder(folder, None).components["unet"].params["conv_in"]["kernel"].dtype == "float16"
     hub.stop()  # what was downloaded serves whoever asks for less
     assert resolve("acme/xl", cache_dir=tmp_path / "cache", endpoint=hub.url) == folder
+
+
+def test_deepfloyd_if_comes_without_its_safety_checker(hub: Hub, tmp_path: Path):
+    """With T5, its tokenizer, and the schedule of the small image's noise."""
+    (tmp_path / "captions").mkdir()
+    train_unigrams(["a red heart"], tmp_path / "captions", 60)
+    made, folder = tiny_if("if_ii", tmp_path / "captions"), hub.root / "acme" / "if"
+    write_checkpoint(folder, made)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["deepfloyd_if", "IFSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"a network that is not here")
+    found = resolve("acme/if", cache_dir=tmp_path / "cache", endpoint=hub.url)
+    assert weights(hub.served) == {f"unet/{STEM}.safetensors", "text_encoder/model.safetensors"}
+    assert_same(made, read_folder(found))
+    assert read_folder(found).low_res_scheduler == made.low_res_scheduler
+    assert load_t5_tokenizer(found / "tokenizer", 8).vocab_size > 3
 
 
 def test_models_of_the_ldm_paper_come_whole(hub: Hub, tmp_path: Path):

@@ -27,6 +27,7 @@ from sdjax.training.step import state_shapes
 
 ROOT = Path(__file__).parents[2]
 NETWORKS = [("unet", name, unet.VARIANTS[name]) for name in ("sd1", "sd2", "x4_upscaler", "sdxl", "sdxl_refiner")]
+NETWORKS += [("unet", name, config) for name, config in added_kv_unet.VARIANTS.items()]
 NETWORKS += [("controlnet", name, config) for name, config in controlnet.VARIANTS.items()]
 NETWORKS += [("vae", name, config) for name, config in autoencoder.VARIANTS.items()]
 NETWORKS += [("text_encoder", name, config) for name, config in (clip.VARIANTS | t5.VARIANTS).items()]
