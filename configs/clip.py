@@ -8,6 +8,7 @@
 from configs.common import base, locked
 from sdjax.core.config import Config
 
+CHECKPOINT = "checkpoints/openmoji_clip"
 TOKENIZER = "checkpoints/openmoji/tokenizer"
 VOCABULARY, END_OF_TEXT = 2048, 2047  # of that tokenizer
 
@@ -50,7 +51,8 @@ def openmoji() -> Config:
     config.optim.update(learning_rate=1e-3, schedule="cosine", warmup_steps=100, weight_decay=0.1, b2=0.98, eps=1e-6)
     config.optim.ema_decay = 0.99
     config.train.update(steps=2400, batch_size=128, sample_every=600, checkpoint_every=100)
-    config.sample = {"count": 64, "columns": 16}
+    config.sample = {"checkpoint": CHECKPOINT, "count": 64, "columns": 16}
+    config.eval = {"held_out": "held_out", "batch_size": 70}
     return config
 
 

@@ -6,6 +6,9 @@
     python -m sdjax.eval --pixels FOLDER --real SOURCE [--steps 50]
     python -m sdjax.eval --config configs/openmoji.py [--checkpoint FOLDER]
     python -m sdjax.eval --config configs/controlnet.py:openmoji --checkpoint FOLDER
+    python -m sdjax.eval --config configs/clip.py [--checkpoint FOLDER]
+    python -m sdjax.eval --drawbench FILE.csv --model MODEL [--against OTHER] [--folder OUT]
+    python -m sdjax.eval --sweep 1,1.5,2,3 --model MODEL --real SOURCE [--size 256] [--folder OUT]
 
 SAMPLES is a folder of images. SOURCE is a folder of images, a data source as configs name it (openmoji:held_out,
 tfds:NAME, webdataset:PATTERN ...), or an .npz file of statistics (pytorch-fid's, guided-diffusion's). Metrics: fid,
@@ -13,7 +16,12 @@ sfid, kid, inception_score, precision_recall; in pairs, by order of names: psnr,
 prompts in the JSON files that sample.py writes beside images, by a CLIP of the Hub's layout. An autoencoder is judged
 by all pairs and its reconstructions' FID; one with a codebook also by how much of it is used; a model of pixels by bits
 per dimension over --steps of its timesteps, with its learned variance, where it has one, and with the fixed ones; a
-ControlNet by how well its images' edges agree with their hints (F1), with it and without it.
+ControlNet by how well its images' edges agree with their hints (F1), with it and without it; a CLIP by retrieval
+between held-out images and captions.
+DrawBench is the user's copy of the list, with the columns Prompts and Category; --samples of each prompt (8), a sheet
+and the CLIP score of each category, and of two models a page to compare them blindly, OUT/side_by_side.html. A sweep
+samples captions of SOURCE, one an image, at each guidance scale: FID and CLIP score, and a plot of both,
+OUT/sweep.svg. --seed and --steps are the samples' in both; the same command goes on where it was stopped.
 Networks that judge need their published weights; what a missing file is called, and where it was looked for, is said,
 and the rest is computed. --batch_size is a device's, --kid_subset and --splits are KID's and the Inception Score's,
 --limit takes some images.
@@ -30,6 +38,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sdjax.checkpoints.checkpoint import CONTROLNET
+from sdjax.checkpoints.clip_pair import find_clip, missing_clip, read_clip
 from sdjax.checkpoints.open import within_workdir
 from sdjax.core.compilation import keep_compiled
 from sdjax.core.errors import UserError, run_or_exit
@@ -41,16 +50,23 @@ from sdjax.data.sources.folder import FolderSource, plain_images
 from sdjax.data.sources.open import source
 from sdjax.data.sources.rules import ANY
 from sdjax.eval.bits import bits
+from sdjax.eval.caption_retrieval import evaluate_clip
 from sdjax.eval.checkpoint import evaluate
 from sdjax.eval.comparison import METRICS, MetricOptions, Real, chosen, compare, read_statistics
+from sdjax.eval.drawbench import drawbench, read_prompts
 from sdjax.eval.edges import evaluate_control
 from sdjax.eval.first_stage import judge
+from sdjax.eval.samples import Sampling
 from sdjax.eval.subset import Evenly
+from sdjax.eval.sweep import drawn_captions, parse_scales, sweep
 
+SAMPLED = ("drawbench", "sweep")
 TEXTS = ("fake", "real", "autoencoder", "pixels", "checkpoint", "metrics", "clip", "output")
+TEXTS += (*SAMPLED, "model", "against", "folder")
 CLIP_SCORE = "clip_score"
-INTEGERS: dict[str, Any] = {"size": None, "batch_size": 16, "steps": 50, "limit": None}
-INTEGERS |= {"kid_subset": 1000, "splits": 10}
+INTEGERS: dict[str, Any] = {"size": None, "batch_size": 16, "steps": None, "limit": None}
+INTEGERS |= {"kid_subset": 1000, "splits": 10, "samples": 8}
+BITS_STEPS = 50
 
 
 def main() -> None:
@@ -61,6 +77,7 @@ def main() -> None:
         flags.DEFINE_string(name, None, "", flag_values=values)
     for name, default in INTEGERS.items():
         flags.DEFINE_integer(name, default, "", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "", lower_bound=0, flag_values=values)
     parse_flags(values, sys.argv, __doc__)
     output = Path(values["output"].value).expanduser() if values["output"].value else None
     if output is not None:
@@ -74,14 +91,23 @@ def main() -> None:
 
 
 def _figures(values: flags.FlagValues) -> dict[str, Any]:
-    flag: dict[str, Any] = {name: values[name].value for name in (*TEXTS, *INTEGERS)}
+    flag: dict[str, Any] = {name: values[name].value for name in (*TEXTS, *INTEGERS, "seed")}
     if config := values["config"].value:
         if CONTROLNET in config.model:
             return evaluate_control(config, require(values, "checkpoint"))
-        return evaluate(config, flag["checkpoint"] or config.sample.checkpoint)
-    judged = [name for name in ("fake", "autoencoder", "pixels") if flag[name]]
+        checkpoint = flag["checkpoint"] or config.sample.checkpoint
+        if config.task.name == "contrastive":
+            return evaluate_clip(config, checkpoint)
+        return evaluate(config, checkpoint, flag["clip"] or "")
+    judged = [name for name in ("fake", "autoencoder", "pixels", *SAMPLED) if flag[name]]
     if len(judged) != 1:
-        raise UserError(f"one of --fake, --autoencoder, --pixels and --config is required; given: {len(judged)}")
+        raise UserError(
+            "one of --fake, --autoencoder, --pixels, --drawbench, --sweep and --config is required; given: "
+            f"{len(judged)}"
+        )
+    if judged[0] in SAMPLED:
+        require(values, "model")
+        return (_drawbench if flag["drawbench"] else _sweep)(flag)
     clip = Path(flag["clip"]) if flag["clip"] else None
     options = MetricOptions(flag["size"], flag["batch_size"], flag["kid_subset"], flag["splits"], clip=clip)
     metrics = chosen(flag["metrics"] or (CLIP_SCORE if clip and not flag["real"] else ""))
@@ -95,8 +121,41 @@ def _figures(values: flags.FlagValues) -> dict[str, Any]:
     if flag["pixels"]:
         if real.images is None:
             raise UserError(f"{real.name} holds statistics; bits are those of images")
-        return bits(within_workdir(Path(flag["pixels"])), real.images, flag["steps"], flag["batch_size"])
+        steps = flag["steps"] or BITS_STEPS
+        return bits(within_workdir(Path(flag["pixels"])), real.images, steps, flag["batch_size"])
     return compare(_sampled(flag["fake"]), real, metrics, options, _say)
+
+
+def _drawbench(flag: dict[str, Any]) -> dict[str, Any]:
+    prompts = read_prompts(Path(flag["drawbench"]).expanduser(), _say)
+    place = find_clip(flag["clip"])
+    if place is None:
+        _say(f"{CLIP_SCORE} is left out: {missing_clip()}")
+    models = {"model": flag["model"]} | ({"against": flag["against"]} if flag["against"] else {})
+    clip = None if place is None else read_clip(place)
+    return drawbench(prompts, models, _folder(flag), _sampling(flag, flag["samples"]), clip)
+
+
+def _sweep(flag: dict[str, Any]) -> dict[str, Any]:
+    scales, name = parse_scales(flag["sweep"]), flag["real"]
+    if not name:
+        raise UserError("--real is required: images with captions to generate from")
+    split = name.removeprefix("openmoji:")
+    images = source("openmoji", split) if split != name else source(name)
+    options = MetricOptions(flag["size"], flag["batch_size"], clip=Path(flag["clip"]) if flag["clip"] else None)
+    captions = drawn_captions(images, flag["limit"], flag["seed"])
+    real = Real(name, images, {})
+    return sweep(flag["model"], real, captions, scales, _folder(flag), _sampling(flag, 1), options, _say)
+
+
+def _folder(flag: dict[str, Any]) -> Path:
+    """The folder for samples."""
+    kind = next(name for name in SAMPLED if flag[name])
+    return Path(flag["folder"] or f"outputs/{kind}").expanduser()
+
+
+def _sampling(flag: dict[str, Any], images: int) -> Sampling:
+    return Sampling(images, flag["seed"], flag["batch_size"], flag["steps"])
 
 
 def _sampled(folder: str) -> FolderSource:

@@ -6,8 +6,8 @@ As torchmetrics' CLIPScore: without CLIPScore's 2.5 and with the mean, not each 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sdjax.checkpoints.clip_pair import CLIPPair
 from sdjax.core.errors import UserError
+from sdjax.core.tree import Params
 from sdjax.core.untrusted import read_json
 from sdjax.data.image_inputs import clip_pixels
 from sdjax.data.sources.base import Images
@@ -33,16 +34,33 @@ def clip_score(pair: CLIPPair, images: Images, captions: Sequence[str], batch_si
         captions: one an image, in their order; what is longer than CLIP's 77 tokens is cut.
         batch_size: images at a time.
     """
-    tokenizer = load_tokenizer(pair.folder, pair.text.max_length)
-    modules, cosines = (CLIPText(pair.text), CLIPImage(pair.image)), []
-    params = jax.device_put((pair.text_params, pair.image_params))
-    with tqdm(total=len(captions), desc="CLIP", unit="picture") as bar:
-        for rows in _rows(len(captions), batch_size):
+    image, text = image_embeddings(pair, images, batch_size), caption_embeddings(pair, captions, batch_size)
+    return score_of(image, text)
+
+
+def score_of(image: Float[np.ndarray, "n p"], text: Float[np.ndarray, "n p"]) -> float:
+    """CLIP score of embeddings of length 1, an image and its caption a row."""
+    return max(100.0 * float((image * text).sum(1).mean()), 0.0)
+
+
+def caption_embeddings(pair: CLIPPair, captions: Sequence[str], batch_size: int) -> Float[np.ndarray, "n p"]:
+    """Embeddings of length 1; what is longer than the text tower's tokens is cut."""
+    tokenizer, tower = load_tokenizer(pair.folder, pair.text.max_length), CLIPText(pair.text)
+    params, found = jax.device_put(pair.text_params), []
+    for rows in _rows(len(captions), batch_size):
+        found.append(np.asarray(_embed(tower, params, tokenizer.encode([captions[i] for i in rows]))))
+    return np.concatenate(found)[: len(captions)]
+
+
+def image_embeddings(pair: CLIPPair, images: Sequence[Any] | Images, batch_size: int) -> Float[np.ndarray, "n p"]:
+    """Embeddings of length 1 of the entries called "image", uint8 [h w 3]."""
+    tower, params, found = CLIPImage(pair.image), jax.device_put(pair.image_params), []
+    with tqdm(total=len(images), desc="CLIP", unit="image") as bar:
+        for rows in _rows(len(images), batch_size):
             batch = np.stack([clip_pixels(images[i]["image"], pair.image.size) for i in rows])
-            ids = tokenizer.encode([captions[i] for i in rows])
-            cosines.append(np.asarray(_cosines(modules, params, ids, batch)))
+            found.append(np.asarray(_embed(tower, params, batch)))
             bar.update(len(set(rows)))
-    return max(100.0 * float(np.concatenate(cosines)[: len(captions)].mean()), 0.0)
+    return np.concatenate(found)[: len(images)]
 
 
 def _rows(count: int, size: int) -> Iterator[list[int]]:
@@ -51,14 +69,10 @@ def _rows(count: int, size: int) -> Iterator[list[int]]:
         yield [min(i, count - 1) for i in range(start, start + size)]
 
 
-@partial(jax.jit, static_argnums=0)
-def _cosines(
-    modules: tuple[CLIPText, CLIPImage], params: tuple, ids: Array, images: Float[Array, "b s s 3"]
-) -> Float[Array, " b"]:
-    text = apply(modules[0], params[0], ids).pooled
-    image = apply(modules[1], params[1], images).pooled
-    text, image = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (text, image))
-    return (text * image).sum(-1)
+@jax.jit(static_argnums=0)
+def _embed(tower: CLIPText | CLIPImage, params: Params, rows: Array) -> Float[Array, "b p"]:
+    pooled = apply(tower, params, rows).pooled
+    return pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)
 
 
 def captions_of(folder: Path, images: Images) -> list[str]:

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from fidelity import fidelity
+from tiny_checkpoints import tiny_checkpoint, write_tokenizer
 from torch_critics import vgg16
 from torch_reference import randomised
 
 from sdjax.checkpoints import metric_weights
+from sdjax.checkpoints.clip_pair import NAME
+from sdjax.checkpoints.layouts.diffusers import write_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +43,25 @@ def networks(weights):
         torch.save(theirs.state_dict(), weights / name)
         patch.setenv("SDJAX_WEIGHTS", str(weights))
         return theirs.eval(), metric_weights.load("inception")
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A small CLIP with a tokenizer, as the Hub has them."""
+    folder = tmp_path_factory.mktemp("clips") / NAME
+    count = write_tokenizer(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": count, "max_position_embeddings": 12, "eos_token_id": count - 1}
+    vision = {**sizes, "image_size": 28, "patch_size": 7}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    randomised(transformers.CLIPModel(config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny Stable Diffusion with random weights."""
+    root = tmp_path_factory.mktemp("models")
+    count = write_tokenizer(root / "tokenizer")
+    write_checkpoint(root / "sd1", tiny_checkpoint("sd1", root / "tokenizer", count))
+    return root / "sd1"

@@ -10,8 +10,6 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tiny_checkpoints import write_tokenizer
-from torch_reference import randomised
 
 from sdjax.checkpoints.clip_pair import NAME, read_clip
 from sdjax.core.errors import UserError
@@ -20,22 +18,6 @@ from sdjax.eval import __main__ as command
 from sdjax.eval.clip_score import captions_of, clip_score
 
 PROMPTS = ["a red heart", "photo of a cat", "a cat", "", "heart heart heart heart heart heart heart heart heart"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small CLIP with a tokenizer, as the Hub has them."""
-    folder = tmp_path_factory.mktemp("weights") / NAME
-    folder.mkdir()
-    count = write_tokenizer(folder / "words")
-    for file in (folder / "words").iterdir():
-        file.rename(folder / file.name)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {**sizes, "vocab_size": count, "max_position_embeddings": 12, "eos_token_id": count - 1}
-    vision = {**sizes, "image_size": 28, "patch_size": 7}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    randomised(transformers.CLIPModel(config)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +30,11 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_the_score_is_that_of_transformers(folder, pictures):
+def test_the_score_is_that_of_transformers(clip_folder, pictures):
     """To 1e-3 of 100, images of several shapes, five of them two at a time."""
-    model = transformers.CLIPModel.from_pretrained(folder)
+    model = transformers.CLIPModel.from_pretrained(clip_folder)
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(clip_folder)
     images = [Image.open(pictures / f"{i:05d}.png") for i in range(5)]
     words = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
     with torch.no_grad():
@@ -63,15 +45,19 @@ def test_the_score_is_that_of_transformers(folder, pictures):
     assert captions_of(pictures, source) == PROMPTS
     best = cosines.argmax(1)  # each image's own best prompt: scores that are surely above zero
     assert cosines.max(1).mean() > 5
-    found = clip_score(read_clip(folder), source, [PROMPTS[i] for i in best], 2)
+    found = clip_score(read_clip(clip_folder), source, [PROMPTS[i] for i in best], 2)
     assert found == pytest.approx(float(cosines.max(1).mean()), abs=1e-3)
-    worst = clip_score(read_clip(folder), source, [PROMPTS[i] for i in cosines.argmin(1)], 2)
+    worst = clip_score(read_clip(clip_folder), source, [PROMPTS[i] for i in cosines.argmin(1)], 2)
     assert worst == pytest.approx(max(float(cosines.min(1).mean()), 0.0), abs=1e-3)
 
 
-def test_eval_command_needs_images_and_clip(folder, pictures, tmp_path, monkeypatch, capsys):
-    for flags in (["--metrics=clip_score", f"--clip={folder}"], [f"--clip={folder}"], ["--metrics=clip_score"]):
-        monkeypatch.setenv("SDJAX_WEIGHTS", str(folder.parent))
+def test_eval_command_needs_images_and_clip(clip_folder, pictures, tmp_path, monkeypatch, capsys):
+    for flags in (
+        ["--metrics=clip_score", f"--clip={clip_folder}"],
+        [f"--clip={clip_folder}"],
+        ["--metrics=clip_score"],
+    ):
+        monkeypatch.setenv("SDJAX_WEIGHTS", str(clip_folder.parent))
         monkeypatch.setattr(sys, "argv", ["eval", f"--fake={pictures}", *flags])
         command.main()
         assert capsys.readouterr().out.startswith("clip_score: ")
@@ -85,6 +71,6 @@ def test_eval_command_needs_images_and_clip(folder, pictures, tmp_path, monkeypa
     with pytest.raises(UserError, match=r"config.json"):
         command.main()
     (pictures / "00002.json").unlink()
-    monkeypatch.setattr(sys, "argv", ["eval", f"--fake={pictures}", f"--clip={folder}"])
+    monkeypatch.setattr(sys, "argv", ["eval", f"--fake={pictures}", f"--clip={clip_folder}"])
     with pytest.raises(UserError, match=r"00002.png has no prompt: there is no 00002.json beside it"):
         command.main()
