@@ -15,7 +15,7 @@ from sdjax.checkpoints.clip_pair import read_clip
 from sdjax.core.errors import UserError
 from sdjax.data.images import read_image, to_uint8
 from sdjax.eval import __main__ as command
-from sdjax.eval.clip_score import clip_score
+from sdjax.eval import drawbench
 from sdjax.eval.drawbench import Prompt, file_name, read_prompts
 
 LIST = (
@@ -87,8 +87,14 @@ def run(model_folder, clip_folder, tmp_path_factory):
     return command_of, root / "out"
 
 
-def test_samples_sheets_and_scores(run, model_folder, clip_folder):
-    """Images are those of a call, sheets have them in rows of a prompt, scores are those of their own prompts."""
+def test_samples_sheets_and_scores(run, model_folder, clip_folder, monkeypatch):
+    """Images are those of a call, sheets have them in rows of a prompt, scores are those of their own prompts.
+
+    Embeddings are taken without their signs: scores of a random CLIP would be held at zero, all of them.
+    """
+    embed = {name: getattr(drawbench, name) for name in ("image_embeddings", "caption_embeddings")}
+    for name, function in embed.items():
+        monkeypatch.setattr(drawbench, name, lambda *given, function=function: np.abs(function(*given)))
     command_of, out = run
     figures = command_of()
     texts = [prompt.text for prompt in PROMPTS for _ in range(SAMPLES)]
@@ -100,10 +106,12 @@ def test_samples_sheets_and_scores(run, model_folder, clip_folder):
     assert [json.loads(path.read_text())["prompt"] for path in sorted((out / "model").glob("*.json"))] == texts
     rows = {"colors": [0, 1, 4, 5], "gary_marcus_et_al": [2, 3], "": range(6)}
     for name, own in rows.items():
-        expected = clip_score(
-            read_clip(clip_folder), [{"image": images[i]} for i in own], [texts[i] for i in own], zoo.BATCH
-        )
+        pair = read_clip(clip_folder)
+        image = np.abs(embed["image_embeddings"](pair, [{"image": images[i]} for i in own], zoo.BATCH))
+        text = np.abs(embed["caption_embeddings"](pair, [texts[i] for i in own], zoo.BATCH))
+        expected = 100.0 * np.mean([a @ b for a, b in zip(image, text, strict=True)])
         assert figures["_".join(["model_clip_score", name]).strip("_")] == pytest.approx(expected, abs=0.006)
+        assert expected > 10.0
     sheet = np.asarray(Image.open(out / "sheets" / "model" / "colors.png"))
     side = images[0].shape[0]
     np.testing.assert_array_equal(sheet[side:, :side], images[4])
