@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def page(folder):
+def shown(folder):
     flags = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
@@ -42,46 +42,46 @@ def page(folder):
         browser.close()
 
 
-def test_answers_count_for_the_model_that_was_chosen(page, tmp_path):
+def test_answers_count_for_the_model_that_was_chosen(shown, tmp_path):
     """Red is always preferred in alignment, never anyone in fidelity: whatever side it stands on."""
-    expect(page.locator("#prompt")).to_have_text("prompt 0 </script><i>")
+    expect(shown.locator("#prompt")).to_have_text("prompt 0 </script><i>")
     sides = set()
     for i in range(COUNT):
-        left = page.locator("#left img").get_attribute("src")
+        left = shown.locator("#left img").get_attribute("src")
         sides.add(left)
-        assert page.locator("#left img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 8
+        assert shown.locator("#left img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 8
         red = "The left ones" if left == "model.png" else "The right ones"
-        page.get_by_role("group").nth(0).get_by_role("button", name=red).click()
-        page.get_by_role("group").nth(1).get_by_role("button", name="No preference").click()
-        expect(page.locator("#place")).to_have_text(f"{i + 1} of {COUNT}; {i + 1} answered")
+        shown.get_by_role("group").nth(0).get_by_role("button", name=red).click()
+        shown.get_by_role("group").nth(1).get_by_role("button", name="No preference").click()
+        expect(shown.locator("#place")).to_have_text(f"{i + 1} of {COUNT}; {i + 1} answered")
         if i == 2:
-            page.reload()
-            expect(page.locator("#place")).to_have_text(f"4 of {COUNT}; 3 answered")
+            shown.reload()
+            expect(shown.locator("#place")).to_have_text(f"4 of {COUNT}; 3 answered")
         elif i + 1 < COUNT:
-            page.get_by_role("button", name="Next", exact=True).click()
+            shown.get_by_role("button", name="Next", exact=True).click()
     assert sides == {"model.png", "against.png"}
-    page.locator("#tally summary").click()
-    table = page.locator("#tally table")
+    shown.locator("#tally summary").click()
+    table = shown.locator("#tally table")
     expect(table.locator("tr").first).to_have_text("alignmentmodel: first/modelagainst: <b>second</b>no preference")
     assert table.locator("tr").nth(1).locator("th, td").all_text_contents() == ["all", "8", "0", "0"]
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Download answers").click()
+    with shown.expect_download() as download:
+        shown.get_by_role("button", name="Download answers").click()
     download.value.save_as(tmp_path / "answers.json")
     saved = json.loads((tmp_path / "answers.json").read_text())
     assert [given["alignment"] for given in saved["answers"]] == ["model"] * COUNT
     assert saved["tally"]["fidelity"]["Text"] == {"model": 0, "against": 0, "tie": COUNT // 2}
 
 
-def test_the_next_without_an_answer(page):
+def test_the_next_without_an_answer(shown):
     """Both questions are needed for a pair to count."""
-    page.get_by_role("group").nth(0).get_by_role("button", name="The left ones").click()
-    expect(page.locator("#place")).to_have_text(f"1 of {COUNT}; 0 answered")
-    page.get_by_role("button", name="Next", exact=True).click()
-    page.get_by_role("group").nth(0).get_by_role("button", name="The left ones").click()
-    page.get_by_role("group").nth(1).get_by_role("button", name="The left ones").click()
-    page.get_by_role("button", name="Previous").click()
-    page.get_by_role("button", name="Next without an answer").click()
-    expect(page.locator("#place")).to_have_text(f"3 of {COUNT}; 1 answered")
+    shown.get_by_role("group").nth(0).get_by_role("button", name="The left ones").click()
+    expect(shown.locator("#place")).to_have_text(f"1 of {COUNT}; 0 answered")
+    shown.get_by_role("button", name="Next", exact=True).click()
+    shown.get_by_role("group").nth(0).get_by_role("button", name="The left ones").click()
+    shown.get_by_role("group").nth(1).get_by_role("button", name="The left ones").click()
+    shown.get_by_role("button", name="Previous").click()
+    shown.get_by_role("button", name="Next without an answer").click()
+    expect(shown.locator("#place")).to_have_text(f"3 of {COUNT}; 1 answered")
 
 
 def test_another_seed_shuffles_otherwise(tmp_path):
