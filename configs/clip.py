@@ -2,7 +2,9 @@
 
     python train.py --config configs/clip.py:openmoji --workdir runs/clip
 
-3,743 drawings with their captions. Results stand in checkpoints/openmoji_clip/README.md. `tiny` is for the tests.
+3,743 drawings with their captions, 34 times over, in about twenty minutes; the loss ends near 0.25, and 86 % of the
+held-out drawings find their own caption among 210. Figures stand in checkpoints/openmoji_clip/README.md. `tiny` is for
+the tests.
 """
 
 from configs.common import base, locked
@@ -50,7 +52,7 @@ def openmoji() -> Config:
     config.data.update(source="openmoji", size=64, crop="random", crop_sides=(0.85, 1.0))
     config.optim.update(learning_rate=1e-3, schedule="cosine", warmup_steps=100, weight_decay=0.1, b2=0.98, eps=1e-6)
     config.optim.ema_decay = 0.99
-    config.train.update(steps=2400, batch_size=128, sample_every=600, checkpoint_every=100)
+    config.train.update(steps=1000, batch_size=128, sample_every=500, checkpoint_every=100)
     config.sample = {"checkpoint": CHECKPOINT, "count": 64, "columns": 16}
     config.eval = {"held_out": "held_out", "batch_size": 70}
     return config

@@ -12,6 +12,7 @@ from configs.common import SCALED_LINEAR, autoencoder_task, base, locked
 from sdjax.core.config import Config
 
 CHECKPOINT = "checkpoints/openmoji"
+CLIP = "checkpoints/openmoji_clip"  # that judges, too
 # Of the tokenizer in that folder.
 VOCABULARY, TOKENS, END_OF_TEXT = 2048, 77, 2047
 
@@ -106,7 +107,7 @@ def text_to_image() -> Config:
         "steps": 25,
         "guidance_scale": 2.5,
     }
-    config.eval = {"held_out": "held_out", "captions": 512, "batch_size": 64, "seed": 0}
+    config.eval = {"held_out": "held_out", "captions": 512, "batch_size": 64, "seed": 0, "clip": CLIP}
     return config
 
 

@@ -1,4 +1,4 @@
-"""The model in the repository: PyTorch diffusers loads it and makes the same images."""
+"""The models in the repository: PyTorch diffusers loads them and makes the same images, transformers the CLIP."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
+from transformers import CLIPModel, CLIPProcessor
 
 import sdjax
+from configs import clip as clip_config
+from sdjax.checkpoints.clip_pair import read_clip
+from sdjax.data.sources.open import source
 from sdjax.data.sources.openmoji_parts import lines
+from sdjax.eval.caption_retrieval import evaluate_clip
+from sdjax.eval.clip_score import caption_embeddings, image_embeddings
 from sdjax.eval.edges import edge_agreement
 
 FOLDER = Path(__file__).parents[1] / "checkpoints" / "openmoji"
 LINEART = FOLDER.with_name("openmoji_lineart")
+CLIP = FOLDER.with_name("openmoji_clip")
 PROMPTS = ["red heart", "woman firefighter: medium skin tone"]
 
 
@@ -62,3 +69,34 @@ def test_diffusers_makes_the_same_images_of_a_line_drawing():
 
 def test_the_lineart_controlnet_is_at_most_16_megabytes():
     assert sum(path.stat().st_size for path in LINEART.rglob("*") if path.is_file()) <= 16_000_000
+
+
+def test_transformers_gives_the_clip_the_same_cosines():
+    """Of held-out images and captions in their own sizes and words, to 1e-4."""
+    torch.set_num_threads(1)
+    held_out = source("openmoji", "held_out")
+    rows = [held_out[i] for i in range(0, len(held_out), 21)]
+    captions = [row["caption"] for row in rows]
+    theirs, processor = CLIPModel.from_pretrained(CLIP).eval(), CLIPProcessor.from_pretrained(CLIP)
+    inputs = processor(text=captions, images=[row["image"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        output = theirs(**inputs)
+    expected = (output.image_embeds @ output.text_embeds.T).numpy()
+    pair = read_clip(CLIP)
+    found = image_embeddings(pair, rows, 10) @ caption_embeddings(pair, captions, 10).T
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(np.exp(pair.logit_scale), theirs.logit_scale.exp().item(), rtol=1e-3)
+
+
+def test_the_clip_knows_held_out_captions():
+    """As its card says: most images find their own caption among 210, and nearly all among the first five."""
+    figures = evaluate_clip(clip_config.get_config(), str(CLIP))
+    assert figures["pairs"] == 210
+    assert figures["top1_image_to_caption"] > 0.8
+    assert figures["top5_image_to_caption"] > 0.95
+    assert figures["matched_above_shuffled"] > 0.99
+    assert figures["clip_score"] > figures["clip_score_shuffled"] + 50
+
+
+def test_the_clip_is_at_most_15_megabytes():
+    assert sum(path.stat().st_size for path in CLIP.rglob("*") if path.is_file()) <= 15_000_000

@@ -18,15 +18,23 @@ from sdjax.eval.retrieval import retrieval
 def evaluate_clip(config: Config, folder: str) -> dict[str, Any]:
     """Figures on the pairs of `config.eval.held_out`: retrieval both ways as shares, and the CLIP score.
 
+    Also retrieval of captions among those of all images, of which training has seen the others.
+
     Raises:
         UserError: the data or the CLIP cannot be read.
     """
     pair, size = read_clip(resolve(folder)), config.eval.batch_size
-    images = source(config.data.source, config.eval.held_out)
-    captions = [images[i]["caption"] for i in range(len(images))]
+    images, others = source(config.data.source, config.eval.held_out), source(config.data.source)
+    captions, seen = ([rows[i]["caption"] for i in range(len(rows))] for rows in (images, others))
     image, text = image_embeddings(pair, images, size), caption_embeddings(pair, captions, size)  # pyright: ignore[reportArgumentType]
     figures: dict[str, Any] = {"pairs": len(captions)}
-    for name, (queries, gallery) in {"image_to_caption": (image, text), "caption_to_image": (text, image)}.items():
+    every = np.concatenate([text, caption_embeddings(pair, seen, size)])
+    ways = {
+        "image_to_caption": (image, text),
+        "caption_to_image": (text, image),
+        "image_to_all_captions": (image, every),
+    }
+    for name, (queries, gallery) in ways.items():
         found = retrieval(queries, np.arange(len(queries)), gallery)  # of length 1, the nearest has the largest cosine
         figures |= {f"{k}_{name}": round(share, 4) for k, share in found._asdict().items()}
     figures["matched_above_shuffled"] = round(matched_above_shuffled(image, text), 4)
