@@ -7,6 +7,9 @@
 | variant | what it is | parameters of the UNet |
 |---|---|---|
 | if_base, if_sr256 | DeepFloyd IF's stages I and II of size L, 64 and 256 pixels | 935,365,830; 1,243,277,190 |
+| base64 | Imagen's base of 64 pixels, which the paper says has 2B parameters | 2,305,382,403 |
+| sr256 | its Efficient U-Net of 64 to 256 pixels | 487,087,491 |
+| sr1024 | that of 256 to 1024 pixels, trained on crops of 256 | 482,887,043 |
 | openmoji_base | 16 pixels, which trains a T5 of 918,784 parameters with it | 1,279,142 |
 | openmoji_sr64 | 16 to 64 pixels, with the T5 of openmoji_base, which learns no more | 2,848,614 |
 | openmoji_sr128 | 64 to 128 pixels, the same UNet, trained on crops of 64 pixels | 2,848,614 |
@@ -15,8 +18,12 @@ Those of OpenMoji are for two CPU cores. The others take a frozen T5 from --conf
 model that has it, e.g. DeepFloyd/IF-I-L-v1.0, and data from --config.data.source. A model that enlarges is trained on
 small images with noise of a random level, which it is conditioned on, and all drop a tenth of the captions.
 
-RUN/export is a folder that diffusers' IFPipeline and IFSuperResolutionPipeline load. `_tiny` after a name is for the
-tests.
+Imagen's rows differ from the paper (Saharia et al. 2022): a thousand steps of noise stand for continuous time, the
+base normalises its text in groups, and T5 runs in every step, frozen. The paper's totals of the networks that enlarge,
+600M and 400M, are not those of any one reading of its figures.
+
+RUN/export is a folder that diffusers' IFPipeline and IFSuperResolutionPipeline load, but for Imagen's. `_tiny` after a
+name is for the tests.
 """
 
 from configs.common import base, locked
@@ -38,6 +45,9 @@ SMALL_HEADS = {"head_width": 16, "cross_dim": 64, "text_dim": 128, "pool_heads":
 VARIANTS = {
     "if_base": ({"variant": "if_i_l"}, 64, 0),
     "if_sr256": ({"variant": "if_ii_l"}, 256, 64),
+    "base64": ({"variant": "imagen_base"}, 64, 0),
+    "sr256": ({"variant": "imagen_sr256"}, 256, 64),
+    "sr1024": ({"variant": "imagen_sr1024"}, 256, 64),
     "openmoji_base": (
         {"variant": "if_i_m", "channels": (32, 64), "layers": (2, 2), "attention_levels": (1,), **SMALL_HEADS},
         16,
@@ -58,6 +68,9 @@ VARIANTS = {
         16,
     ),
 }
+IMAGEN = ("base64", "sr256", "sr1024")
+CROPS = {"openmoji_sr128": (128, 0.5), "sr1024": (1024, 0.25)}
+"""Pixels of the images that crops are taken from, and the crops' share of each side."""
 VARIANTS["openmoji_sr128"] = (VARIANTS["openmoji_sr64"][0], 64, 32)
 
 
@@ -107,7 +120,23 @@ def published(name: str) -> Config:
         "steps": 100,
         "guidance_scale": 4.0 if small else 7.0,
     }
+    if name in IMAGEN:
+        describe(config)
+    if name in CROPS:
+        side, share = CROPS[name]
+        config.sample.update(size=side)
+        config.data.update(crop="random", crop_sides=(share, share))
     return config
+
+
+def describe(config: Config) -> None:
+    """Make a stage Imagen's: noise alone is predicted, thresholds have no cap, and the base has Adafactor."""
+    scheduler = config.task.scheduler
+    scheduler.update(variance_type="fixed_small", dynamic_thresholding_ratio=0.995, sample_max_value=1e4)
+    if config.data.size == 256 and config.model.unet.variant == "imagen_sr1024":
+        scheduler.update(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+    if not config.task.small:
+        config.optim.name = "adafactor"
 
 
 def openmoji(name: str) -> Config:
@@ -126,16 +155,19 @@ def openmoji(name: str) -> Config:
         return config
     config.train.update(steps=1500, batch_size=16)
     config.task.components = "runs/base"
-    if name == "openmoji_sr128":  # half of each side of images of 128 pixels
-        config.data.update(crop="random", crop_sides=(0.5, 0.5))
     return config
 
 
 def tiny(config: Config) -> Config:
     """The same system, small enough for a test."""
-    config.model.unet.update(channels=(32, 64), layers=(1, 1), attention_levels=(1,), **SMALL_HEADS)
-    if config.task.small:
+    if config.model.unet.variant.startswith("imagen_sr"):
+        attention = {"self_attention": (1,), "text_attention": (1,), "heads": 2}
+        config.model.unet.update(channels=(32, 64), layers=(1, 1), first=32, **attention, **SMALL_HEADS)
+    else:
+        config.model.unet.update(channels=(32, 64), layers=(1, 1), attention_levels=(1,), **SMALL_HEADS)
         config.model.unet.embedding_dim = 64
+    if "size" in config.sample:
+        config.sample.size = 16
     sizes = {"vocab_size": 2048, "width": 128, "layers": 1, "heads": 4, "head_size": 32, "feed_forward": 64}
     config.model.text_encoders.text_encoder = {"variant": "t5_v1_1_small", **sizes}
     config.model.update(tokenizer="sdjax/assets/openmoji_unigrams", text_length=16)

@@ -19,6 +19,7 @@ from sdjax.checkpoints.networks import (
     clip,
     clip_image,
     controlnet,
+    efficient_unet,
     embedders,
     t2i_adapter,
     t5,
@@ -35,6 +36,7 @@ from sdjax.data.text.tokenizers import Tokenizer, load_tokenizer, with_placehold
 from sdjax.data.text.word_pieces import read_vocabulary, write_vocabulary
 from sdjax.models.added_kv_unet import AddedKVUNetConfig
 from sdjax.models.clip import CLIPTextConfig
+from sdjax.models.efficient_unet import EfficientUNetConfig
 from sdjax.models.t5 import T5Config
 from sdjax.models.unet import UNetConfig
 from sdjax.models.unet2d import UNet2DConfig
@@ -156,6 +158,7 @@ UNETS: dict[type, Format] = {
     UNetConfig: Format(NETWORK, unet.from_diffusers_config, unet.to_diffusers_config, unet.table, unet.shapes),
     UNet2DConfig: Format(NETWORK, unet2d.from_config, unet2d.to_config, _constant(unet2d.TABLE), unet2d.shapes),
     AddedKVUNetConfig: _format(NETWORK, added_kv_unet),
+    EfficientUNetConfig: _format(NETWORK, efficient_unet),
 }
 
 
@@ -165,6 +168,8 @@ TEXT_ENCODERS: dict[type, Format] = {CLIPTextConfig: _format("model", clip), T5C
 def _unet_type(config: Mapping[str, Any]) -> type:
     if config.get("_class_name") in (unet2d.CLASS_NAME, unet2d.OWN_CLASS_NAME):
         return UNet2DConfig
+    if config.get("_class_name") == efficient_unet.CLASS_NAME:
+        return EfficientUNetConfig
     return AddedKVUNetConfig if added_kv_unet.is_added_kv(config) else UNetConfig
 
 

@@ -33,13 +33,19 @@ from sdjax.models.added_kv_unet import AddedKVUNet, AddedKVUNetConfig
 from sdjax.models.autoencoder import AnyAutoencoder, autoencoder_of
 from sdjax.models.clip import TEXT_LAYERS, CLIPText
 from sdjax.models.conditioning import Cond, apply
+from sdjax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
 from sdjax.models.unet import UNet, UNetConfig
 from sdjax.models.unet2d import UNet2D, UNet2DConfig
 
 BACKBONE, AUTOENCODER = "unet", "vae"
 """Components of the parameters of the two."""
-Backbone: TypeAlias = UNet | UNet2D | AddedKVUNet
-BACKBONES: Mapping[type, type[Backbone]] = {UNetConfig: UNet, UNet2DConfig: UNet2D, AddedKVUNetConfig: AddedKVUNet}
+Backbone: TypeAlias = UNet | UNet2D | AddedKVUNet | EfficientUNet
+BACKBONES: Mapping[type, type[Backbone]] = {
+    UNetConfig: UNet,
+    UNet2DConfig: UNet2D,
+    AddedKVUNetConfig: AddedKVUNet,
+    EfficientUNetConfig: EfficientUNet,
+}
 """Modules by the type of their sizes."""
 
 

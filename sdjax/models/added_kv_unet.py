@@ -120,6 +120,10 @@ VARIANTS = {
     "if_ii_l": replace(  # 1,243,277,190
         IF_II, channels=(160, 320, 640, 960, 1280), layers=(2, 2, 3, 5, 5), cross_dim=1280, embedding_dim=1280
     ),
+    # Imagen's base, a reading of the paper that reports 2B; its text is normalised in groups here, as IF's.
+    "imagen_base": replace(  # 2,305,382,403
+        IF_I, channels=(512, 1024, 1536, 2048), cross_dim=2048, activation="silu", out_channels=3
+    ),
     "karlo": replace(  # 885,439,686: the decoder, of 64 pixels
         IF_I,
         channels=(320, 640, 960, 1280),

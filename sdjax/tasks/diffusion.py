@@ -281,7 +281,7 @@ def read_pretrained(
 
 def checkpoint_of(config: Config, model: DiffusionModel, condition: TrainingCondition, params: Params) -> Checkpoint:
     """A finished model as others read it."""
-    side = config.data.size
+    side = config.sample.get("size", config.data.size)  # larger than the crops that some learn from
     extra = {BACKBONE: {"sample_size": side // model.factor}, AUTOENCODER: {"sample_size": side}}
     own = [name for name, folder in condition.tokenizers.items() if folder.parent != TOKENIZER_FOLDERS]
     for name in own if condition.text is not None else ():

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdjax.core.errors import unknown
-from sdjax.models import added_kv_unet, unet, unet2d
+from sdjax.models import added_kv_unet, efficient_unet, unet, unet2d
 
-BACKBONES: Mapping[str, Any] = {**unet.VARIANTS, **unet2d.VARIANTS, **added_kv_unet.VARIANTS}
+BACKBONES: Mapping[str, Any] = {**unet.VARIANTS, **unet2d.VARIANTS, **added_kv_unet.VARIANTS, **efficient_unet.VARIANTS}
 """Sizes of denoising networks."""
 
 

@@ -1,4 +1,4 @@
-"""The optimiser of a config's `optim` section: AdamW or Muon with warm-up, a schedule and clipping."""
+"""The optimiser of a config's `optim` section: AdamW, Muon or Adafactor with warm-up, a schedule and clipping."""
 
 from __future__ import annotations
 
@@ -108,7 +108,12 @@ def muon(optim: Config, rate: optax.Schedule) -> optax.GradientTransformation:
     )
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
+def adafactor(optim: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Adafactor (Shazeer & Stern 2018), as T5 and Imagen's base were trained: the rate is a share of each parameter."""
+    return optax.adafactor(rate, weight_decay_rate=optim.weight_decay or None, weight_decay_mask=_matrices)
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon, "adafactor": adafactor}
 
 
 def _matrices(params: Any) -> Any:

@@ -166,6 +166,26 @@ def test_a_run_leaves_a_pipeline_of_diffusers(pictures: Path, tmp_path: Path):
     np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
+def test_an_efficient_network_is_trained_stored_and_follows_a_base(pictures: Path, tmp_path: Path):
+    """A cascade of both runs, whose second stage gives what its own parameters give after they were stored."""
+    base, larger = config_of(pictures), configs.get_config("sr256_tiny")
+    base.data.size = 8
+    larger.data.source, larger.task.components = f"folder:{pictures}", str(tmp_path / "base")
+    for config, name in ((base, "base"), (larger, "larger")):
+        config.train.update(steps=2, checkpoint_every=2)
+        train.train_and_evaluate(config, tmp_path / name)
+    cascade = sdjax.load(tmp_path / "base", then=tmp_path / "larger")
+    how = {"steps": 3, "stages": ["steps=3,noise_level=100"], "seed": 1, "output": "stages"}
+    small, large = cascade("a red heart", **how)
+    assert (small.shape, large.shape) == ((1, 8, 8, 3), (1, 16, 16, 3))
+    alone = sdjax.load(tmp_path / "larger")
+    np.testing.assert_array_equal(alone("a red heart", init_image=small[0], steps=3, noise_level=100, seed=1), large)
+    alone.save(tmp_path / "copy")
+    again = sdjax.load(tmp_path / "copy")
+    for path, leaf in flatten(alone.params).items():
+        np.testing.assert_array_equal(flatten(again.params)[path], leaf, err_msg=path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -41,6 +41,7 @@ from sdjax.core.precision import dtype_named
 from sdjax.core.untrusted import read_json
 from sdjax.models.added_kv_unet import AddedKVUNetConfig
 from sdjax.models.autoencoder import VQConfig
+from sdjax.models.efficient_unet import EfficientUNetConfig
 from sdjax.models.t5 import T5Config
 from sdjax.models.unet2d import UNet2DConfig
 
@@ -85,6 +86,7 @@ class PipelineClass(NamedTuple):
 
 
 PLAIN, OWN_LDM, OWN_PIXELS = "StableDiffusionPipeline", "LatentDiffusion", "PixelDiffusion"
+OWN_CAPTIONS = "CaptionDiffusion"  # pixels of captions, by networks that diffusers has no class for
 DDPM, UPSCALER = "DDPMPipeline", "StableDiffusionUpscalePipeline"
 IF, IF_UPSCALER = "IFPipeline", "IFSuperResolutionPipeline"
 _SAFE, _XL = {"requires_safety_checker": False}, ("feature_extractor", "image_encoder")
@@ -112,6 +114,7 @@ PIPELINES: dict[str, PipelineClass] = {
     DDPM: PipelineClass(PIXELS),
     "DDIMPipeline": PipelineClass(PIXELS),
     OWN_PIXELS: PipelineClass(PIXELS),
+    OWN_CAPTIONS: PipelineClass(PIXELS, CAPTIONS, (), {}),
     **dict.fromkeys(_IF, PipelineClass(PIXELS, CAPTIONS, _MARKED, _SAFE)),
 }
 
@@ -127,6 +130,8 @@ def pipeline_class(checkpoint: Checkpoint) -> str:
     if isinstance(named, str):
         return named
     theirs = not isinstance(sizes, UNet2DConfig) or unet2d.is_diffusers(sizes)
+    if isinstance(sizes, EfficientUNetConfig):
+        return OWN_CAPTIONS
     if isinstance(sizes, AddedKVUNetConfig):
         return IF if checkpoint.low_res_scheduler is None else IF_UPSCALER
     if checkpoint.kind == PIXELS:

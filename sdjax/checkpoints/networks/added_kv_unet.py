@@ -51,7 +51,7 @@ FIELDS = (
 )
 
 _ATTENTION = (*norm("group_norm"), *norm("norm_cross"), *layer("add_k_proj"), *layer("add_v_proj"), *ATTENTION)
-_POOLING = (
+POOLING = (
     *norm("norm1"),
     KeyMapping("positional_embedding", "pool.positional_embedding", SAME),
     *(row for name in ("q_proj", "k_proj", "v_proj") for row in layer(name, f"pool.{name}")),
@@ -72,7 +72,7 @@ TABLE = KeyTable(
     (
         *at("time_embedding", "time_embedding", EMBEDDING_MLP),
         *at("class_embedding", "class_embedding", EMBEDDING_MLP),
-        *at("add_embedding", "add_embedding", _POOLING),
+        *at("add_embedding", "add_embedding", POOLING),
         *layer("encoder_hid_proj"),
         *conv("conv_in"),
         *_side("down_blocks", "downsamplers"),
