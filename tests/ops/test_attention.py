@@ -44,6 +44,21 @@ def test_attention_kernels_match_float64(length: int, masked: bool, causal: bool
         np.testing.assert_allclose(xla, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_a_bias_is_added_to_scores_that_are_not_scaled(platform: str):
+    """T5's, beside the sum in float64."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 12, 3, 8), np.float32) for _ in range(3))
+    bias, mask = rng.standard_normal((3, 12, 12), np.float32), rng.random((2, 12)) < 0.5
+    mask[:, 0] = True
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k, dtype=np.float64) + bias
+    weights = np.where(mask[:, None, None], np.exp(scores - scores.max()), 0.0)
+    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+    with compiling_for(platform):
+        found = jax.jit(lambda q, k, v: dot_product_attention(q, k, v, mask=mask, bias=bias))(q, k, v)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_keys_may_be_fewer_than_queries():
     rng = np.random.default_rng(0)
     q = rng.standard_normal((1, 1024, 2, 8), np.float32)
