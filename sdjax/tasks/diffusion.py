@@ -42,7 +42,7 @@ from sdjax.core.tree import Params, flatten, merge
 from sdjax.data.loader import Loader
 from sdjax.diffusion.denoise import per_image
 from sdjax.diffusion_model.conditioner import Columns, Conditioner
-from sdjax.diffusion_model.conditioners import TEXT
+from sdjax.diffusion_model.conditioners import CAPTIONS, TEXT
 from sdjax.diffusion_model.conditioners.text import NULL
 from sdjax.diffusion_model.model import AUTOENCODER, BACKBONE, DiffusionModel, backbone_of, check_fit
 from sdjax.models import autoencoder
@@ -301,10 +301,10 @@ def checkpoint_of(config: Config, model: DiffusionModel, condition: TrainingCond
 
 def settings_of(config: Config, model: DiffusionModel, condition: TrainingCondition) -> dict[str, Any]:
     """Settings for sampling a finished model, and facts of its condition."""
+    if config.task.conditioning in (TEXT, CAPTIONS):
+        return {name: config.sample[name] for name in ("steps", "guidance_scale")} | model.conditioner.settings
     if model.autoencoder is None:
-        return model.conditioner.settings
-    if config.task.conditioning == TEXT:
-        return {name: config.sample[name] for name in ("steps", "guidance_scale")}
+        return {}
     names = open_images(config).classes
     return {
         "size": config.data.size,

@@ -162,7 +162,9 @@ def test_a_run_leaves_a_pipeline_of_diffusers(pictures: Path, tmp_path: Path):
         **how,
     ).images
     assert wanted.std() > 0.02
-    found = sdjax.load(tmp_path / "run")(prompts, guidance_scale=3.0, steps=4, seed=7, rng="torch", batch_size=2)
+    pipe = sdjax.load(tmp_path / "run")
+    assert pipe.settings == {"steps": 3, "guidance_scale": 3.0, "text_length": 16}
+    found = pipe(prompts, steps=4, seed=7, rng="torch", batch_size=2)
     np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
