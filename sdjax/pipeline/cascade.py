@@ -80,6 +80,8 @@ def with_later_stages(pipe: Pipeline, row: Row, stages: Sequence[Mapping[str, An
     own, *rest = stages or [{}]
     last = row.second or row
     options: dict[str, Any] = {"seed": row.seed, "first_index": row.index, "rng": row.settings["rng"], **own}
+    if row.torch is not None:  # PyTorch draws for as many images together at every stage
+        options["torch_batch"] = row.torch.noise.batch
     options[GIVEN] = np.zeros((*last.size, 3), np.float32)  # stands for what is to be made
     if rest:
         options[STAGES] = rest

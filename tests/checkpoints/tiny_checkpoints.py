@@ -87,7 +87,7 @@ IF_SCHEDULER = COSINE | {
 def tiny_if(stage: str, tokenizer: Path, length: int = zoo.TOKENS) -> Checkpoint:
     """DeepFloyd IF's "if_i" or "if_ii", whose captions have `length` tokens here; diffusers has 77 always."""
     upscales, params = stage == "if_ii", random_params(added_kv_unet.shapes(zoo.IF[stage]), 0)
-    params["conv_out"]["kernel"] *= 0.2  # or guidance of 7 would double what rounding does in every step
+    params["conv_out"]["kernel"] *= 0.1  # or guidance of 7 would double what rounding does in every step
     parts = {
         "unet": Component(zoo.IF[stage], params, {"sample_size": zoo.SIDE}),
         "text_encoder": Component(zoo.T5, random_params(t5.shapes(zoo.T5), 1)),

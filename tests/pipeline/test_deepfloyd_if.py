@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,19 @@ def test_stage_two(guidance, opened, theirs):
     check(found, expected)
     noisier = opened("if_ii")(PROMPTS, init_image=small, **given | {"noise_level": 900}, **HOW)
     assert np.abs(noisier - found).max() > 0.01
+
+
+def test_both_stages_in_one_call(folders, theirs, tmp_path):
+    """diffusers hands the first stage's images on as they are, neither rounded nor in [0, 1]."""
+    shutil.copytree(folders["if_ii"], tmp_path / "if_ii")
+    config = tmp_path / "if_ii" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 2 * zoo.SIDE}))
+    second = {"guidance_scale": 4.0, "noise_level": 100}
+    small = theirs("IFPipeline", "if_i", guidance_scale=7.0, output_type="pt")
+    size = {"height": 2 * zoo.SIDE, "width": 2 * zoo.SIDE}
+    expected = theirs("IFSuperResolutionPipeline", "if_ii", image=small, **size, **second)
+    cascade = sdjax.load(folders["if_i"], then=tmp_path / "if_ii")
+    check(cascade(PROMPTS, guidance_scale=7.0, stages=[{"steps": STEPS, **second}], **HOW), expected)
 
 
 def test_image_to_image(opened, theirs):
