@@ -105,6 +105,35 @@ def test_output_agrees_with_diffusers_to_2e_5(name):
         np.testing.assert_allclose(forward(params), channels_last(expected), atol=2e-5, rtol=0)
 
 
+def released(channels: list[int], plain: int, **sizes: Any) -> dict[str, Any]:
+    """A released config.json, cut to what shapes the network; the first `plain` levels have no attention."""
+    attending = len(channels) - plain
+    blocks = {
+        "down_block_types": ["ResnetDownsampleBlock2D"] * plain + ["SimpleCrossAttnDownBlock2D"] * attending,
+        "up_block_types": ["SimpleCrossAttnUpBlock2D"] * attending + ["ResnetUpsampleBlock2D"] * plain,
+    }
+    kept = {key: STAGE_I[key] for key in ("act_fn", "addition_embed_type", "cross_attention_norm", "out_channels")}
+    kept |= {key: PLAIN[key] for key in ("mid_block_type", "resnet_time_scale_shift", "in_channels")}
+    text = {"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj", "addition_embed_type_num_heads": 64}
+    more = {"cross_attention_dim": channels[-1], "attention_head_dim": 64, "block_out_channels": channels}
+    return {**kept, **text, **blocks, **more, **sizes}
+
+
+SECOND = {key: STAGE_II[key] for key in STAGE_II if STAGE_II[key] != STAGE_I.get(key)}
+RELEASED = {
+    "if_i_m": released([192, 384, 576, 768], 1, layers_per_block=3),
+    "if_i_xl": released([704, 1408, 2112, 2816], 1, layers_per_block=3, time_embedding_dim=None),
+    "if_ii_l": released(
+        [160, 320, 640, 960, 1280], 3, **SECOND | {"layers_per_block": [2, 2, 3, 5, 5], "time_embedding_dim": 1280}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configs_are_the_variants(name):
+    assert conversion.from_diffusers_config(RELEASED[name]) == VARIANTS[name]
+
+
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_configs_are_written_as_diffusers_reads_them(name):
     config = conversion.from_diffusers_config(STRUCTURES[name])
