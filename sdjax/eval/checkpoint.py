@@ -20,6 +20,7 @@ from sdjax.checkpoints.clip_pair import CLIPPair, read_clip
 from sdjax.core.config import Config
 from sdjax.data.images import to_uint8
 from sdjax.data.sources.open import Source, source
+from sdjax.eval.caption_retrieval import matched_above_shuffled
 from sdjax.eval.clip_score import caption_embeddings, image_embeddings, score_of
 from sdjax.eval.inception_score import inception_score
 from sdjax.eval.reconstruction import reconstruction_psnr
@@ -71,17 +72,19 @@ def _judge(pair: CLIPPair, captions: Sequence[str], batch_size: int) -> Judge:
 
 
 def judged(judge: Judge, images: UInt8[np.ndarray, "n h w 3"], own: Sequence[int] | np.ndarray) -> dict[str, float]:
-    """CLIP's figures of sampled images: the score, whether the own caption is the nearest of all, and a kind of
-    Inception Score, whose classes are the captions of the data set (zero-shot; Radford et al. 2021, section 3.1).
+    """CLIP's figures of sampled images: the score, how often the own caption is above another image's, whether it is
+    the nearest of all, and a kind of Inception Score, whose classes are the captions of the data set (zero-shot;
+    Radford et al. 2021, section 3.1).
 
     Args:
         own: row of each image's caption among all.
     """
     embedded = image_embeddings(judge.pair, [{"image": image} for image in images], judge.batch_size)
-    found = retrieval(embedded, own, judge.captions)
+    found, theirs = retrieval(embedded, own, judge.captions), judge.captions[np.asarray(own)]
     logits = np.exp(judge.pair.logit_scale) * embedded @ judge.captions.T
     return {
-        "clip_score": round(score_of(embedded, judge.captions[np.asarray(own)]), 2),
+        "clip_score": round(score_of(embedded, theirs), 2),
+        "clip_matched_above_shuffled": round(matched_above_shuffled(embedded, theirs), 4),
         "clip_top1": round(found.top1, 4),
         "clip_top5": round(found.top5, 4),
         "clip_inception_score": round(inception_score(logits, splits=1).mean, 2),

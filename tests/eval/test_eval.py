@@ -48,7 +48,9 @@ def test_a_clip_judges_by_all_captions(clip_folder):
     judge, own = Judge(pair, embedded[order], 4), np.argsort(order)
     found = judged(judge, images, own)
     assert (found["clip_score"], found["clip_top1"], found["clip_top5"]) == (100.0, 1.0, 1.0)
+    assert found["clip_matched_above_shuffled"] == 1.0
     other = judged(judge, images, np.roll(own, 1))
+    assert other["clip_matched_above_shuffled"] < 1.0
     assert other["clip_top1"] == 0.0
     assert other["clip_score"] < 100.0
     classes = torch.softmax(torch.from_numpy(np.exp(3.0) * embedded @ embedded[order].T).double(), 1)
