@@ -39,6 +39,7 @@ def get_config(arg: str = "checkpoints/openmoji") -> Config:
         "offset_noise": 0.0,
         "export_dtype": "",  # the checkpoint's
         "neighbours": 20,
+        "small": 0,  # pixels of the image that a model of captions enlarges; 0: a quarter of data.size
     }
     config.data.update(size=0, flip=False, degradation="bicubic", holes=(0.05, 0.4))  # size 0: the checkpoint's
     config.optim.update(learning_rate=1e-5, warmup_steps=20, ema_decay=0.99)

@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SECTIONS = {AUTOENCODER: "autoencoder"}  # components that config.model calls otherwise
 PIXELS = "none"
 """`task.first_stage` of models that diffuse pixels."""
+SHRINK = 4  # of the images that a model enlarges, where the config does not say it
 # Of previews, where neither the config nor the checkpoint says it.
 SAMPLE = {"sampler": "ddim", "steps": 25, "guidance_scale": 1.0}
 GUIDED = {TEXT: 7.5, "text_bert": 5.0, CAPTIONS: 7.0}
@@ -47,8 +48,8 @@ def from_checkpoint(config: Config) -> Config:
     """The config with all that the checkpoint `config.task.initial` says, as other configs have it.
 
     These are `model`, `task.conditioning`, `task.scheduler` and what else depends on the condition, and where they are
-    left open (0, "" or None) `data.size`, `task.export_dtype` and the sampler of previews. An open `train.trainable` is
-    the backbone, or where it has a LoRA that one's factors.
+    left open (0, "" or None) `data.size`, `task.small`, `task.export_dtype` and the sampler of previews. An open
+    `train.trainable` is the backbone, or where it has a LoRA that one's factors.
 
     Raises:
         UserError: the checkpoint cannot be read, or is conditioned on what no data set holds.
@@ -63,6 +64,8 @@ def from_checkpoint(config: Config) -> Config:
     config.task.update(_task(checkpoint, config.task))
     config.task.export_dtype = config.task.export_dtype or _stored_dtype(checkpoint)
     config.data.size = config.data.size or checkpoint.default_size[0]
+    if checkpoint.low_res_scheduler is not None:
+        config.task.small = config.task.small or config.data.size // SHRINK
     if config.train.trainable is None:
         config.train.trainable = () if config.task.lora.targets else (BACKBONE,)
     guided = {"guidance_scale": GUIDED.get(checkpoint.conditioning, 1.0)}

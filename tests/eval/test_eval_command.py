@@ -154,7 +154,7 @@ def test_a_missing_network_is_named_and_the_rest_computed(run, folders, monkeypa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--real={0}/real"], "one of --fake, --autoencoder, --pixels and --config is required"),
+        (["--real={0}/real"], "one of --fake, --autoencoder, --pixels, --drawbench, --sweep and --config is required"),
         (["--fake={0}/fake"], "--real is required"),
         (["--config=configs/controlnet.py:openmoji"], "--checkpoint is required"),
         (["--fake={0}/fake", "--real={0}/real", "--metrics=fidd"], "unknown metric 'fidd' in --metrics; choose"),

@@ -27,6 +27,7 @@ TOTALS = {
     "if_ii_m": 535_441_926,
     "if_ii_l": 1_243_277_190,
     "karlo": 885_439_686,
+    "imagen_base": 2_305_382_403,
 }
 CROSS_ONLY_TOTALS = {"if_ii_m": 512_999_430, "if_ii_l": 1_183_628_550}
 
