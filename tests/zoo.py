@@ -12,6 +12,7 @@ from sdjax.models.adm_classifier import ClassifierConfig
 from sdjax.models.autoencoder import AutoencoderConfig, VQConfig
 from sdjax.models.bert import BertConfig
 from sdjax.models.clip import CLIPTextConfig
+from sdjax.models.prior import PriorConfig
 from sdjax.models.t5 import T5Config
 from sdjax.models.unet import UNetConfig
 from sdjax.models.unet2d import UNet2DConfig
@@ -75,6 +76,7 @@ IF = {
     ),
 }
 T5 = T5Config(vocab_size=400, width=32, layers=2, heads=3, head_size=8, feed_forward=48)
+PRIOR = PriorConfig(embedding_dim=32, layers=2, heads=3, head_size=8, tokens=TOKENS)
 
 
 def ldm_unet(context_dim: int, in_channels: int = 3) -> UNetConfig:

@@ -21,6 +21,7 @@ from sdjax.checkpoints.networks import (
     controlnet,
     efficient_unet,
     embedders,
+    prior,
     t2i_adapter,
     t5,
     unet,
@@ -244,7 +245,8 @@ ADAPTERS: dict[str, Format] = {
 }
 ADDITIONS = ("ip_adapter", *CONTROLNETS, *ADAPTERS)
 """Beginnings of the names of components that act beside a model's own, and are no part of what is written of it."""
-ALL_FORMATS = FORMATS | CONDITIONERS | CLASSIFIERS | CONTROLNETS | ADAPTERS
+PRIORS: dict[str, Format] = {"prior": _format(NETWORK, prior)}
+ALL_FORMATS = FORMATS | CONDITIONERS | CLASSIFIERS | CONTROLNETS | ADAPTERS | PRIORS
 
 Dtypes: TypeAlias = str | Mapping[str, str | None] | None
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sdjax.core.errors import UserError
 from sdjax.core.tree import Tree
@@ -97,10 +97,11 @@ class CLIPLayer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    def __call__(self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b l d"]:
+        """Args: `mask`, the tokens that may be attended to; None means all."""
         c = self.config
         h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="layer_norm1")(x)
-        x = x + Attention(c.heads, qkv_bias=True, dtype=self.dtype, name="self_attn")(h, causal=self.causal)
+        x = x + Attention(c.heads, qkv_bias=True, dtype=self.dtype, name="self_attn")(h, mask=mask, causal=self.causal)
         h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="layer_norm2")(x)
         h = ACTIVATIONS[c.activation](nn.Dense(c.feed_forward, dtype=self.dtype, name="fc1")(h))
         h = constrain(h, BATCH, None, TENSOR)

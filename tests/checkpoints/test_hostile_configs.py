@@ -36,6 +36,7 @@ SIZES = {
     "class_embedder": ClassEmbedderConfig(10, 8),
     "rescaler": RescalerConfig(10, 2, 3),
     "classifier": zoo.CLASSIFIER,
+    "prior": zoo.PRIOR,
 }
 
 
