@@ -18,7 +18,7 @@ from sdjax.core.errors import unknown
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 """Noise, clean sample, or velocity sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans & Ho 2022): diffusers' names."""
 
-Network = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "b h w d"]]
+Network = Callable[[Float[Array, "b *space c"], Float[Array, " b"]], Float[Array, "b *space d"]]
 """network(x_vp, timestep) -> raw prediction; d is c, or 2 c with a learned variance."""
 
 
@@ -36,7 +36,7 @@ class Guided(NamedTuple):
     gradient: Array
 
 
-Answer = Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]] | Guided
+Answer = Float[Array, "b *space c"] | tuple[Float[Array, "b *space c"], Float[Array, "b *space c"]] | Guided
 
 Denoise = Callable[..., Answer]
 """denoise(x [b *space c], sigma [b] or [], timestep likewise) -> x0, x in variance-exploding coordinates.

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from sdjax.diffusion.denoise import Denoise, Guided, Network, parts, per_image
 
 NetworkPair = Callable[
-    [Float[Array, "b h w c"], Float[Array, " b"]], tuple[Float[Array, "b h w d"], Float[Array, "b h w d"]]
+    [Float[Array, "b *space c"], Float[Array, " b"]], tuple[Float[Array, "b *space d"], Float[Array, "b *space d"]]
 ]
 """pair(x_vp, timestep) -> (conditional, unconditional) raw predictions."""
 
@@ -26,22 +26,22 @@ Scalar = float | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, " b"]
 
 
 def classifier_free(
-    cond: Float[Array, "b h w c"], null: Float[Array, "b h w c"], scale: Scalar
-) -> Float[Array, "b h w c"]:
+    cond: Float[Array, "b *space c"], null: Float[Array, "b *space c"], scale: Scalar
+) -> Float[Array, "b *space c"]:
     """null + scale (cond - null): scale 1 is no guidance (Ho & Salimans 2022, eq. 6 with w = scale - 1)."""
     return null + per_image(scale, cond) * (cond - null)
 
 
 def composed(
-    conds: Float[Array, "b m h w c"], null: Float[Array, "b h w c"], weights: Float[Array | np.ndarray, "b m"]
-) -> Float[Array, "b h w c"]:
+    conds: Float[Array, "b m *space c"], null: Float[Array, "b *space c"], weights: Float[Array | np.ndarray, "b m"]
+) -> Float[Array, "b *space c"]:
     """null + sum_i w_i (cond_i - null): guidance of it adds up that of every condition (Liu et al. 2022, eq. 11)."""
     return null + jnp.sum(per_image(weights, conds) * (conds - null[:, None]), axis=1)
 
 
 def rescale_guidance(
-    guided_output: Float[Array, "b h w c"], cond: Float[Array, "b h w c"], phi: Scalar
-) -> Float[Array, "b h w c"]:
+    guided_output: Float[Array, "b *space c"], cond: Float[Array, "b *space c"], phi: Scalar
+) -> Float[Array, "b *space c"]:
     """To the share phi, gives each image the conditional prediction's standard deviation (Lin et al. 2024, eq. 15)."""
     axes, phi = tuple(range(1, cond.ndim)), per_image(phi, cond)
     deviation = jnp.std(guided_output, axis=axes, keepdims=True)
@@ -60,7 +60,7 @@ def guided(pair: NetworkPair, scale: Scalar, rescale: Scalar = 0.0) -> Network:
         rescale: phi of `rescale_guidance`, 0 for none.
     """
 
-    def network(x: Float[Array, "b h w c"], timestep: Float[Array, " b"]) -> Float[Array, "b h w d"]:
+    def network(x: Float[Array, "b *space c"], timestep: Float[Array, " b"]) -> Float[Array, "b *space d"]:
         cond, null = (output.astype(x.dtype) for output in pair(x, timestep))
         channels = x.shape[-1]
         mean = classifier_free(cond[..., :channels], null[..., :channels], scale)
@@ -129,15 +129,15 @@ def image_guided(denoise: Denoise, likelihood: Likelihood, scale: Scalar) -> Den
     return guided_denoise
 
 
-def static_threshold(x0: Float[Array, "b h w c"], limit: Scalar = 1.0) -> Float[Array, "b h w c"]:
+def static_threshold(x0: Float[Array, "b *space c"], limit: Scalar = 1.0) -> Float[Array, "b *space c"]:
     """Clips to [-limit, limit]."""
     limit = per_image(limit, x0)
     return jnp.clip(x0, -limit, limit)
 
 
 def dynamic_threshold(
-    x0: Float[Array, "b h w c"], ratio: Scalar = 0.995, sample_max_value: Scalar = 1.0
-) -> Float[Array, "b h w c"]:
+    x0: Float[Array, "b *space c"], ratio: Scalar = 0.995, sample_max_value: Scalar = 1.0
+) -> Float[Array, "b *space c"]:
     """Clips each image to the quantile s of its own |x0| and divides by s (Imagen, section 2.3).
 
     s is held in [1, sample_max_value] as in diffusers, whose default of 1 makes it a static threshold.
