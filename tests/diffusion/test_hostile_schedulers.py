@@ -12,7 +12,7 @@ from sdjax.core.errors import UserError
 from sdjax.diffusion.samplers import options
 from sdjax.diffusion.samplers.options import SamplerOptions, schedule_of
 
-NAMES = [row.name for row in options._CLASSES.values() if row.name]
+NAMES = [row.name for row in (*options._CLASSES.values(), options._UNCLIP) if row.name]
 KEYS = {
     *(field for row in options._CLASSES.values() for field in row.fields),
     *options._ONLY,

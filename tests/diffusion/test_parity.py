@@ -325,7 +325,7 @@ def test_noise_schedules_of_damaged_files_are_named(settings, says):
 JUNK = ("x", [], {}, True, -1, 0, 0.5, 10**9, float("nan"), float("inf"), ["a"], [1, 2])
 
 
-@pytest.mark.parametrize("class_name", [*dict.fromkeys(CLASSES.values()), "DPMSolverSDEScheduler"])
+@pytest.mark.parametrize("class_name", [*dict.fromkeys(CLASSES.values()), "DPMSolverSDEScheduler", "UnCLIPScheduler"])
 def test_damaged_files_are_refused_or_give_finite_tables(class_name):
     fields = {*SamplerOptions.__dataclass_fields__, *SWITCHES.values(), "num_train_timesteps", "beta_start", "beta_end"}
     for field in (*sorted(fields), "beta_schedule", "solver_p"):

@@ -99,7 +99,7 @@ class SamplerOptions:
         sampler = sampler or sampler_of(config)
         if sampler not in _CLASSES:
             raise unknown("sampler", sampler, _CLASSES)
-        scheduler = _CLASSES[sampler]
+        scheduler = _class_of(sampler, config)
         known = {name: config[name] for name in scheduler.fields if config.get(name) is not None}
         if config.get("_class_name") in (None, scheduler.name):
             for name, values in _ONLY.items():
@@ -193,6 +193,13 @@ _CLASSES: dict[str, _Class] = {
     "tcd": _Class("TCDScheduler", {**_LEADING, "eta": 0.3}, (*_SPACED, "original_inference_steps")),
 }
 
+# Karlo's, which is DDPM at other timesteps.
+_UNCLIP = _Class(
+    "UnCLIPScheduler",
+    {"timestep_spacing": "linspace", "clip_sample": True, "variance_type": "fixed_small_log"},
+    ("prediction_type", *_CLIP, "variance_type"),
+)
+
 # Settings whose other values change the image and which no sampler here follows.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "interpolation_type": ("linear",),
@@ -213,6 +220,7 @@ _KARRAS = ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolver
 _BETAS = {
     **{f"{name}Scheduler": ("linear", 0.00085, 0.012) for name in _KARRAS},
     **{f"{name}Scheduler": ("scaled_linear", 0.00085, 0.012) for name in ("LCM", "TCD")},
+    "UnCLIPScheduler": ("squaredcos_cap_v2", 0.0001, 0.02),
 }
 
 
@@ -227,10 +235,16 @@ def sampler_of(config: Mapping[str, Any]) -> str:
         if not str(config.get("algorithm_type")).startswith("sde-"):
             return "dpmpp_2m"
         return "dpmpp_3m_sde" if config.get("solver_order") == 3 else "dpmpp_2m_sde"
-    names = {row.name: sampler for sampler, row in _CLASSES.items() if row.name}
+    rows = (*_CLASSES.items(), ("ddpm", _UNCLIP))
+    names = {row.name: sampler for sampler, row in rows if row.name}
     if not isinstance(class_name, str) or class_name not in names:
         raise unknown("scheduler class", class_name, names, "scheduler_config.json")
     return names[class_name]
+
+
+def _class_of(sampler: str, config: Mapping[str, Any]) -> _Class:
+    """The class whose defaults and fields a sampler has beside a config."""
+    return _UNCLIP if sampler == "ddpm" and config.get("_class_name") == _UNCLIP.name else _CLASSES[sampler]
 
 
 def schedule_of(config: Mapping[str, Any]) -> Schedule:
