@@ -58,8 +58,8 @@ def per_image(values: Array | np.ndarray | float, like: Array) -> Array:
 
 
 def q_sample(
-    x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], abar: Float[Array, " b"]
-) -> Float[Array, "b h w c"]:
+    x0: Float[Array, "b *space c"], noise: Float[Array, "b *space c"], abar: Float[Array, " b"]
+) -> Float[Array, "b *space c"]:
     """x_vp = sqrt(abar) x0 + sqrt(1 - abar) noise (DDPM, eq. 4)."""
     abar = per_image(abar, x0)
     return jnp.sqrt(abar) * x0 + jnp.sqrt(1.0 - abar) * noise
