@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+from importlib.metadata import version
 
+# Later versions do not know the flag, and end the process for it.
+EMITTERS = " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
 # Most programs run once or twice, so optimising their machine code would take longer than it saves: these take two
 # thirds of the time of compilation away.
 HASTY = (
     "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
-    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    f"{EMITTERS} --xla_cpu_parallel_codegen_split_count=1"
 )
 
 # Of the few programs that take longer to run so than to optimise: VGG's convolutions within a `cond` 30 times as long.
