@@ -173,6 +173,7 @@ def tiny(config: Config) -> Config:
     config.model.update(tokenizer="sdjax/assets/openmoji_unigrams", text_length=16)
     config.data.update(source="openmoji", size=16)
     config.task.small = 8 if config.task.small else 0
+    config.task.components = ""  # a T5 of random numbers
     config.train.update(steps=4, batch_size=8, dtype="float32", frozen_dtype="float32", remat="none")
     config.train.update(sample_every=4, checkpoint_every=2, log_every=1)
     config.sample.update(count=4, columns=2, steps=3)

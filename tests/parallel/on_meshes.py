@@ -46,7 +46,7 @@ def main() -> None:
     parse_flags(values, sys.argv)
     initialise(**processes(values))
     config = values["config"].value.copy_and_resolve_references()
-    if "components" in config.task:
+    if "text" in config.task:
         config.task.text = "tokens"  # of captions that need no prepared data
     first = make_mesh({"data": -1})
     task, optimizer = make_task(config, first), make_optimizer(config.optim, STEPS)

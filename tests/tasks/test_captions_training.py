@@ -126,7 +126,7 @@ def test_a_small_image_is_the_one_that_sampling_enlarges(pictures: Path):
 def test_the_loss_sees_the_small_image_the_level_and_its_noise(pictures: Path):
     """A model that copies the enlarged image tells x0 apart; each of the three columns changes the loss."""
     config = configs.get_config("openmoji_sr64_tiny")
-    config.data.source, config.task.components = f"folder:{pictures}", ""
+    config.data.source = f"folder:{pictures}"
     task = make(config, make_mesh({"data": -1}))
     params = drawn(jax.eval_shape(task.init, jax.random.key(0)))
     frozen = drawn(task.frozen)
