@@ -22,7 +22,10 @@ Imagen's rows differ from the paper (Saharia et al. 2022): a thousand steps of n
 base normalises its text in groups, and T5 runs in every step, frozen. The paper's totals of the networks that enlarge,
 600M and 400M, are not those of any one reading of its figures.
 
-RUN/export is a folder that diffusers' IFPipeline and IFSuperResolutionPipeline load, but for Imagen's. `_tiny` after a
+None of them has been trained to its end yet; the tiny ones are, in the tests.
+
+RUN/export is a folder that diffusers' IFPipeline and IFSuperResolutionPipeline load, but for Imagen's; those of OpenMoji
+take embeddings of 16 tokens (`prompt_embeds`), where diffusers encodes 77. `_tiny` after a
 name is for the tests.
 """
 

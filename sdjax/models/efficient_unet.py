@@ -34,7 +34,7 @@ class EfficientUNetConfig:
         self_attention, text_attention: levels, 0 the finest, whose residual blocks are followed by attention of all
             pixels to all, and to the text.
         heads, head_width: of attention.
-        text_dim: width of `Cond.context`; None for networks without text (SR3).
+        text_dim: width of `Cond.context`.
         cross_dim: width of the text where attention reads it.
         pool_heads: heads of the attention that pools the text for the embedding.
         classes: how many values `Cond.label`, a noise level, has; None where there is none.
@@ -47,7 +47,7 @@ class EfficientUNetConfig:
     text_attention: tuple[int, ...] = (3,)
     heads: int = 8
     head_width: int = 64
-    text_dim: int | None = 4096
+    text_dim: int = 4096
     cross_dim: int = 512
     pool_heads: int = 64
     classes: int | None = 1000
@@ -56,7 +56,7 @@ class EfficientUNetConfig:
     groups: int = 32
 
     @property
-    def context_dim(self) -> int | None:
+    def context_dim(self) -> int:
         """Features of the tokens that the network is given."""
         return self.text_dim
 
@@ -81,7 +81,7 @@ class EfficientUNetConfig:
     def example_inputs(self) -> tuple[Array, Array, Cond]:
         """Noisy images, timesteps and a condition of the smallest size, for initialisation."""
         label = None if self.classes is None else jnp.zeros(1, jnp.int32)
-        text = None if self.text_dim is None else jnp.zeros((1, 1, self.text_dim))
+        text = jnp.zeros((1, 1, self.text_dim))
         images = jnp.zeros((1, self.divisor, self.divisor, self.in_channels))
         return images, jnp.zeros(1), Cond(text, label=label)
 
@@ -91,7 +91,6 @@ SR_256 = EfficientUNetConfig()
 VARIANTS = {
     "imagen_sr256": SR_256,
     "imagen_sr1024": replace(SR_256, self_attention=()),
-    "sr3": replace(SR_256, text_dim=None, text_attention=(), classes=None),
 }
 
 
@@ -150,11 +149,9 @@ class EfficientUNet(nn.Module):
         if c.classes is not None:
             assert cond.label is not None, "this UNet was built for a noise level"
             temb += embed("class_embedding", cond.label)
-        if c.text_dim is not None:
-            assert cond.context is not None, "this UNet was built for a text"
-            pool = TextPooling(c.pool_heads, width, self.dtype, name="add_embedding")
-            temb += pool(cond.context.astype(self.dtype))
-        return temb
+        assert cond.context is not None, "this UNet was built for a text"
+        pool = TextPooling(c.pool_heads, width, self.dtype, name="add_embedding")
+        return temb + pool(cond.context.astype(self.dtype))
 
     def _text(self, cond: Cond) -> Array | None:
         """The tokens as attention reads them."""

@@ -32,7 +32,7 @@ TINY = EfficientUNetConfig(
     pool_heads=2,
     groups=8,
 )
-TOTALS = {"imagen_sr256": 487_087_491, "imagen_sr1024": 482_887_043, "sr3": 429_046_147}
+TOTALS = {"imagen_sr256": 487_087_491, "imagen_sr1024": 482_887_043}
 
 
 class Assembly:

@@ -18,9 +18,9 @@ from sdjax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
 CLASS_NAME = "EfficientUNet"
 FIELDS = (
     *(Field(name, name, size) for name, size in (("first", 128), ("heads", 8), ("head_width", 64), ("groups", 32))),
-    *(Field(name, name, size) for name, size in (("cross_dim", 512), ("pool_heads", 64))),
+    *(Field(name, name, size) for name, size in (("text_dim", 4096), ("cross_dim", 512), ("pool_heads", 64))),
     *(Field(name, name, size) for name, size in (("in_channels", 6), ("out_channels", 3))),
-    *(Field(name, name, None) for name in ("text_dim", "classes")),
+    Field("classes", "classes", None),
 )
 ATTENTION = ("self_attention", "text_attention")
 
@@ -66,9 +66,7 @@ def from_diffusers_config(config: Mapping[str, Any], place: str = "unet/config.j
     sizes = config_fields.read_fields(config, FIELDS, place)
     config_fields.check_groups(sizes["groups"], channels, place)
     layers = config_fields.integers(config, "layers", EfficientUNetConfig.layers, len(channels), place)
-    if levels["text_attention"] and sizes["text_dim"] is None:
-        raise config_fields.unsupported(config, "text_dim", place, "a width, since there is attention to a text")
-    if sizes["text_dim"] is not None and sizes["text_dim"] % sizes["pool_heads"]:
+    if sizes["text_dim"] % sizes["pool_heads"]:
         raise config_fields.unsupported(config, "pool_heads", place, f"a divisor of {sizes['text_dim']}")
     return EfficientUNetConfig(channels=channels, layers=layers, **levels, **sizes)
 
