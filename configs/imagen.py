@@ -24,9 +24,9 @@ base normalises its text in groups, and T5 runs in every step, frozen. The paper
 
 None of them has been trained to its end yet; the tiny ones are, in the tests.
 
-RUN/export is a folder that diffusers' IFPipeline and IFSuperResolutionPipeline load, but for Imagen's; those of OpenMoji
-take embeddings of 16 tokens (`prompt_embeds`), where diffusers encodes 77. `_tiny` after a
-name is for the tests.
+RUN/export is a folder that diffusers' IFPipeline and IFSuperResolutionPipeline load, but for Imagen's; those of
+OpenMoji take embeddings of 16 tokens (`prompt_embeds`), where diffusers encodes 77. `_tiny` after a name is for the
+tests.
 """
 
 from configs.common import base, locked
